@@ -1,0 +1,168 @@
+"""Every flag of the trainer, one dataclass per concern; each field is documented where it is declared.
+
+`transformers.HfArgumentParser` turns the fields into flags, so `--micro-batch-size` and `--micro_batch_size`
+are one. Names are Megatron-LM's where Megatron has the thing and LLaVA's where LLaVA has it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def flag(default, help: str):
+    """A dataclass field with its help text; lists get a fresh copy per instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelFlags:
+    """What is trained, and from which weights."""
+
+    pretrained_checkpoint: str | None = flag(
+        None, "Weights to start from: a Hugging Face LLaVA folder or a checkpoint of this trainer. Takes weights, "
+        "connector, heads and temperature; optimiser, iteration and queue start fresh."
+    )  # fmt: skip
+    pretrain_mm_mlp_adapter: str | None = flag(
+        None, "LLaVA's mm_projector.bin, laid over the connector of --pretrained-checkpoint."
+    )  # fmt: skip
+    tokenizer: str | None = flag(
+        None, "Folder of the LLaMA tokenizer. Default: the one inside --pretrained-checkpoint."
+    )  # fmt: skip
+    mm_projector_type: str | None = flag(
+        None, "Connector: linear, mlp2x_gelu or mlpNx_gelu. Default: the checkpoint's, else mlp2x_gelu."
+    )  # fmt: skip
+    mm_vision_select_layer: int | None = flag(
+        None, "Vision-tower hidden state that feeds the connector; -2 is the last but one layer. Default: the "
+        "checkpoint's, else -2."
+    )  # fmt: skip
+    freeze_LM: bool = flag(False, "Freeze the language model (stage 1, pretrain).")
+    freeze_ViT: bool = flag(True, "Freeze the vision tower.")
+    bf16: bool = flag(False, "Parameters and activations in bfloat16, master weights and reductions in fp32.")
+
+
+@dataclass
+class ParallelFlags:
+    """How the model is laid out over processes, and on which device."""
+
+    tensor_model_parallel_size: int = flag(1, "Ranks that share every layer's matrices.")
+    pipeline_model_parallel_size: int = flag(1, "Pipeline stages. The vision tower and connector live on the first.")
+    sequence_parallel: bool = flag(False, "Split activations between the tensor-parallel regions over the same ranks.")
+    decoder_first_pipeline_num_layers: int | None = flag(
+        None, "LLaMA layers on the first pipeline stage, which also carries the vision tower. Default: an even split."
+    )  # fmt: skip
+    decoder_last_pipeline_num_layers: int | None = flag(
+        None, "LLaMA layers on the last pipeline stage, which also carries the LM head. Default: an even split."
+    )  # fmt: skip
+    use_distributed_optimizer: bool = flag(False, "Shard optimiser state and master weights over data-parallel ranks.")
+    overlap_grad_reduce: bool = flag(False, "Reduce gradients while the backward pass still runs.")
+    overlap_param_gather: bool = flag(
+        False, "Gather updated parameters while the next forward pass runs; needs --use-distributed-optimizer."
+    )  # fmt: skip
+    device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: CUDA if there is a device, else CPU and gloo.")
+    distributed_timeout_minutes: int = flag(30, "How long a collective may wait for the other ranks.")
+
+
+@dataclass
+class DataFlags:
+    """Where samples come from and how they become token rows and pixels."""
+
+    data_path: list[str] = flag([], "LLaVA JSON file(s): id, image, conversations; text and 'Hallucination caption'.")
+    contrastive_data_path: list[str] = flag(
+        [], "LLaVA JSON file(s) of contrastive samples, spread evenly through the epoch beside --data-path."
+    )  # fmt: skip
+    valid_data_path: list[str] = flag([], "LLaVA JSON file(s) for validation.")
+    image_folder: str = flag(".", "Folder that the image names in the JSON files are relative to.")
+    version: Literal["plain", "v1"] = flag("v1", "Conversation template: plain for pretrain, v1 (Vicuna) for finetune.")
+    image_aspect_ratio: Literal["pad", "square"] = flag(
+        "pad", "pad: fill to a square with the mean colour, then resize. square: shortest edge, then centre crop."
+    )  # fmt: skip
+    model_max_length: int = flag(2048, "Dialogues are cut here, counted after the image is expanded.")
+    image_backend: Literal["auto", "dali", "pillow"] = flag(
+        "auto", "Decoder and resizer. auto: DALI where it is installed, else Pillow."
+    )  # fmt: skip
+    num_workers: int = flag(2, "Threads that read and decode images.")
+    prefetch_steps: int = flag(2, "Optimiser steps whose batches are prepared ahead.")
+    max_bad_fraction: float = flag(0.01, "Stop the run when more than this share of the samples drawn is unusable.")
+    max_image_pixels: int = flag(178_956_970, "Refuse to decode an image with more pixels (decompression bombs).")
+
+
+@dataclass
+class ObjectiveFlags:
+    """The contrastive part of the loss."""
+
+    contrastive_weight: float = flag(1.0, "Lambda: weight of (L_v + L_t) / 2 beside the language-model loss.")
+    contrastive_negatives: Literal["micro-batch", "global-batch", "queue"] = flag(
+        "global-batch", "Pool of negatives: one micro-batch of all data-parallel ranks, every pair of the optimiser "
+        "step, or the step's pairs and a queue of earlier ones."
+    )  # fmt: skip
+    hallucination_negatives: Literal["own", "all", "none"] = flag(
+        "all", "Hallucinated captions in a pair's denominator: its own (the paper), every one in the pool (the "
+        "released code), or none (plain contrastive)."
+    )  # fmt: skip
+    mask_duplicates: bool = flag(True, "Another pair with the same caption or image is no negative.")
+    contrastive_image_context: Literal["image", "prompt"] = flag(
+        "image", "What precedes the image's EOS: the image alone (as released), or the prefix of the dialogue too."
+    )  # fmt: skip
+    initial_temperature: float = flag(0.07, "Temperature that fresh heads start from; it is learned.")
+
+
+@dataclass
+class OptimizerFlags:
+    """Adam, its schedule and its rates."""
+
+    lr: float = flag(1e-3, "Peak learning rate.")
+    min_lr: float = flag(0.0, "Learning rate that the schedule decays to.")
+    connector_lr: float | None = flag(None, "Peak learning rate of the connector. Default: --lr.")
+    heads_lr: float | None = flag(None, "Peak learning rate of the contrastive heads and temperature. Default: --lr.")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = flag("cosine", "Shape of the decay after warm-up.")
+    lr_warmup_fraction: float = flag(0.03, "Share of the iterations with a linearly rising learning rate.")
+    weight_decay: float = flag(0.0, "Decoupled weight decay; none on biases, norms and the temperature.")
+    adam_beta1: float = flag(0.9, "Decay of Adam's first moment.")
+    adam_beta2: float = flag(0.999, "Decay of Adam's second moment.")
+    adam_eps: float = flag(1e-8, "Adam's epsilon.")
+    clip_grad: float = flag(1.0, "Clip the global gradient norm to this; 0 clips nothing.")
+    max_skipped_steps: int = flag(10, "Stop after this many steps in a row with a non-finite loss or gradient.")
+
+
+@dataclass
+class TrainingFlags:
+    """Length of the run, batch sizes and validation."""
+
+    micro_batch_size: int = flag(1, "Samples of one data-parallel rank that run at once.")
+    global_batch_size: int | None = flag(
+        None, "Samples of one optimiser step over all ranks. Default: micro-batch size x data-parallel size."
+    )  # fmt: skip
+    train_iters: int | None = flag(None, "Optimiser steps to train for.")
+    num_train_epochs: float | None = flag(None, "Passes over the data, instead of --train-iters.")
+    exit_interval: int | None = flag(None, "Save and stop at every iteration divisible by this; the schedule is not shortened.")
+    exit_duration_in_mins: float | None = flag(None, "Save and stop after this many minutes.")
+    eval_interval: int = flag(0, "Validate every so many iterations; 0 never does.")
+    eval_iters: int = flag(10, "Batches of a validation.")
+    seed: int = flag(1234, "Seeds parameters, data order and every random choice about a sample.")
+    print_config: bool = flag(False, "Print the whole resolved configuration and stop.")
+
+
+@dataclass
+class CheckpointFlags:
+    """Where the run is saved and resumed from."""
+
+    save: str | None = flag(None, "Folder for checkpoints, metrics.jsonl and bad_samples.jsonl.")
+    load: str | None = flag(
+        None, "Resume everything from this folder when it holds a checkpoint; wins over --pretrained-checkpoint."
+    )  # fmt: skip
+    save_interval: int = flag(0, "Save every so many iterations; 0 saves at the end alone.")
+
+
+@dataclass
+class LoggingFlags:
+    """What the user sees of a run."""
+
+    tensorboard_dir: str | None = flag(None, "Folder for TensorBoard events. Default: SAVE/tensorboard.")
+    log_interval: int = flag(1, "Log every so many iterations.")
+    wandb_project: str | None = flag(None, "Also log to this Weights & Biases project.")
+
+
+FLAG_GROUPS = (
+    ModelFlags, ParallelFlags, DataFlags, ObjectiveFlags, OptimizerFlags, TrainingFlags, CheckpointFlags, LoggingFlags,
+)  # fmt: skip

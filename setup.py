@@ -1,0 +1,49 @@
+"""Installs hacl_megatron. Every dependency says why it is here; tests/constraints.txt pins the tested set."""
+
+import platform
+
+from setuptools import find_packages, setup
+
+# DALI ships for Linux alone; elsewhere images go through Pillow (--image-backend pillow). Its CUDA-13 wheel also
+# runs on machines without a GPU and is the lighter one (199 MB).
+DALI = [] if platform.system() != "Linux" else ["nvidia-dali-cuda130>=2.4.0"]
+
+setup(
+    name="hacl_megatron",
+    version="0.1.0",
+    description="Hallucination Augmented Contrastive Learning for multimodal LLMs on Megatron parallelism",
+    python_requires=">=3.10",
+    packages=find_packages(include=["hacl_megatron", "hacl_megatron.*"]),
+    install_requires=[
+        "torch>=2.6",  # tensors, autograd, torch.distributed
+        "megatron-core>=0.16.1,<0.20",  # tensor/sequence/pipeline parallel layers, schedules, DDP, checkpoints
+        "einops>=0.8",  # imported by megatron-core's attention without being declared there
+        "transformers>=4.57",  # flags (HfArgumentParser), tokenizers, Hugging Face checkpoints in and out
+        "safetensors>=0.5",  # weight files that cannot carry code
+        "sentencepiece>=0.2",  # LLaMA tokenizers that ship only tokenizer.model
+        "tensorboard>=2.18",  # curves
+        "psutil>=5.9",  # megatron-core's distributed checkpointing needs it
+        "pillow>=10.3",  # images that DALI cannot read (GIF, AVIF), and all of them without DALI
+        "pyyaml>=6.0",  # configuration files
+        "tqdm>=4.66",  # progress bars
+        "numpy>=1.26",  # image arrays
+        *DALI,
+    ],
+    extras_require={
+        "gpu": [
+            "transformer-engine[pytorch]>=2.4",  # fused layers and FP8
+            "flash-attn>=2.7",  # packed (varlen) attention
+        ],
+        "dali-cuda12": ["nvidia-dali-cuda120>=2.4.0"],  # for CUDA-12 drivers, instead of the CUDA-13 wheel
+        "wandb": ["wandb>=0.18"],  # --wandb-project
+        "quickstart": ["matplotlib>=3.9"],  # the report's plots
+        "test": [
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",  # a hung rank fails its test instead of the CI
+            "hypothesis>=6.100",  # properties of the sampler and the packer
+            "matplotlib>=3.9",
+            "ruff>=0.9",  # format and lint
+            "import-linter>=2.1",  # holds the layering
+        ],
+    },
+)
