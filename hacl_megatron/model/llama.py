@@ -1,0 +1,122 @@
+"""One pipeline stage of a LLaMA on megatron-core: embedding, layers, final norm, LM head, as the stage has them.
+
+Shape legend: T packed rows, T' = T or, under sequence parallelism, T / tensor-parallel size; H hidden size.
+"""
+
+import math
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from hacl_megatron.config.architecture import LanguageConfig
+from hacl_megatron.model.transformer_configs import without_sequence_parallel
+from hacl_megatron.platform.attention import PackedSegments
+from hacl_megatron.platform.specs import language_layer_spec
+
+
+def rotary_inverse_frequencies(language: LanguageConfig) -> Tensor:
+    """Inverse frequencies [head_dim / 2], fp32, with Llama-3's scaling if the configuration has it.
+
+    Source: transformers `modeling_rope_utils._compute_llama3_parameters`, from Meta's llama3 `apply_scaling`: long
+    wavelengths are divided by `factor`, short ones kept, those between blended linearly.
+    """
+    dim = language.head_dim
+    frequencies = 1.0 / language.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    scaling = language.rope_scaling
+    if scaling is None:
+        return frequencies
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    wavelengths = 2 * math.pi / frequencies
+    blend = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * frequencies / factor + blend * frequencies
+
+
+class LlamaStage(LanguageModule):
+    """The layers of this pipeline stage, with the embedding on the first and norm and LM head on the last."""
+
+    def __init__(
+        self,
+        language: LanguageConfig,
+        config: TransformerConfig,
+        *,
+        padded_vocab_size: int,
+        device: torch.device,
+        groups: ProcessGroupCollection,
+        pre_process: bool,
+        post_process: bool,
+    ) -> None:
+        super().__init__(config, groups)
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.share_embeddings_and_output_weights = language.tie_word_embeddings
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size=padded_vocab_size,
+                max_sequence_length=language.max_position_embeddings,
+                position_embedding_type="rope",
+                scatter_to_sequence_parallel=False,  # image features are laid in first, over all rows
+                tp_group=groups.tp,
+            )
+        spec = language_layer_spec(device)
+        self.decoder = TransformerBlock(
+            config,
+            TransformerBlockSubmodules(
+                layer_specs=[spec.layer] * num_layers_on_stage(config, groups), layer_norm=spec.norm
+            ),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                padded_vocab_size,
+                config=without_sequence_parallel(config),
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and self.share_embeddings_and_output_weights,
+                tp_group=groups.tp,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+        self.register_buffer("inverse_frequencies", rotary_inverse_frequencies(language), persistent=False)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token ids [T] -> embeddings [T, 1, H] of all rows."""
+        return self.embedding(input_ids=token_ids.unsqueeze(0), position_ids=None)
+
+    def forward(self, hidden: Tensor | None, position_ids: Tensor, segments: PackedSegments) -> Tensor:
+        """Embeddings [T', 1, H] (None behind the first stage) through this stage's layers -> [T', 1, H]."""
+        angles = position_ids.float().unsqueeze(1) * self.inverse_frequencies  # [T, head_dim / 2]
+        rotary = torch.cat((angles, angles), dim=-1)[:, None, None, :]  # [T, 1, 1, head_dim]
+        return self.decoder(
+            hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=segments
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [K, H], equal on all tensor-parallel ranks -> this rank's logits [K, padded vocab / tp].
+
+        The gradient of `hidden` is summed over tensor-parallel ranks by the layer.
+        """
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden.unsqueeze(1), weight=weight)[0].squeeze(1)
+
+    def set_input_tensor(self, input_tensor: Tensor | None) -> None:
+        self.decoder.set_input_tensor(input_tensor)
+
+
+def num_layers_on_stage(config: TransformerConfig, groups: ProcessGroupCollection) -> int:
+    """LLaMA layers that this pipeline stage holds, uneven splits included."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    return get_num_layers_to_build(config, None, groups.pp.rank())

@@ -1,0 +1,88 @@
+"""megatron-core `TransformerConfig`s of the two towers, from the architecture and the run's flags."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.model.vision import ACTIVATIONS
+
+
+def language_transformer_config(
+    model: ModelConfig, parallel: ParallelFlags, *, device: torch.device, dtype: torch.dtype, overrides: dict[str, Any]
+) -> TransformerConfig:
+    """The LLaMA's configuration. `overrides` are fields of the YAML's `transformer:` section."""
+    language = model.language
+    on_gpu = device.type == "cuda"
+    fields = dict(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        kv_channels=language.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        variable_seq_lengths=True,  # packs differ in length from micro-batch to micro-batch
+        moe_token_dispatcher_type="alltoall",  # megatron-core asks for it beside variable lengths; there is no MoE
+        use_cpu_initialization=not on_gpu,
+        # Fusions that need CUDA, or torch.compile, which costs minutes on a CPU and gains nothing there.
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=True,
+    )
+    return TransformerConfig(**{**fields, **overrides})
+
+
+def vision_transformer_config(
+    model: ModelConfig, parallel: ParallelFlags, *, device: torch.device, dtype: torch.dtype
+) -> TransformerConfig:
+    """The vision tower's: tensor parallel, whole on its pipeline stage, never sequence parallel."""
+    vision = model.vision
+    return TransformerConfig(
+        num_layers=model.num_vision_layers_built,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        kv_channels=vision.hidden_size // vision.num_attention_heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=vision.norm_epsilon,
+        activation_func=ACTIVATIONS[vision.activation],
+        add_bias_linear=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=device.type == "cpu",
+        bias_activation_fusion=False,  # quick GELU has no fused form in megatron-core
+        bias_dropout_fusion=device.type == "cuda",
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
+    """The same configuration for a layer whose input is already gathered (the LM head)."""
+    return replace(config, sequence_parallel=False) if config.sequence_parallel else config
