@@ -55,7 +55,7 @@ class PackedBatch:
     """Length of the longest segment."""
 
     pixel_values: Tensor
-    """float32 [I, 3, H, W]: normalised images. [0, 3, H, W] on ranks that hold no vision tower."""
+    """float32 [I, 3, H, W]: normalised images. Of the same shape but on the meta device where no vision tower is."""
     image_rows: Tensor
     """int64 [R]: packed rows that take an image feature. An image may stand in two segments (dialogue, EOS)."""
     feature_rows: Tensor
@@ -95,7 +95,6 @@ class PackedBatch:
 
     @property
     def num_images(self) -> int:
-        """Images of this micro-batch; 0 too on a rank that did not receive the pixels."""
         return self.pixel_values.shape[0]
 
     @property

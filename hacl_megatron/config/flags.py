@@ -1,14 +1,17 @@
 """Every flag of the trainer, one dataclass per concern; each field is documented where it is declared.
 
 `transformers.HfArgumentParser` turns the fields into flags, so `--micro-batch-size` and `--micro_batch_size`
-are one. Names are Megatron-LM's where Megatron has the thing and LLaVA's where LLaVA has it.
+are one, and `_argument_group_name` into a heading of `--help`. Names are Megatron-LM's where Megatron has the
+thing and LLaVA's where LLaVA has it.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+# ruff: noqa: RUF009 -- `flag` returns a dataclass field
 
 
-def flag(default, help: str):
+def flag(default: Any, help: str) -> Any:
     """A dataclass field with its help text; lists get a fresh copy per instance."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
@@ -18,6 +21,8 @@ def flag(default, help: str):
 @dataclass
 class ModelFlags:
     """What is trained, and from which weights."""
+
+    _argument_group_name = "model"
 
     pretrained_checkpoint: str | None = flag(
         None, "Weights to start from: a Hugging Face LLaVA folder or a checkpoint of this trainer. Takes weights, "
@@ -45,6 +50,8 @@ class ModelFlags:
 class ParallelFlags:
     """How the model is laid out over processes, and on which device."""
 
+    _argument_group_name = "parallelism"
+
     tensor_model_parallel_size: int = flag(1, "Ranks that share every layer's matrices.")
     pipeline_model_parallel_size: int = flag(1, "Pipeline stages. The vision tower and connector live on the first.")
     sequence_parallel: bool = flag(False, "Split activations between the tensor-parallel regions over the same ranks.")
@@ -54,10 +61,14 @@ class ParallelFlags:
     decoder_last_pipeline_num_layers: int | None = flag(
         None, "LLaMA layers on the last pipeline stage, which also carries the LM head. Default: an even split."
     )  # fmt: skip
+    make_vocab_size_divisible_by: int = flag(
+        128, "The vocabulary is padded to a multiple of this x the tensor-parallel size."
+    )  # fmt: skip
     use_distributed_optimizer: bool = flag(False, "Shard optimiser state and master weights over data-parallel ranks.")
     overlap_grad_reduce: bool = flag(False, "Reduce gradients while the backward pass still runs.")
     overlap_param_gather: bool = flag(
-        False, "Gather updated parameters while the next forward pass runs; needs --use-distributed-optimizer."
+        False, "Gather updated parameters while the next forward pass runs; needs --use-distributed-optimizer and "
+        "--overlap-grad-reduce."
     )  # fmt: skip
     device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: CUDA if there is a device, else CPU and gloo.")
     distributed_timeout_minutes: int = flag(30, "How long a collective may wait for the other ranks.")
@@ -66,6 +77,8 @@ class ParallelFlags:
 @dataclass
 class DataFlags:
     """Where samples come from and how they become token rows and pixels."""
+
+    _argument_group_name = "data"
 
     data_path: list[str] = flag([], "LLaVA JSON file(s): id, image, conversations; text and 'Hallucination caption'.")
     contrastive_data_path: list[str] = flag(
@@ -91,6 +104,8 @@ class DataFlags:
 class ObjectiveFlags:
     """The contrastive part of the loss."""
 
+    _argument_group_name = "contrastive objective"
+
     contrastive_weight: float = flag(1.0, "Lambda: weight of (L_v + L_t) / 2 beside the language-model loss.")
     contrastive_negatives: Literal["micro-batch", "global-batch", "queue"] = flag(
         "global-batch", "Pool of negatives: one micro-batch of all data-parallel ranks, every pair of the optimiser "
@@ -111,6 +126,8 @@ class ObjectiveFlags:
 class OptimizerFlags:
     """Adam, its schedule and its rates."""
 
+    _argument_group_name = "optimiser"
+
     lr: float = flag(1e-3, "Peak learning rate.")
     min_lr: float = flag(0.0, "Learning rate that the schedule decays to.")
     connector_lr: float | None = flag(None, "Peak learning rate of the connector. Default: --lr.")
@@ -129,13 +146,17 @@ class OptimizerFlags:
 class TrainingFlags:
     """Length of the run, batch sizes and validation."""
 
+    _argument_group_name = "training"
+
     micro_batch_size: int = flag(1, "Samples of one data-parallel rank that run at once.")
     global_batch_size: int | None = flag(
         None, "Samples of one optimiser step over all ranks. Default: micro-batch size x data-parallel size."
     )  # fmt: skip
     train_iters: int | None = flag(None, "Optimiser steps to train for.")
     num_train_epochs: float | None = flag(None, "Passes over the data, instead of --train-iters.")
-    exit_interval: int | None = flag(None, "Save and stop at every iteration divisible by this; the schedule is not shortened.")
+    exit_interval: int | None = flag(
+        None, "Save and stop at every iteration divisible by this; the schedule is not shortened."
+    )  # fmt: skip
     exit_duration_in_mins: float | None = flag(None, "Save and stop after this many minutes.")
     eval_interval: int = flag(0, "Validate every so many iterations; 0 never does.")
     eval_iters: int = flag(10, "Batches of a validation.")
@@ -146,6 +167,8 @@ class TrainingFlags:
 @dataclass
 class CheckpointFlags:
     """Where the run is saved and resumed from."""
+
+    _argument_group_name = "checkpoints"
 
     save: str | None = flag(None, "Folder for checkpoints, metrics.jsonl and bad_samples.jsonl.")
     load: str | None = flag(
@@ -158,8 +181,12 @@ class CheckpointFlags:
 class LoggingFlags:
     """What the user sees of a run."""
 
+    _argument_group_name = "logging"
+
     tensorboard_dir: str | None = flag(None, "Folder for TensorBoard events. Default: SAVE/tensorboard.")
     log_interval: int = flag(1, "Log every so many iterations.")
+    log_params_norm: bool = flag(False, "Also log the L2 norm of the trained parameters.")
+    log_num_zeros_in_grad: bool = flag(False, "Also log how many gradient entries are zero.")
     wandb_project: str | None = flag(None, "Also log to this Weights & Biases project.")
 
 

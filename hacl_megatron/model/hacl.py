@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -60,6 +61,7 @@ class HaclModel(MegatronModule):
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(language_config)
+        self.model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask for
         self.pre_process = groups.pp.rank() == 0
         self.post_process = groups.pp.rank() == groups.pp.size() - 1
         self.groups = groups

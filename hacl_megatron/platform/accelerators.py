@@ -6,6 +6,8 @@ Nothing here imports an accelerator that is not asked for: presence is looked up
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,13 @@ def _version(*distributions: str) -> str | None:
     return None
 
 
+def _has_fused_optimizers() -> bool:
+    """Whether the installed `apex` has `apex.optimizers`; looked up beside it, for finding a submodule imports apex."""
+    spec = importlib.util.find_spec("apex")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return any((Path(folder) / "optimizers").is_dir() for folder in folders or ())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Accelerators:
     """Versions of the optional libraries, None where absent."""
@@ -38,10 +47,11 @@ class Accelerators:
     """torch brings its own varlen flash attention (`torch.nn.attention.varlen`, torch >= 2.10)."""
 
 
+@cache  # every attention call of a GPU run asks, and a look-up takes half a millisecond
 def find_accelerators() -> Accelerators:
     """Look the optional libraries up. The `apex` of the package index is another project and does not count."""
     apex = _version("apex")
-    if apex is not None and importlib.util.find_spec("apex.optimizers") is None:
+    if apex is not None and not _has_fused_optimizers():
         apex = None
     found = {name: _version(*names) for name, names in _DISTRIBUTIONS.items() if name != "apex"}
     torch_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None

@@ -60,7 +60,7 @@ def use_group_step_adam() -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    optimizer.Adam = GroupStepAdam
+    optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     # These two say "the step count lives in the group", which is all that the loading code asks them.
     distrib_optimizer.HAVE_APEX_OR_TE = True

@@ -7,9 +7,10 @@ Rows of different segments never see each other. Memory grows with the sum of th
 worst (SDPA) or with T (flash), never with T squared.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -79,26 +80,35 @@ def flash_varlen(
     )
 
 
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, scale: float | None) -> Tensor:
-    """The same by the flash kernel inside torch (>= 2.10), for machines without the flash-attn package."""
-    from torch.nn.attention.varlen import varlen_attn
+def torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, scale: float | None, kernel: Callable | None = None
+) -> Tensor:
+    """The same by `varlen_attn`, the flash kernel inside torch (>= 2.10), for machines without the flash-attn package.
 
-    if q.shape[1] != k.shape[1]:  # this kernel takes one key-value head per query head
-        repeat = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    Its signature grew: 2.10 takes `is_causal` and no scale, 2.11 a window of (-1, 0) for causal and a scale, later
+    releases grouped queries too. `kernel` may be any of them.
+    """
+    if kernel is None:
+        from torch.nn.attention.varlen import varlen_attn as kernel
+    names = _parameter_names(kernel)
+    options: dict = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    if "scale" in names:
+        options["scale"] = scale
+    elif scale is not None:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in names:
+            options["enable_gqa"] = True
+        else:
+            repeat = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     arguments = (q, k, v, segments.cu_seqlens_q, segments.cu_seqlens_kv, segments.max_seqlen_q, segments.max_seqlen_kv)
-    return varlen_attn(*arguments, scale=scale, **_varlen_causal())
+    return kernel(*arguments, **options)
 
 
-@lru_cache(maxsize=1)
-def _varlen_causal() -> dict:
-    """torch 2.10 spells causal attention `is_causal=True`, later releases a window of (-1, 0)."""
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    names = inspect.signature(varlen_attn).parameters
-    return {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+@cache
+def _parameter_names(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 _KERNELS = {"sdpa": sdpa_per_segment, "flash_attn": flash_varlen, "torch_varlen": torch_varlen}

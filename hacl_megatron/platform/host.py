@@ -53,8 +53,10 @@ def _on_host(factory):
     @functools.wraps(factory)
     def wrapper(*args, **kwargs):
         device = kwargs.get("device")
-        if device is not None and (device == "cuda" or getattr(device, "type", None) == "cuda"):
-            kwargs["device"] = "cpu"
+        if device is not None:
+            kind = getattr(device, "type", device)  # a torch.device, or a string such as "cuda" or "cuda:0"
+            if isinstance(kind, str) and kind.startswith("cuda"):
+                kwargs["device"] = "cpu"
         return factory(*args, **kwargs)
 
     return wrapper

@@ -53,8 +53,3 @@ def start_platform(requested: str = "auto", timeout_minutes: int = 30) -> torch.
 def world_size_from_environment() -> int:
     """Number of processes torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank_from_environment() -> int:
-    """This process's global rank; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))

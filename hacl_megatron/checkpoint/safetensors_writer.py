@@ -1,0 +1,58 @@
+"""A safetensors file written tensor by tensor, so that no more than one of them is ever in memory.
+
+The format (https://github.com/huggingface/safetensors#format): the header's length as a little-endian u64, the header
+as JSON padded with spaces to 8 bytes, then all bytes end to end. Since the header stands first, shapes and dtypes are
+given beforehand.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+class SafetensorsWriter:
+    """Context manager over one file; on a clean exit every announced tensor has been written and reached the disk."""
+
+    def __init__(self, path: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]):
+        """Args: tensors: name -> (dtype, shape), in the order of the file."""
+        self._offsets: dict[str, int] = {}
+        self._tensors = tensors
+        self._path = path
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in tensors.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            self._offsets[name] = start
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._prefix = len(text).to_bytes(8, "little") + text
+        self._pending = set(tensors)
+        self.num_bytes = len(self._prefix) + end
+
+    def __enter__(self) -> "SafetensorsWriter":
+        self._file = open(self._path, "wb")
+        self._file.write(self._prefix)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in its place; any order."""
+        dtype, shape = self._tensors[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), f"{name}: {tensor.dtype} {tuple(tensor.shape)}"
+        self._pending.remove(name)
+        self._file.seek(len(self._prefix) + self._offsets[name])
+        # Bytes through uint8, since numpy knows no bfloat16.
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            assert not self._pending, f"{self._path}: never written: {sorted(self._pending)[:5]}"
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()

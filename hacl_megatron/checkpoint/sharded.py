@@ -1,0 +1,136 @@
+"""Saves and loads runs through megatron-core's distributed checkpointing, so that any layout can read any other's.
+
+    SAVE/iter_0000100/                         torch_dist shards, common.pt, metadata.json
+    SAVE/iter_0000100/run_config.yaml          the resolved configuration; the model can be rebuilt from it alone
+    SAVE/iter_0000100/hf_assets/               tokenizer and image-processor files
+    SAVE/latest_checkpointed_iteration.txt     written last: a killed save never becomes the latest
+
+A save goes to `iter_0000100.partial/` and is renamed when it is complete on every rank.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+RUN_CONFIG_FILE = "run_config.yaml"
+ASSETS_FOLDER = "hf_assets"
+_ASSET_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json", "config.json",
+)  # fmt: skip
+
+
+def state_metadata() -> dict[str, Any]:
+    """How megatron-core lays out a state dict: optimiser state in a form that every TP, PP and DP size can read.
+
+    A fresh dictionary each time, for megatron-core writes its process groups into it.
+    """
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def iteration_folder(save: Path, iteration: int) -> Path:
+    """Where `save` keeps `iteration`."""
+    return save / f"iter_{iteration:07d}"
+
+
+def latest_iteration(folder: Path) -> int | None:
+    """Iteration of the newest complete checkpoint in `folder`, None if there is none yet.
+
+    Raises:
+        ValueError: the file that names it is damaged, or names a checkpoint that is not there.
+    """
+    latest = folder / LATEST_FILE
+    if not latest.exists():
+        return None
+    text = latest.read_text(encoding="utf-8").strip()
+    if not text.isdigit():
+        raise ValueError(f"{latest} holds {text[:40]!r}, expected an iteration number: write one of the iter_* folders")
+    if not (iteration_folder(folder, int(text)) / RUN_CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{latest} names iteration {text}, but {iteration_folder(folder, int(text))} is missing or incomplete: "
+            "write the number of a complete iter_* folder into it"
+        )
+    return int(text)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint folder in a SAVE folder, or `folder` itself if it is one (`iter_*`); None if neither."""
+    if (folder / RUN_CONFIG_FILE).is_file():
+        return folder
+    iteration = latest_iteration(folder)
+    return None if iteration is None else iteration_folder(folder, iteration)
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Copy tokenizer and image-processor files of a Hugging Face folder (or of a checkpoint's `hf_assets`)."""
+    target.mkdir(parents=True, exist_ok=True)
+    for pattern in _ASSET_PATTERNS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def save_checkpoint(
+    state: Callable[[], dict[str, Any]], save: Path, iteration: int, *, run_config: str, assets: Path | None
+) -> Path:
+    """Write one checkpoint; every rank calls it with its own part. Returns the finished folder.
+
+    Args:
+        state: gives this rank's sharded state dict.
+        run_config: text of `run_config.yaml`.
+        assets: folder with tokenizer and image-processor files, or None.
+    """
+    final = iteration_folder(save, iteration)
+    partial = final.with_name(final.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state(), str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (partial / RUN_CONFIG_FILE).write_text(run_config, encoding="utf-8")
+        if assets is not None:
+            copy_assets(assets, partial / ASSETS_FOLDER)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        write_atomically(save / LATEST_FILE, f"{iteration}\n")
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Load what the sharded state dict `state` asks for from one checkpoint folder.
+
+    Raises:
+        ValueError: a file of the checkpoint is missing, cut or of other sizes; names the checkpoint.
+    """
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (CheckpointingException, OSError, EOFError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"checkpoint {folder} cannot be loaded ({reason[0][:300] if reason else type(error).__name__}): "
+            "it is damaged or belongs to another model; load another iter_* folder"
+        ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by a file that is complete or absent, never half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,123 @@
+"""Weight files of a Hugging Face folder, read slice by slice: safetensors, or `.bin` through torch's safe unpickler.
+
+Nothing is held: safetensors and zip-format `.bin` files are memory-mapped, and a read copies only the slice asked for.
+"""
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hacl_megatron.checkpoint.hf_config import one_line, read_json
+
+CANDIDATES = (
+    ("model.safetensors.index.json", True), ("model.safetensors", False),
+    ("pytorch_model.bin.index.json", True), ("pytorch_model.bin", False),
+)  # fmt: skip
+
+
+class WeightFiles:
+    """The tensors of one or several weight files, by the names that stand in them.
+
+    Raises:
+        ValueError: a missing or cut file, a pickle that holds code, or a name that occurs twice.
+    """
+
+    def __init__(self, files: list[Path]):
+        self._tensors: dict[str, Path] = {}
+        self._open = {}
+        for file in files:
+            self._open[file] = _open_pickle(file) if file.suffix in (".bin", ".pt", ".pth") else _open_safetensors(file)
+            for name in self._open[file].keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                if name in self._tensors:
+                    raise ValueError(f"{file}: tensor {name} stands in {self._tensors[name]} too")
+                self._tensors[name] = file
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "WeightFiles":
+        """All weights of a model folder, from its index or its one file; safetensors win over `.bin`."""
+        for name, is_index in CANDIDATES:
+            path = folder / name
+            if not path.is_file():
+                continue
+            if not is_index:
+                return cls([path])
+            weight_map = read_json(path).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{path}: no weight_map in it; expected the index of a sharded checkpoint")
+            shards = sorted(set(weight_map.values()))
+            for shard in shards:
+                if Path(shard).name != shard:
+                    raise ValueError(f"{path}: shard {shard!r} lies outside the folder")
+                if not (folder / shard).is_file():
+                    raise ValueError(f"{folder}: shard {shard} is missing ({path.name} names {len(shards)} shards)")
+            weights = cls([folder / shard for shard in shards])
+            for tensor, shard in weight_map.items():
+                if weights._tensors.get(tensor) != folder / shard:
+                    raise ValueError(f"{folder / shard}: tensor {tensor} is missing, though {path.name} puts it there")
+            return weights
+        raise ValueError(f"{folder}: no weights there; expected one of {', '.join(name for name, _ in CANDIDATES)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def file_of(self, name: str) -> Path:
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor, without reading it."""
+        opened = self._open[self._tensors[name]]
+        return tuple(opened[name].shape) if isinstance(opened, dict) else tuple(opened.get_slice(name).get_shape())
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """`tensor[rows, columns]` on the host (`tensor[rows]` if it has one dim), in the file's dtype."""
+        opened = self._open[self._tensors[name]]
+        if isinstance(opened, dict):
+            source = opened[name]
+            return source if source.dim() == 0 else source[rows] if source.dim() == 1 else source[rows, columns]
+        if rows == columns == slice(None):
+            return opened.get_tensor(name)
+        source = opened.get_slice(name)
+        if rows.start is not None and rows.start >= rows.stop:  # safetensors refuses an empty slice
+            return opened.get_tensor(name)[:0] if not source.get_shape()[0] else source[0:1][:0]
+        return source[rows] if len(source.get_shape()) == 1 else source[rows, columns]
+
+
+def _open_safetensors(file: Path):
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({one_line(error)}); it may be cut") from None
+
+
+def _open_pickle(file: Path) -> dict[str, Tensor]:
+    """A state dict of tensors; the safe unpickler runs no code. Maps the file unless it has torch's old format."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used with files saved with" not in str(error):
+                raise
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = one_line(str(error).partition("Please file an issue")[0])
+        raise ValueError(
+            f"{file}: this pickle holds more than tensors, and its code is never run; convert it to safetensors where "
+            f"you trust it ({reason})"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{file}: not a whole torch file ({one_line(error)}); it may be cut") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file}: expected a dictionary of tensors")
+    return state

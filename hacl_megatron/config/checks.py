@@ -1,0 +1,449 @@
+"""Everything that can be wrong with a run before a GPU is touched.
+
+`check_flags` needs the flags and the number of processes, `check_architecture` the sizes of the model too. Each check
+is a ValueError of one line: what was found, what was expected, what to do.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.console import notify
+from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.config.parser import GROUPS
+from hacl_megatron.config.run import RunConfig
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+"""Says that a folder holds a checkpoint of this trainer, as in Megatron-LM."""
+
+TEMPERATURE_RANGE = (0.001, 0.5)
+"""Bounds that the learned temperature is kept in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the processes and the samples of one optimiser step are divided."""
+
+    world_size: int
+    tp: int
+    """Tensor-parallel size."""
+    pp: int
+    """Pipeline stages."""
+    dp: int
+    """Data-parallel replicas: world_size / (tp x pp)."""
+    micro_batch_size: int
+    global_batch_size: int
+    num_micro_batches: int
+    """Micro-batches of one replica in one step: global_batch_size / (micro_batch_size x dp)."""
+
+
+# Closed intervals, except that `above(x)` and `below(x)` leave x out.
+def above(bound: float) -> float:
+    return math.nextafter(bound, math.inf)
+
+
+def below(bound: float) -> float:
+    return math.nextafter(bound, -math.inf)
+
+
+_FINITE = below(math.inf)
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers", "make_vocab_size_divisible_by", "distributed_timeout_minutes",
+            "model_max_length", "num_workers", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
+            "micro_batch_size", "global_batch_size", "train_iters", "exit_interval", "eval_iters", "log_interval",
+        ),
+        (1, _FINITE),
+    ),
+    **dict.fromkeys(
+        (
+            "contrastive_weight", "lr", "min_lr", "connector_lr", "heads_lr", "weight_decay", "clip_grad",
+            "eval_interval", "save_interval",
+        ),
+        (0, _FINITE),
+    ),
+    **dict.fromkeys(("max_bad_fraction", "lr_warmup_fraction"), (0, 1)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, below(1))),
+    **dict.fromkeys(("adam_eps", "num_train_epochs", "exit_duration_in_mins"), (above(0), _FINITE)),
+    "initial_temperature": TEMPERATURE_RANGE,
+    "seed": (0, 2**32 - 1),
+}  # fmt: skip
+"""Smallest and largest value of every number among the flags; None, where a flag takes it, is always well."""
+
+
+def check_flags(config: RunConfig, world_size: int) -> Layout:
+    """Check everything that the flags alone decide, and divide the processes and the batch.
+
+    One setting is changed in place: sequence parallelism over a single tensor-parallel rank is switched off, with a
+    line for the user.
+
+    Raises:
+        ValueError: one line for the first mistake found.
+    """
+    _check_limits(config)
+    layout = _layout(config, world_size)
+    _check_parallelism(config)
+    _check_length(config)
+    _check_rates(config)
+    _check_contrast(config, layout)
+    _check_inputs(config)
+    _check_outputs(config)
+    if config.model.mm_projector_type is not None:
+        check_projector_type(config.model.mm_projector_type)
+    if config.parallel.sequence_parallel and layout.tp == 1:
+        config.parallel.sequence_parallel = False
+        notify(
+            "--sequence-parallel is switched off: --tensor-model-parallel-size is 1, there is nothing to split over."
+        )
+    return layout
+
+
+def check_architecture(config: RunConfig, model: ModelConfig, layout: Layout) -> None:
+    """Check that the model can be built, cut as `layout` wants it, and fed as the flags say.
+
+    Raises:
+        ValueError: one line for the first mistake found.
+    """
+    language, vision = model.language, model.vision
+    for part, record in (("language", language), ("vision", vision), ("image", model.image)):
+        for name, value in vars(record).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+                raise ValueError(f"the model's {part}.{name} is {value}, expected more than 0; correct it")
+    _check_widths(model)
+    _check_tensor_parallel(model, layout.tp)
+    _check_pipeline(config.parallel, language.num_layers)
+    check_projector_type(model.projector_type)
+
+    _require(
+        vision.image_size % vision.patch_size == 0,
+        f"the vision tower's image_size {vision.image_size} is no multiple of its patch_size {vision.patch_size}",
+        "correct the tower's configuration",
+    )
+    _require(
+        model.image.size == vision.image_size,
+        f"images are resized to {model.image.size}, but the vision tower takes {vision.image_size}",
+        "make `image.size` and `vision.image_size` equal",
+    )
+    _require(
+        1 <= model.num_vision_layers_built <= vision.num_layers,
+        f"--mm-vision-select-layer {model.vision_select_layer} is outside the {vision.num_layers} layers of the tower",
+        f"expected 1..{vision.num_layers} or -{vision.num_layers}..-1",
+    )
+    _require(
+        vision.activation in ("quick_gelu", "gelu"),
+        f"the vision tower's activation is {vision.activation!r}",
+        "expected quick_gelu or gelu",
+    )
+    rope = language.rope_scaling
+    _require(
+        rope is None or rope.get("rope_type") == "llama3",
+        f"the language model's rope_scaling is {rope}",
+        "expected none, or rope_type llama3; other scalings are not supported",
+    )
+    length = config.data.model_max_length
+    _require(
+        length > vision.num_patches,
+        f"--model-max-length {length} leaves no room for text beside the {vision.num_patches} tokens of an image",
+        f"give more than {vision.num_patches}",
+    )
+    _require(
+        length <= language.max_position_embeddings,
+        f"--model-max-length {length} is beyond the {language.max_position_embeddings} positions of the language model",
+        f"give at most {language.max_position_embeddings}",
+    )
+
+
+def padded_vocab_size(vocab_size: int, parallel: ParallelFlags) -> int:
+    """Rows of embedding and LM head over all tensor-parallel ranks.
+
+    The next multiple of both numbers, not of their product as in Megatron-LM: so the tables of a checkpoint keep their
+    size at every tensor-parallel size that divides `make_vocab_size_divisible_by`.
+    """
+    multiple = math.lcm(parallel.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_projector_type(projector_type: str) -> None:
+    """ValueError unless the connector is `linear` or `mlpNx_gelu` with N >= 1."""
+    _require(
+        projector_type == "linear" or re.fullmatch(r"mlp[1-9]\d*x_gelu", projector_type) is not None,
+        f"--mm-projector-type is {projector_type!r}",
+        "expected linear, mlp2x_gelu or another mlpNx_gelu",
+    )
+
+
+def _require(condition: bool, found: str, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{found}; {remedy}")
+
+
+def _dashed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+def _check_limits(config: RunConfig) -> None:
+    flags: dict[str, Any] = {}
+    for group in GROUPS:
+        flags.update(vars(getattr(config, group)))
+    for name, (low, high) in LIMITS.items():
+        value = flags[name]
+        if value is None or low <= value <= high:  # not a number fails too
+            continue
+        if high == _FINITE:
+            expected = f"more than {low:.0f}" if low == above(0) else f"at least {low}"
+        else:
+            expected = f"{low} <= value < 1" if high == below(1) else f"{low} <= value <= {high}"
+        raise ValueError(f"{_dashed(name)} is {value}, expected {expected}; change it")
+
+
+def _layout(config: RunConfig, world_size: int) -> Layout:
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    _require(
+        world_size > 0 and world_size % (tp * pp) == 0,
+        f"{world_size} processes cannot be divided into replicas of {tp} tensor-parallel ranks x {pp} pipeline stages",
+        f"start a multiple of {tp * pp}, or change --tensor-model-parallel-size or --pipeline-model-parallel-size",
+    )
+    dp = world_size // (tp * pp)
+    micro = config.training.micro_batch_size
+    batch = micro * dp if config.training.global_batch_size is None else config.training.global_batch_size
+    _require(
+        batch % (micro * dp) == 0,
+        f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {dp} data-parallel replicas",
+        f"expected a multiple of {micro * dp}",
+    )
+    return Layout(
+        world_size=world_size,
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        micro_batch_size=micro,
+        global_batch_size=batch,
+        num_micro_batches=batch // (micro * dp),
+    )
+
+
+def _check_parallelism(config: RunConfig) -> None:
+    parallel = config.parallel
+    if parallel.overlap_param_gather:
+        for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+            _require(getattr(parallel, name), "--overlap-param-gather is given alone", f"add {_dashed(name)}")
+    for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+        _require(
+            getattr(parallel, name) is None or parallel.pipeline_model_parallel_size > 1,
+            f"{_dashed(name)} is given, but --pipeline-model-parallel-size is 1",
+            "leave it out, or give more stages",
+        )
+
+
+def _check_length(config: RunConfig) -> None:
+    training = config.training
+    _require(
+        (training.train_iters is None) != (training.num_train_epochs is None),
+        "both --train-iters and --num-train-epochs are given"
+        if training.train_iters
+        else "neither --train-iters nor --num-train-epochs is given",
+        "give exactly one of them",
+    )
+    _require(
+        training.eval_interval == 0 or bool(config.data.valid_data_path),
+        f"--eval-interval is {training.eval_interval}, but there is nothing to validate on",
+        "give --valid-data-path, or --eval-interval 0",
+    )
+
+
+def _check_rates(config: RunConfig) -> None:
+    rates, min_lr = _rates(config), config.optimizer.min_lr
+    for name, rate in rates.items():
+        _require(
+            min_lr <= rate,
+            f"--min-lr {min_lr} is above {_dashed(name)} {rate}",
+            "the schedule decays from the one to the other: lower --min-lr",
+        )
+    trains = {
+        "lr": not config.model.freeze_LM or not config.model.freeze_ViT,
+        "connector_lr": True,
+        "heads_lr": config.objective.contrastive_weight > 0,
+    }
+    _require(
+        any(rates[name] > 0 for name, part_trains in trains.items() if part_trains),
+        "nothing would train: the learning rate of every part that is not frozen is 0",
+        "raise --lr, --connector-lr or --heads-lr",
+    )
+
+
+def _rates(config: RunConfig) -> dict[str, float]:
+    """Peak learning rates by flag, defaults filled in."""
+    optimizer = config.optimizer
+    given = {"lr": optimizer.lr, "connector_lr": optimizer.connector_lr, "heads_lr": optimizer.heads_lr}
+    return {name: optimizer.lr if rate is None else rate for name, rate in given.items()}
+
+
+def _check_contrast(config: RunConfig, layout: Layout) -> None:
+    negatives = config.objective.contrastive_negatives
+    _require(
+        negatives != "queue",
+        "--contrastive-negatives queue is not supported for now",
+        "use global-batch or micro-batch",
+    )
+    # Without weight the contrastive loss is a metric only, and the pool changes nothing that is trained.
+    _require(
+        negatives != "global-batch" or layout.num_micro_batches == 1 or config.objective.contrastive_weight == 0,
+        f"--contrastive-negatives global-batch is not supported for now with {layout.num_micro_batches} micro-batches "
+        "a step",
+        f"raise --micro-batch-size to {layout.global_batch_size // layout.dp}, or use --contrastive-negatives "
+        "micro-batch (fewer negatives for each pair)",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+# os.path says False where pathlib raises, for instance below a folder that may not be searched.
+
+
+def _check_inputs(config: RunConfig) -> None:
+    model, data = config.model, config.data
+    _require(bool(data.data_path), "--data-path is empty", "give one or more LLaVA JSON files")
+    for name in ("data_path", "contrastive_data_path", "valid_data_path"):
+        for path in getattr(data, name):
+            _require(os.path.isfile(path), f"{_dashed(name)} {path}: no such file", "expected a LLaVA JSON file")
+    _require(
+        os.path.isdir(data.image_folder),
+        f"--image-folder {data.image_folder}: no such folder",
+        "expected the folder that image names are relative to",
+    )
+    if _resumes(config):  # model, weights and tokenizer come out of --load
+        return
+    _require(
+        model.pretrained_checkpoint is not None or config.architecture is not None,
+        "there is nothing to build the model from: no --pretrained-checkpoint, no `model:` section in the --config "
+        "file, no checkpoint in --load",
+        "give one of them",
+    )
+    _require(
+        model.tokenizer is not None or model.pretrained_checkpoint is not None,
+        "there is no tokenizer: neither --tokenizer nor --pretrained-checkpoint is given",
+        "give --tokenizer",
+    )
+    for name in ("pretrained_checkpoint", "tokenizer"):
+        path = getattr(model, name)
+        _require(
+            path is None or os.path.isdir(path), f"{_dashed(name)} {path}: no such folder", "expected a local folder"
+        )
+    adapter = model.pretrain_mm_mlp_adapter
+    _require(
+        adapter is None or os.path.isfile(adapter),
+        f"--pretrain-mm-mlp-adapter {adapter}: no such file",
+        "expected LLaVA's mm_projector.bin",
+    )
+
+
+def _resumes(config: RunConfig) -> bool:
+    return config.checkpoint.load is not None and os.path.isfile(os.path.join(config.checkpoint.load, LATEST_FILE))
+
+
+def _check_outputs(config: RunConfig) -> None:
+    checkpoint, training, logging = config.checkpoint, config.training, config.logging
+    for name, wanted in (
+        ("save_interval", checkpoint.save_interval > 0),
+        ("exit_interval", training.exit_interval is not None),
+        ("exit_duration_in_mins", training.exit_duration_in_mins is not None),
+    ):
+        _require(
+            not wanted or bool(checkpoint.save), f"{_dashed(name)} is given without a folder to save to", "add --save"
+        )
+    for name, path in (("save", checkpoint.save), ("tensorboard_dir", logging.tensorboard_dir)):
+        if path is not None:
+            _check_writable(name, path)
+    _require(
+        checkpoint.load is None or os.path.isdir(checkpoint.load) or not os.path.exists(checkpoint.load),
+        f"--load {checkpoint.load}: is no folder",
+        "expected the --save folder of an earlier run, which need not exist yet",
+    )
+    _require(
+        logging.wandb_project is None or importlib.util.find_spec("wandb") is not None,
+        "--wandb-project is given, but the package wandb is not installed",
+        "pip install wandb, or leave the flag out",
+    )
+
+
+def _check_writable(name: str, path: str) -> None:
+    """The folder, or the nearest one above it that exists, is a folder that can be written to."""
+    existing = Path(path).absolute()
+    while not os.path.exists(existing) and existing != existing.parent:
+        existing = existing.parent
+    _require(
+        path != "" and os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK),
+        f"{_dashed(name)} {path!r}: {existing} is {'not writable' if os.path.isdir(existing) else 'no folder'}",
+        "expected a folder that can be written to or created",
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- architecture
+
+
+def _check_widths(model: ModelConfig) -> None:
+    language, vision = model.language, model.vision
+    for part, record in (("language model", language), ("vision tower", vision)):
+        _require(
+            getattr(record, "kv_channels", None) is not None or record.hidden_size % record.num_attention_heads == 0,
+            f"the {part}'s hidden_size {record.hidden_size} is no multiple of its {record.num_attention_heads} heads",
+            "correct the model's configuration",
+        )
+    _require(
+        language.head_dim % 2 == 0,
+        f"the language model's heads are {language.head_dim} wide",
+        "rotary positions need an even width",
+    )
+    _require(
+        language.num_attention_heads % language.num_query_groups == 0,
+        f"{language.num_attention_heads} attention heads cannot share {language.num_query_groups} query groups",
+        "expected a divisor",
+    )
+    _require(
+        language.hidden_size % 4 == 0,
+        f"the language model's hidden_size is {language.hidden_size}",
+        "the contrastive heads are a quarter as wide: expected a multiple of 4",
+    )
+
+
+def _check_tensor_parallel(model: ModelConfig, tp: int) -> None:
+    for part, record in (("language model", model.language), ("vision tower", model.vision)):
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            size = getattr(record, name, tp)
+            _require(
+                size % tp == 0,
+                f"the {part}'s {name} {size} cannot be shared by {tp} tensor-parallel ranks",
+                f"choose a --tensor-model-parallel-size that divides {size}",
+            )
+
+
+def _check_pipeline(parallel: ParallelFlags, num_layers: int) -> None:
+    """As megatron-core's TransformerConfig and get_num_layers_to_build check it, but before anything is built."""
+    stages = parallel.pipeline_model_parallel_size
+    given = [parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers]
+    given = [layers for layers in given if layers is not None]
+    layers_left, stages_left = num_layers - sum(given), stages - len(given)
+    if not given:
+        expected = "choose a --pipeline-model-parallel-size that divides them, or set " + (
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"
+        )
+        _require(
+            num_layers % stages == 0, f"{num_layers} layers cannot be shared by {stages} pipeline stages", expected
+        )
+        return
+    even = layers_left == 0 if stages_left == 0 else layers_left > 0 and layers_left % stages_left == 0
+    _require(
+        even,
+        f"--decoder-first/last-pipeline-num-layers take {sum(given)} of {num_layers} layers and leave {layers_left} to "
+        f"the other {stages_left} pipeline stages",
+        "expected a positive multiple" if stages_left else "expected none",
+    )

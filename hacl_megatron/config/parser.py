@@ -1,0 +1,137 @@
+"""The one parser: flags, and YAML entries turned into the same flags, into the dataclasses of `flags.py`.
+
+A YAML entry is parsed as if it stood on the command line and becomes the flag's default, so that types are converted
+in one place and a flag given on the command line beats the file.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, get_origin, get_type_hints
+
+from transformers.hf_argparser import HfArgumentParser
+
+from hacl_megatron.config import flags
+from hacl_megatron.config.names import did_you_mean
+from hacl_megatron.config.sections import SECTIONS, sections_with
+from hacl_megatron.config.yaml_text import Document
+
+GROUPS: dict[str, type] = {
+    "model": flags.ModelFlags,
+    "parallel": flags.ParallelFlags,
+    "data": flags.DataFlags,
+    "objective": flags.ObjectiveFlags,
+    "optimizer": flags.OptimizerFlags,
+    "training": flags.TrainingFlags,
+    "checkpoint": flags.CheckpointFlags,
+    "logging": flags.LoggingFlags,
+}
+"""Attributes of `RunConfig` and the flags behind each."""
+assert tuple(GROUPS.values()) == flags.FLAG_GROUPS
+
+HINTS: dict[str, Any] = {name: hint for group in GROUPS.values() for name, hint in get_type_hints(group).items()}
+"""Type of every flag."""
+
+COMMAND_LINE_ONLY = ("print_config",)
+"""Flags that ask for an action instead of describing a run; no file holds them."""
+
+
+class FlagParser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are ValueErrors of one line and which takes no abbreviations."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            list(GROUPS.values()),
+            prog="hacl_megatron.train",
+            usage="python -m hacl_megatron.train --config FILE.yaml [--flag value ...]",
+            allow_abbrev=False,
+        )
+        self.add_argument(
+            "--config", action="append", metavar="FILE.yaml", default=[],
+            help="YAML file of flags (`micro_batch_size: 4`) and of the sections model, transformer, ddp, optimizer. "
+            "Flags given beside it beat it.",
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Flag groups by their names in `RunConfig`, and the `--config` files.
+
+        Raises:
+            ValueError: an unknown flag or a value that its flag cannot take.
+        """
+        *groups, others, unknown = self.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+        for argument in unknown:
+            self._refuse(argument)
+        return dict(zip(GROUPS, groups, strict=True)), others.config
+
+    def _refuse(self, argument: str) -> NoReturn:
+        if not argument.startswith("-"):
+            raise ValueError(f"unexpected argument {argument!r}; every value follows its flag")
+        flag = argument.partition("=")[0]
+        name = flag.lstrip("-").replace("-", "_")
+        known = {option.lstrip("-").replace("_", "-"): None for option in self._option_string_actions}
+        advice = did_you_mean(name.replace("_", "-"), known, "run with --help to see all", prefix="--")
+        if owners := sections_with(name):
+            advice = f"it is a field of megatron-core: write it under `{owners[0]}:` in the --config file"
+        elif name.removeprefix("no_") in HINTS and flag.startswith("--no"):
+            advice = f"write --{name.removeprefix('no_').replace('_', '-')} false"
+        raise ValueError(f"unknown flag {flag}; {advice}")
+
+    def set_from_file(self, document: Document) -> dict[str, Any]:
+        """Make a file's flags the parser's defaults; returns its sections, keyed as the file has them.
+
+        Raises:
+            ValueError: naming file and line, for an unknown key or a value that its flag cannot take.
+        """
+        sections, values = {}, {}
+        for key, value in document.values.items():
+            name = key.replace("-", "_")
+            if name in values or name in sections:
+                raise ValueError(f"{document.where(key)}: {name!r} is given twice, with dashes and with underscores")
+            if name in SECTIONS or name == "model":
+                sections[name] = value
+            elif name in HINTS and name not in COMMAND_LINE_ONLY:
+                values[name] = self._convert(name, value, document.where(key))
+            else:
+                raise ValueError(f"{document.where(key)}: {_unknown_key(name)}")
+        self.set_defaults(**values)
+        return sections
+
+    def _convert(self, name: str, value: Any, where: str) -> Any:
+        """A YAML value as the flag would have it."""
+        default = self.get_default(name)
+        if value is None:
+            if default is None or default == []:
+                return default
+            raise ValueError(f"{where}: {name!r} has no value; give one, or remove the line for the default {default}")
+        is_list = get_origin(HINTS[name]) is list
+        items = value if is_list and isinstance(value, list) else [value]
+        wants_text = (
+            is_list or get_origin(HINTS[name]) is Literal or str in getattr(HINTS[name], "__args__", [HINTS[name]])
+        )
+        parsed = []
+        for item in items:
+            if isinstance(item, list | dict) or item is None:
+                raise ValueError(
+                    f"{where}: {name!r} found {item!r}, expected {'one value an entry' if is_list else 'one value'}"
+                )
+            if wants_text and not isinstance(item, str):
+                raise ValueError(f"{where}: {name!r} found {item!r}, expected text; put it in quotes")
+            try:  # one item at a time and behind `=`, so that an item may begin with a dash
+                namespace = self.parse_args([f"--{name}={item}"])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            parsed.append(getattr(namespace, name))
+        return [item for one in parsed for item in one] if is_list else parsed[0]
+
+
+def _unknown_key(name: str) -> str:
+    known = [key for key in (*HINTS, *SECTIONS) if key not in COMMAND_LINE_ONLY]
+    advice = did_you_mean(name, known, "run with --help to see all flags")
+    if name in COMMAND_LINE_ONLY:
+        advice = f"--{name.replace('_', '-')} is for the command line alone"
+    elif owners := sections_with(name):
+        advice = f"it is a field of megatron-core: write it under `{owners[0]}:`"
+    return f"unknown key {name!r}; {advice}"

@@ -1,0 +1,128 @@
+"""`RunConfig`: everything a run was asked to do, from flags and YAML, and back to YAML.
+
+    FILE.yaml ─┬─ flat entries ──→ defaults of the parser ─┐
+               │                          argv ────────────┴→ flag groups ─┐
+               ├─ model: ──────────────→ ModelConfig ──────────────────────┼→ RunConfig ─ to_yaml → run_config.yaml
+               └─ transformer:, ddp:, optimizer: ──→ checked mappings ─────┘
+
+A file may hold any subset; what `to_yaml` writes is complete and a valid `--config` file itself.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from hacl_megatron.config import flags
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.parser import COMMAND_LINE_ONLY, GROUPS, FlagParser
+from hacl_megatron.config.records import build_record
+from hacl_megatron.config.sections import check_section
+from hacl_megatron.config.yaml_text import Document, dump_yaml, load_yaml
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run: a group of flags per concern, the sizes of the model once they are known, megatron-core's overrides."""
+
+    model: flags.ModelFlags = field(default_factory=flags.ModelFlags)
+    parallel: flags.ParallelFlags = field(default_factory=flags.ParallelFlags)
+    data: flags.DataFlags = field(default_factory=flags.DataFlags)
+    objective: flags.ObjectiveFlags = field(default_factory=flags.ObjectiveFlags)
+    optimizer: flags.OptimizerFlags = field(default_factory=flags.OptimizerFlags)
+    training: flags.TrainingFlags = field(default_factory=flags.TrainingFlags)
+    checkpoint: flags.CheckpointFlags = field(default_factory=flags.CheckpointFlags)
+    logging: flags.LoggingFlags = field(default_factory=flags.LoggingFlags)
+    architecture: ModelConfig | None = None
+    """YAML `model:`. None until `with_architecture` fills it from the checkpoint."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """YAML `transformer:`, values as YAML has them; `sections.megatron_fields` gives megatron-core's."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """YAML `ddp:`, likewise."""
+    optimizer_overrides: dict[str, Any] = field(default_factory=dict)
+    """YAML `optimizer:`, likewise."""
+
+
+def with_architecture(config: RunConfig, architecture: ModelConfig) -> RunConfig:
+    """`config` with the model's sizes; `--mm-projector-type` and `--mm-vision-select-layer` are laid over them."""
+    if config.model.mm_projector_type is not None:
+        architecture = replace(architecture, projector_type=config.model.mm_projector_type)
+    if config.model.mm_vision_select_layer is not None:
+        architecture = replace(architecture, vision_select_layer=config.model.mm_vision_select_layer)
+    return replace(config, architecture=architecture)
+
+
+def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
+    """The configuration that a command line asks for: `--config FILE.yaml`, then flags, which beat the file.
+
+    `argv` defaults to the process's own, without the program's name. A mistake in either ends the process with
+    status 2 and one line on stderr; `--help` with status 0.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        _, files = FlagParser().read(argv)
+        if len(files) > 1:
+            raise ValueError(f"--config was given {len(files)} times ({', '.join(files)}); give one file")
+        document = load_yaml(_read_text(files[0]), files[0]) if files else None
+        return _assemble(argv, document)
+    except ValueError as error:
+        exit_with_error(error)
+
+
+def from_yaml(text: str, source: str = "run_config.yaml") -> RunConfig:
+    """The configuration that `to_yaml` wrote, or any `--config` file's; ValueError names `source` and the line."""
+    return _assemble([], load_yaml(text, source))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration, a comment per group of flags; `from_yaml` gives back an equal one."""
+    parts = []
+    for name, group in GROUPS.items():
+        values = asdict(getattr(config, name))
+        values = {key: value for key, value in values.items() if key not in COMMAND_LINE_ONLY}
+        parts.append(f"# {group.__doc__}\n{dump_yaml(values)}")
+    architecture = None if config.architecture is None else asdict(config.architecture)
+    parts.append("# Sizes of the model's parts.\n" + dump_yaml({"model": architecture}))
+    overrides = {"transformer": config.transformer, "ddp": config.ddp, "optimizer": config.optimizer_overrides}
+    parts.append("# Fields of megatron-core's own configurations.\n" + dump_yaml(overrides))
+    return "\n".join(parts)
+
+
+def _assemble(argv: Sequence[str], document: Document | None) -> RunConfig:
+    parser = FlagParser()
+    sections = parser.set_from_file(document) if document else {}
+    groups, _ = parser.read(argv)
+
+    def checked(name: str) -> dict[str, Any]:
+        return check_section(name, sections[name], document.where(name)) if name in sections else {}
+
+    config = RunConfig(
+        **groups, transformer=checked("transformer"), ddp=checked("ddp"), optimizer_overrides=checked("optimizer")
+    )
+    if sections.get("model") is None:
+        return config
+    return with_architecture(config, _read_architecture(sections["model"], f"{document.where('model')}: model"))
+
+
+def _read_architecture(values: Any, where: str) -> ModelConfig:
+    """The `model:` section; `image` defaults to the tower's size."""
+    if isinstance(values, dict) and "image" not in values and isinstance(values.get("vision"), dict):
+        size = values["vision"].get("image_size", values["vision"].get("image-size"))
+        values = {**values, "image": {"size": size}}
+    return build_record(ModelConfig, values, where)
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--config {path}: not UTF-8 text; expected a YAML file") from None
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read ({error.strerror}); expected a YAML file") from None
+
+
+assert {item.name for item in fields(RunConfig)} == {
+    *GROUPS, "architecture", "transformer", "ddp", "optimizer_overrides"
+}  # fmt: skip

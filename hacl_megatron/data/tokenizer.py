@@ -1,0 +1,196 @@
+"""LLaMA tokenizers, loaded so that every transformers version gives the ids LLaVA-1.5 was trained on.
+
+The only file that imports transformers' tokenizers. LLaVA-1.5 used the slow (SentencePiece) `LlamaTokenizer` of
+transformers 4 (llava/train/train.py, `use_fast=False`). Three things differ elsewhere, and are evened out here:
+
+* `legacy`. With `legacy=True` SentencePiece's dummy space is put before the text *and* behind every special token
+  ("</s>USER" reads "</s> USER"); with `legacy=False` only before the text. A folder that does not say means True in
+  transformers 4 and False in transformers 5; `load_tokenizer` always says what transformers 4 would have meant.
+* Leading spaces. The slow tokenizer puts the dummy space before " cat" too (two spaces); Metaspace, which the fast
+  ones and all of transformers 5 use, does not when a space already stands there. `Tokenizer.encode` adds it.
+* Saving. transformers 5 writes neither `legacy` nor `tokenizer.model`, so its copy reads differently from its source,
+  and transformers 4 cannot open it. `Tokenizer.save` writes the files that were loaded, byte for byte.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoTokenizer, LlamaTokenizer, LlamaTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""What a tokenizer's folder may hold, and what `Tokenizer.save` writes."""
+
+DUMMY_SPACE = "▁"
+"""SentencePiece's mark for a space, which it also puts before a text."""
+
+
+@dataclass(kw_only=True)
+class Tokenizer:
+    """A LLaMA tokenizer and the facts about it that the conversation templates rely on."""
+
+    bos_id: int
+    eos_id: int
+    unk_id: int | None
+    eos_token: str
+    """EOS as it is written in a text: `</s>`."""
+    vocab_size: int
+    """Highest token id + 1, added tokens included; the embedding needs at least so many rows."""
+    legacy: bool
+    """Whether a text behind a special token reads as it does on its own (`legacy` of LlamaTokenizer); measured."""
+    files: dict[str, bytes] = field(repr=False)
+    """The files it was read from, so that a checkpoint can carry them when the folder is long gone."""
+    backend: Any = field(repr=False)
+    _needs_space: re.Pattern[str] | None = field(default=None, repr=False)
+    """Where Metaspace leaves out the dummy space that SentencePiece puts; None where nothing is left out."""
+
+    @property
+    def pad_id(self) -> int:
+        """LLaVA pads with `<unk>` (llava/train/train.py); EOS where a tokenizer has none."""
+        return self.eos_id if self.unk_id is None else self.unk_id
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        """Token ids of `text`, behind BOS if asked, never followed by EOS; special tokens in the text are parsed.
+
+        Raises TypeError or UnicodeError for what is not a text (not a string, lone surrogates).
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"expected a string, found {type(text).__name__}")
+        text.encode("utf-8")  # lone surrogates: here, not as a different exception in each tokenizer
+        if self._needs_space is not None:
+            text = self._needs_space.sub(r"\1 ", text)
+        ids = self.backend(text, add_special_tokens=False).input_ids if text else []
+        return [self.bos_id, *ids] if bos else list(ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def save(self, folder: str) -> None:
+        """Writes the tokenizer's own files into `folder` (made if missing)."""
+        os.makedirs(folder, exist_ok=True)
+        for name, content in self.files.items():
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Reads the tokenizer of a local folder. No network, no remote code.
+
+    Raises ValueError when the folder is missing, holds no tokenizer, or its tokenizer has no BOS or EOS.
+    """
+    if not os.path.isdir(path):
+        raise ValueError(
+            f"No tokenizer folder at {path!r}: give --tokenizer (or --pretrained-checkpoint) a local folder that "
+            "holds tokenizer.model or tokenizer.json"
+        )
+    files = {}
+    for name in TOKENIZER_FILES:
+        if os.path.isfile(os.path.join(path, name)):
+            with open(os.path.join(path, name), "rb") as file:
+                files[name] = file.read()
+    if "tokenizer.model" not in files and "tokenizer.json" not in files:
+        raise ValueError(
+            f"{path!r} holds neither tokenizer.model nor tokenizer.json: copy them from the language model's folder, "
+            "or name another folder with --tokenizer"
+        )
+    try:
+        config = json.loads(files.get("tokenizer_config.json", b"{}"))
+        backend = _load_backend(path, files, config)
+        if isinstance(backend, bool):  # what transformers 4 returns for a broken tokenizer.model
+            raise RuntimeError("tokenizer.model is no SentencePiece model")
+    except Exception as error:  # transformers raises OSError, ValueError, TypeError, RuntimeError, ... for broken files
+        raise ValueError(
+            f"The tokenizer in {path!r} cannot be read ({type(error).__name__}: {_first_line(error)}): copy its files "
+            "again from the language model's folder"
+        ) from error
+    if _is_llama(files, config):
+        # Spelled out, so that a copy means the same in every transformers version.
+        spelled_out = {"tokenizer_class": "LlamaTokenizer", **config, "legacy": _is_legacy(files, config)}
+        if spelled_out != config:
+            files["tokenizer_config.json"] = json.dumps(spelled_out, indent=2, ensure_ascii=False).encode()
+    backend.model_max_length = int(1e30)  # lengths are checked after the image is expanded, and not by a warning
+    return _measure(backend, path, files)
+
+
+def _load_backend(path: str, files: dict[str, bytes], config: dict[str, Any]) -> Any:
+    options = {"local_files_only": True, "trust_remote_code": False}
+    if _is_llama(files, config):
+        # The slow class (of transformers 4) is what LLaVA trained with; it reads tokenizer.model alone.
+        kind = LlamaTokenizer if "tokenizer.model" in files else LlamaTokenizerFast
+        level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # advice about `legacy`, which is settled here
+        try:
+            return kind.from_pretrained(path, legacy=_is_legacy(files, config), **options)
+        finally:
+            transformers_logging.set_verbosity(level)
+    return AutoTokenizer.from_pretrained(path, use_fast="tokenizer.model" not in files, **options)
+
+
+def _is_llama(files: dict[str, bytes], config: dict[str, Any]) -> bool:
+    """Whether it is LLaMA-1/2's SentencePiece tokenizer (LLaMA-3's is a byte-level BPE of another class)."""
+    name = config.get("tokenizer_class")
+    return "tokenizer.model" in files if name is None else name.lower() in ("llamatokenizer", "llamatokenizerfast")
+
+
+def _is_legacy(files: dict[str, bytes], config: dict[str, Any]) -> bool:
+    """`legacy` as transformers 4 understands the folder: as written; else by tokenizer.json; else True."""
+    if config.get("legacy") is not None:
+        return bool(config["legacy"])
+    if "tokenizer.json" not in files:
+        return True
+    definition = json.loads(files["tokenizer.json"])
+    return "Prepend" in json.dumps(definition.get("normalizer")) or "always" in json.dumps(
+        definition.get("pre_tokenizer")
+    )
+
+
+def _measure(backend: Any, path: str, files: dict[str, bytes]) -> Tokenizer:
+    vocabulary = backend.get_vocab()
+    special = {}
+    for key in ("bos_token", "eos_token"):
+        token = getattr(backend, key)
+        if token is None or token not in vocabulary:
+            raise ValueError(
+                f"The tokenizer in {path!r} has no {key} (found {token!r}): texts start with BOS and end with EOS, "
+                f"so set {key} in its tokenizer_config.json to a token of its vocabulary"
+            )
+        special[key] = str(token)
+
+    def ids(text: str) -> list[int]:
+        return backend(text, add_special_tokens=False).input_ids
+
+    # Measured instead of read from `backend.legacy`, which not every class has and which says what was asked for.
+    alone, behind_eos = ids("USER"), ids(special["eos_token"] + "USER")[1:]
+    legacy = alone == behind_eos
+    needs_space = None
+    if ids(" a") == ids("a"):
+        # Longest first, as the tokenizer itself matches added tokens.
+        added = sorted(backend.get_added_vocab(), key=len, reverse=True) if legacy else []
+        starts = "|".join(["^", *map(re.escape, added)])
+        needs_space = re.compile(f"({starts})(?=[ {DUMMY_SPACE}])")
+    return Tokenizer(
+        bos_id=vocabulary[special["bos_token"]],
+        eos_id=vocabulary[special["eos_token"]],
+        unk_id=None if backend.unk_token is None else vocabulary.get(backend.unk_token),
+        eos_token=special["eos_token"],
+        vocab_size=max(vocabulary.values()) + 1,
+        legacy=legacy,
+        files=files,
+        backend=backend,
+        _needs_space=needs_space,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

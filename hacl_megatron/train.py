@@ -1,0 +1,231 @@
+"""`torchrun … -m hacl_megatron.train --config FILE.yaml [--flag value …]`: parse, build, run."""
+
+import contextlib
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.checks import Layout, check_architecture, check_flags
+from hacl_megatron.config.console import exit_with_error, is_first_rank
+from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config, to_yaml, with_architecture
+from hacl_megatron.platform.processes import start_platform, world_size_from_environment
+
+PACKAGE = Path(__file__).parent
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of the trainer; a user's mistake ends it with one line and exit code 2."""
+    _quiet_libraries()
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except (ValueError, RuntimeError) as error:
+        if not _is_for_the_user(error):
+            raise
+        exit_with_error(error)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Train as the flags say."""
+    config = parse_run_config(argv)
+    layout = check_flags(config, world_size_from_environment())
+    resume_from = _checkpoint_to_resume(config)
+    config = with_architecture(config, resolve_architecture(config, resume_from))
+    architecture = config.architecture
+    check_architecture(config, architecture, layout)
+    if config.training.print_config:
+        if is_first_rank():
+            print(to_yaml(config), end="")
+        return
+    joined_already = dist.is_initialized()
+    device = start_platform(config.parallel.device, config.parallel.distributed_timeout_minutes)
+    trainer = build_trainer(config, architecture, layout, resume_from, device)
+    with contextlib.ExitStack() as stack:
+        if trainer.loader is not None:
+            stack.callback(trainer.loader.close)
+        if trainer.log is not None:
+            stack.callback(trainer.log.close)
+        trainer.train()
+    # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
+    parallel_state.destroy_model_parallel()
+    if not joined_already:
+        dist.destroy_process_group()
+
+
+def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelConfig:
+    """Sizes of the model: the checkpoint's to resume, else the pretrained one's, else the YAML's `model:` section.
+
+    `--mm-projector-type` and `--mm-vision-select-layer` are laid over it by `with_architecture`.
+    """
+    from hacl_megatron.checkpoint.hf_config import read_model_config
+    from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
+
+    if resume_from is not None:
+        return _architecture_in(resume_from / RUN_CONFIG_FILE)
+    if config.model.pretrained_checkpoint is not None:
+        source = Path(config.model.pretrained_checkpoint)
+        own = find_checkpoint(source)
+        return _architecture_in(own / RUN_CONFIG_FILE) if own is not None else read_model_config(source)
+    assert config.architecture is not None  # check_flags has asked for one of the three
+    return config.architecture
+
+
+def build_trainer(
+    config: RunConfig, architecture: ModelConfig, layout: Layout, resume_from: Path | None, device: torch.device
+):
+    """Everything a run consists of, ready to `train()`."""
+    from hacl_megatron.data.loader import build_loader
+    from hacl_megatron.data.tokenizer import load_tokenizer
+    from hacl_megatron.training import setup, state
+    from hacl_megatron.training.loop import Trainer
+    from hacl_megatron.training.metrics import MetricsLog
+
+    groups = setup.initialize_parallelism(config, layout)
+    progress, data_state = state.Progress(), None
+    if resume_from is not None:
+        progress, data_state = state.saved_progress(resume_from)
+
+    reads_data = groups.mp.rank() == 0
+    assets = _assets_folder(config, resume_from)
+    make_loader = partial(
+        build_loader,
+        data=config.data,
+        model=architecture,
+        tokenizer=load_tokenizer(config.model.tokenizer or assets) if reads_data else None,
+        image_context=config.objective.contrastive_image_context,
+        seed=config.training.seed,
+        global_batch_size=layout.global_batch_size,
+        micro_batch_size=layout.micro_batch_size,
+        data_parallel_rank=groups.dp.rank(),
+        data_parallel_size=layout.dp,
+        pad_multiple=layout.tp if config.parallel.sequence_parallel else 1,
+        decode_device="mixed" if device.type == "cuda" else "cpu",
+    )
+    loader = None
+    if reads_data:
+        loader = make_loader(
+            data_paths=config.data.data_path,
+            contrastive_paths=config.data.contrastive_data_path,
+            shuffle=True,
+            data_state=data_state,
+        )
+    num_samples = _from_rank_0(loader.num_samples if loader is not None else None)
+    train_iters = config.training.train_iters
+    if train_iters is None:
+        train_iters = ceil(config.training.num_train_epochs * num_samples / layout.global_batch_size)
+
+    module = setup.build_module(config, architecture, layout, groups, device)
+    said = None if resume_from is not None else setup.load_pretrained(module, config, architecture, layout)
+    trainee = setup.build_trainee(module, config, groups, device, train_iters)
+    if resume_from is not None:
+        state.restore_run(trainee, resume_from)
+        said = f"resumed iteration {progress.iteration} from {resume_from}"
+
+    make_valid_loader = None
+    if config.data.valid_data_path and config.training.eval_interval:
+        make_valid_loader = partial(
+            make_loader,
+            data_paths=config.data.valid_data_path,
+            contrastive_paths=[],
+            shuffle=False,
+            data_state=None,
+        )
+        if not reads_data:
+            make_valid_loader = _no_loader
+    log = None
+    if dist.get_rank() == 0:
+        save = config.checkpoint.save
+        tensorboard = config.logging.tensorboard_dir or (f"{save}/tensorboard" if save else None)
+        log = MetricsLog(
+            tensorboard_dir=Path(tensorboard) if tensorboard else None,
+            jsonl=Path(save) / "metrics.jsonl" if save else None,
+            first_iteration=progress.iteration,
+            last_iteration=train_iters,
+            wandb_project=config.logging.wandb_project,
+        )
+        log.say(
+            f"{said}\ntensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {device.type}, "
+            f"{layout.global_batch_size} samples a step, {num_samples} an epoch, {train_iters} iterations"
+        )
+    return Trainer(
+        config,
+        architecture,
+        layout,
+        trainee,
+        progress,
+        data_state=data_state or {},
+        loader=loader,
+        make_valid_loader=make_valid_loader,
+        num_samples=num_samples,
+        train_iters=train_iters,
+        log=log,
+        assets=assets,
+        device=device,
+    )
+
+
+def _no_loader() -> None:
+    """Validation on a rank that receives its batches from another."""
+
+
+def _checkpoint_to_resume(config: RunConfig) -> Path | None:
+    from hacl_megatron.checkpoint.sharded import find_checkpoint
+
+    load = config.checkpoint.load
+    return find_checkpoint(Path(load)) if load is not None else None
+
+
+def _architecture_in(run_config: Path) -> ModelConfig:
+    architecture = from_yaml(run_config.read_text(encoding="utf-8")).architecture
+    if architecture is None:
+        raise ValueError(f"{run_config} does not describe its model: the checkpoint is not one of this trainer's")
+    return architecture
+
+
+def _assets_folder(config: RunConfig, resume_from: Path | None) -> Path | None:
+    """Where tokenizer and image-processor files are: in a checkpoint of ours, or in the Hugging Face folder itself."""
+    from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, find_checkpoint
+
+    if resume_from is not None:
+        return resume_from / ASSETS_FOLDER
+    for source in (config.model.pretrained_checkpoint, config.model.tokenizer):
+        if source is not None:
+            own = find_checkpoint(Path(source))
+            return own / ASSETS_FOLDER if own is not None else Path(source)
+    raise ValueError("no tokenizer: give --tokenizer FOLDER, since there is no --pretrained-checkpoint to take it from")
+
+
+def _from_rank_0(value: int | None) -> int:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _is_for_the_user(error: BaseException) -> bool:
+    """Raised by this package's own code, and so written for the user; anything else keeps its traceback."""
+    from hacl_megatron.training.loop import TrainingStopped
+
+    if isinstance(error, TrainingStopped):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, ValueError) and Path(frames[-1].filename).is_relative_to(PACKAGE)
+
+
+def _quiet_libraries() -> None:
+    """Hide what megatron-core says on import about libraries that a machine need not have."""
+    import logging
+
+    warnings.filterwarnings("ignore", module=r"megatron\..*|torch\.distributed\..*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The training loop: load, step, log, evaluate, save; and when to give up."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from hacl_megatron.batch import BadSample, PackedBatch, StepBatches
+from hacl_megatron.checkpoint.sharded import save_checkpoint
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.checks import Layout
+from hacl_megatron.config.run import RunConfig, to_yaml
+from hacl_megatron.data.loader import StepLoader
+from hacl_megatron.training.exchange import exchange_batch, global_sums, segment_lengths
+from hacl_megatron.training.flops import language_flops, vision_flops
+from hacl_megatron.training.metrics import MetricsLog
+from hacl_megatron.training.schedule import default_learning_rate
+from hacl_megatron.training.setup import Trainee
+from hacl_megatron.training.signals import StopRequests
+from hacl_megatron.training.state import Progress, run_state
+from hacl_megatron.training.step import GlobalCounts, Step, StepMetrics, UpdateResult
+
+_BAD_FRACTION_MIN_SAMPLES = 1000
+"""The bad share is judged from here on (or from one epoch of a smaller set): one of the first ten is not 10 %."""
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and what to do. A checkpoint was saved if --save is set."""
+
+
+class Trainer:
+    """Owns one run between its start and its end. Every rank has one and takes the same decisions.
+
+    Args:
+        loader: on the rank of each replica that reads data, None on the others.
+        make_valid_loader: gives a loader that starts at the first validation sample (None on the ranks that do not
+            read data); None to never validate.
+        log: on one rank alone.
+        assets: folder whose tokenizer and processor files go into checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        architecture: ModelConfig,
+        layout: Layout,
+        trainee: Trainee,
+        progress: Progress,
+        *,
+        data_state: dict[str, Any],
+        loader: StepLoader | None,
+        make_valid_loader: Callable[[], StepLoader | None] | None,
+        num_samples: int,
+        train_iters: int,
+        log: MetricsLog | None,
+        assets: Path | None,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.architecture = architecture
+        self.layout = layout
+        self.trainee = trainee
+        self.progress = progress
+        self.data_state = data_state
+        self.loader = loader
+        self.make_valid_loader = make_valid_loader
+        self.num_samples = num_samples
+        self.train_iters = train_iters
+        self.log = log
+        self.assets = assets
+        self.device = device
+        self.stop_requests = StopRequests(config.training.exit_duration_in_mins)
+        self.step = Step(
+            trainee.model,
+            trainee.optimizer,
+            config.objective,
+            vocab_size=architecture.language.vocab_size,
+            groups=trainee.groups,
+            device=device,
+        )
+        self._saved_at = progress.iteration
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self) -> None:
+        """Train to the last iteration, or until something asks to stop."""
+        batches = iter(self.loader) if self.loader is not None else None
+        stop = None
+        while self.progress.iteration < self.train_iters and stop is None:
+            started = time.perf_counter()
+            step_batches = next(batches) if batches is not None else None
+            waited = time.perf_counter() - started
+            micro_batches, counts = self._receive(step_batches)
+            metrics = self.step.forward_backward(micro_batches, counts)
+            result = self.step.update(
+                loss_is_finite=math.isfinite(metrics.total(self.config.objective.contrastive_weight))
+            )
+            scalars = self._scalars(metrics, result, micro_batches, time.perf_counter() - started, waited)
+            self._advance(step_batches, result)
+            stop = self._end_of_step(step_batches)
+            self._report(scalars)
+            if self._due(self.config.training.eval_interval):
+                self._validate()
+            if self._due(self.config.checkpoint.save_interval):
+                self._save()
+            stop = stop or self._planned_exit()
+            self._give_up_if_hopeless()
+        self._save()
+        if stop is not None:
+            self._say(f"stopped after iteration {self.progress.iteration}: {stop}")
+
+    def _due(self, interval: int | None) -> bool:
+        return bool(interval) and self.progress.iteration % interval == 0
+
+    def _receive(self, step_batches: StepBatches | None) -> tuple[list[PackedBatch], GlobalCounts]:
+        """This replica's micro-batches on its every rank, and what the losses are divided by."""
+        groups, module = self.trainee.groups, self.trainee.module
+        micro_batches = [
+            exchange_batch(
+                step_batches.micro_batches[index] if step_batches is not None else None,
+                model_parallel_group=groups.mp,
+                tensor_parallel_group=groups.tp,
+                holds_vision_tower=module.pre_process,
+                image_size=self.architecture.vision.image_size,
+                device=self.device,
+            )
+            for index in range(self.layout.num_micro_batches)
+        ]
+        return micro_batches, self.step.count(micro_batches)
+
+    def _advance(self, step_batches: StepBatches | None, result: UpdateResult) -> None:
+        progress = self.progress
+        progress.iteration += 1
+        progress.drawn_samples += self.layout.global_batch_size
+        if step_batches is not None:
+            self.data_state = step_batches.data_state
+        if result.applied:
+            self.trainee.scheduler.step(increment=1)
+            progress.consecutive_skips = 0
+        else:
+            progress.skipped_steps += 1
+            progress.consecutive_skips += 1
+
+    def _end_of_step(self, step_batches: StepBatches | None) -> str | None:
+        """Bring what only some ranks know to all: unusable samples, and wishes to stop."""
+        reason = self.stop_requests.reason()
+        bad = step_batches.bad_samples if step_batches is not None else []
+        num_bad, num_reasons = global_sums([len(bad), reason is not None], group=dist.group.WORLD, device=self.device)
+        if num_bad:
+            self.progress.bad_samples += int(num_bad)
+            self._write_bad_samples(bad)
+        if not num_reasons:
+            return None
+        reasons: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        return next(text for text in reasons if text is not None)
+
+    def _planned_exit(self) -> str | None:
+        training = self.config.training
+        if self._due(training.exit_interval) and self.progress.iteration < self.train_iters:
+            return f"--exit-interval {training.exit_interval}"
+        return None
+
+    def _give_up_if_hopeless(self) -> None:
+        progress, limit = self.progress, self.config.data.max_bad_fraction
+        judged = progress.drawn_samples >= min(_BAD_FRACTION_MIN_SAMPLES, self.num_samples)
+        if judged and progress.bad_samples > limit * progress.drawn_samples:
+            self._save()
+            raise TrainingStopped(
+                f"{progress.bad_samples} of {progress.drawn_samples} samples were unusable, more than "
+                f"--max-bad-fraction {limit}: see {self._output('bad_samples.jsonl')}, mend the data or raise the limit"
+            )
+        if progress.consecutive_skips > self.config.optimizer.max_skipped_steps:
+            raise TrainingStopped(
+                f"loss or gradients were not finite in {progress.consecutive_skips} steps in a row, more than "
+                f"--max-skipped-steps {self.config.optimizer.max_skipped_steps}: lower --lr, or look at the data"
+            )
+
+    # ---------------------------------------------------------------- what a run leaves behind
+
+    def _save(self) -> None:
+        save = self.config.checkpoint.save
+        if save is None or self._saved_at == self.progress.iteration:
+            return
+        save_checkpoint(
+            lambda: run_state(self.trainee, self.progress, self._data_state_of_run()),
+            Path(save),
+            self.progress.iteration,
+            run_config=to_yaml(self.config),
+            assets=self.assets,
+        )
+        self._saved_at = self.progress.iteration
+        self._say(f"saved iteration {self.progress.iteration} to {save}")
+
+    def _data_state_of_run(self) -> dict[str, Any]:
+        # Only ranks that read data have seen it move on; megatron-core wants the same on every rank.
+        state = [self.data_state]
+        dist.broadcast_object_list(state, src=0)
+        return state[0]
+
+    def _write_bad_samples(self, bad: list[BadSample]) -> None:
+        everywhere: list[list[BadSample] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, bad)
+        target = self._output("bad_samples.jsonl")
+        if dist.get_rank() != 0:
+            return
+        samples = [sample for part in everywhere for sample in part or []]
+        for sample in samples[:3]:
+            self._say(f"bad sample {sample.name}: {sample.source}: {sample.reason}")
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("a", encoding="utf-8") as file:
+                for sample in samples:
+                    file.write(json.dumps({"iteration": self.progress.iteration, **asdict(sample)}) + "\n")
+
+    def _output(self, name: str) -> Path | None:
+        return Path(self.config.checkpoint.save) / name if self.config.checkpoint.save else None
+
+    def _say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.say(text)
+
+    # ---------------------------------------------------------------- numbers
+
+    def _report(self, scalars: dict[str, float]) -> None:
+        if self.log is None:
+            return
+        self.log.advance()
+        if self._due(self.config.logging.log_interval) or self.progress.iteration == self.train_iters:
+            self.log.log(self.progress.iteration, scalars)
+
+    def _scalars(
+        self,
+        metrics: StepMetrics,
+        result: UpdateResult,
+        micro_batches: list[PackedBatch],
+        seconds: float,
+        waited: float,
+    ) -> dict[str, float]:
+        counts, world = metrics.counts, self.layout.world_size
+        tflops = self._flops(micro_batches, counts) * self.layout.dp / seconds / world / 1e12
+        scalars = {
+            **_losses(metrics),
+            "temperature": metrics.temperature,
+            "learning-rate": default_learning_rate(self.trainee.optimizer),
+            "grad-norm": result.grad_norm,
+            "batch-size": self.layout.global_batch_size,
+            "iteration-time": seconds,
+            "samples-per-second": self.layout.global_batch_size / seconds,
+            "tokens-per-second-per-gpu": counts.rows / seconds / world,
+            "model-tflops-per-gpu": tflops,
+            "throughput": tflops,
+            "data-wait-share": waited / seconds,
+            "skipped-steps": self.progress.skipped_steps,
+        }
+        if result.num_zeros is not None:
+            scalars["num-zeros"] = result.num_zeros
+        if self.config.logging.log_params_norm:
+            scalars["params-norm"] = self._params_norm()
+        return scalars
+
+    def _flops(self, micro_batches: list[PackedBatch], counts: GlobalCounts) -> float:
+        """FLOPs of this replica's step; images are taken as evenly spread over replicas."""
+        lengths = [length for batch in micro_batches for length in segment_lengths(batch)]
+        language = language_flops(
+            self.architecture,
+            lengths,
+            counts.targets // self.layout.dp,
+            vocab_size=self.architecture.language.vocab_size,
+            trained=not self.config.model.freeze_LM,
+        )
+        return language + vision_flops(
+            self.architecture, counts.images // self.layout.dp, trained=not self.config.model.freeze_ViT
+        )
+
+    def _params_norm(self) -> float:
+        local = sum(
+            parameter.detach().float().square().sum().item()
+            for parameter in self.trainee.module.parameters()
+            if parameter.requires_grad
+            and param_is_not_shared(parameter)
+            and param_is_not_tensor_parallel_duplicate(parameter)
+        )
+        return math.sqrt(global_sums([local], group=self.trainee.groups.mp, device=self.device)[0])
+
+    def _validate(self) -> None:
+        if self.make_valid_loader is None:
+            return
+        totals: list[tuple[StepMetrics, GlobalCounts]] = []
+        loader = self.make_valid_loader()
+        try:
+            batches: Iterator[StepBatches] | None = iter(loader) if loader is not None else None
+            for _ in range(self.config.training.eval_iters):
+                micro_batches, counts = self._receive(next(batches) if batches is not None else None)
+                totals.append((self.step.evaluate(micro_batches, counts), counts))
+        finally:
+            if loader is not None:
+                loader.close()
+        means = _mean_losses(totals)
+        if self.log is not None:
+            self.log.log(self.progress.iteration, {f"{tag} validation": value for tag, value in means.items()})
+            self._say(
+                f"validation at {self.progress.iteration}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items())
+            )
+
+
+def _losses(metrics: StepMetrics) -> dict[str, float]:
+    return {
+        "lm loss": metrics.lm_loss,
+        "contrastive loss": metrics.contrastive_loss,
+        "contrastive loss i2t": metrics.contrastive_i2t,
+        "contrastive loss t2i": metrics.contrastive_t2i,
+        "retrieval accuracy i2t": metrics.retrieval_accuracy_i2t,
+        "hallucination margin": metrics.hallucination_margin,
+        "hallucination accuracy": metrics.hallucination_accuracy,
+    }
+
+
+def _mean_losses(batches: list[tuple[StepMetrics, GlobalCounts]]) -> dict[str, float]:
+    """Means over validation batches: per target token for the language-model loss, per pair for the rest."""
+    means = {}
+    for tag in _losses(batches[0][0]):
+        weighted = [
+            (_losses(metrics)[tag], counts.targets if tag == "lm loss" else counts.pairs) for metrics, counts in batches
+        ]
+        finite = [(value, weight) for value, weight in weighted if math.isfinite(value) and weight]
+        if finite:
+            means[tag] = sum(value * weight for value, weight in finite) / sum(weight for _, weight in finite)
+    return means

@@ -1,0 +1,128 @@
+"""Where the numbers of a run go: TensorBoard, `metrics.jsonl`, optionally Weights & Biases, and the terminal.
+
+Only one rank builds a `MetricsLog`; the tags are DESIGN's, Megatron-LM's where it has the thing.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+# What the terminal shows of an iteration, and how.
+_TERMINAL = (
+    ("lm loss", "lm {:.4f}"),
+    ("contrastive loss", "contrastive {:.4f}"),
+    ("retrieval accuracy i2t", "i2t {:.3f}"),
+    ("hallucination accuracy", "hal-acc {:.3f}"),
+    ("temperature", "τ {:.4f}"),
+    ("grad-norm", "grad {:.2f}"),
+    ("learning-rate", "lr {:.2e}"),
+    ("samples-per-second", "{:.1f} samples/s"),
+)
+
+
+def terminal_line(scalars: Mapping[str, float]) -> str:
+    """The chosen scalars that are there and finite, as one line."""
+    parts = [form.format(scalars[tag]) for tag, form in _TERMINAL if not math.isnan(scalars.get(tag, math.nan))]
+    return " | ".join(parts)
+
+
+class MetricsLog:
+    """Writes scalars to every sink. After a resume, what was logged beyond `first_iteration` is dropped first.
+
+    Args:
+        tensorboard_dir: folder for TensorBoard events, or None.
+        jsonl: file that gets one JSON object an iteration, or None.
+        first_iteration: the last iteration that is kept; 0 for a fresh run.
+        last_iteration: total of the progress bar.
+        wandb_project: project name, or None.
+        config: shown by Weights & Biases beside the curves.
+    """
+
+    def __init__(
+        self,
+        *,
+        tensorboard_dir: Path | None,
+        jsonl: Path | None,
+        first_iteration: int,
+        last_iteration: int,
+        wandb_project: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._writer = self._file = self._wandb = None
+        if tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step hides what a run that was killed after its last checkpoint had already logged.
+            self._writer = SummaryWriter(str(tensorboard_dir), purge_step=first_iteration + 1)
+        if jsonl is not None:
+            jsonl.parent.mkdir(parents=True, exist_ok=True)
+            _keep_iterations(jsonl, first_iteration)
+            self._file = jsonl.open("a", encoding="utf-8")
+        if wandb_project is not None:
+            import wandb
+
+            self._wandb = wandb.init(project=wandb_project, config=dict(config or {}))
+        self._bar = tqdm(
+            total=last_iteration,
+            initial=first_iteration,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._last = last_iteration
+
+    def advance(self) -> None:
+        """One iteration is done, whether or not it is logged."""
+        self._bar.update(1)
+
+    def log(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        """Write the finite scalars of `iteration` everywhere."""
+        finite = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+        if self._writer is not None:
+            for tag, value in finite.items():
+                self._writer.add_scalar(tag, value, iteration)
+        if self._file is not None:
+            self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+            self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(finite, step=iteration)
+        line = terminal_line(scalars)
+        if line and self._bar.disable:
+            print(f"iteration {iteration}/{self._last} | {line}", flush=True)
+        elif line:
+            self._bar.set_postfix_str(line)
+
+    def say(self, text: str) -> None:
+        """A line for the user that does not disturb the progress bar."""
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._bar.close()
+        for sink in (self._writer, self._file):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _keep_iterations(jsonl: Path, last: int) -> None:
+    """Drop lines beyond iteration `last`, and a line that a kill cut short."""
+    if not jsonl.exists():
+        return
+    kept = []
+    for line in jsonl.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["iteration"] <= last:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    jsonl.write_text("".join(kept), encoding="utf-8")

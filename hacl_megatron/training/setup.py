@@ -1,0 +1,150 @@
+"""Builds what a run needs from its configuration: process groups, model, optimiser, schedule, loaders.
+
+The order matters: weights are loaded and parts frozen before the data-parallel wrap sizes its gradient buffers, and the
+optimiser is built last, around the wrapped parameters.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from hacl_megatron.checkpoint.hf_import import load_hf_weights
+from hacl_megatron.checkpoint.sharded import find_checkpoint, load_checkpoint
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.checks import Layout, padded_vocab_size
+from hacl_megatron.config.run import RunConfig
+from hacl_megatron.config.sections import megatron_fields
+from hacl_megatron.model.hacl import HaclModel
+from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
+from hacl_megatron.training.schedule import build_optimizer, build_scheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """The model being trained, with what updates it. One per process."""
+
+    module: HaclModel
+    """This rank's pipeline stage."""
+    model: DistributedDataParallel
+    """The same, wrapped: gradients are reduced over data-parallel ranks."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    groups: ProcessGroupCollection
+
+
+def initialize_parallelism(config: RunConfig, layout: Layout) -> ProcessGroupCollection:
+    """Create megatron-core's process groups and seed every rank's generators."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
+    )
+    torch.manual_seed(config.training.seed)
+    model_parallel_cuda_manual_seed(config.training.seed)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def build_module(
+    config: RunConfig, architecture: ModelConfig, layout: Layout, groups: ProcessGroupCollection, device: torch.device
+) -> HaclModel:
+    """This rank's stage with initial weights, nothing loaded, frozen or wrapped yet."""
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    return HaclModel(
+        architecture,
+        language_config=language_transformer_config(
+            architecture,
+            config.parallel,
+            device=device,
+            dtype=dtype,
+            overrides=megatron_fields("transformer", config.transformer),
+        ),
+        vision_config=vision_transformer_config(architecture, config.parallel, device=device, dtype=dtype),
+        padded_vocab_size=padded_vocab_size(architecture.language.vocab_size, config.parallel),
+        initial_temperature=config.objective.initial_temperature,
+        seed=config.training.seed,
+        device=device,
+        groups=groups,
+    )
+
+
+def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelConfig, layout: Layout) -> str:
+    """Fill `module` from `--pretrained-checkpoint` and `--pretrain-mm-mlp-adapter`; returns a line for the user."""
+    source = config.model.pretrained_checkpoint
+    lines = []
+    if source is None:
+        lines.append("random weights")
+    elif (own := find_checkpoint(Path(source))) is not None:
+        state = load_checkpoint({"model": module.sharded_state_dict(metadata={})}, own)
+        module.load_state_dict(state["model"])
+        lines.append(f"weights from {own}")
+    else:
+        report = load_hf_weights(
+            module,
+            source,
+            architecture,
+            tp_rank=module.groups.tp.rank(),
+            tp_size=layout.tp,
+            layer_offset=get_transformer_layer_offset(module.config, None, module.groups.pp.rank()),
+            padded_vocab_size=padded_vocab_size(architecture.language.vocab_size, config.parallel),
+            adapter=config.model.pretrain_mm_mlp_adapter,
+        )
+        lines.append(report.summary())
+    return "; ".join(lines)
+
+
+def build_trainee(
+    module: HaclModel, config: RunConfig, groups: ProcessGroupCollection, device: torch.device, train_iters: int
+) -> Trainee:
+    """Freeze, wrap and give `module` its optimiser and schedule."""
+    parallel = config.parallel
+    module.freeze(language_model=config.model.freeze_LM, vision_tower=config.model.freeze_ViT)
+    ddp_fields = dict(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # a non-finite step is skipped and counted, not fatal
+    )
+    model = DistributedDataParallel(
+        module.config,
+        DistributedDataParallelConfig(**{**ddp_fields, **megatron_fields("ddp", config.ddp)}),
+        module,
+        pg_collection=groups,
+    )
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        dtype=module.config.params_dtype,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+        log_num_zeros=config.logging.log_num_zeros_in_grad,
+        groups=groups,
+        overrides=megatron_fields("optimizer", config.optimizer_overrides),
+    )
+    _connect_schedule(module.config, model)
+    model.train()
+    return Trainee(
+        module=module,
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optimizer, train_iters),
+        groups=groups,
+    )
+
+
+def _connect_schedule(transformer: TransformerConfig, model: DistributedDataParallel) -> None:
+    """Tell megatron-core's pipeline schedules how gradients are finished and when they may be reduced."""
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if model.ddp_config.overlap_grad_reduce:
+        transformer.no_sync_func = model.no_sync
+        if model.ddp_config.align_param_gather:
+            transformer.param_sync_func = model.start_param_sync

@@ -1,0 +1,108 @@
+"""What a checkpoint holds beside the weights, and how a run comes back from it.
+
+Everything here is the same on all ranks or sharded by megatron-core, so that a run resumes at any layout: weights,
+optimiser, schedule, position in the data, counters, and the random states (restored at the same layout alone,
+where they make the resumed run bitwise equal).
+"""
+
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from hacl_megatron.checkpoint.sharded import load_checkpoint, state_metadata
+from hacl_megatron.training.schedule import group_settings, restore_group_settings
+from hacl_megatron.training.setup import Trainee
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Plain numbers, the same on every rank."""
+
+    iteration: int = 0
+    """Optimiser steps done, skipped ones included."""
+    drawn_samples: int = 0
+    """Samples drawn from the data so far."""
+    bad_samples: int = 0
+    """Of these, unusable ones (`bad_samples.jsonl`)."""
+    skipped_steps: int = 0
+    """Steps not applied because loss or gradients were not finite."""
+    consecutive_skips: int = 0
+
+
+def run_state(trainee: Trainee, progress: Progress, data_state: dict[str, Any]) -> dict[str, Any]:
+    """The sharded state dict of the whole run, for saving."""
+    weights = trainee.module.sharded_state_dict(metadata=state_metadata())
+    return {
+        "model": weights,
+        "optimizer": trainee.optimizer.sharded_state_dict(weights, is_loading=False, metadata=state_metadata()),
+        "scheduler": trainee.scheduler.state_dict(),
+        "progress": asdict(progress),
+        "data_state": data_state,
+        "layout": _layout(trainee),
+        "random_states": _sharded_random_states(trainee),
+    }
+
+
+def saved_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """Counters and data position of a checkpoint, without its tensors."""
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    return Progress(**common["progress"]), common["data_state"]
+
+
+def restore_run(trainee: Trainee, folder: Path) -> None:
+    """Load weights, optimiser, schedule and, at the same layout, random states from a checkpoint folder.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another model.
+    """
+    settings = group_settings(trainee.optimizer)
+    weights = trainee.module.sharded_state_dict(metadata=state_metadata())
+    wanted = {
+        "model": weights,
+        "optimizer": trainee.optimizer.sharded_state_dict(weights, is_loading=True, metadata=state_metadata()),
+    }
+    same_layout = dist_checkpointing.load_common_state_dict(str(folder))["layout"] == _layout(trainee)
+    if same_layout:
+        wanted["random_states"] = _sharded_random_states(trainee)
+    state = load_checkpoint(wanted, folder)
+    trainee.module.load_state_dict(state["model"])
+    trainee.optimizer.load_state_dict(state["optimizer"])
+    restore_group_settings(trainee.optimizer, settings)
+    # After the groups' own settings, so that the schedule computes each group's rate from them.
+    trainee.scheduler.load_state_dict(state["scheduler"])
+    if same_layout:
+        _restore_random_states(state["random_states"])
+
+
+def _layout(trainee: Trainee) -> list[int]:
+    groups = trainee.groups
+    return [groups.tp.size(), groups.pp.size(), groups.dp.size()]
+
+
+def _sharded_random_states(trainee: Trainee) -> ShardedObject:
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    groups = trainee.groups
+    shape = (groups.pp.size(), groups.tp.size(), groups.dp.size())
+    return ShardedObject("random_states", states, shape, (groups.pp.rank(), groups.tp.rank(), groups.dp.rank()))
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["tracker"])

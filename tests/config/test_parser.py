@@ -1,0 +1,240 @@
+"""Flags and files into `RunConfig`: precedence, types, spellings, and what a mistake looks like to its maker."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hacl_megatron.config.flags import FLAG_GROUPS
+from hacl_megatron.config.names import NAMES_ELSEWHERE
+from hacl_megatron.config.parser import HINTS, FlagParser
+from hacl_megatron.config.run import parse_run_config
+
+
+@pytest.fixture
+def config_file(tmp_path: Path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def refused(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    """The one line on stderr of a command line that must end with status 2."""
+    with pytest.raises(SystemExit) as exit:
+        parse_run_config(list(argv))
+    captured = capsys.readouterr()
+    assert exit.value.code == 2
+    assert captured.out == "" and captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    return captured.err
+
+
+def test_every_flag_is_documented_and_named_once():
+    names = [field.name for group in FLAG_GROUPS for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+    for group in FLAG_GROUPS:
+        assert group.__doc__ and not group.__doc__.startswith(group.__name__)  # dataclasses make one up otherwise
+        for field in dataclasses.fields(group):
+            assert len(field.metadata["help"]) > 10 and field.metadata["help"].endswith("."), field.name
+
+
+def test_help_shows_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_run_config(["--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for name in HINTS:
+        assert f"--{name.replace('_', '-')}" in shown, name
+
+
+def test_names_of_other_trainers_lead_to_flags_that_exist():
+    assert not set(NAMES_ELSEWHERE) & set(HINTS)
+    assert set(NAMES_ELSEWHERE.values()) <= set(HINTS)
+
+
+# ------------------------------------------------------------------------------------------------ precedence and types
+
+
+def test_flag_beats_file_and_file_beats_default(config_file):
+    path = config_file("lr: 3.0e-4\nmicro_batch_size: 8\ndata_path: [a.json, b.json]\nfreeze_ViT: false\n")
+    for argv in (["--config", path, "--lr", "2e-5", "--data-path", "c.json"],
+                 ["--lr", "2e-5", "--data-path", "c.json", "--config", path]):  # fmt: skip
+        config = parse_run_config(argv)
+        assert config.optimizer.lr == 2e-5  # flag
+        assert config.data.data_path == ["c.json"]  # a list is replaced, not extended
+        assert config.training.micro_batch_size == 8 and config.model.freeze_ViT is False  # file
+        assert config.optimizer.adam_beta2 == 0.999  # default
+
+
+def test_a_flag_that_repeats_the_default_still_beats_the_file(config_file):
+    path = config_file("bf16: true\nmask_duplicates: true\nlr: 5\nversion: plain\n")
+    config = parse_run_config(
+        ["--config", path, "--bf16", "false", "--no-mask-duplicates", "--lr", "1e-3", "--version", "v1"]
+    )
+    assert config.model.bf16 is False and config.objective.mask_duplicates is False
+    assert config.optimizer.lr == 1e-3 and config.data.version == "v1"
+
+
+@pytest.mark.parametrize(
+    ("text", "group", "name", "value"),
+    [
+        ("lr: 1e-3", "optimizer", "lr", 1e-3),  # text to plain PyYAML
+        ("lr: 2", "optimizer", "lr", 2.0),
+        ("lr: '2e-5'", "optimizer", "lr", 2e-5),
+        ("adam_eps: 1E-8", "optimizer", "adam_eps", 1e-8),
+        ("train_iters: 1_000", "training", "train_iters", 1000),
+        ("bf16: yes", "model", "bf16", True),
+        ("freeze-LM: true", "model", "freeze_LM", True),
+        ("freeze_LM: true", "model", "freeze_LM", True),
+        ("micro-batch-size: 3", "training", "micro_batch_size", 3),
+        ("mm_vision_select_layer: -2", "model", "mm_vision_select_layer", -2),
+        ("hallucination_negatives: none", "objective", "hallucination_negatives", "none"),
+        ("train_iters: null", "training", "train_iters", None),
+        ("data_path: one.json", "data", "data_path", ["one.json"]),
+        ("data_path: [-dash.json, 'with space.json', a=b.json]", "data", "data_path",
+         ["-dash.json", "with space.json", "a=b.json"]),
+        ("data_path: []", "data", "data_path", []),
+        ("image_folder: --odd", "data", "image_folder", "--odd"),
+        ("wandb_project: '1e-3'", "logging", "wandb_project", "1e-3"),
+        ("", "training", "seed", 1234),
+        ("# only a comment\n", "training", "seed", 1234),
+    ],
+)  # fmt: skip
+def test_yaml_values(config_file, text, group, name, value):
+    found = getattr(getattr(parse_run_config(["--config", config_file(text)]), group), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_both_spellings_of_a_flag():
+    for dashes in ("--micro-batch-size", "--micro_batch_size"):
+        assert parse_run_config([dashes, "4"]).training.micro_batch_size == 4
+        assert parse_run_config([f"{dashes}=4"]).training.micro_batch_size == 4
+    assert parse_run_config(["--mm-vision-select-layer", "-2"]).model.mm_vision_select_layer == -2
+    for freeze in ("--freeze-LM", "--freeze_LM"):
+        assert parse_run_config([freeze]).model.freeze_LM is True
+
+
+def test_two_configurations_share_no_list():
+    first = parse_run_config([])
+    first.data.data_path.append("x.json")
+    assert parse_run_config([]).data.data_path == []
+
+
+def test_the_first_pass_leaves_nothing_behind(config_file):
+    """Parsing a file once must not change what a run without it gets."""
+    parse_run_config(["--config", config_file("lr: 7")])
+    assert parse_run_config([]).optimizer.lr == 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--bogus-thing", "1"], ["unknown flag --bogus-thing", "--help"]),
+        (["--mirco-batch-size", "1"], ["unknown flag --mirco-batch-size", "did you mean --micro-batch-size"]),
+        (["--freeze-lm"], ["did you mean --freeze-LM"]),
+        (["--micro-batch", "1"], ["unknown flag --micro-batch", "--micro-batch-size"]),  # an abbreviation
+        (["--learning_rate", "1"], ["did you mean --lr"]),
+        (["--no-freeze-LM"], ["write --freeze-LM false"]),
+        (["--recompute-granularity", "full"], ["write it under `transformer:`"]),
+        (["--grad_reduce_in_fp32", "1"], ["write it under `ddp:`"]),
+        (["--lr"], ["--lr", "expected one argument"]),
+        (["--micro-batch-size", "2.5"], ["--micro-batch-size", "'2.5'"]),
+        (["--version", "v2"], ["--version", "v2", "plain"]),
+        (["--bf16", "perhaps"], ["perhaps"]),
+        (["train.json"], ["unexpected argument 'train.json'"]),
+        (["--config", "/nowhere/run.yaml"], ["/nowhere/run.yaml", "No such file"]),
+        (["--config", "a.yaml", "--config", "b.yaml"], ["--config was given 2 times", "a.yaml", "b.yaml"]),
+    ],
+)
+def test_wrong_command_lines(capsys, argv, expected):
+    error = refused(capsys, *argv)
+    for part in expected:
+        assert part in error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lr: 1\nmirco_batch_size: 4\n", ["line 2", "unknown key 'mirco_batch_size'; did you mean micro_batch_size"]),
+        ("learning_rate: 1e-3", ["did you mean lr"]),
+        ("recompute_granularity: full", ["line 1", "write it under `transformer:`"]),
+        ("print_config: true", ["--print-config is for the command line"]),
+        ("config: other.yaml", ["unknown key 'config'"]),
+        ("lr: 1\nlr: 2\n", ["line 2", "'lr' is given twice"]),
+        ("micro-batch-size: 1\nmicro_batch_size: 2\n", ["line 2", "'micro_batch_size' is given twice"]),
+        ("lr: [1\nseed: 3\n", ["line 2", "not valid YAML"]),
+        ("lr: 1\n\tseed: 3\n", ["line 2", "not valid YAML"]),
+        ("lr: !!python/object/apply:os.system [ls]", ["line 1", "not valid YAML"]),
+        ("lr: \x00", ["line 1", "not valid YAML"]),
+        ("wandb_project: 2024-13-45", ["not valid YAML", "quotes"]),
+        ("- lr\n", ["found a list", "expected"]),
+        ("just text", ["found a str"]),
+        ("7: seven", ["found the key 7"]),
+        ("[a]: 1", ["not valid YAML"]),
+        ("micro_batch_size: 2.5", ["line 1", "micro-batch-size", "2.5"]),
+        ("micro_batch_size: true", ["micro-batch-size", "True"]),
+        ("micro_batch_size:\n", ["'micro_batch_size' has no value"]),
+        ("micro_batch_size: [1, 2]", ["'micro_batch_size'", "one value"]),
+        ("micro_batch_size: {a: 1}", ["'micro_batch_size'", "one value"]),
+        ("data_path: [[a.json]]", ["'data_path'", "one value an entry"]),
+        ("wandb_project: 2024-01-02", ["'wandb_project'", "quotes"]),
+        ("tokenizer: no", ["'tokenizer' found False", "quotes"]),  # YAML's `no` is a boolean
+        ("version: 1", ["'version' found 1", "quotes"]),
+        ("version: v2", ["line 1", "'v2'"]),
+        ("bf16: perhaps", ["line 1", "perhaps"]),
+    ],
+)
+def test_wrong_files(capsys, config_file, text, expected):
+    path = config_file(text)
+    error = refused(capsys, "--config", path)
+    for part in [path, *expected]:
+        assert part in error
+
+
+def test_a_file_that_is_no_text(capsys, tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert "not UTF-8" in refused(capsys, "--config", str(tmp_path / "run.yaml"))
+    assert "cannot be read" in refused(capsys, "--config", str(tmp_path))
+
+
+def test_one_process_a_node_reports_a_mistake(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as exit:
+        parse_run_config(["--bogus"])
+    assert exit.value.code == 2 and capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "--bogus" in refused(capsys, "--bogus")
+
+
+def test_a_real_process_leaves_with_one_line():
+    """megatron-core is imported on the way to this message, and its warnings must not bury it."""
+    program = "from hacl_megatron.config.run import parse_run_config; parse_run_config()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--recompute-granularity", "full"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "hacl_megatron: error: unknown flag --recompute-granularity; it is a field of megatron-core: write it under "
+        "`transformer:` in the --config file\n"
+    )
+
+
+def test_importing_the_configuration_stays_light():
+    """torch and megatron-core take seconds that `--help` and a wrong flag should not cost."""
+    program = "import sys, hacl_megatron.config.checks; print({'torch', 'megatron'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "set()\n"
+
+
+def test_the_parser_knows_no_other_flags():
+    """A flag outside the dataclasses would be missing from YAML, --print-config and run_config.yaml."""
+    extra = {action.dest for action in FlagParser()._actions} - set(HINTS)
+    assert extra == {"help", "config"}

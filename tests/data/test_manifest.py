@@ -1,0 +1,149 @@
+"""LLaVA JSON in, samples out; and every fault named with file, record and key."""
+
+import json
+import pickle
+
+import pytest
+
+from hacl_megatron.data.manifest import Manifest
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": " A cat.\n"}]
+
+
+def write(tmp_path, records, name="data.json") -> str:
+    path = tmp_path / name
+    text = "\n".join(map(json.dumps, records)) if name.endswith(".jsonl") else json.dumps(records, indent=1)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def record(**keys):
+    return {"id": "7", "image": "a/7.jpg", "conversations": TURNS, **keys}
+
+
+def test_a_llava_record(tmp_path):
+    path = write(tmp_path, [record()])
+    manifest = Manifest.read([path], version="v1")
+    assert len(manifest) == 1
+    sample = manifest[0]
+    assert (sample.sample_id, sample.name, sample.image, sample.source) == (0, "7", "a/7.jpg", path)
+    assert sample.conversations == (("human", "<image>\nWhat is it?"), ("gpt", " A cat.\n"))
+    assert sample.caption is None and sample.hallucinated_captions == ()
+
+
+@pytest.mark.parametrize(
+    ("keys", "version", "caption"),
+    [
+        ({}, "v1", None),
+        ({}, "plain", "A cat."),
+        ({"text": "A red cat."}, "v1", "A red cat."),
+        ({"text": "A red cat."}, "plain", "A red cat."),
+        ({"text": " "}, "plain", None),
+        ({"text": ""}, "plain", None),
+        ({"text": None}, "plain", "A cat."),
+        ({"caption": "not this"}, "v1", "A cat."),
+        ({"caption": None}, "v1", "A cat."),
+        ({"Hallucination caption": "A dog."}, "v1", "A cat."),
+        ({"Hallucination caption": "A dog.", "text": "<image>\nA red cat. "}, "v1", "A red cat."),
+        ({"conversations": TURNS[:1], "caption": ""}, "v1", None),
+        ({"conversations": [TURNS[0], {"from": "gpt", "value": None}]}, "plain", None),
+    ],
+)
+def test_which_text_is_the_caption(tmp_path, keys, version, caption):
+    assert Manifest.read([write(tmp_path, [record(**keys)])], version=version)[0].caption == caption
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("A dog.", ("A dog.",)), ([" A dog.", "", "Two cats."], ("A dog.", "Two cats.")), ("", ()), ([], ()), (None, ())],
+)
+def test_hallucinated_captions_are_a_string_or_a_list(tmp_path, value, expected):
+    path = write(tmp_path, [record(**{"Hallucination caption": value})])
+    assert Manifest.read([path], version="v1")[0].hallucinated_captions == expected
+
+
+def test_json_and_json_lines_hold_the_same_samples(tmp_path):
+    records = [record(id=n, text=f"é 日本 😀 {n}") for n in range(5)] + [{"conversations": TURNS}]
+    for ensure_ascii in (True, False):
+        (tmp_path / "a.json").write_text("\ufeff" + json.dumps(records, ensure_ascii=ensure_ascii), encoding="utf-8")
+        lines = "\n\n".join(json.dumps(r, ensure_ascii=ensure_ascii) for r in records) + "\n"
+        (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+        paths = [str(tmp_path / "a.json"), str(tmp_path / "a.jsonl")]
+        manifest = Manifest.read(paths, version="v1")
+        assert len(manifest) == 12 and manifest.samples_per_file == (6, 6)
+        assert [s.sample_id for s in manifest] == list(range(12))
+        assert [s.caption for s in manifest][:6] == [s.caption for s in manifest][6:]
+        assert manifest[3].caption == "é 日本 😀 3" and manifest[3].name == "3"
+        assert manifest[0].source == paths[0] and manifest[11].source == paths[1]
+        assert manifest[5].image is None and manifest[5].name == "record 5"
+
+
+def test_a_lone_surrogate_is_that_samples_fault_alone(tmp_path):
+    (tmp_path / "a.json").write_text('[{"id": "1", "conversations": [{"from": "human", "value": "\\ud83d"}]}]')
+    assert Manifest.read([str(tmp_path / "a.json")], version="v1")[0].conversations == (("human", "\ud83d"),)
+
+
+def test_a_manifest_travels_to_worker_processes(tmp_path):
+    manifest = Manifest.read([write(tmp_path, [record(id=n) for n in range(3)])], version="v1")
+    assert list(pickle.loads(pickle.dumps(manifest))) == list(manifest)
+    with pytest.raises(IndexError):
+        manifest[3]
+    assert len(Manifest.read([], version="v1")) == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"image": ["a.jpg", "b.jpg"]}, r"key 'image' is a list of 2; several images a sample are not supported yet"),
+        ({"image": 3}, r"key 'image' is int 3; expected a file name"),
+        ({"image": ""}, r"key 'image' is str \"\"; expected a file name"),
+        ({"id": {}}, r"key 'id' is dict {}; expected a string or a number"),
+        ({"conversations": "hello"}, r"key 'conversations' is str \"hello\"; expected a list of turns"),
+        ({"conversations": ["hello"]}, r"key 'conversations\[0\]' is str \"hello\"; expected an object with 'from'"),
+        ({"conversations": [TURNS[0], {"from": "gpt"}]}, r"key 'conversations\[1\]' is dict .* 'value'"),
+        ({"text": ["a", "b"]}, r"key 'text' is list \[\"a\", \"b\"\]; expected a string, the caption"),
+        ({"Hallucination caption": [1]}, r"key 'Hallucination caption' is list \[1\]; expected a string or a list"),
+        ({"Hallucination caption": 0}, r"key 'Hallucination caption' is int 0"),
+    ],
+)
+def test_wrong_types_name_file_record_and_key(tmp_path, keys, complaint):
+    for name, where in (("a.json", r"a\.json, record 1 \(line \d+\): "), ("a.jsonl", r"a\.jsonl, record 1 \(line 2\)")):
+        with pytest.raises(ValueError, match=where + ".*" + complaint) as caught:
+            Manifest.read([write(tmp_path, [record(), record(**keys)], name)], version="v1")
+        assert "\n" not in str(caught.value)
+
+
+def test_missing_conversations_and_records_that_are_no_objects(tmp_path):
+    with pytest.raises(ValueError, match=r"record 0 \(line 2\): key 'conversations' is missing \(found 'id', 'text'\)"):
+        Manifest.read([write(tmp_path, [{"id": 1, "text": "x"}])], version="v1")
+    with pytest.raises(ValueError, match=r"record 1 .*found list \[1\]; expected an object"):
+        Manifest.read([write(tmp_path, [record(), [1]])], version="v1")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.json", b'[{"id": 1, "conversations": []},\n {"id": 2, "conv', r"broken JSON in line 2, column 12"),
+        ("a.json", b'[{"id": 1, "conversations": []}\n', r"broken JSON in line 2, column 1 \(expected ',' or '\]'"),
+        ("a.json", b'[{"id": 1, "conversations": []} {}]', r"line 1, column 33 \(expected ','"),
+        ("a.json", b'[{"conversations": []}]\n[]', r"line 2, column 1 \(text behind the list\)"),
+        ("a.json", b'[{"conversations": []},\n]', r"broken JSON in line 2, column 1"),
+        ("a.json", b'{"id": 1}', r"found one JSON object, expected a list .* \.jsonl"),
+        ("a.json", b"", r"found an empty file"),
+        ("a.json", b"[]", r"holds no samples"),
+        ("a.json", b"<html>", r"not JSON \(starts with '<html>'\)"),
+        ("a.json", b'["\xff"]', r"not UTF-8 \(byte 2\)"),
+        ("a.jsonl", b'{"conversations": []}\n\n{"id": ', r"broken JSON in line 3, column 8"),
+        ("a.jsonl", b"\n\n", r"holds no samples"),
+    ],
+)
+def test_broken_files_say_where(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json.*: .*" + complaint) as caught:
+        Manifest.read([str(tmp_path / name)], version="v1")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_its_flag(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.json: no such file; .*--data-path"):
+        Manifest.read([str(tmp_path / "nowhere.json")], version="v1")

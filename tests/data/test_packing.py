@@ -1,0 +1,223 @@
+"""Packing: the worked example of batch.py, mixed batches row by row, and properties over random batches."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample, rows_key
+from hacl_megatron.data.packing import PackSlot, pack
+
+BOS, EOS, CAT, DOG, RED, ASK = 1, 2, 7, 8, 9, 5
+
+
+def rows(*ids: int) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int64)
+
+
+def encoded(dialogue, targets=(), *, image=None, caption=None, hallucinated=()) -> EncodedSample:
+    """`targets`: positions of the dialogue that are trained on; the segments as id lists."""
+    dialogue = rows(*dialogue)
+    labels = np.full(len(dialogue), IGNORE)
+    labels[list(targets)] = dialogue[list(targets)]
+    segments = tuple(rows(*segment) for segment in hallucinated)
+    return EncodedSample(
+        dialogue=dialogue,
+        labels=labels,
+        has_image=IMAGE in dialogue or image is not None,
+        image_segment=None if image is None else rows(*image),
+        caption_segment=None if caption is None else rows(*caption),
+        hallucinated_segments=segments,
+        caption_key=None if caption is None else rows_key(rows(*caption)),
+        hallucinated_keys=tuple(map(rows_key, segments)),
+        truncated=False,
+        tokenization_mismatch=False,
+    )
+
+
+def slot(sample_id: int, sample: EncodedSample | None) -> PackSlot:
+    key = 1000 + sample_id if sample is not None and sample.has_image else None
+    return PackSlot(sample_id=sample_id, encoded=sample, image_key=key)
+
+
+def pixels(count: int) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.float32)[:, None, None, None].expand(count, 3, 4, 4)
+
+
+PAIR = encoded(
+    [BOS, IMAGE, IMAGE, CAT, EOS], [3, 4], image=[IMAGE, IMAGE, EOS], caption=[BOS, CAT, EOS]
+)  # the pair of batch.py's docstring
+
+
+def test_the_worked_example_of_the_contract():
+    batch = pack([slot(11, PAIR)], pixels(1), visual_tokens=2, pad_multiple=4)
+    assert batch.sample_ids.tolist() == [11]
+    assert batch.token_ids.tolist() == [BOS, 0, 0, CAT, EOS, 0, 0, EOS, BOS, CAT, EOS, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 0]
+    assert batch.cu_seqlens.tolist() == [0, 5, 8, 11, 12]
+    assert batch.max_seqlen == 5
+    assert batch.image_rows.tolist() == [1, 2, 5, 6]
+    assert batch.feature_rows.tolist() == [0, 1, 0, 1]
+    assert batch.target_rows.tolist() == [2, 3]
+    assert batch.target_ids.tolist() == [CAT, EOS]
+    assert batch.image_eos_rows.tolist() == [7]
+    assert batch.caption_eos_rows.tolist() == [10]
+    assert batch.hallucinated_eos_rows.tolist() == [] and batch.hallucinated_owner.tolist() == []
+    assert batch.image_keys.tolist() == [1011]
+    assert batch.caption_keys.tolist() == [rows_key(rows(BOS, CAT, EOS))]
+    assert batch.num_padding_rows == 1
+    assert (batch.num_pairs, batch.num_targets, batch.num_images, batch.num_rows) == (1, 2, 1, 12)
+
+
+def test_a_mixed_batch_row_by_row():
+    """Text only; a pair with two hallucinations; a bad sample; an image without a pair; a pair whose dialogue has no
+    image but a prompt in front of its image segment."""
+    text_only = encoded([BOS, ASK, CAT, EOS], [2, 3])
+    pair = encoded(
+        [BOS, ASK, IMAGE, IMAGE, CAT],
+        [4],
+        image=[BOS, ASK, IMAGE, IMAGE, EOS],
+        caption=[BOS, CAT, EOS],
+        hallucinated=[[BOS, DOG, EOS], [BOS, RED, DOG, EOS]],
+    )
+    image_only = encoded([BOS, IMAGE, IMAGE, DOG], [3])
+    other = encoded([BOS, ASK], [1], image=[IMAGE, IMAGE, EOS], caption=[BOS, DOG, EOS], hallucinated=[[BOS, CAT, EOS]])
+    slots = [slot(3, text_only), slot(1, pair), slot(9, None), slot(4, image_only), slot(0, other)]
+    batch = pack(slots, pixels(3), visual_tokens=2, pad_multiple=8)
+
+    # fmt: off
+    expected = [
+        # (segment's token ids, first row)
+        ([BOS, ASK, CAT, EOS], 0), ([BOS, ASK, 0, 0, CAT], 4), ([BOS, ASK, 0, 0, EOS], 9), ([BOS, 0, 0, DOG], 14),
+        ([BOS, ASK], 18), ([0, 0, EOS], 20), ([BOS, CAT, EOS], 23), ([BOS, DOG, EOS], 26),
+        ([BOS, DOG, EOS], 29), ([BOS, RED, DOG, EOS], 32), ([BOS, CAT, EOS], 36), ([0], 39),
+    ]
+    # fmt: on
+    assert batch.token_ids.tolist() == [token for segment, _ in expected for token in segment]
+    assert batch.cu_seqlens.tolist() == [*(begin for _, begin in expected), 40]
+    assert batch.position_ids.tolist() == [n for segment, _ in expected for n in range(len(segment))]
+    assert batch.sample_ids.tolist() == [3, 1, 9, 4, 0]
+    assert batch.target_rows.tolist() == [1, 2, 7, 16, 18]
+    assert batch.target_ids.tolist() == [CAT, EOS, CAT, DOG, ASK]
+    assert batch.image_rows.tolist() == [6, 7, 11, 12, 15, 16, 20, 21]
+    assert batch.feature_rows.tolist() == [0, 1, 0, 1, 2, 3, 4, 5]
+    assert batch.image_eos_rows.tolist() == [13, 22]
+    assert batch.caption_eos_rows.tolist() == [25, 28]
+    assert batch.hallucinated_eos_rows.tolist() == [31, 35, 38]
+    assert batch.hallucinated_owner.tolist() == [0, 0, 1]
+    assert batch.image_keys.tolist() == [1001, 1000]
+    # Keys tell equal captions apart from different ones across captions and hallucinated captions.
+    assert batch.hallucinated_keys[0] == batch.caption_keys[1] and batch.hallucinated_keys[2] == batch.caption_keys[0]
+    assert batch.num_padding_rows == 1 and batch.max_seqlen == 5
+
+
+def test_a_batch_of_bad_samples_is_padding_alone():
+    batch = pack([slot(5, None), slot(6, None)], pixels(0), visual_tokens=2, pad_multiple=4)
+    assert batch.sample_ids.tolist() == [5, 6]
+    assert batch.token_ids.tolist() == [0] * 4 and batch.position_ids.tolist() == [0, 1, 2, 3]
+    assert batch.cu_seqlens.tolist() == [0, 4] and batch.max_seqlen == 4 and batch.num_padding_rows == 4
+    assert batch.num_pairs == batch.num_targets == batch.num_images == 0
+    assert batch.pixel_values.shape == (0, 3, 4, 4)
+
+
+def test_no_padding_segment_where_nothing_is_padded():
+    batch = pack([slot(0, encoded([BOS, ASK, CAT, EOS], [2, 3]))], pixels(0), visual_tokens=2, pad_multiple=4)
+    assert batch.cu_seqlens.tolist() == [0, 4] and batch.num_padding_rows == 0
+
+
+def test_a_target_on_the_first_token_is_dropped():
+    """Nothing stands in front of it: on the second segment the row before belongs to the other sample."""
+    sample = encoded([CAT, DOG], [0, 1])
+    batch = pack([slot(0, sample), slot(1, sample)], pixels(0), visual_tokens=2, pad_multiple=1)
+    assert batch.target_rows.tolist() == [0, 2] and batch.target_ids.tolist() == [DOG, DOG]
+
+
+def test_dtypes_are_those_of_the_contract():
+    for slots, count in (([slot(0, PAIR)], 1), ([slot(0, None)], 0)):
+        batch = pack(slots, pixels(count), visual_tokens=2, pad_multiple=4)
+        for name, value in vars(batch).items():
+            if isinstance(value, torch.Tensor):
+                expected = {"cu_seqlens": torch.int32, "pixel_values": torch.float32}.get(name, torch.int64)
+                assert value.dtype == expected and value.is_contiguous(), name
+
+
+def test_a_rank_without_vision_tower_packs_the_same_rows():
+    slots = [slot(0, PAIR), slot(1, PAIR)]
+    with_pixels = pack(slots, pixels(2), visual_tokens=2, pad_multiple=4)
+    without = pack(slots, pixels(0), visual_tokens=2, pad_multiple=4)
+    assert without.num_images == 0
+    assert without.feature_rows.tolist() == with_pixels.feature_rows.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    with pytest.raises(AssertionError, match="1 images for 2 slots"):
+        pack(slots, pixels(1), visual_tokens=2, pad_multiple=4)
+
+
+@st.composite
+def samples(draw) -> EncodedSample | None:
+    token = st.integers(3, 50)
+    if draw(st.booleans()) and draw(st.booleans()):
+        return None
+    image = [IMAGE] * 3 if draw(st.booleans()) else []
+    dialogue = [BOS, *draw(st.lists(token, max_size=3)), *image, *draw(st.lists(token, max_size=5))]
+    text = [n for n, token_id in enumerate(dialogue) if token_id != IMAGE]
+    targets = draw(st.lists(st.sampled_from(text), unique=True))
+    if not image or draw(st.booleans()):
+        return encoded(dialogue, targets)
+    caption = [BOS, *draw(st.lists(token, max_size=4)), EOS]
+    hallucinated = [[BOS, *words, EOS] for words in draw(st.lists(st.lists(token, max_size=3), max_size=3))]
+    return encoded(dialogue, targets, image=[*image, EOS], caption=caption, hallucinated=hallucinated)
+
+
+@given(drawn=st.lists(samples(), min_size=1, max_size=5), pad_multiple=st.sampled_from([1, 2, 8, 64]))
+@settings(max_examples=150, deadline=None)
+def test_every_segment_can_be_read_back(drawn, pad_multiple):
+    slots = [slot(n, sample) for n, sample in enumerate(drawn)]
+    good = [sample for sample in drawn if sample is not None]
+    with_image = [sample for sample in good if sample.has_image]
+    pairs = [sample for sample in good if sample.image_segment is not None]
+    batch = pack(slots, pixels(len(with_image)), visual_tokens=3, pad_multiple=pad_multiple)
+
+    assert batch.num_rows % pad_multiple == 0 and batch.num_rows >= pad_multiple
+    borders = batch.cu_seqlens.tolist()
+    assert borders[-1] == batch.num_rows and batch.max_seqlen == max(np.diff(borders))
+    # Put the images' numbers back where the features go, then read the segments off.
+    filled = batch.token_ids.clone()
+    filled[batch.image_rows] = -1 - batch.feature_rows
+    segments = [filled[begin:end].tolist() for begin, end in itertools.pairwise(borders)]
+    if batch.num_padding_rows:
+        assert segments.pop() == [0] * batch.num_padding_rows
+
+    def with_features(segment, sample):
+        first = next(n for n, other in enumerate(with_image) if other is sample) * 3 if sample.has_image else 0
+        features = iter(range(first, first + 3))
+        return [-1 - next(features) if token == IMAGE else token for token in segment.tolist()]
+
+    expected = []
+    for sample in good:
+        expected.append(with_features(sample.dialogue, sample))
+        if sample.image_segment is not None:
+            expected.append(with_features(sample.image_segment, sample))
+    expected += [sample.caption_segment.tolist() for sample in pairs]
+    expected += [segment.tolist() for sample in pairs for segment in sample.hallucinated_segments]
+    assert segments == expected
+
+    # Shifted as a language model shifts them, the dialogue's labels are the targets.
+    labels = {}
+    for segment, begin in zip(expected, borders, strict=False):
+        for sample in good:
+            if segment is expected[_dialogue_index(good, sample)]:
+                shifted = sample.labels[1:].tolist()
+                labels |= {begin + n: token for n, token in enumerate(shifted) if token != IGNORE}
+    assert dict(zip(batch.target_rows.tolist(), batch.target_ids.tolist(), strict=True)) == labels
+    assert batch.target_rows.tolist() == sorted(labels)
+
+    eos = torch.cat([batch.image_eos_rows, batch.caption_eos_rows, batch.hallucinated_eos_rows])
+    assert (batch.token_ids[eos] == EOS).all() and all(row + 1 in borders for row in eos.tolist())
+    assert batch.hallucinated_owner.tolist() == [n for n, pair in enumerate(pairs) for _ in pair.hallucinated_segments]
+
+
+def _dialogue_index(good, sample) -> int:
+    before = good[: next(n for n, other in enumerate(good) if other is sample)]
+    return sum(1 + (other.image_segment is not None) for other in before)

@@ -1,0 +1,374 @@
+"""The same batch through transformers and through this package's model, at any layout: values and gradients.
+
+`write_reference` computes both with `LlavaForConditionalGeneration` in one process, segment by segment, and stores the
+gradients *as a checkpoint*: loaded by the importer, they fall apart over ranks exactly as the weights do, so that every
+rank can compare its own shard. `compare` runs the model on this process's ranks and returns the differences.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from hacl_megatron.batch import PackedBatch
+from tests.tiny import image_token_id, randomise, write_tiny_llava
+
+VOCAB, PADDED_VOCAB, HIDDEN, LAYERS = 331, 384, 48, 4
+VISUAL, IMAGE_SIZE = 36, 48
+TEMPERATURE = 0.07
+TEMPERATURE_GRADIENT = 0.25
+HEADS = ("vision_projector.weight", "vision_projector.bias", "text_projector.weight", "text_projector.bias")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes; `first` is the number of LLaMA layers on the first of two pipeline stages."""
+
+    tp: int = 1
+    pp: int = 1
+    sp: bool = False
+    first: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp
+
+    def __str__(self) -> str:
+        uneven = f" ({self.first}+{LAYERS - self.first})" if self.first else ""
+        return f"TP{self.tp}{'+SP' if self.sp else ''} PP{self.pp}{uneven}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A tiny model: arguments of `write_tiny_llava`, and whether its vision tower is trained."""
+
+    sizes: dict[str, Any] = field(default_factory=dict)
+    trains_vision: bool = False
+
+
+# --------------------------------------------------------------------------------------------------------------- batches
+
+
+def _pack(segments: list[tuple[str, int, int]], *, images: int, seed: int, multiple: int) -> PackedBatch:
+    """Lay out segments (kind, length, image) one after another. In a dialogue the image begins at row 1.
+
+    kinds: dialogue, image (36 visual tokens and EOS), caption, hallucinated. image -1: none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [length for _, length, _ in segments]
+    if padding := -sum(lengths) % multiple:
+        lengths.append(padding)
+    total = sum(lengths)
+    ids = torch.randint(3, VOCAB - 20, (total,), generator=generator)
+    image_rows, feature_rows, targets, start = [], [], [], 0
+    ends: dict[str, list[int]] = {"image": [], "caption": [], "hallucinated": []}
+    for kind, length, image in segments:
+        if image >= 0 and kind in ("dialogue", "image"):
+            first = start + (1 if kind == "dialogue" else 0)
+            image_rows += range(first, first + VISUAL)
+            feature_rows += range(image * VISUAL, (image + 1) * VISUAL)
+        if kind == "dialogue":  # every row has a target, so that every row's logits are compared
+            targets += range(start, start + length)
+        else:
+            ends[kind].append(start + length - 1)
+        start += length
+    ids[start:] = 0
+    ids[image_rows] = 0
+    pixels = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    owners = [0] * len(ends["hallucinated"])
+
+    def integers(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64)
+
+    return PackedBatch(
+        sample_ids=integers([0]), token_ids=ids, position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max_seqlen=max(lengths),
+        pixel_values=pixels, image_rows=integers(image_rows), feature_rows=integers(feature_rows),
+        target_rows=integers(targets), target_ids=ids[targets].clone(), image_eos_rows=integers(ends["image"]),
+        caption_eos_rows=integers(ends["caption"]), hallucinated_eos_rows=integers(ends["hallucinated"]),
+        hallucinated_owner=integers(owners), image_keys=integers([*range(len(ends["image"]))]),
+        caption_keys=integers([*range(len(ends["caption"]))]), hallucinated_keys=integers(owners),
+        num_padding_rows=padding,
+    )  # fmt: skip
+
+
+def make_batches(multiple: int = 1) -> list[PackedBatch]:
+    """Two micro-batches of different length: images, pairs and text; then a dialogue without an image."""
+    mixed = [
+        ("dialogue", 49, 1), ("image", VISUAL + 1, 0), ("caption", 7, -1), ("hallucinated", 9, -1),
+        ("image", VISUAL + 1, 1), ("caption", 5, -1), ("dialogue", 11, -1), ("dialogue", 43, 0),
+    ]  # fmt: skip
+    return [
+        _pack(mixed, images=2, seed=1, multiple=multiple),
+        _pack([("dialogue", 13, -1), ("dialogue", 4, -1)], images=0, seed=2, multiple=multiple),
+    ]
+
+
+def loss_weights(index: int, batch: PackedBatch) -> dict[str, Tensor]:
+    """Gradient of the test's loss with respect to each output of micro-batch `index`; of order 1 in all."""
+    generator = torch.Generator().manual_seed(100 + index)
+
+    def draw(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) / max(rows * columns, 1) ** 0.5
+
+    return {
+        "logits": draw(batch.target_rows.numel(), VOCAB),
+        "image": draw(batch.image_eos_rows.numel(), HIDDEN // 4),
+        "caption": draw(batch.caption_eos_rows.numel(), HIDDEN // 4),
+        "hallucinated": draw(batch.hallucinated_eos_rows.numel(), HIDDEN // 4),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- transformers' answer
+
+
+def _heads() -> dict[str, Tensor]:
+    """Random heads under the names of `hacl_heads.safetensors`."""
+    heads = {"vision_projector": torch.nn.Linear(HIDDEN, HIDDEN // 4), "text_projector": torch.nn.Linear(HIDDEN, 12)}
+    for seed, linear in enumerate(heads.values()):
+        randomise(linear, 50 + seed)
+    return {f"{name}.{key}": value.detach() for name, m in heads.items() for key, value in m.state_dict().items()}
+
+
+def write_reference(folder: Path, variant: Variant) -> None:
+    """Write `folder/weights`, `folder/gradients` (Hugging Face folders with heads) and `folder/expected.pt`."""
+    from safetensors.torch import save_file
+    from transformers import LlavaForConditionalGeneration
+
+    weights = write_tiny_llava(folder / "weights", **variant.sizes)
+    heads = _heads()
+    temperature = torch.full([1], TEMPERATURE)
+    save_file({**heads, "temperature": temperature}, weights / "hacl_heads.safetensors")
+
+    model = LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(variant.trains_vision or "vision_tower" not in name)
+    heads = {name: value.clone().requires_grad_() for name, value in heads.items()}
+
+    expected, loss = [], 0.0
+    for index, batch in enumerate(make_batches()):
+        hidden = torch.cat([_segment_hidden(model, batch, s) for s in range(len(batch.cu_seqlens) - 1)])
+
+        def embed(rows: Tensor, name: str, hidden: Tensor = hidden) -> Tensor:
+            linear = F.linear(hidden[rows], heads[f"{name}.weight"], heads[f"{name}.bias"])
+            return F.normalize(linear, dim=-1)
+
+        outputs = {
+            "logits": model.lm_head(hidden[batch.target_rows]),
+            "image": embed(batch.image_eos_rows, "vision_projector"),
+            "caption": embed(batch.caption_eos_rows, "text_projector"),
+            "hallucinated": embed(batch.hallucinated_eos_rows, "text_projector"),
+        }
+        loss = loss + sum((outputs[key] * w).sum() for key, w in loss_weights(index, batch).items())
+        expected.append({key: value.detach() for key, value in outputs.items()})
+    loss.backward()
+    torch.save(expected, folder / "expected.pt")
+
+    # `save_pretrained` of the gradients puts them under the very names that the weights have.
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    model.save_pretrained(folder / "gradients")
+    gradients = {name: value.grad for name, value in heads.items()}
+    gradients["temperature"] = torch.full([1], TEMPERATURE_GRADIENT)
+    save_file(gradients, folder / "gradients" / "hacl_heads.safetensors")
+    (folder / "variant.json").write_text(json.dumps({"trains_vision": variant.trains_vision}))
+
+
+def _segment_hidden(model, batch: PackedBatch, segment: int) -> Tensor:
+    """transformers' final-norm hidden states [length, hidden] of one segment, run alone from position 0."""
+    start, stop = batch.cu_seqlens[segment].item(), batch.cu_seqlens[segment + 1].item()
+    ids = batch.token_ids[start:stop].clone()
+    inside = (batch.image_rows >= start) & (batch.image_rows < stop)
+    ids[batch.image_rows[inside] - start] = image_token_id(VOCAB)
+    images = (batch.feature_rows[inside] // VISUAL).unique()
+    pixels = batch.pixel_values[images] if len(images) else None
+    return model.model(input_ids=ids[None], pixel_values=pixels, use_cache=False).last_hidden_state[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ our answer
+
+
+def build(folder: Path, layout: Layout, device: torch.device, *, dtype: torch.dtype = torch.float32, seed: int = 1):
+    """The model of a Hugging Face folder on this rank, its weights not loaded, and its architecture and groups."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from hacl_megatron.checkpoint.hf_config import read_model_config
+    from hacl_megatron.config.flags import ParallelFlags
+    from hacl_megatron.model.hacl import HaclModel
+    from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    architecture = read_model_config(folder)
+    parallel = ParallelFlags(
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, sequence_parallel=layout.sp,
+        decoder_first_pipeline_num_layers=layout.first,
+    )  # fmt: skip
+    module = HaclModel(
+        architecture,
+        language_config=language_transformer_config(architecture, parallel, device=device, dtype=dtype, overrides={}),
+        vision_config=vision_transformer_config(architecture, parallel, device=device, dtype=dtype),
+        padded_vocab_size=PADDED_VOCAB, initial_temperature=TEMPERATURE, seed=seed, device=device, groups=groups,
+    )  # fmt: skip
+    return module, architecture, groups
+
+
+def load(module, folder: Path, architecture, layout: Layout, groups) -> None:
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from hacl_megatron.checkpoint.hf_import import load_hf_weights
+
+    report = load_hf_weights(
+        module, folder, architecture, tp_rank=groups.tp.rank(), tp_size=layout.tp,
+        layer_offset=get_transformer_layer_offset(module.config, None, groups.pp.rank()),
+        padded_vocab_size=PADDED_VOCAB,
+    )  # fmt: skip
+    assert not report.fresh, report.fresh
+
+
+def wrap(module, groups):
+    """The data-parallel wrap and the schedule's hooks, as a run has them."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=False)
+    model = DistributedDataParallel(module.config, config, module, pg_collection=groups)
+    module.config.finalize_model_grads_func = finalize_model_grads
+    model.train()
+    model.zero_grad_buffer()
+    return model
+
+
+def run_schedule(model, batches: list[PackedBatch], *, forward_only: bool = False) -> list[dict[str, Tensor]]:
+    """Both micro-batches through megatron-core's schedule under the test's loss; outputs on the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    groups = model.module.groups
+    shard = PADDED_VOCAB // groups.tp.size()
+    first_column = groups.tp.rank() * shard
+
+    def forward_step(data, model):
+        index, batch = next(data)
+        output = model(batch, tuple(batch.cu_seqlens.diff().tolist()))
+
+        def loss_function(output):
+            weights = {key: w.to(output.logits.device) for key, w in loss_weights(index, batch).items()}
+            # The loss over a split vocabulary: each rank adds what its own columns contribute.
+            columns = F.pad(weights["logits"], (0, PADDED_VOCAB - VOCAB))[:, first_column : first_column + shard]
+            outputs = {
+                "logits": output.logits,
+                "image": output.image_embeddings,
+                "caption": output.caption_embeddings,
+                "hallucinated": output.hallucinated_embeddings,
+            }
+            loss = sum((outputs[key].float() * {**weights, "logits": columns}[key]).sum() for key in outputs)
+            if index == 0:
+                loss = loss + TEMPERATURE_GRADIENT * output.temperature.squeeze()
+            else:
+                loss = loss + 0.0 * output.temperature.squeeze()
+            # The schedule divides by the number of micro-batches.
+            return loss * len(batches), {key: value.detach() for key, value in outputs.items()}
+
+        return output, loss_function
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(enumerate(batches)),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=batches[0].num_rows,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def compare(folder: Path, layout: Layout, device: torch.device) -> dict[str, Any]:
+    """Differences on this rank: `outputs` absolute, `gradients` relative to each tensor's largest entry.
+
+    Also `replicated`: the gradients of connector and heads as bytes, and `initial`: their fresh values.
+    """
+    module, architecture, groups = build(folder / "weights", layout, device)
+    initial = {name: value.detach().clone() for name, value in module.named_parameters() if _is_replica(name)}
+    load(module, folder / "weights", architecture, layout, groups)
+    trains_vision = json.loads((folder / "variant.json").read_text())["trains_vision"]
+    module.freeze(language_model=False, vision_tower=not trains_vision)
+    batches = make_batches(layout.tp if layout.sp else 1)
+    on_device = [
+        batch.to(device) if module.pre_process else _without_pixels(batch).to(device) for batch in batches
+    ]  # fmt: skip
+    model = wrap(module, groups)
+    collected = run_schedule(model, on_device)
+    gradients = {name: p.main_grad.clone() for name, p in module.named_parameters() if p.requires_grad}
+
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    first_column = groups.tp.rank() * PADDED_VOCAB // layout.tp
+    differences: dict[str, float] = {}
+    if module.post_process:
+        for index, (ours, theirs) in enumerate(zip(collected, expected, strict=True)):
+            theirs["logits"] = theirs["logits"][:, first_column:][:, : PADDED_VOCAB // layout.tp]
+            ours["logits"] = ours["logits"][:, : theirs["logits"].shape[1]]
+            for key, value in theirs.items():
+                assert ours[key].shape == value.shape, (key, ours[key].shape, value.shape)
+                if value.numel():
+                    differences[f"{key} {index}"] = float((ours[key].cpu() - value).abs().max())
+    else:
+        assert not collected
+
+    load(module, folder / "gradients", architecture, layout, groups)
+    relative, empty = {}, []
+    offset = layout.first * groups.pp.rank() if layout.first else LAYERS // layout.pp * groups.pp.rank()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            size = float(parameter.detach().abs().max())
+            error = float((gradients[name] - parameter.detach()).abs().max())
+            relative[f"{name} (stage from layer {offset})"] = error / size if size else error
+            if not size:
+                empty.append(name)
+    replicas = {name: value.cpu().numpy().tobytes() for name, value in gradients.items() if _is_replica(name)}
+    return {
+        "outputs": differences,
+        "gradients": relative,
+        "zero in transformers": empty,
+        "replicated": replicas,
+        "initial": {name: value.cpu().numpy().tobytes() for name, value in initial.items()},
+    }
+
+
+def _is_replica(name: str) -> bool:
+    return name.startswith(("connector.", "heads."))
+
+
+def _without_pixels(batch: PackedBatch) -> PackedBatch:
+    """What a stage without the vision tower receives: no pixels."""
+    from dataclasses import replace
+
+    return replace(batch, pixel_values=batch.pixel_values[:0])
+
+
+def compare_all(jobs: list[tuple[str, Layout]]) -> list[dict[str, Any]]:
+    """`compare` for every (folder, layout) of this world size, one after another, on the CPU."""
+    from hacl_megatron.platform.processes import start_platform
+
+    device = start_platform("cpu")
+    results = []
+    for folder, layout in jobs:
+        assert layout.world_size == dist.get_world_size()
+        results.append(compare(Path(folder), layout, device))
+    return results

@@ -1,0 +1,49 @@
+"""Packed attention inputs for the tests, and the dense masked attention that they are compared with."""
+
+import torch
+from torch import Tensor
+
+from hacl_megatron.platform.attention import PackedSegments, packed_segments
+
+LENGTHS = {
+    "odd": (7, 1, 33, 2, 1, 20),
+    "one": (24,),
+    "all of length 1": (1, 1, 1, 1),
+}
+
+
+def borders(lengths: tuple[int, ...], device: str = "cpu") -> PackedSegments:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    return packed_segments(cu_seqlens, lengths)
+
+
+def draw(
+    rows: int, heads: int, groups: int, width: int, *, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> list[Tensor]:
+    """Queries [rows, heads, width], keys and values [rows, groups, width] that take a gradient."""
+    generator = torch.Generator().manual_seed(rows * 100 + heads)
+    shapes = ((rows, heads, width), (rows, groups, width), (rows, groups, width))
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(q k^T scale) v over all rows at once, where `allowed` [T, T] is true. q [T, h, d], k and v [T, g, d]."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
+
+
+def causal_within_segments(lengths: tuple[int, ...]) -> Tensor:
+    """bool [T, T]: row q may see row k when k is of its segment and not behind it."""
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    row = torch.arange(sum(lengths))
+    return (segment[:, None] == segment[None]) & (row[:, None] >= row[None])
+
+
+def with_gradients(function, tensors: list[Tensor]) -> list[Tensor]:
+    """The output and the gradients of `tensors` for a fixed, uneven gradient of the output."""
+    output = function(*tensors)
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device, dtype=output.dtype).reshape(output.shape)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), tensors)]

@@ -1,0 +1,58 @@
+"""The invariance of DESIGN section 2: tensor, sequence, pipeline and data parallel sizes change nothing but rounding."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.runs import layout_flags, make_inputs, metrics, train, weights
+
+LAYOUTS = ("tp2", "tp2-sp", "pp2-first1", "dp2", "tp2-pp2-sp", "tp2-dp2", "pp2-dp2")
+COMPARED = ("lm loss", "contrastive loss i2t", "contrastive loss t2i", "temperature", "hallucination margin", "grad-norm")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every layout and stage trained for 5 steps, in one group of processes per world size."""
+    folder = make_inputs(tmp_path_factory.mktemp("invariance"))
+    by_size: dict[int, list[list[str]]] = {}
+    for layout in ("tp1", *LAYOUTS):
+        size, flags = layout_flags(layout)
+        for stage in ("pretrain", "finetune"):
+            extra = ["--use-distributed-optimizer"] if "dp2" in layout else []
+            save = str(folder / f"{stage}-{layout}")
+            command = ["--config", str(folder / f"{stage}.yaml"), "--save", save, *flags, *extra]
+            by_size.setdefault(size, []).append(command)
+    for size, commands in by_size.items():
+        train(commands, size)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_losses_and_weights_as_one_process(finished: Path, stage: str, layout: str) -> None:
+    expected, found = metrics(finished / f"{stage}-tp1"), metrics(finished / f"{stage}-{layout}")
+    assert len(expected) == len(found) == 5
+    for one, many in zip(expected, found, strict=True):
+        for tag in COMPARED:
+            assert math.isclose(one[tag], many[tag], rel_tol=1e-4, abs_tol=1e-6), (one["iteration"], tag, one, many)
+
+    one, many = weights(finished / f"{stage}-tp1"), weights(finished / f"{stage}-{layout}")
+    assert one.keys() == many.keys()
+    for name, tensor in one.items():
+        # Adam's first steps are lr * sign(gradient): an entry whose gradient is all rounding may go either way, by up to
+        # 2 * lr a step. So entries may differ by a few lr = 1e-3, but hardly any do.
+        difference = (tensor - many[name]).abs()
+        assert difference.max() <= 6e-3, name
+        assert (difference > 2e-5).float().mean() <= 0.01, (name, (difference > 2e-5).float().mean())
+
+
+def test_the_data_exercises_mixed_batches(finished: Path) -> None:
+    """Guards the test above: batches with and without pairs' hallucinations, and losses that move."""
+    for stage in ("pretrain", "finetune"):
+        rows = metrics(finished / f"{stage}-tp1")
+        assert all(row["contrastive loss"] > 0.1 for row in rows)
+        assert len({round(row["lm loss"], 6) for row in rows}) == 5
+    before = weights(finished / "pretrain-tp1")
+    assert not torch.equal(before["connector.0.weight"], weights(finished / "finetune-tp1")["connector.0.weight"])
