@@ -1,12 +1,26 @@
 """Installs hacl_megatron. Every dependency says why it is here; tests/constraints.txt pins the tested set."""
 
 import platform
+import re
+import subprocess
 
 from setuptools import find_packages, setup
 
-# DALI ships for Linux alone; elsewhere images go through Pillow (--image-backend pillow). Its CUDA-13 wheel also
-# runs on machines without a GPU and is the lighter one (199 MB).
-DALI = [] if platform.system() != "Linux" else ["nvidia-dali-cuda130>=2.4.0"]
+
+def dali() -> list[str]:
+    """The DALI wheel for this machine. It ships for Linux alone; elsewhere images go through Pillow.
+
+    The CUDA-13 wheel also runs without a GPU, and is the lighter one (199 MB); a driver older than that needs CUDA 12's.
+    """
+    if platform.system() != "Linux":
+        return []
+    try:
+        seen = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        seen = ""
+    cuda = re.search(r"CUDA Version:\s*(\d+)", seen)
+    return [f"nvidia-dali-cuda{120 if cuda and int(cuda[1]) < 13 else 130}>=2.4.0"]
+
 
 setup(
     name="hacl_megatron",
@@ -27,14 +41,14 @@ setup(
         "pyyaml>=6.0",  # configuration files
         "tqdm>=4.66",  # progress bars
         "numpy>=1.26",  # image arrays
-        *DALI,
+        *dali(),  # JPEG bytes to pixels, on GPU and CPU
     ],
     extras_require={
         "gpu": [
             "transformer-engine[pytorch]>=2.4",  # fused layers and FP8
             "flash-attn>=2.7",  # packed (varlen) attention
-        ],
-        "dali-cuda12": ["nvidia-dali-cuda120>=2.4.0"],  # for CUDA-12 drivers, instead of the CUDA-13 wheel
+            *dali(),
+        ],  # Apex is detected if built from source; the index's "apex" is another project
         "wandb": ["wandb>=0.18"],  # --wandb-project
         "quickstart": ["matplotlib>=3.9"],  # the report's plots
         "test": [

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, check_architecture, check_flags
@@ -55,6 +54,8 @@ def run(argv: Sequence[str]) -> None:
             stack.callback(trainer.log.close)
         trainer.train()
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
+    from megatron.core import parallel_state
+
     parallel_state.destroy_model_parallel()
     if not joined_already:
         dist.destroy_process_group()

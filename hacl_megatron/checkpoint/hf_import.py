@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hacl_megatron.checkpoint.hf_names import NameTable, nearest
+from hacl_megatron.checkpoint.hf_names import FUSED_NORMS, NameTable, nearest
 from hacl_megatron.checkpoint.weight_files import WeightFiles
 from hacl_megatron.config.architecture import ModelConfig
 
@@ -198,7 +198,9 @@ def _add_adapter(sources: SourceTensors, path: Path) -> None:
 
 
 def global_name(local: str, layer_offset: int) -> str:
-    """A parameter's name on this pipeline stage -> its name in the whole model."""
+    """A parameter's name on this pipeline stage -> its name in the whole model, the same with fused norms or without."""
+    for fused, ours in FUSED_NORMS.items():
+        local = local.replace(f".{fused}", f".{ours}")
     if match := _LAYER.fullmatch(local):
         return f"{match[1]}{int(match[2]) + layer_offset}{match[3]}"
     return local

@@ -101,6 +101,14 @@ CLIP_SPELLING = re.compile(r"(?:vision_model\.)?((?:embeddings|encoder|pre_layrn
 """A CLIP folder's own names: CLIPModel and 4.x's CLIPVisionModel have the prefix, 5.x's CLIPVisionModel has not."""
 CLIP_OTHER_SIDE = re.compile(r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale")
 
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
+}
+"""A layer's norms as Transformer Engine's fused layers and every distributed checkpoint call them -> our name."""
+
 WRITE_PREFIXES = {
     "hf": {"text.lm_head.": "language_model.lm_head.", "text.": "language_model.model.",
            "vision.": "vision_tower.vision_model.", "projector.0.": "multi_modal_projector.linear_1.",

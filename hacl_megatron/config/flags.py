@@ -62,7 +62,7 @@ class ParallelFlags:
         None, "LLaMA layers on the last pipeline stage, which also carries the LM head. Default: an even split."
     )  # fmt: skip
     make_vocab_size_divisible_by: int = flag(
-        128, "The vocabulary is padded to a multiple of this x the tensor-parallel size."
+        128, "The vocabulary is padded to a multiple of this and of the tensor-parallel size."
     )  # fmt: skip
     use_distributed_optimizer: bool = flag(False, "Shard optimiser state and master weights over data-parallel ranks.")
     overlap_grad_reduce: bool = flag(False, "Reduce gradients while the backward pass still runs.")

@@ -5,6 +5,7 @@ import platform
 
 import torch
 
+import hacl_megatron
 from hacl_megatron.platform.accelerators import adam_library, attention_kernel, find_accelerators, layer_library
 from hacl_megatron.platform.processes import select_device
 
@@ -23,8 +24,9 @@ def table() -> list[tuple[str, str]]:
     """Rows (subject, finding) of the report."""
     found, device = find_accelerators(), select_device()
     rows = [("Python", platform.python_version())]
-    for package in ("torch", "megatron-core", "transformers", "hacl_megatron"):
+    for package in ("torch", "megatron-core", "transformers"):
         rows.append((package, importlib.metadata.version(package)))
+    rows.append(("hacl_megatron", hacl_megatron.__version__))
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         rows.append(("GPU", f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"))

@@ -16,9 +16,13 @@ class GroupStepAdam(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0
-    ) -> None:
+        self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0,
+        **fused_only,
+    ) -> None:  # fmt: skip
         assert bias_correction, "Adam without bias correction is not implemented"
+        asked = sorted(name for name, value in fused_only.items() if value)  # megatron-core 0.19 passes some as False
+        if asked:
+            raise ValueError(f"optimizer: {', '.join(asked)} needs Transformer Engine's or Apex's Adam; install one")
         self.adam_w_mode = adam_w_mode
         super().__init__(params, dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay))
 
@@ -48,10 +52,10 @@ class GroupStepAdam(torch.optim.Optimizer):
             torch._foreach_lerp_(means, grads, 1 - beta1)
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+            # m / (sqrt(v / c) + eps) as sqrt(c) m / (sqrt(v) + sqrt(c) eps): one pass over memory less.
             denominators = torch._foreach_sqrt(squares)
-            torch._foreach_div_(denominators, correction2**0.5)
-            torch._foreach_add_(denominators, group["eps"])
-            torch._foreach_addcdiv_(params, means, denominators, -group["lr"] / correction1)
+            torch._foreach_add_(denominators, group["eps"] * correction2**0.5)
+            torch._foreach_addcdiv_(params, means, denominators, -group["lr"] * correction2**0.5 / correction1)
         return None
 
 

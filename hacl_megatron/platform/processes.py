@@ -28,6 +28,8 @@ def prepare_device(device: torch.device) -> None:
     """Make `device` the one that megatron-core uses in this process. Idempotent."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # fp32 means fp32 (the contrastive similarities above all); whoever wants speed trains in bf16.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     else:
         host.install()
     if adam_library(device) == "torch":

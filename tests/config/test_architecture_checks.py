@@ -193,13 +193,15 @@ def test_pipeline_splits_are_those_of_megatron_core():
     assert 50 < sum(verdicts) < len(verdicts) - 50
 
 
-def test_padded_vocabulary_of_known_models():
-    """32000 rows as Megatron-LM pads them: untouched alone, 32768 over 8 ranks."""
-    for vocab, tp, padded in ((32000, 1, 32000), (32000, 2, 32000), (32000, 8, 32768), (32064, 1, 32128), (1, 1, 128)):
-        assert padded_vocab_size(vocab, ParallelFlags(tensor_model_parallel_size=tp)) == padded
+def test_padded_vocabulary_keeps_its_size_over_layouts():
+    """Checkpoints are cut anew at another tensor-parallel size: the tables must not grow or shrink."""
+    for vocab, padded in ((32000, 32000), (32064, 32128), (128256, 128256), (1, 128)):
+        for tp in (1, 2, 4, 8, 16):
+            assert padded_vocab_size(vocab, ParallelFlags(tensor_model_parallel_size=tp)) == padded
+    assert padded_vocab_size(32000, ParallelFlags(tensor_model_parallel_size=3)) == 32256
 
 
 @given(vocab=st.integers(1, 300_000), tp=st.integers(1, 64), by=st.integers(1, 512))
-def test_padded_vocabulary(vocab, tp, by):
+def test_padded_vocabulary_is_the_smallest_that_divides(vocab, tp, by):
     padded = padded_vocab_size(vocab, ParallelFlags(tensor_model_parallel_size=tp, make_vocab_size_divisible_by=by))
-    assert padded % (tp * by) == 0 and 0 <= padded - vocab < tp * by
+    assert padded == next(rows for rows in range(vocab, vocab + tp * by) if rows % tp == 0 and rows % by == 0)

@@ -14,6 +14,11 @@ from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.data import images
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
 
+try:  # transformers 5 keeps a processor without torchvision under its own name
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
+except ImportError:
+    from transformers import CLIPImageProcessor
+
 SIZE = 112
 CONFIG = ImageConfig(size=SIZE)
 MEAN, STD = np.array(CONFIG.mean), np.array(CONFIG.std)
@@ -140,8 +145,7 @@ def test_images_of_the_right_size_keep_their_levels(decoders, backend, aspect_ra
 
 def test_pillow_equals_transformers_image_processor(decoders):
     """`square` is CLIPImageProcessor itself; `pad` is it applied to the padded image, as LLaVA does."""
-    clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
-    processor = clip.CLIPImageProcessorPil(
+    processor = CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE},
         image_mean=list(CONFIG.mean), image_std=list(CONFIG.std), resample=Image.BICUBIC,
     )  # fmt: skip

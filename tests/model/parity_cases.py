@@ -6,7 +6,7 @@ rank can compare its own shard. `compare` runs the model on this process's ranks
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Variant:
     trains_vision: bool = False
 
 
-# --------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------------------------- batches
 
 
 def _pack(segments: list[tuple[str, int, int]], *, images: int, seed: int, multiple: int) -> PackedBatch:
@@ -124,7 +124,7 @@ def loss_weights(index: int, batch: PackedBatch) -> dict[str, Tensor]:
     }
 
 
-# ------------------------------------------------------------------------------------------------- transformers' answer
+# ----------------------------------------------------------------------------------------------- transformers' answer
 
 
 def _heads() -> dict[str, Tensor]:
@@ -192,7 +192,7 @@ def _segment_hidden(model, batch: PackedBatch, segment: int) -> Tensor:
     return model.model(input_ids=ids[None], pixel_values=pixels, use_cache=False).last_hidden_state[0]
 
 
-# ------------------------------------------------------------------------------------------------------------ our answer
+# ---------------------------------------------------------------------------------------------------------- our answer
 
 
 def build(folder: Path, layout: Layout, device: torch.device, *, dtype: torch.dtype = torch.float32, seed: int = 1):
@@ -310,9 +310,9 @@ def compare(folder: Path, layout: Layout, device: torch.device) -> dict[str, Any
     trains_vision = json.loads((folder / "variant.json").read_text())["trains_vision"]
     module.freeze(language_model=False, vision_tower=not trains_vision)
     batches = make_batches(layout.tp if layout.sp else 1)
-    on_device = [
-        batch.to(device) if module.pre_process else _without_pixels(batch).to(device) for batch in batches
-    ]  # fmt: skip
+    on_device = [batch.to(device) for batch in batches]
+    if not module.pre_process:  # what a stage without the vision tower receives: the pixels' shape alone
+        on_device = [replace(batch, pixel_values=batch.pixel_values.to("meta")) for batch in on_device]
     model = wrap(module, groups)
     collected = run_schedule(model, on_device)
     gradients = {name: p.main_grad.clone() for name, p in module.named_parameters() if p.requires_grad}
@@ -353,13 +353,6 @@ def compare(folder: Path, layout: Layout, device: torch.device) -> dict[str, Any
 
 def _is_replica(name: str) -> bool:
     return name.startswith(("connector.", "heads."))
-
-
-def _without_pixels(batch: PackedBatch) -> PackedBatch:
-    """What a stage without the vision tower receives: no pixels."""
-    from dataclasses import replace
-
-    return replace(batch, pixel_values=batch.pixel_values[:0])
 
 
 def compare_all(jobs: list[tuple[str, Layout]]) -> list[dict[str, Any]]:

@@ -25,10 +25,10 @@ CASES = [
     ("last vision layer", PP2),
     ("llama3 rope", TP2_PP2),
 ]
-# Measured with both in fp32: 3e-6 for logits of order 1, 1e-6 for unit vectors. transformers runs each segment alone
-# and sums over other blocks.
-LOGITS, EMBEDDINGS = 2e-4, 2e-5
-GRADIENTS = 1e-4  # of each tensor's largest entry
+# Measured with both in fp32, over all cases: 1e-5 for logits, 5e-7 for unit vectors, 2e-6 for gradients. transformers
+# runs each segment alone, and tensor parallelism sums in other blocks.
+LOGITS, EMBEDDINGS = 1e-4, 5e-6
+GRADIENTS = 2e-5  # of each tensor's largest entry
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +62,21 @@ def test_logits_and_embeddings_are_those_of_transformers(results, case):
 
 def test_gradients_are_those_of_transformers(results, case):
     """Connector, LLaMA, heads and (where it is trained) the vision tower, every parameter of every rank."""
-    variant, layout = case
     for rank, found in enumerate(results[case]):
         worst = max(found["gradients"], key=found["gradients"].get)
         assert found["gradients"][worst] <= GRADIENTS, (rank, worst, found["gradients"][worst])
     names = {name for found in results[case] for name in found["gradients"]}
     assert any(name.startswith("connector.") for name in names)
     assert any(name.startswith("heads.temperature") for name in names)
-    assert any(name.startswith("vision_tower.") for name in names) == VARIANTS[variant].trains_vision
-    layers = {name for name in names if ".self_attention.linear_qkv.weight" in name}
+    assert any(name.startswith("vision_tower.") for name in names) == VARIANTS[case[0]].trains_vision
+    layers = {name for name in names if name.startswith("language_model.") and ".linear_qkv.weight" in name}
     assert len(layers) == 4, layers
 
 
 def test_no_gradient_is_compared_with_nothing(results, case):
     """A gradient that is zero in transformers would hide a missing one here."""
     for found in results[case]:
-        assert found["zero in transformers"] in ([], ["vision_tower.class_token"]), found["zero in transformers"]
+        assert found["zero in transformers"] == []
 
 
 def test_replicas_stay_bitwise_equal(results, case):

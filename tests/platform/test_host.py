@@ -49,7 +49,7 @@ def observe() -> dict[str, Any]:
     def everything() -> list:
         changed = [getattr(torch, name) for name in FACTORIES]
         changed += [torch.Tensor.type, torch.Tensor.cuda, torch.nn.Module.cuda]
-        return changed + [torch.cuda.current_device, torch.cuda.manual_seed, random._get_cuda_rng_state]
+        return [*changed, torch.cuda.current_device, torch.cuda.manual_seed, random._get_cuda_rng_state]
 
     original = everything()
     host.install()
