@@ -74,9 +74,20 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
     if config.model.pretrained_checkpoint is not None:
         source = Path(config.model.pretrained_checkpoint)
         own = find_checkpoint(source)
-        return _architecture_in(own / RUN_CONFIG_FILE) if own is not None else read_model_config(source)
+        found = _architecture_in(own / RUN_CONFIG_FILE) if own is not None else read_model_config(source)
+        _refuse_other_sizes(config.architecture, found, source)
+        return found
     assert config.architecture is not None  # check_flags has asked for one of the three
     return config.architecture
+
+
+def _refuse_other_sizes(asked: ModelConfig | None, found: ModelConfig, source: Path) -> None:
+    for part in ("language", "vision", "image"):
+        if asked is not None and getattr(asked, part) != getattr(found, part):
+            raise ValueError(
+                f"the YAML's model.{part} is {getattr(asked, part)}, but --pretrained-checkpoint {source} holds "
+                f"{getattr(found, part)}; leave the `model:` section out"
+            )
 
 
 def build_trainer(

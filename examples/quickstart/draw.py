@@ -134,7 +134,7 @@ def place_things(rng: random.Random, facts: Facts, width: int, height: int) -> l
     things = []
     for (x0, y0, x1, y1), (colour, shape, size) in zip(cells, kinds, strict=True):
         room_x, room_y = (x1 - x0) * width, (y1 - y0) * height
-        side = min(room_x, room_y) * (rng.uniform(0.5, 0.6) if size == "small" else rng.uniform(0.84, 0.95))
+        side = min(room_x, room_y) * (rng.uniform(0.55, 0.65) if size == "small" else rng.uniform(0.86, 0.97))
         spread = (0.4, 0.6) if facts.get("place") == "in the middle" else (0.2, 0.8)
         left = x0 * width + (room_x - side) * rng.uniform(*spread)
         top = y0 * height + (room_y - side) * rng.uniform(*spread)
@@ -384,7 +384,7 @@ def draw(output: Path, train: int, valid: int, seed: int, processes: int) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the quickstart's images and write its LLaVA JSON.")
     parser.add_argument("--output", type=Path, default=Path("output/quickstart/data"))
-    parser.add_argument("--train", type=int, default=3000, help="training images")
+    parser.add_argument("--train", type=int, default=6000, help="training images")
     parser.add_argument("--valid", type=int, default=512, help="held-out images")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))

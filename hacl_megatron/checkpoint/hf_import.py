@@ -127,6 +127,10 @@ class SourceTensors:
                     f"{weights.file_of(name)}: tensor {name} is {list(shape)}, config.json makes it {list(expected)}"
                 )
 
+    def dtype(self, canonical: str) -> torch.dtype:
+        weights, name = self.found[canonical]
+        return weights.dtype(name)
+
     def read(self, canonical: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         weights, name = self.found[canonical]
         return weights.read(name, rows, columns)

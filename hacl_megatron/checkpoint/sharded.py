@@ -2,7 +2,7 @@
 
     SAVE/iter_0000100/                         torch_dist shards, common.pt, metadata.json
     SAVE/iter_0000100/run_config.yaml          the resolved configuration; the model can be rebuilt from it alone
-    SAVE/iter_0000100/hf_assets/               tokenizer and image-processor files
+    SAVE/iter_0000100/hf_assets/               tokenizer and image-processor files, carried.safetensors
     SAVE/latest_checkpointed_iteration.txt     written last: a killed save never becomes the latest
 
 A save goes to `iter_0000100.partial/` and is renamed when it is complete on every rank.
@@ -16,12 +16,16 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hacl_megatron.checkpoint.carried import CARRIED_FILE, write_carried
+from hacl_megatron.checkpoint.hf_import import open_sources
+from hacl_megatron.config.architecture import ModelConfig
+
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 RUN_CONFIG_FILE = "run_config.yaml"
 ASSETS_FOLDER = "hf_assets"
 _ASSET_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
-    "preprocessor_config.json", "processor_config.json", "generation_config.json", "config.json",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json", "config.json", CARRIED_FILE,
 )  # fmt: skip
 
 
@@ -70,25 +74,39 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None if iteration is None else iteration_folder(folder, iteration)
 
 
-def copy_assets(source: Path, target: Path) -> None:
-    """Copy tokenizer and image-processor files of a Hugging Face folder (or of a checkpoint's `hf_assets`)."""
+def copy_assets(source: Path, target: Path, weights_of: ModelConfig | None = None) -> None:
+    """Copy tokenizer and image-processor files of a Hugging Face folder (or of a checkpoint's `hf_assets`).
+
+    Args:
+        weights_of: `source` is the Hugging Face folder that the run's weights came from, as a model of these sizes;
+            what an export needs of them beside the model's parameters is stored too.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for pattern in _ASSET_PATTERNS:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
+    if weights_of is not None:
+        write_carried(open_sources(source, weights_of), target / CARRIED_FILE)
 
 
 def save_checkpoint(
-    state: Callable[[], dict[str, Any]], save: Path, iteration: int, *, run_config: str, assets: Path | None
+    state: Callable[[], dict[str, Any]],
+    save: Path,
+    iteration: int,
+    *,
+    run_config: str,
+    write_assets: Callable[[Path], None],
 ) -> Path:
     """Write one checkpoint; every rank calls it with its own part. Returns the finished folder.
 
     Args:
         state: gives this rank's sharded state dict.
         run_config: text of `run_config.yaml`.
-        assets: folder with tokenizer and image-processor files, or None.
+        write_assets: puts tokenizer and image-processor files into the folder that it is given (`copy_assets`).
     """
+    from megatron.core import dist_checkpointing
+
     final = iteration_folder(save, iteration)
     partial = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
@@ -99,8 +117,7 @@ def save_checkpoint(
     dist.barrier()
     if dist.get_rank() == 0:
         (partial / RUN_CONFIG_FILE).write_text(run_config, encoding="utf-8")
-        if assets is not None:
-            copy_assets(assets, partial / ASSETS_FOLDER)
+        write_assets(partial / ASSETS_FOLDER)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         write_atomically(save / LATEST_FILE, f"{iteration}\n")
@@ -114,6 +131,9 @@ def load_checkpoint(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: a file of the checkpoint is missing, cut or of other sizes; names the checkpoint.
     """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
     try:
         return dist_checkpointing.load(state, str(folder))
     except (CheckpointingException, OSError, EOFError, RuntimeError) as error:

@@ -13,11 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hacl_megatron.checkpoint.hf_config import one_line, read_json
+from hacl_megatron.checkpoint.safetensors_writer import DTYPE_NAMES
 
 CANDIDATES = (
     ("model.safetensors.index.json", True), ("model.safetensors", False),
     ("pytorch_model.bin.index.json", True), ("pytorch_model.bin", False),
 )  # fmt: skip
+
+_SAFETENSORS_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class WeightFiles:
@@ -75,6 +78,18 @@ class WeightFiles:
         """Of the whole tensor, without reading it."""
         opened = self._open[self._tensors[name]]
         return tuple(opened[name].shape) if isinstance(opened, dict) else tuple(opened.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the stored tensor; ValueError for a type that no weight here may have (quantised ones)."""
+        opened = self._open[self._tensors[name]]
+        found = opened[name].dtype if isinstance(opened, dict) else opened.get_slice(name).get_dtype()
+        dtype = found if isinstance(found, torch.dtype) else _SAFETENSORS_DTYPES.get(found)
+        if dtype not in _SAFETENSORS_DTYPES.values():
+            raise ValueError(
+                f"{self.file_of(name)}: {name} is stored as {str(found).removeprefix('torch.')}; expected float32, "
+                "bfloat16, float16 or float64"
+            )
+        return dtype
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """`tensor[rows, columns]` on the host (`tensor[rows]` if it has one dim), in the file's dtype."""

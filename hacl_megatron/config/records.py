@@ -51,9 +51,8 @@ def convert(value: Any, hint: Any) -> Any:
         if value is None:
             return None
     elif origin is Literal:
-        for choice in arguments:  # 1 == True, so that types count
-            if type(choice) is type(value) and choice == value:
-                return value
+        if value in arguments:
+            return value
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

@@ -104,6 +104,10 @@ def test_model_section_from_a_file(tmp_path):
         ["--config", str(path), "--mm-projector-type", "linear", "--mm-vision-select-layer", "-1"]
     )
     assert laid_over.architecture == replace(MODEL, projector_type="linear", vision_select_layer=-1)
+    # 0 is a layer that was asked for (and is refused later), not a flag that was left out.
+    assert parse_run_config(["--config", str(path), "--mm-vision-select-layer", "0"]).architecture == replace(
+        MODEL, vision_select_layer=0
+    )
 
 
 def without(values: dict, key: str) -> dict:
