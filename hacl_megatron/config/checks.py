@@ -81,14 +81,18 @@ LIMITS: dict[str, tuple[float, float]] = {
 def check_flags(config: RunConfig, world_size: int) -> Layout:
     """Check everything that the flags alone decide, and divide the processes and the batch.
 
-    One setting is changed in place: sequence parallelism over a single tensor-parallel rank is switched off, with a
-    line for the user.
+    Two settings are changed in place, each with a line for the user: sequence parallelism over a single tensor-parallel
+    rank is switched off, and bf16 switches the distributed optimiser on.
 
     Raises:
         ValueError: one line for the first mistake found.
     """
     _check_limits(config)
     layout = _layout(config, world_size)
+    if config.model.bf16 and not config.parallel.use_distributed_optimizer:
+        # megatron-core's other mixed-precision optimiser cannot save an fp32 parameter (temperature) beside bf16 ones.
+        config.parallel.use_distributed_optimizer = True
+        notify("--use-distributed-optimizer is switched on: --bf16 needs it to keep the temperature in fp32.")
     _check_parallelism(config)
     _check_length(config)
     _check_rates(config)
@@ -333,7 +337,7 @@ def _check_inputs(config: RunConfig) -> None:
         "there is no tokenizer: neither --tokenizer nor --pretrained-checkpoint is given",
         "give --tokenizer",
     )
-    for name in ("pretrained_checkpoint", "tokenizer"):
+    for name in ("pretrained_checkpoint", "vision_tower", "tokenizer"):
         path = getattr(model, name)
         _require(
             path is None or os.path.isdir(path), f"{_dashed(name)} {path}: no such folder", "expected a local folder"

@@ -31,6 +31,10 @@ class ModelFlags:
     pretrain_mm_mlp_adapter: str | None = flag(
         None, "LLaVA's mm_projector.bin, laid over the connector of --pretrained-checkpoint."
     )  # fmt: skip
+    vision_tower: str | None = flag(
+        None, "Folder of the CLIP tower, where the Hugging Face folder of --pretrained-checkpoint holds none: a LLaMA, "
+        "whose connector then starts fresh, or LLaVA's original layout."
+    )  # fmt: skip
     tokenizer: str | None = flag(
         None, "Folder of the LLaMA tokenizer. Default: the one inside --pretrained-checkpoint."
     )  # fmt: skip

@@ -138,6 +138,16 @@ def test_global_batch_size(base, batch, fits):
         assert "expected a multiple of 8" in refused(config, 2)
 
 
+def test_bf16_switches_the_distributed_optimizer_on(base, capsys):
+    config = changed(base, bf16=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    check_flags(config, 1)
+    assert config.parallel.use_distributed_optimizer is True
+    assert "--use-distributed-optimizer is switched on" in capsys.readouterr().out
+    fp32 = changed(base)
+    check_flags(fp32, 1)
+    assert fp32.parallel.use_distributed_optimizer is False
+
+
 def test_sequence_parallel_alone_is_switched_off(base, capsys, monkeypatch):
     config = changed(base, sequence_parallel=True)
     check_flags(config, 1)
