@@ -70,15 +70,31 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
     from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
 
     if resume_from is not None:
-        return _architecture_in(resume_from / RUN_CONFIG_FILE)
+        found = _architecture_in(resume_from / RUN_CONFIG_FILE)
+        _refuse_other_connector(config.model.mm_projector_type, found, resume_from)
+        return found
     if config.model.pretrained_checkpoint is not None:
         source = Path(config.model.pretrained_checkpoint)
         own = find_checkpoint(source)
-        found = _architecture_in(own / RUN_CONFIG_FILE) if own is not None else read_model_config(source)
+        tower = config.model.vision_tower
+        if own is not None and tower is not None:
+            raise ValueError(f"--pretrained-checkpoint {source} holds its vision tower; leave --vision-tower out")
+        found = _architecture_in(own / RUN_CONFIG_FILE) if own is not None else read_model_config(source, tower)
         _refuse_other_sizes(config.architecture, found, source)
+        if own is not None:
+            _refuse_other_connector(config.model.mm_projector_type, found, own)
         return found
     assert config.architecture is not None  # check_flags has asked for one of the three
     return config.architecture
+
+
+def _refuse_other_connector(asked: str | None, found: ModelConfig, checkpoint: Path) -> None:
+    # Loading would not notice: a linear connector is the first layer of an MLP, and the rest would be left out.
+    if asked is not None and asked != found.projector_type:
+        raise ValueError(
+            f"--mm-projector-type is {asked}, but the connector in checkpoint {checkpoint} is {found.projector_type}; "
+            "leave the flag out"
+        )
 
 
 def _refuse_other_sizes(asked: ModelConfig | None, found: ModelConfig, source: Path) -> None:
@@ -94,11 +110,12 @@ def build_trainer(
     config: RunConfig, architecture: ModelConfig, layout: Layout, resume_from: Path | None, device: torch.device
 ):
     """Everything a run consists of, ready to `train()`."""
+    from hacl_megatron.checkpoint.sharded import copy_assets
     from hacl_megatron.data.loader import build_loader
     from hacl_megatron.data.tokenizer import load_tokenizer
     from hacl_megatron.training import setup, state
     from hacl_megatron.training.loop import Trainer
-    from hacl_megatron.training.metrics import MetricsLog
+    from hacl_megatron.training.metrics import MetricsLog, keep_iterations
 
     groups = setup.initialize_parallelism(config, layout)
     progress, data_state = state.Progress(), None
@@ -152,9 +169,12 @@ def build_trainer(
         )
         if not reads_data:
             make_valid_loader = _no_loader
+    hf_model = architecture if _starts_from_hf(config, resume_from) else None
     log = None
     if dist.get_rank() == 0:
         save = config.checkpoint.save
+        if save:
+            keep_iterations(Path(save) / "bad_samples.jsonl", progress.iteration)
         tensorboard = config.logging.tensorboard_dir or (f"{save}/tensorboard" if save else None)
         log = MetricsLog(
             tensorboard_dir=Path(tensorboard) if tensorboard else None,
@@ -179,7 +199,7 @@ def build_trainer(
         num_samples=num_samples,
         train_iters=train_iters,
         log=log,
-        assets=assets,
+        write_assets=partial(copy_assets, assets, weights_of=hf_model),
         device=device,
     )
 
@@ -213,6 +233,14 @@ def _assets_folder(config: RunConfig, resume_from: Path | None) -> Path | None:
             own = find_checkpoint(Path(source))
             return own / ASSETS_FOLDER if own is not None else Path(source)
     raise ValueError("no tokenizer: give --tokenizer FOLDER, since there is no --pretrained-checkpoint to take it from")
+
+
+def _starts_from_hf(config: RunConfig, resume_from: Path | None) -> bool:
+    """Whether the weights come from a Hugging Face folder, which then holds tensors that exports will need."""
+    from hacl_megatron.checkpoint.sharded import find_checkpoint
+
+    source = config.model.pretrained_checkpoint
+    return resume_from is None and source is not None and find_checkpoint(Path(source)) is None
 
 
 def _from_rank_0(value: int | None) -> int:

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 TIMEOUT_S = 300
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "megatron.core", "transformers"])
+# A CUDA context does not survive a fork, and megatron-core opens one on import; so with a GPU each rank imports anew.
+_context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+if _context.get_start_method() == "forkserver":
+    _context.set_forkserver_preload(["torch", "torch.distributed", "megatron.core", "transformers"])
 
 
 def _free_port() -> int:

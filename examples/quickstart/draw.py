@@ -163,7 +163,11 @@ def polygon_of(shape: str, centre: tuple[float, float], radius: float, turn: flo
     corners = []
     for k in range(4):
         base = k * math.pi / 2
-        corners += [corner(base - tip, 1.05 * radius), corner(base + tip, 1.05 * radius), corner(base + arm, radius * 0.45)]
+        corners += [
+            corner(base - tip, 1.05 * radius),
+            corner(base + tip, 1.05 * radius),
+            corner(base + arm, radius * 0.45),
+        ]
     return corners
 
 
@@ -317,7 +321,14 @@ def text_sample(rng: random.Random, number: int) -> dict[str, Any]:
         turns = [(f"{text} What shape is it?" if "relation" not in scene else f"{text} Is it a picture?", "")]
         turns = [(turns[0][0], "Yes." if "relation" in scene else f"It is {with_article(scene['shape'])}.")]
     else:
-        corners = {"circle": "no", "ring": "no", "square": "four", "triangle": "three", "star": "ten", "cross": "twelve"}
+        corners = {
+            "circle": "no",
+            "ring": "no",
+            "square": "four",
+            "triangle": "three",
+            "star": "ten",
+            "cross": "twelve",
+        }
         shape = rng.choice(SHAPES)
         turns = [(f"How many corners does a {shape} have?", f"A {shape} has {corners[shape]} corners.")]
     return {"id": f"text-{number}", "conversations": conversation(turns, image=False)}
@@ -361,8 +372,7 @@ def draw(output: Path, train: int, valid: int, seed: int, processes: int) -> Non
             continue
         pretrain.append(pair_sample(rng, name, scene, twins=0 if rng.random() < 0.05 else 1))
         finetune.append(dialogue_sample(rng, name, scene))
-        if rng.random() < 0.5:
-            contrastive.append(pair_sample(rng, name, scene, twins=2))
+        contrastive.append(pair_sample(rng, name, scene, twins=2))
         corpus.append(pretrain[-1]["text"])
     rng = random.Random(f"{seed}/text-only")
     finetune += [text_sample(rng, number) for number in range(train // 10)]

@@ -6,30 +6,34 @@ LLaVA starts from parts that know something: a CLIP tower that has seen images, 
 we, within about a minute and a half on two cores:
 
     tokenizer        LLaMA's kind (BPE, byte fallback), trained on the drawn sentences
-    vision tower     a CLIP ViT that learns to tell colour and shape in every patch from hidden state -2, which is
-                     what LLaVA reads, and the contents of the whole image from the class token
-    language model   a LLaMA that learns the sentences by next-token prediction
+    vision tower     a CLIP ViT that learns what every patch shows (colour, shape, size, where, background) from
+                     hidden state -2, which is what LLaVA reads
+    language model   a LLaMA that learns the sentences by next-token prediction, at the same time on the other core
 
 The connector stays random: pretrain trains it, and the contrastive heads, from nothing.
 """
 
 import argparse
+import io
 import json
+import math
+import multiprocessing
+import os
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from draw import COLOURS, SHAPES
+from draw import BACKGROUNDS, COLOURS, SHAPES, SIZES, Facts, seen_from_the_other
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaTokenizerFast,
@@ -37,14 +41,24 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from transformers.utils import logging as transformers_logging
 
-IMAGE_SIZE, PATCH_SIZE = 48, 8
-VISION = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+try:  # transformers 5 without torchvision: the Pillow class under its own name, which spares the user a warning
+    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+except ImportError:
+    from transformers import CLIPImageProcessor
+
+IMAGE_SIZE, PATCH_SIZE = 64, 16
+VISION = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 4, "num_attention_heads": 4}
 LANGUAGE = {
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+ATTRIBUTES = {
+    "colour": tuple(COLOURS), "shape": SHAPES, "size": SIZES,
+    "where": ("left", "right", "top", "bottom", "middle", "two", "three"), "background": BACKGROUNDS,
+}  # fmt: skip
 VICUNA_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ASSISTANT:"
@@ -106,31 +120,28 @@ def square_pixels(image: Image.Image, size: int) -> Tensor:
 
 
 def patch_labels(scene: dict, grid: int) -> Tensor:
-    """[grid * grid] int64: 0 where a patch's centre shows no thing, else 1 + colour * number of shapes + shape."""
+    """[A, grid * grid] int64: for each of `ATTRIBUTES`, what a patch shows; 0 where its centre shows no thing."""
     side = max(scene["width"], scene["height"])
     shift_x, shift_y = (side - scene["width"]) // 2, (side - scene["height"]) // 2
-    labels = torch.zeros(grid, grid, dtype=torch.long)
     centres = (torch.arange(grid) + 0.5) * side / grid
-    for thing in scene["things"]:
+    facts = scene["facts"]
+    labels = torch.zeros(len(ATTRIBUTES), grid, grid, dtype=torch.long)
+    labels[list(ATTRIBUTES).index("background")] = 1 + BACKGROUNDS.index(facts["background"])
+    for number, thing in enumerate(scene["things"]):
         left, top, right, bottom = thing["box"]
         columns = (centres >= left + shift_x) & (centres <= right + shift_x)
         rows = (centres >= top + shift_y) & (centres <= bottom + shift_y)
-        colour = list(COLOURS).index(thing["colour"])
-        labels[rows[:, None] & columns[None, :]] = 1 + colour * len(SHAPES) + SHAPES.index(thing["shape"])
-    return labels.flatten()
-
-
-def split_label(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(colour, shape) of patch labels, 0 meaning none in both."""
-    some = labels > 0
-    return (
-        torch.where(some, (labels - 1) // len(SHAPES) + 1, 0),
-        torch.where(some, (labels - 1) % len(SHAPES) + 1, 0),
-    )
+        if "relation" in facts:  # the things are listed from left to right, from top to bottom
+            where = (("left", "right") if facts["relation"] in ("left of", "right of") else ("top", "bottom"))[number]
+        else:
+            where = facts["count"] if "count" in facts else facts["place"].split()[-1]
+        for row, value in enumerate((thing["colour"], thing["shape"], thing["size"], where)):
+            labels[row, rows[:, None] & columns[None, :]] = 1 + list(ATTRIBUTES.values())[row].index(value)
+    return labels.flatten(1)
 
 
 def load_scenes(data: Path, prefix: str, size: int) -> tuple[Tensor, Tensor]:
-    """(pixels [B, 3, size, size], patch labels [B, grid * grid]) of the images whose name starts with `prefix`."""
+    """(pixels [B, 3, size, size], patch labels [B, A, grid * grid]) of the images named `prefix`..."""
     pixels, labels = [], []
     for line in (data / "scenes.jsonl").read_text().splitlines():
         scene = json.loads(line)
@@ -142,27 +153,42 @@ def load_scenes(data: Path, prefix: str, size: int) -> tuple[Tensor, Tensor]:
 
 
 class TowerTask(nn.Module):
-    """What the tower learns from: colour and shape of every patch, and which coloured shapes the image holds."""
+    """What the tower learns from: the attributes of every patch, told from hidden state -2.
+
+    The last layer is taken off meanwhile: LLaVA never reads it, so it stays random and costs no time.
+    """
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.tower = tower
         hidden = tower.config.hidden_size
-        self.colour, self.shape = nn.Linear(hidden, len(COLOURS) + 1), nn.Linear(hidden, len(SHAPES) + 1)
-        self.contents = nn.Linear(hidden, len(COLOURS) * len(SHAPES) + 1)
+        self.patch_heads = nn.ModuleList(nn.Linear(hidden, 1 + len(values)) for values in ATTRIBUTES.values())
 
     def forward(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, accuracy): accuracy is the share of a thing's patches whose colour and shape are both right."""
-        states = self.tower(pixels, output_hidden_states=True)
-        patches = F.layer_norm(states.hidden_states[-2][:, 1:], (self.tower.config.hidden_size,))
-        colour, shape = self.colour(patches), self.shape(patches)
-        true_colour, true_shape = split_label(labels)
-        held = torch.zeros(labels.shape[0], self.contents.out_features).scatter_(1, labels, 1.0)
-        loss = F.cross_entropy(colour.flatten(0, 1), true_colour.flatten())
-        loss = loss + F.cross_entropy(shape.flatten(0, 1), true_shape.flatten())
-        loss = loss + F.binary_cross_entropy_with_logits(self.contents(states.pooler_output), held)
-        right = (colour.argmax(-1) == true_colour) & (shape.argmax(-1) == true_shape)
-        return loss, right[labels > 0].float().mean()
+        """(loss, accuracy): accuracy is the share of the things' patches whose colour and shape are both right."""
+        encoder = getattr(self.tower, "vision_model", self.tower).encoder  # transformers 4 and 5
+        layers, encoder.layers = encoder.layers, encoder.layers[:-1]
+        patches = self.tower(pixels).last_hidden_state[:, 1:]
+        encoder.layers = layers
+
+        patches = F.layer_norm(patches, patches.shape[-1:])
+        loss, right = torch.zeros(()), labels[:, 0] > 0
+        number = right.sum()
+        for row, head in enumerate(self.patch_heads):
+            logits = head(patches)
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[:, row].flatten())
+            if row < 2:
+                right = right & (logits.argmax(-1) == labels[:, row])
+        return loss, right.sum() / number
+
+
+def mirror(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same scenes seen in a mirror: left is right."""
+    grid = math.isqrt(labels.shape[-1])
+    labels = labels.unflatten(-1, (grid, grid)).flip(-1).flatten(-2).clone()
+    where = labels[:, list(ATTRIBUTES).index("where")]
+    where.copy_(torch.where(where == 1, 2, torch.where(where == 2, 1, where)))
+    return pixels.flip(-1), labels
 
 
 def batches(number: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -176,11 +202,14 @@ def batches(number: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
         order = order[size:]
 
 
-def fit(model: nn.Module, loss_of, steps: int, lr: float, description: str) -> None:
-    """AdamW with a short warm-up and a cosine decay; `loss_of(step)` gives (loss, what to show)."""
+LossOf = Callable[[int], tuple[Tensor, dict[str, float]]]
+
+
+def fit(model: nn.Module, loss_of: LossOf, steps: int, lr: float, title: str, line: int) -> None:
+    """AdamW with a short warm-up and a cosine decay; `loss_of(step)` gives (loss, what the bar shows)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 1) + 1, pct_start=0.1)
-    with tqdm(range(steps), desc=description, unit="step") as bar:
+    with tqdm(range(steps), desc=title, unit="step", position=line, mininterval=1.0) as bar:
         for step in bar:
             loss, shown = loss_of(step)
             optimizer.zero_grad(set_to_none=True)
@@ -189,7 +218,7 @@ def fit(model: nn.Module, loss_of, steps: int, lr: float, description: str) -> N
             optimizer.step()
             schedule.step()
             if step % 10 == 0 or step == steps - 1:
-                bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()})
+                bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()}, refresh=False)
 
 
 def train_tower(tower: nn.Module, data: Path, steps: int, seed: int) -> float:
@@ -198,29 +227,202 @@ def train_tower(tower: nn.Module, data: Path, steps: int, seed: int) -> float:
     task = TowerTask(tower)
     if steps:
         pixels, labels = load_scenes(data, "train", size)
-        index = list(batches(len(pixels), 64, steps, seed))
-        generator = torch.Generator().manual_seed(seed)
-        grid = size // PATCH_SIZE
+        index = list(batches(len(pixels), 32, steps, seed))
 
         def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
             x, y = pixels[index[step]], labels[index[step]]
-            if torch.rand((), generator=generator) < 0.5:  # a mirror image shows the same things
-                x, y = x.flip(-1), y.view(-1, grid, grid).flip(-1).flatten(1)
+            if step % 2:
+                x, y = mirror(x, y)
             loss, accuracy = task(x, y)
             return loss, {"loss": loss.item(), "patches right": accuracy.item()}
 
-        fit(task, loss_of, steps, 1.5e-3, "vision tower")
+        fit(task, loss_of, steps, 3e-3, "vision tower", line=0)
     with torch.no_grad():
         return task(*load_scenes(data, "valid", size))[1].item()
 
 
+# --- language model ---------------------------------------------------------------------------------------------
+
+
+def recalled_words(facts: Facts) -> dict[str, float]:
+    """What a reader keeps of a sentence: its words with weights, those of the left or upper thing counting double.
+
+    'A red star right of a blue ring' and 'a blue ring left of a red star' say the same and give the same.
+    """
+    if facts.get("relation") in ("right of", "below"):
+        facts = seen_from_the_other(facts)
+    words: dict[str, float] = {}
+    for key, value in facts.items():
+        word = value.split()[0] if key == "relation" else value.split()[-1]
+        words[word] = words.get(word, 0.0) + (1.0 if key.startswith("other") else 2.0)
+    return words
+
+
+def language_documents(
+    data: Path, tokenizer: LlamaTokenizerFast, seed: int
+) -> tuple[list[list[int]], list[dict[int, float]]]:
+    """Token ids of short documents, and for each the weights of the words that its last </s> shall recall (or none)."""
+    rng = random.Random(seed)
+    documents, recalls = [], []
+
+    def add(text: str, facts: Facts, end: str = "</s>") -> None:
+        documents.append(tokenizer(text + end).input_ids)
+        words = recalled_words(facts).items()
+        recalls.append({tokenizer(word, add_special_tokens=False).input_ids[0]: weight for word, weight in words})
+
+    for name in ("pretrain.json", "contrastive.json"):
+        for sample in json.loads((data / name).read_text()):
+            add(sample["text"], sample["facts"])
+            if rng.random() < 0.2:  # stage 1's `plain` template ends captions with a newline
+                add(sample["text"], {}, "\n")
+            twins, wrong = sample.get("Hallucination caption", []), sample.get("hallucinated facts", [])
+            if isinstance(twins, str):
+                twins, wrong = [twins], [wrong]
+            for twin, change in zip(twins, wrong, strict=True):
+                add(twin, sample["facts"] | change)
+    for sample in json.loads((data / "finetune.json").read_text()):
+        turns = [turn["value"].replace("<image>\n", "") for turn in sample["conversations"][:2]]
+        add(" ".join(turns), {})
+    return documents, recalls
+
+
+def train_language_model(
+    model: nn.Module, data: Path, tokenizer: LlamaTokenizerFast, steps: int, seed: int
+) -> tuple[float, float]:
+    """Next-token prediction, in place; returns the last (loss in nats a token, recall loss above its minimum).
+
+    HACL reads the state at </s>. In a large model it holds what was read; a tiny one has no reason to keep that, so
+    this one is given one: the state at </s> predicts the words that the sentence has stated.
+    """
+    documents, recalls = language_documents(data, tokenizer, seed)
+    pad = tokenizer.pad_token_id
+    index = list(batches(len(documents), 64, steps, seed))
+    history = []
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        chosen = index[step].tolist()
+        lengths = [len(documents[k]) for k in chosen]
+        ids = torch.tensor([documents[k] + [pad] * (max(lengths) - len(documents[k])) for k in chosen])
+        wanted = torch.zeros(len(chosen), model.config.text_config.vocab_size)
+        for row, k in enumerate(chosen):
+            for token, weight in recalls[k].items():
+                wanted[row, token] = weight / sum(recalls[k].values())
+        hidden = model.model.language_model(input_ids=ids).last_hidden_state  # padded behind: causal rows never see it
+        logits = model.lm_head(hidden)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad)
+        last = logits[torch.arange(len(chosen)), torch.tensor(lengths) - 1].log_softmax(-1)
+        recall = (torch.xlogy(wanted, wanted) - wanted * last).sum(-1)[wanted.sum(-1) > 0].mean()
+        history.append((loss.item(), recall.item()))
+        return loss + 2 * recall, {"loss": loss.item(), "recall": recall.item()}
+
+    fit(language_parts(model), loss_of, steps, 4e-3, "language model", line=1)
+    recent = history[-10:] or [(float("nan"), float("nan"))]
+    return sum(loss for loss, _ in recent) / len(recent), sum(recall for _, recall in recent) / len(recent)
+
+
+def build(tokenizer: LlamaTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+    """A LLaVA-1.5 of tiny sizes with random weights."""
+    torch.manual_seed(seed)
+    vocab = -(-len(tokenizer) // 64) * 64  # rows beyond the tokenizer, as in LLaVA-1.5's own checkpoints
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            **VISION, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_act="quick_gelu", initializer_range=0.1
+        ),
+        text_config=LlamaConfig(
+            **LANGUAGE, vocab_size=vocab, bos_token_id=1, eos_token_id=2, pad_token_id=tokenizer.pad_token_id,
+            rms_norm_eps=1e-5, tie_word_embeddings=False,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+    config.pad_token_id = tokenizer.pad_token_id
+    return LlavaForConditionalGeneration(config)
+
+
+def make_processor(tokenizer: LlamaTokenizerFast) -> LlavaProcessor:
+    """The processor of llava-hf's LLaVA-1.5 checkpoints, at our image size."""
+    images = CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD),
+    )  # fmt: skip
+    return LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=PATCH_SIZE, chat_template=CHAT_TEMPLATE,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def language_parts(model: LlavaForConditionalGeneration) -> nn.ModuleList:
+    return nn.ModuleList([model.model.language_model, model.lm_head])
+
+
+def one_thread_each() -> None:
+    """Two trainings run side by side: half of the cores for each, and no more than such small matrices can use."""
+    torch.set_num_threads(min(4, max(1, (os.cpu_count() or 1) // 2)))
+
+
+def language_worker(data: Path, steps: int, seed: int) -> tuple[bytes, float, float]:
+    """A process of its own: (trained weights of `language_parts`, loss, recall)."""
+    one_thread_each()
+    tokenizer = train_tokenizer((data / "corpus.txt").read_text().splitlines())
+    model = build(tokenizer, seed)
+    loss, recall = train_language_model(model, data, tokenizer, steps, seed)
+    buffer = io.BytesIO()
+    torch.save(language_parts(model).state_dict(), buffer)
+    return buffer.getvalue(), loss, recall
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
+    """A folder that transformers 4 and 5 both read."""
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    processor.image_processor.save_pretrained(output)  # transformers 5 would put it into processor_config.json alone
+    settings = output / "preprocessor_config.json"
+    content = json.loads(settings.read_text())
+    content["image_processor_type"] = "CLIPImageProcessor"  # transformers 4 has no class named after Pillow
+    settings.write_text(json.dumps(content, indent=2) + "\n")
+    # transformers 5 leaves `legacy` out, and 4 would take that for True (a space behind every special token).
+    settings = output / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    settings.write_text(
+        json.dumps(content | {"legacy": False, "extra_special_tokens": {"image_token": "<image>"}}, indent=2) + "\n"
+    )
+
+
+def make_model(data: Path, output: Path, tower_steps: int, language_steps: int, seed: int) -> None:
+    """Everything named at the top of this file; each part prints what it reached."""
+    start = time.monotonic()
+    transformers_logging.disable_progress_bar()
+    one_thread_each()
+    tokenizer = train_tokenizer((data / "corpus.txt").read_text().splitlines())
+    print(f"tokenizer: {len(tokenizer)} tokens", flush=True)
+    model = build(tokenizer, seed)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        reading = pool.submit(language_worker, data, language_steps, seed) if language_steps else None
+        accuracy = train_tower(model.model.vision_tower, data, tower_steps, seed)
+        if reading is not None:
+            weights, loss, recall = reading.result()
+            language_parts(model).load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
+    print(f"vision tower: colour and shape right in {accuracy:.0%} of the held-out drawings' patches (chance: 2%)")
+    if reading is not None:
+        print(f"language model: {loss:.2f} nats a token; {recall:.3f} nats from recalling every word at </s>")
+    save(model, make_processor(tokenizer), output)
+    number = sum(weight.numel() for weight in model.parameters())
+    print(f"{output}: a LLaVA of {number / 1e6:.1f} million parameters, made in {time.monotonic() - start:.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the quickstart's tiny LLaVA.")
+    parser.add_argument("--data", type=Path, default=Path("output/quickstart/data"), help="what draw.py wrote")
+    parser.add_argument("--output", type=Path, default=Path("output/quickstart/model"))
+    parser.add_argument("--tower-steps", type=int, default=2500)
+    parser.add_argument("--language-steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=1234)
+    args = parser.parse_args()
+    make_model(args.data, args.output, args.tower_steps, args.language_steps, args.seed)
+
+
 if __name__ == "__main__":
-    import sys
-    d = Path("/tmp/qs/data")
-    tok = train_tokenizer((d / "corpus.txt").read_text().splitlines())
-    print(len(tok), tok.tokenize("There is a large green star on the right. xyz"), tok("A star.").input_ids)
-    torch.manual_seed(0)
-    from transformers import CLIPVisionModel
-    tower = CLIPVisionModel(CLIPVisionConfig(**VISION, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE))
-    t = time.time()
-    print(train_tower(tower, d, int(sys.argv[1]), 0), time.time()-t)
+    main()

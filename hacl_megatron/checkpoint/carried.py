@@ -7,6 +7,7 @@ They are the vision layers behind the selected one and the tower's post-norm; tr
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.hf_import import SourceTensors
@@ -18,15 +19,15 @@ from hacl_megatron.config.architecture import ModelConfig
 CARRIED_FILE = "carried.safetensors"
 
 
-def write_carried(sources: SourceTensors, path: Path) -> None:
-    """Write what `sources` has of them, tensor by tensor; no file where there is nothing."""
+def write_carried(sources: SourceTensors, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write what `sources` has of them, tensor by tensor, in `dtype` or their own; no file where there is nothing."""
     names = [name for name in sources.table.carried if name in sources.found]
     if not names:
         return
-    layout = {name: (sources.dtype(name), sources.table.carried[name]) for name in names}
+    layout = {name: (dtype or sources.dtype(name), sources.table.carried[name]) for name in names}
     with SafetensorsWriter(path, layout) as writer:
         for name in names:
-            writer.write(name, sources.read(name))
+            writer.write(name, sources.read(name).to(layout[name][0]))
 
 
 class CarriedTensors(Mapping[str, Tensor]):

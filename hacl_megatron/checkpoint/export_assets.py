@@ -21,10 +21,11 @@ TOKENIZER_FILES = (
 
 
 def count_tokens(assets: Path | None, config: ModelConfig, layout: Layout) -> int | None:
-    """Length of the carried tokenizer where the layout's `<image>` goes behind it; None where that does not matter."""
+    """Id that the carried tokenizer has for `<image>` or would give it; None where the model's config states it."""
     if assets is None or layout != "hf" or "image_token_index" in config.extra:
         return None
-    return len(_load_tokenizer(assets))
+    tokenizer = _load_tokenizer(assets)
+    return tokenizer.get_vocab().get("<image>", len(tokenizer))
 
 
 def write_assets(

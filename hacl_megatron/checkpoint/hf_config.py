@@ -54,6 +54,8 @@ def read_model_config(folder: str | Path, vision_tower: str | Path | None = None
     config = read_json(folder / "config.json")
     family = config_family(config, folder)
     where = folder / "config.json"
+    if family == "hf" and vision_tower is not None:
+        raise ValueError(f"{folder} holds its vision tower; leave {vision_tower} out")
     if family == "hf":
         text = config.get("text_config") or {}
         vision = config.get("vision_config") or {**LARGE_TOWER, "image_size": 336}  # LlavaConfig's own default

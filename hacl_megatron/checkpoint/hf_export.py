@@ -5,11 +5,8 @@ carried tensors (vision layers behind the selected one, post-norm) ────�
 heads, config.json, generation config, tokenizer, processor ─────────────────────────┘
 """
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.export_assets import count_tokens, write_assets, write_json
+from hacl_megatron.checkpoint.fresh_folder import fresh_folder
 from hacl_megatron.checkpoint.hf_config import TOWER_FOLDER
 from hacl_megatron.checkpoint.hf_config_write import (
     Layout,
@@ -101,7 +99,7 @@ def export_hf(
     plan = stream.plan(layout, prefixes)
     tower_plan = stream.plan("clip", ("vision.",)) if tower == "folder" else {}
     total = sum(_num_bytes(dtype, shape) for shape in [*plan.values(), *tower_plan.values()])
-    with fresh_folder(out, total, force=force) as folder:
+    with fresh_folder(out, total, force=force, why_not=why_no_export) as folder:
         write_json(folder / "config.json", settings)
         write_assets(folder, assets, config, layout, vocabulary, image_aspect_ratio=image_aspect_ratio)
         stream.write(folder, plan, layout, prefixes, parse_size(max_shard_size))
@@ -135,7 +133,7 @@ def export_projector(
     settings = to_config_json(config, "llava", dtype=str(dtype).removeprefix("torch."), carries_tower=False)
     settings["tune_mm_mlp_adapter"] = True
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with fresh_folder(out, total, force=force) as folder:
+    with fresh_folder(out, total, force=force, why_not=why_no_export) as folder:
         write_json(folder / "config.json", settings)
         torch.save(tensors, folder / "mm_projector.bin")
         write_heads(table, provider, folder / HEADS_FILE)
@@ -278,37 +276,8 @@ def _complete_tower(
     return config, norm
 
 
-@contextmanager
-def fresh_folder(out: Path, num_bytes: int, *, force: bool) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` at the end; whatever goes wrong before leaves nothing behind.
-
-    Raises:
-        ValueError: `out` exists (with `force`: and is no earlier export), or the disk has no room for `num_bytes`.
-    """
-    out = out.absolute()
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        if not force:
-            raise ValueError(f"{out} exists already; choose another folder or force the export over it")
-        if not ((out / "config.json").is_file() and (out / HEADS_FILE).is_file()):
-            raise ValueError(f"{out} is no earlier export (no config.json with {HEADS_FILE}); it is not replaced")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < num_bytes * 1.02:
-        raise ValueError(
-            f"{out.parent}: {free / 1e9:.1f} GB free, but the export needs {num_bytes * 1.02 / 1e9:.1f} GB"
-        )
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            old = out.with_name(f"{out.name}.replaced-{os.getpid()}")
-            out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def why_no_export(out: Path) -> str | None:
+    """Why a folder is not one that an export may replace, or None."""
+    if (out / HEADS_FILE).is_file() and (out / "config.json").is_file():
+        return None
+    return f"is no earlier export (no config.json with {HEADS_FILE})"

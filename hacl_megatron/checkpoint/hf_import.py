@@ -120,6 +120,10 @@ class SourceTensors:
             raise ValueError(
                 f"{folder}: tensor {name} {list(shape)} is missing" + (f"; nearest found: {close}" if close else "")
             )
+        self.check_shapes()
+
+    def check_shapes(self) -> None:
+        """Every shape that was found is the one that the model's sizes make it."""
         for canonical, (weights, name) in self.found.items():
             expected = self.table.expected.get(canonical) or self.table.carried[canonical]
             if (shape := weights.shape(name)) != expected:
@@ -202,7 +206,7 @@ def _add_adapter(sources: SourceTensors, path: Path) -> None:
 
 
 def global_name(local: str, layer_offset: int) -> str:
-    """A parameter's name on this pipeline stage -> its name in the whole model, the same with fused norms or without."""
+    """A parameter's name on this pipeline stage -> its name in the whole model, wherever a layer keeps its norms."""
     for fused, ours in FUSED_NORMS.items():
         local = local.replace(f".{fused}", f".{ours}")
     if match := _LAYER.fullmatch(local):
@@ -257,6 +261,21 @@ def load_hf_weights(
         )
         loaded.append(ours)
     return ImportReport(loaded=loaded, fresh=fresh, ignored=dict(sources.ignored), sources=list(sources.files))
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, path: str | Path, model_config: ModelConfig) -> None:
+    """Lay LLaVA's `mm_projector.bin` over the connector of a rank's model that has one.
+
+    Raises:
+        ValueError: the file is cut, holds code, or is no connector of this model.
+    """
+    sources = SourceTensors(NameTable(model_config))
+    _add_adapter(sources, Path(path))
+    sources.check_shapes()
+    for name, parameter in model.named_parameters():
+        if name.startswith("connector."):
+            parameter.copy_(sources.read(sources.table.rules[name].sources[0]))
 
 
 def carried_tensors(sources: SourceTensors) -> Iterator[tuple[str, Tensor]]:

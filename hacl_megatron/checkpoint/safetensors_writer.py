@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, so that no more than one of them is ever in memory.
+"""A safetensors file written tensor by tensor, so that no more than two of them are ever in memory.
 
 The format (https://github.com/huggingface/safetensors#format): the header's length as a little-endian u64, the header
 as JSON padded with spaces to 8 bytes, then all bytes end to end. Since the header stands first, shapes and dtypes are
@@ -8,6 +8,7 @@ given beforehand.
 import json
 import math
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,20 +40,36 @@ class SafetensorsWriter:
     def __enter__(self) -> "SafetensorsWriter":
         self._file = open(self._path, "wb")
         self._file.write(self._prefix)
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in its place; any order."""
+        """Put a tensor in its place; any order. It is written while the caller makes the next one."""
         dtype, shape = self._tensors[name]
         assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), f"{name}: {tensor.dtype} {tuple(tensor.shape)}"
         self._pending.remove(name)
-        self._file.seek(len(self._prefix) + self._offsets[name])
         # Bytes through uint8, since numpy knows no bfloat16.
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._wait()
+        self._last = self._pool.submit(self._put, len(self._prefix) + self._offsets[name], content)
+
+    def _put(self, offset: int, content: memoryview) -> None:
+        self._file.seek(offset)
+        self._file.write(content)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+            self._last = None
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is None:
-            assert not self._pending, f"{self._path}: never written: {sorted(self._pending)[:5]}"
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            if kind is None:
+                self._wait()
+                assert not self._pending, f"{self._path}: never written: {sorted(self._pending)[:5]}"
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._pool.shutdown()
+            self._file.close()

@@ -37,6 +37,8 @@ _METADATA_CLASSES = {
         "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
     "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
 }  # fmt: skip
 """All that a `.metadata` may name, beside torch's dtypes."""
@@ -98,6 +100,11 @@ class ShardedReader:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[self._stored(name)[0]].properties.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters, vocabulary padding not counted."""
+        return sum(torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize for name in self.names())
 
     @cached_property
     def num_vocabulary_rows(self) -> int:
@@ -162,9 +169,7 @@ class ShardedReader:
             found = found if layer is None else found[1:]
             padded = name in (EMBEDDING, OUTPUT_LAYER)
             if found[1:] != expected[1:] or (found[0] < expected[0] if padded else found[0] != expected[0]):
-                raise ValueError(
-                    f"{self.folder}: {name} is {list(found)}, {RUN_CONFIG_FILE} makes it {list(expected)}"
-                )
+                raise ValueError(f"{self.folder}: {name} is {list(found)}, {RUN_CONFIG_FILE} makes it {list(expected)}")
         ends: dict[str, int] = {}
         for info in self._metadata.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)

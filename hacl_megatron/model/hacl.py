@@ -154,10 +154,16 @@ class HaclModel(MegatronModule):
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tp
             )
         hidden = hidden.squeeze(1)
+        logits = self.language_model.logits(hidden.index_select(0, batch.target_rows))
+        images, captions, hallucinated, temperature = self.heads(
+            hidden.index_select(0, batch.image_eos_rows),
+            hidden.index_select(0, batch.caption_eos_rows),
+            hidden.index_select(0, batch.hallucinated_eos_rows),
+        )
         return ModelOutput(
-            logits=self.language_model.logits(hidden.index_select(0, batch.target_rows)),
-            image_embeddings=self.heads.embed_images(hidden.index_select(0, batch.image_eos_rows)),
-            caption_embeddings=self.heads.embed_texts(hidden.index_select(0, batch.caption_eos_rows)),
-            hallucinated_embeddings=self.heads.embed_texts(hidden.index_select(0, batch.hallucinated_eos_rows)),
-            temperature=self.heads.temperature,
+            logits=logits,
+            image_embeddings=images,
+            caption_embeddings=captions,
+            hallucinated_embeddings=hallucinated,
+            temperature=temperature,
         )

@@ -23,6 +23,21 @@ class ContrastiveHeads(nn.Module):
         self.text_projector = seeded_linear(hidden_size, projection_size, generator=generator, dtype=dtype)
         self.temperature = nn.Parameter(torch.full([1], temperature, dtype=torch.float32))
 
+    def forward(
+        self, image_hidden: Tensor, caption_hidden: Tensor, hallucinated_hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Hidden states [n, hidden] of the three kinds of EOS rows -> their embeddings, and the temperature itself.
+
+        The temperature too must come out of a call: `--overlap-param-gather` waits for a module's updated parameters
+        when it is called, and would hand out last step's value otherwise.
+        """
+        return (
+            self.embed_images(image_hidden),
+            self.embed_texts(caption_hidden),
+            self.embed_texts(hallucinated_hidden),
+            self.temperature,
+        )
+
     def embed_images(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, hidden] of image EOS rows -> unit vectors [n, hidden / 4], fp32."""
         return F.normalize(self.vision_projector(hidden).float(), dim=-1)

@@ -44,7 +44,7 @@ class Trainer:
         make_valid_loader: gives a loader that starts at the first validation sample (None on the ranks that do not
             read data); None to never validate.
         log: on one rank alone.
-        assets: folder whose tokenizer and processor files go into checkpoints.
+        write_assets: puts tokenizer and processor files into a folder of each checkpoint.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Trainer:
         num_samples: int,
         train_iters: int,
         log: MetricsLog | None,
-        assets: Path | None,
+        write_assets: Callable[[Path], None],
         device: torch.device,
     ) -> None:
         self.config = config
@@ -75,7 +75,7 @@ class Trainer:
         self.num_samples = num_samples
         self.train_iters = train_iters
         self.log = log
-        self.assets = assets
+        self.write_assets = write_assets
         self.device = device
         self.stop_requests = StopRequests(config.training.exit_duration_in_mins)
         self.step = Step(
@@ -106,9 +106,9 @@ class Trainer:
             scalars = self._scalars(metrics, result, micro_batches, time.perf_counter() - started, waited)
             self._advance(step_batches, result)
             stop = self._end_of_step(step_batches)
-            self._report(scalars)
             if self._due(self.config.training.eval_interval):
-                self._validate()
+                scalars |= self._validate()
+            self._report(scalars)
             if self._due(self.config.checkpoint.save_interval):
                 self._save()
             stop = stop or self._planned_exit()
@@ -148,6 +148,10 @@ class Trainer:
         else:
             progress.skipped_steps += 1
             progress.consecutive_skips += 1
+            self._say(
+                f"step {progress.iteration} skipped: loss or gradients not finite "
+                f"({progress.consecutive_skips} in a row, {progress.skipped_steps} in all)"
+            )
 
     def _end_of_step(self, step_batches: StepBatches | None) -> str | None:
         """Bring what only some ranks know to all: unusable samples, and wishes to stop."""
@@ -178,9 +182,12 @@ class Trainer:
                 f"{progress.bad_samples} of {progress.drawn_samples} samples were unusable, more than "
                 f"--max-bad-fraction {limit}: see {self._output('bad_samples.jsonl')}, mend the data or raise the limit"
             )
-        if progress.consecutive_skips > self.config.optimizer.max_skipped_steps:
+        skips = progress.consecutive_skips
+        if skips > self.config.optimizer.max_skipped_steps:
+            progress.consecutive_skips = 0  # whoever resumes has changed something
+            self._save()
             raise TrainingStopped(
-                f"loss or gradients were not finite in {progress.consecutive_skips} steps in a row, more than "
+                f"loss or gradients were not finite in {skips} steps in a row, more than "
                 f"--max-skipped-steps {self.config.optimizer.max_skipped_steps}: lower --lr, or look at the data"
             )
 
@@ -190,12 +197,13 @@ class Trainer:
         save = self.config.checkpoint.save
         if save is None or self._saved_at == self.progress.iteration:
             return
+        self.trainee.gather_parameters()
         save_checkpoint(
             lambda: run_state(self.trainee, self.progress, self._data_state_of_run()),
             Path(save),
             self.progress.iteration,
             run_config=to_yaml(self.config),
-            assets=self.assets,
+            write_assets=self.write_assets,
         )
         self._saved_at = self.progress.iteration
         self._say(f"saved iteration {self.progress.iteration} to {save}")
@@ -234,7 +242,8 @@ class Trainer:
         if self.log is None:
             return
         self.log.advance()
-        if self._due(self.config.logging.log_interval) or self.progress.iteration == self.train_iters:
+        validated = any(tag.endswith(" validation") for tag in scalars)
+        if validated or self._due(self.config.logging.log_interval) or self.progress.iteration == self.train_iters:
             self.log.log(self.progress.iteration, scalars)
 
     def _scalars(
@@ -250,7 +259,7 @@ class Trainer:
         scalars = {
             **_losses(metrics),
             "temperature": metrics.temperature,
-            "learning-rate": default_learning_rate(self.trainee.optimizer),
+            "learning-rate": default_learning_rate(self.trainee.scheduler),
             "grad-norm": result.grad_norm,
             "batch-size": self.layout.global_batch_size,
             "iteration-time": seconds,
@@ -259,7 +268,7 @@ class Trainer:
             "model-tflops-per-gpu": tflops,
             "throughput": tflops,
             "data-wait-share": waited / seconds,
-            "skipped-steps": self.progress.skipped_steps,
+            "skipped-steps": self.progress.skipped_steps + (not result.applied),
         }
         if result.num_zeros is not None:
             scalars["num-zeros"] = result.num_zeros
@@ -282,6 +291,7 @@ class Trainer:
         )
 
     def _params_norm(self) -> float:
+        self.trainee.gather_parameters()
         local = sum(
             parameter.detach().float().square().sum().item()
             for parameter in self.trainee.module.parameters()
@@ -291,9 +301,10 @@ class Trainer:
         )
         return math.sqrt(global_sums([local], group=self.trainee.groups.mp, device=self.device)[0])
 
-    def _validate(self) -> None:
+    def _validate(self) -> dict[str, float]:
+        """Mean losses over `--eval-iters` batches of the validation data, always the same ones."""
         if self.make_valid_loader is None:
-            return
+            return {}
         totals: list[tuple[StepMetrics, GlobalCounts]] = []
         loader = self.make_valid_loader()
         try:
@@ -305,11 +316,8 @@ class Trainer:
             if loader is not None:
                 loader.close()
         means = _mean_losses(totals)
-        if self.log is not None:
-            self.log.log(self.progress.iteration, {f"{tag} validation": value for tag, value in means.items()})
-            self._say(
-                f"validation at {self.progress.iteration}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items())
-            )
+        self._say(f"validation at {self.progress.iteration}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+        return {f"{tag} validation": value for tag, value in means.items()}
 
 
 def _losses(metrics: StepMetrics) -> dict[str, float]:

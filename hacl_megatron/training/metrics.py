@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hacl_megatron.checkpoint.sharded import write_atomically
+
 # What the terminal shows of an iteration, and how.
 _TERMINAL = (
     ("lm loss", "lm {:.4f}"),
@@ -61,7 +63,7 @@ class MetricsLog:
             self._writer = SummaryWriter(str(tensorboard_dir), purge_step=first_iteration + 1)
         if jsonl is not None:
             jsonl.parent.mkdir(parents=True, exist_ok=True)
-            _keep_iterations(jsonl, first_iteration)
+            keep_iterations(jsonl, first_iteration)
             self._file = jsonl.open("a", encoding="utf-8")
         if wandb_project is not None:
             import wandb
@@ -114,8 +116,8 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def _keep_iterations(jsonl: Path, last: int) -> None:
-    """Drop lines beyond iteration `last`, and a line that a kill cut short."""
+def keep_iterations(jsonl: Path, last: int) -> None:
+    """Drop lines beyond iteration `last`, which a resumed run writes again, and a line that a kill cut short."""
     if not jsonl.exists():
         return
     kept = []
@@ -125,4 +127,4 @@ def _keep_iterations(jsonl: Path, last: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    jsonl.write_text("".join(kept), encoding="utf-8")
+    write_atomically(jsonl, "".join(kept))

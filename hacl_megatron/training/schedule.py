@@ -1,6 +1,7 @@
 """Optimiser, parameter groups, learning-rate schedule and the temperature's clamp, on megatron-core's optimisers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +13,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hacl_megatron.config.flags import OptimizerFlags
 from hacl_megatron.objective.contrastive import clamp_temperature_
-
-_OWN_KEYS = ("params", "lr", "step")  # of a parameter group: what a checkpoint restores
 
 
 def build_optimizer(
@@ -51,8 +50,9 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         config, [model], config_overrides=_group_overrides(flags), use_gloo_process_groups=False
     )
-    for inner in _inner_optimizers(optimizer):
-        inner.register_step_post_hook(_clamp_temperature)
+    for part in _parts(optimizer):
+        part.init_state_fn(part.optimizer, config)  # so that a run whose every step was skipped can be saved
+        part.optimizer.register_step_post_hook(_clamp_temperature)
     return optimizer
 
 
@@ -71,9 +71,9 @@ def _group_overrides(flags: OptimizerFlags) -> dict[ParamKey, dict[str, Any]]:
     return overrides
 
 
-def _inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.optimizer for part in chained if part.optimizer is not None]
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """megatron-core's optimisers around a torch optimiser each; none on a rank without trained parameters."""
+    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
 
 
 @torch.no_grad()
@@ -86,24 +86,55 @@ def _clamp_temperature(inner: torch.optim.Optimizer, args, kwargs) -> None:
                 clamp_temperature_(parameter)
 
 
-def group_settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
-    """Each parameter group's settings (rates, weight decay, marks), in order."""
-    return [
-        {key: value for key, value in group.items() if key not in _OWN_KEYS}
-        for inner in _inner_optimizers(optimizer)
-        for group in inner.param_groups
-    ]
+@contextmanager
+def groups_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Inside, megatron-core tells this run's parameter groups apart whatever it is given to load; then all is put back.
 
-
-def restore_group_settings(optimizer: MegatronOptimizer, settings: Sequence[dict[str, Any]]) -> None:
-    """Put `group_settings` back after a checkpoint was loaded.
-
-    megatron-core 0.16.1 matches saved to present groups by weight decay and kind alone, so groups that differ in their
-    rate only come back with each other's. And a resumed run follows the rates it was started with, not the saved.
+    A resumed run follows the rates and decays that it was started with. And megatron-core cannot match the groups, not
+    even with themselves when it allocates their state: by weight decay and kind alone (0.16.1), those that differ in
+    their rate come back with each other's parameters or not at all; by all settings (0.19.2), a changed rate finds no
+    group. So weight-decay factors number them for as long as the loading takes.
     """
-    groups = [group for inner in _inner_optimizers(optimizer) for group in inner.param_groups]
-    for group, saved in zip(groups, settings, strict=True):
-        group.update(saved)
+    settings = [
+        {key: value for key, value in group.items() if key not in ("params", "step")} for group in _groups(optimizer)
+    ]
+    for index, group in enumerate(_groups(optimizer)):
+        group["wd_mult"] = float(index)
+    yield
+    for group, own in zip(_groups(optimizer), settings, strict=True):
+        group.update(own)
+
+
+def without_groups(state: dict[str, Any]) -> dict[str, Any]:
+    """A sharded optimiser state dict to load, without this run's parameter groups, which may differ from the saved."""
+    _inner_state(state).pop("param_groups", None)
+    return state
+
+
+def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load a saved optimiser state dict, inside `groups_kept`; of its parameter groups only the step count is taken.
+
+    Every group has made the same number of steps, but a fused Adam counts none in a group that is empty on the rank
+    that saved it: the largest is right.
+    """
+    if not _groups(optimizer):  # a pipeline stage without trained parameters
+        return
+    inner = _inner_state(state)
+    step = max(group.get("step", 0) for group in inner["param_groups"])
+    inner["param_groups"] = _inner_state(optimizer.state_dict())["param_groups"]
+    inner.setdefault("state", {})  # empty on a stage where nothing trains, and so not in the file
+    optimizer.load_state_dict(state)
+    for group in _groups(optimizer):
+        group["step"] = step
+
+
+def _groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    return [group for part in _parts(optimizer) for group in part.optimizer.param_groups]
+
+
+def _inner_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The part of megatron-core's optimiser state dict that the wrapped torch optimiser knows."""
+    return state.get("optimizer", state)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, flags: OptimizerFlags, train_iters: int) -> OptimizerParamScheduler:
@@ -125,7 +156,6 @@ def build_scheduler(optimizer: MegatronOptimizer, flags: OptimizerFlags, train_i
     )
 
 
-def default_learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate that the groups without a rate of their own follow, for the log."""
-    rates = [group["lr"] for group in optimizer.param_groups if group.get("default_config")]
-    return rates[0] if rates else optimizer.param_groups[0]["lr"] if optimizer.param_groups else 0.0
+def default_learning_rate(scheduler: OptimizerParamScheduler) -> float:
+    """What `--lr` comes to in the next step, for the log; also where every group that trains has a rate of its own."""
+    return scheduler.get_lr({})

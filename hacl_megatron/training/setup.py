@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from hacl_megatron.checkpoint.hf_import import load_hf_weights
+from hacl_megatron.checkpoint.hf_import import load_adapter, load_hf_weights
 from hacl_megatron.checkpoint.sharded import find_checkpoint, load_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, padded_vocab_size
@@ -39,6 +39,14 @@ class Trainee:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     groups: ProcessGroupCollection
+
+    def gather_parameters(self) -> None:
+        """Make every rank's parameters the updated ones: with `--overlap-param-gather` the next forward pass would.
+
+        Every data-parallel rank must call it.
+        """
+        if self.model.ddp_config.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)
 
 
 def initialize_parallelism(config: RunConfig, layout: Layout) -> ProcessGroupCollection:
@@ -78,13 +86,19 @@ def build_module(
 
 def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelConfig, layout: Layout) -> str:
     """Fill `module` from `--pretrained-checkpoint` and `--pretrain-mm-mlp-adapter`; returns a line for the user."""
-    source = config.model.pretrained_checkpoint
+    source, own = config.model.pretrained_checkpoint, None
     lines = []
     if source is None:
         lines.append("random weights")
     elif (own := find_checkpoint(Path(source))) is not None:
-        state = load_checkpoint({"model": module.sharded_state_dict(metadata={})}, own)
-        module.load_state_dict(state["model"])
+        # Extra states are FP8 scales: Transformer Engine's alone, and of the optimiser's kind, so they start fresh.
+        wanted = {
+            name: part
+            for name, part in module.sharded_state_dict(metadata={}).items()
+            if not name.endswith("_extra_state")
+        }
+        found = module.load_state_dict(load_checkpoint({"model": wanted}, own)["model"], strict=False)
+        assert all(name.endswith("_extra_state") for name in found.missing_keys) and not found.unexpected_keys, found
         lines.append(f"weights from {own}")
     else:
         report = load_hf_weights(
@@ -98,6 +112,10 @@ def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelCon
             adapter=config.model.pretrain_mm_mlp_adapter,
         )
         lines.append(report.summary())
+    adapter = config.model.pretrain_mm_mlp_adapter
+    if adapter is not None and (source is None or own is not None):
+        load_adapter(module, adapter, architecture)
+        lines.append(f"connector from {adapter}")
     return "; ".join(lines)
 
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from hacl_megatron.checkpoint.sharded import load_checkpoint, state_metadata
-from hacl_megatron.training.schedule import group_settings, restore_group_settings
+from hacl_megatron.checkpoint.sharded import load_checkpoint, load_common_state, state_metadata
+from hacl_megatron.training.schedule import groups_kept, load_optimizer, without_groups
 from hacl_megatron.training.setup import Trainee
 
 
@@ -46,13 +45,18 @@ def run_state(trainee: Trainee, progress: Progress, data_state: dict[str, Any]) 
         "progress": asdict(progress),
         "data_state": data_state,
         "layout": _layout(trainee),
+        "optimizer_kind": _optimizer_kind(trainee),
         "random_states": _sharded_random_states(trainee),
     }
 
 
 def saved_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """Counters and data position of a checkpoint, without its tensors."""
-    common = dist_checkpointing.load_common_state_dict(str(folder))
+    """Counters and data position of a checkpoint, without its tensors; ValueError when it holds weights alone."""
+    common = load_common_state(folder)
+    if "progress" not in common:
+        raise ValueError(
+            f"--load {folder} holds converted weights and no run to resume: give it as --pretrained-checkpoint"
+        )
     return Progress(**common["progress"]), common["data_state"]
 
 
@@ -60,22 +64,31 @@ def restore_run(trainee: Trainee, folder: Path) -> None:
     """Load weights, optimiser, schedule and, at the same layout, random states from a checkpoint folder.
 
     Raises:
-        ValueError: the checkpoint is damaged or of another model.
+        ValueError: the checkpoint is damaged, of another model, or its optimiser state of another kind.
     """
-    settings = group_settings(trainee.optimizer)
+    common = load_common_state(folder)
+    saved_kind, kind = common["optimizer_kind"], _optimizer_kind(trainee)
+    if saved_kind != kind:
+        flags = ("--use-distributed-optimizer", "--bf16")
+        found, here = (
+            ", ".join(f"{flag} {str(value).lower()}" for flag, value in zip(flags, values, strict=True))
+            for values in (saved_kind, kind)
+        )
+        raise ValueError(
+            f"checkpoint {folder} was saved with {found}, this run has {here}: optimiser state does not convert; "
+            "resume with the flags it was saved with, or take the weights alone with --pretrained-checkpoint"
+        )
+    same_layout = common["layout"] == _layout(trainee)
     weights = trainee.module.sharded_state_dict(metadata=state_metadata())
-    wanted = {
-        "model": weights,
-        "optimizer": trainee.optimizer.sharded_state_dict(weights, is_loading=True, metadata=state_metadata()),
-    }
-    same_layout = dist_checkpointing.load_common_state_dict(str(folder))["layout"] == _layout(trainee)
-    if same_layout:
-        wanted["random_states"] = _sharded_random_states(trainee)
-    state = load_checkpoint(wanted, folder)
-    trainee.module.load_state_dict(state["model"])
-    trainee.optimizer.load_state_dict(state["optimizer"])
-    restore_group_settings(trainee.optimizer, settings)
-    # After the groups' own settings, so that the schedule computes each group's rate from them.
+    with groups_kept(trainee.optimizer):
+        optimizer = trainee.optimizer.sharded_state_dict(weights, is_loading=True, metadata=state_metadata())
+        wanted = {"model": weights, "optimizer": without_groups(optimizer)}
+        if same_layout:
+            wanted["random_states"] = _sharded_random_states(trainee)
+        state = load_checkpoint(wanted, folder)
+        trainee.module.load_state_dict(state["model"])
+        load_optimizer(trainee.optimizer, state["optimizer"])
+    # After the groups, so that the schedule computes each one's rate.
     trainee.scheduler.load_state_dict(state["scheduler"])
     if same_layout:
         _restore_random_states(state["random_states"])
@@ -84,6 +97,12 @@ def restore_run(trainee: Trainee, folder: Path) -> None:
 def _layout(trainee: Trainee) -> list[int]:
     groups = trainee.groups
     return [groups.tp.size(), groups.pp.size(), groups.dp.size()]
+
+
+def _optimizer_kind(trainee: Trainee) -> list[bool]:
+    """What decides which tensors megatron-core's optimisers save: distributed or not, master weights or not."""
+    config = trainee.optimizer.config
+    return [config.use_distributed_optimizer, config.bf16]
 
 
 def _sharded_random_states(trainee: Trainee) -> ShardedObject:

@@ -54,7 +54,9 @@ class Variant:
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
-def _pack(segments: list[tuple[str, int, int]], *, images: int, seed: int, multiple: int) -> PackedBatch:
+def _pack(
+    segments: list[tuple[str, int, int]], *, images: int, seed: int, multiple: int, uneven: bool = False
+) -> PackedBatch:
     """Lay out segments (kind, length, image) one after another. In a dialogue the image begins at row 1.
 
     kinds: dialogue, image (36 visual tokens and EOS), caption, hallucinated. image -1: none.
@@ -80,13 +82,15 @@ def _pack(segments: list[tuple[str, int, int]], *, images: int, seed: int, multi
     ids[start:] = 0
     ids[image_rows] = 0
     pixels = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    # Rotary attention sees differences of positions alone, so only uneven ones show that a row takes its own.
+    positions = torch.cat([torch.arange(n) + (torch.arange(n) ** 2 // 7 if uneven else 0) for n in lengths])
     owners = [0] * len(ends["hallucinated"])
 
     def integers(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
     return PackedBatch(
-        sample_ids=integers([0]), token_ids=ids, position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        sample_ids=integers([0]), token_ids=ids, position_ids=positions,
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max_seqlen=max(lengths),
         pixel_values=pixels, image_rows=integers(image_rows), feature_rows=integers(feature_rows),
         target_rows=integers(targets), target_ids=ids[targets].clone(), image_eos_rows=integers(ends["image"]),
@@ -98,14 +102,14 @@ def _pack(segments: list[tuple[str, int, int]], *, images: int, seed: int, multi
 
 
 def make_batches(multiple: int = 1) -> list[PackedBatch]:
-    """Two micro-batches of different length: images, pairs and text; then a dialogue without an image."""
+    """Two micro-batches of different length: images, pairs and text; then text alone, its positions with gaps."""
     mixed = [
         ("dialogue", 49, 1), ("image", VISUAL + 1, 0), ("caption", 7, -1), ("hallucinated", 9, -1),
         ("image", VISUAL + 1, 1), ("caption", 5, -1), ("dialogue", 11, -1), ("dialogue", 43, 0),
     ]  # fmt: skip
     return [
         _pack(mixed, images=2, seed=1, multiple=multiple),
-        _pack([("dialogue", 13, -1), ("dialogue", 4, -1)], images=0, seed=2, multiple=multiple),
+        _pack([("dialogue", 13, -1), ("dialogue", 4, -1)], images=0, seed=2, multiple=multiple, uneven=True),
     ]
 
 
@@ -182,14 +186,18 @@ def write_reference(folder: Path, variant: Variant) -> None:
 
 
 def _segment_hidden(model, batch: PackedBatch, segment: int) -> Tensor:
-    """transformers' final-norm hidden states [length, hidden] of one segment, run alone from position 0."""
+    """transformers' final-norm hidden states [length, hidden] of one segment, run alone."""
     start, stop = batch.cu_seqlens[segment].item(), batch.cu_seqlens[segment + 1].item()
     ids = batch.token_ids[start:stop].clone()
     inside = (batch.image_rows >= start) & (batch.image_rows < stop)
     ids[batch.image_rows[inside] - start] = image_token_id(VOCAB)
     images = (batch.feature_rows[inside] // VISUAL).unique()
     pixels = batch.pixel_values[images] if len(images) else None
-    return model.model(input_ids=ids[None], pixel_values=pixels, use_cache=False).last_hidden_state[0]
+    return model.model(
+        input_ids=ids[None], pixel_values=pixels, position_ids=batch.position_ids[start:stop][None],
+        attention_mask=torch.ones_like(ids)[None],  # without it transformers takes a gap for the border of a sequence
+        use_cache=False,
+    ).last_hidden_state[0]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- our answer
@@ -343,6 +351,7 @@ def compare(folder: Path, layout: Layout, device: torch.device) -> dict[str, Any
                 empty.append(name)
     replicas = {name: value.cpu().numpy().tobytes() for name, value in gradients.items() if _is_replica(name)}
     return {
+        "layers": len(module.language_model.decoder.layers),
         "outputs": differences,
         "gradients": relative,
         "zero in transformers": empty,

@@ -73,6 +73,14 @@ def test_gradients_are_those_of_transformers(results, case):
     assert len(layers) == 4, layers
 
 
+def test_stages_hold_the_layers_they_were_given(results, case):
+    layout = case[1]
+    first = layout.first or 4 // layout.pp
+    stages = [first] if layout.pp == 1 else [first, 4 - first]
+    # megatron-core numbers ranks tensor-parallel first
+    assert [found["layers"] for found in results[case]] == [layers for layers in stages for _ in range(layout.tp)]
+
+
 def test_no_gradient_is_compared_with_nothing(results, case):
     """A gradient that is zero in transformers would hide a missing one here."""
     for found in results[case]:

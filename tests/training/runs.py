@@ -1,17 +1,26 @@
 """Runs the trainer inside gloo ranks, on tiny real data, and reads back what it left on disk."""
 
 import json
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 import yaml
+from megatron.core import parallel_state
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hacl_megatron.train import run
 from tests.distributed import run_distributed
 from tests.tiny import write_tiny_data, write_tiny_llava
+
+LOSSES = ("lm loss", "contrastive loss i2t", "contrastive loss t2i")
 
 
 def make_inputs(folder: Path, *, samples: int = 48, **model) -> Path:
@@ -42,30 +51,71 @@ def make_inputs(folder: Path, *, samples: int = 48, **model) -> Path:
     return folder
 
 
-def layout_flags(layout: str) -> tuple[int, list[str]]:
-    """`tp2-pp2` -> (4 processes, flags); parts are tpN, ppN, dpN, sp, and first1 for one layer on the first stage."""
+def layout_flags(layout: str, *, samples: int = 8) -> tuple[int, list[str]]:
+    """`tp2-pp2` -> (4 processes, flags); parts are tpN, ppN, dpN, sp, dist (distributed optimiser) and first1 for one
+    layer on the first stage. One micro-batch of `samples` over all ranks."""
     sizes = {"tp": 1, "pp": 1, "dp": 1}
     flags = []
     for part in layout.split("-"):
         if part == "sp":
             flags.append("--sequence-parallel")
+        elif part == "dist":
+            flags.append("--use-distributed-optimizer")
         elif part.startswith("first"):
             flags += ["--decoder-first-pipeline-num-layers", part.removeprefix("first")]
         else:
             sizes[part[:2]] = int(part[2:])
     flags += ["--tensor-model-parallel-size", str(sizes["tp"]), "--pipeline-model-parallel-size", str(sizes["pp"])]
-    flags += ["--micro-batch-size", str(8 // sizes["dp"])]
+    flags += ["--micro-batch-size", str(samples // sizes["dp"])]
     return sizes["tp"] * sizes["pp"] * sizes["dp"], flags
 
 
-def _run_all(commands: Sequence[Sequence[str]]) -> None:
+def _run_all(commands: Sequence[Sequence[str] | Callable[[], None]]) -> None:
     for command in commands:
+        command() if callable(command) else run(command)
+
+
+def train(commands: Sequence[Sequence[str] | Callable[[], None]], processes: int) -> None:
+    """Run several trainings one after another on the same `processes` gloo ranks.
+
+    A command is a list of flags, or a module-level function (or a `partial` of one) that runs a training itself.
+    """
+    run_distributed(_run_all, processes, commands)
+
+
+def run_with_signal(command: Sequence[str], *, iteration: int, rank: int, number: int = signal.SIGTERM) -> None:
+    """Train, and let `rank` get a signal while it reports `iteration`, as a scheduler or a user would send it."""
+    from hacl_megatron.training.loop import Trainer
+
+    report = Trainer._report
+
+    def report_and_signal(self: Trainer, *arguments: Any) -> None:
+        report(self, *arguments)
+        if self.progress.iteration == iteration and torch.distributed.get_rank() == rank:
+            os.kill(os.getpid(), number)
+
+    with mock.patch.object(Trainer, "_report", report_and_signal):
         run(command)
 
 
-def train(commands: Sequence[Sequence[str]], processes: int) -> None:
-    """Run several trainings one after another on the same `processes` gloo ranks."""
-    run_distributed(_run_all, processes, commands)
+def signalled(command: Sequence[str], **when: int) -> Callable[[], None]:
+    """`run_with_signal` as a command for `train`."""
+    return partial(run_with_signal, command, **when)
+
+
+def run_refused(command: Sequence[str], words: Sequence[str]) -> None:
+    """Train, and see it refused in one line that holds `words`."""
+    with pytest.raises(ValueError) as refusal:
+        run(command)
+    parallel_state.destroy_model_parallel()
+    line = str(refusal.value)
+    assert "\n" not in line, line
+    assert all(word in line for word in words), line
+
+
+def refused(command: Sequence[str], *words: str) -> Callable[[], None]:
+    """`run_refused` as a command for `train`."""
+    return partial(run_refused, command, words)
 
 
 def metrics(save: Path) -> list[dict[str, float]]:
@@ -73,14 +123,39 @@ def metrics(save: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights(save: Path) -> dict[str, torch.Tensor]:
-    """The model's weights (whole, whatever the layout was) in the newest checkpoint of `save`."""
+def latest_checkpoint(save: Path) -> Path:
+    """Folder of the checkpoint that `save` names as its newest."""
     iteration = int((save / "latest_checkpointed_iteration.txt").read_text())
-    reader = FileSystemReader(str(save / f"iter_{iteration:07d}"))
-    tensors = {
+    return save / f"iter_{iteration:07d}"
+
+
+def tensors(save: Path) -> dict[str, torch.Tensor]:
+    """All tensors (weights and optimiser state, whole whatever the layout was) in the newest checkpoint of `save`."""
+    reader = FileSystemReader(str(latest_checkpoint(save)))
+    found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        if isinstance(entry, TensorStorageMetadata)
     }
-    load(tensors, storage_reader=reader)
-    return tensors
+    load(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def weights(save: Path) -> dict[str, torch.Tensor]:
+    """The model's weights in the newest checkpoint of `save`."""
+    return {name: tensor for name, tensor in tensors(save).items() if not name.startswith("optimizer.")}
+
+
+def common_state(save: Path) -> dict[str, Any]:
+    """What the newest checkpoint of `save` holds beside tensors: counters, schedule, parameter groups, data state."""
+    return torch.load(latest_checkpoint(save) / "common.pt", weights_only=False)
+
+
+def assert_same_state(expected: Path, found: Path) -> None:
+    """The newest checkpoints of two runs hold bitwise equal tensors and equal counters, groups and schedules."""
+    one, other = tensors(expected), tensors(found)
+    assert one.keys() == other.keys()
+    assert any(name.startswith("optimizer.") for name in one)
+    different = [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
+    assert not different, different
+    assert common_state(expected) == common_state(found)

@@ -1,4 +1,4 @@
-"""The invariance of DESIGN section 2: tensor, sequence, pipeline and data parallel sizes change nothing but rounding."""
+"""The invariance of DESIGN section 2: tensor, sequence, pipeline and data parallel sizes only change rounding."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,14 @@ import torch
 from tests.training.runs import layout_flags, make_inputs, metrics, train, weights
 
 LAYOUTS = ("tp2", "tp2-sp", "pp2-first1", "dp2", "tp2-pp2-sp", "tp2-dp2", "pp2-dp2")
-COMPARED = ("lm loss", "contrastive loss i2t", "contrastive loss t2i", "temperature", "hallucination margin", "grad-norm")
+COMPARED = (
+    "lm loss",
+    "contrastive loss i2t",
+    "contrastive loss t2i",
+    "temperature",
+    "hallucination margin",
+    "grad-norm",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +48,8 @@ def test_same_losses_and_weights_as_one_process(finished: Path, stage: str, layo
     one, many = weights(finished / f"{stage}-tp1"), weights(finished / f"{stage}-{layout}")
     assert one.keys() == many.keys()
     for name, tensor in one.items():
-        # Adam's first steps are lr * sign(gradient): an entry whose gradient is all rounding may go either way, by up to
-        # 2 * lr a step. So entries may differ by a few lr = 1e-3, but hardly any do.
+        # Adam's first steps are lr * sign(gradient): an entry whose gradient is all rounding may go either way, by
+        # up to 2 * lr a step. So entries may differ by a few lr = 1e-3, but hardly any do.
         difference = (tensor - many[name]).abs()
         assert difference.max() <= 6e-3, name
         assert (difference > 2e-5).float().mean() <= 0.01, (name, (difference > 2e-5).float().mean())

@@ -1,0 +1,233 @@
+"""Whether transformers' LLaVA and ours compute the same: logits on one random batch of image and text, in fp32.
+
+Both models are held whole in this one process, so a check of a 7B needs some 60 GB of memory.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hacl_megatron.batch import PackedBatch
+from hacl_megatron.checkpoint.hf_config_write import to_config_json
+from hacl_megatron.checkpoint.hf_import import SourceTensors
+from hacl_megatron.checkpoint.hf_names import connector_depth
+from hacl_megatron.checkpoint.sharded_reader import ShardedReader
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.console import exit_with_error
+
+TOLERANCE = 2e-4
+"""Largest difference of two logits, for logits of order 1; more for larger ones in proportion."""
+TEXT_LENGTHS = (23, 57)
+"""Tokens of the two dialogues beside their images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How close two models' logits are."""
+
+    largest_difference: float
+    largest_logit: float
+    same_argmax: float
+    """Share of rows whose most likely token is the same."""
+    num_rows: int
+
+    @property
+    def holds(self) -> bool:
+        return self.largest_difference <= TOLERANCE * max(1.0, self.largest_logit) and self.same_argmax == 1.0
+
+    def __str__(self) -> str:
+        return (
+            f"largest logit difference {self.largest_difference:.2e} (logits up to {self.largest_logit:.1f}), same "
+            f"arg-max on {self.same_argmax:.2%} of {self.num_rows} rows"
+        )
+
+
+def report_agreement(
+    checkpoint: Path, hf_folder: Path, sources: SourceTensors | None = None, *, dtype: torch.dtype | None = None
+) -> None:
+    """Print how a checkpoint agrees with a Hugging Face folder; leave with an error if it does not.
+
+    Args:
+        sources: what the checkpoint was converted from, where it is more or other than `hf_folder` alone can give
+            transformers: the original layout, two parts, an adapter.
+        dtype: that a conversion rounded the weights to; both models' are, for the comparison.
+    """
+    agreement = compare_models(checkpoint, hf_folder, sources, dtype=dtype)
+    print(f"verify: {agreement}")
+    if not agreement.holds:
+        exit_with_error(f"{checkpoint} and {hf_folder} do not agree: {agreement}")
+
+
+@torch.no_grad()
+def compare_models(
+    checkpoint: Path, hf_folder: Path, sources: SourceTensors | None = None, *, dtype: torch.dtype | None = None
+) -> Agreement:
+    """Logits of every text row of two dialogues with an image each; arguments as for `report_agreement`."""
+    reader = ShardedReader(checkpoint)
+    config = reader.model_config
+    batch = random_batch(config)
+    theirs = transformers_logits(hf_folder, config, sources, reader, batch, dtype)
+    with warnings.catch_warnings():  # megatron-core names every library that a machine does not have
+        warnings.simplefilter("ignore")
+        ours = our_logits(reader, batch, dtype)
+    # Rows of special tokens that an export adds are in one of the models alone.
+    rows = min(config.language.vocab_size, theirs.shape[1])
+    ours, theirs = ours[:, :rows], theirs[:, :rows]
+    return Agreement(
+        largest_difference=float((ours - theirs).abs().max()),
+        largest_logit=float(theirs.abs().max()),
+        same_argmax=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        num_rows=theirs.shape[0],
+    )
+
+
+def random_batch(config: ModelConfig, seed: int = 0) -> PackedBatch:
+    """Two dialogues of one image each, packed; every text row behind the image has a target."""
+    generator = torch.Generator().manual_seed(seed)
+    visual, size = config.vision.num_patches, config.vision.image_size
+    lengths = [visual + length for length in TEXT_LENGTHS]
+    limit = min(config.language.vocab_size, config.extra.get("image_token_index", config.language.vocab_size))
+    ids = torch.randint(3, limit, (sum(lengths),), generator=generator)
+    starts = [0, lengths[0]]
+    image_rows = torch.cat([torch.arange(start + 1, start + 1 + visual) for start in starts])
+    ids[image_rows] = 0
+    targets = torch.ones(sum(lengths), dtype=torch.bool)
+    targets[image_rows] = False
+    none = torch.zeros(0, dtype=torch.int64)
+    return PackedBatch(
+        sample_ids=torch.arange(2),
+        token_ids=ids,
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32),
+        max_seqlen=max(lengths),
+        pixel_values=torch.randn(2, 3, size, size, generator=generator),
+        image_rows=image_rows,
+        feature_rows=torch.arange(2 * visual),
+        target_rows=targets.nonzero().flatten(),
+        target_ids=ids[targets],
+        image_eos_rows=none, caption_eos_rows=none, hallucinated_eos_rows=none, hallucinated_owner=none,
+        image_keys=none, caption_keys=none, hallucinated_keys=none,
+        num_padding_rows=0,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- transformers
+
+
+def transformers_logits(
+    folder: Path,
+    config: ModelConfig,
+    sources: SourceTensors | None,
+    reader: ShardedReader,
+    batch: PackedBatch,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Logits [target rows, vocabulary] of `LlavaForConditionalGeneration`, dialogue by dialogue."""
+    from transformers import LlavaForConditionalGeneration
+
+    plain = sources is None or (config.extra.get("layout") == "hf" and len(sources.files) == 1)
+    if plain:
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model = _assembled(config, sources, reader)
+    _round(model, dtype)
+    model.eval()
+    logits = []
+    for dialogue in range(2):
+        start, stop = batch.cu_seqlens[dialogue : dialogue + 2].tolist()
+        ids = batch.token_ids[start:stop].clone()
+        inside = (batch.image_rows >= start) & (batch.image_rows < stop)
+        text = torch.ones(stop - start, dtype=torch.bool)
+        text[batch.image_rows[inside] - start] = False
+        if plain:
+            ids[~text] = model.config.image_token_id
+            pixels = batch.pixel_values[dialogue : dialogue + 1]
+            logits.append(model(input_ids=ids[None], pixel_values=pixels, use_cache=False).logits[0][text])
+            continue
+        features = model.model.get_image_features(pixel_values=batch.pixel_values[dialogue : dialogue + 1])
+        # By embeddings, for these vocabularies have no row for the image's token.
+        hidden = model.get_input_embeddings()(ids)
+        hidden[~text] = features.pooler_output[0].to(hidden.dtype)
+        output = model.model.language_model(inputs_embeds=hidden[None], use_cache=False).last_hidden_state[0]
+        logits.append(model.lm_head(output[text]))
+    return torch.cat(logits).float()
+
+
+def _assembled(config: ModelConfig, sources: SourceTensors, reader: ShardedReader) -> nn.Module:
+    """transformers' modules filled with the source's own tensors; fresh parts come from the checkpoint."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    settings = to_config_json(replace(config, projector_type="mlp2x_gelu"), "hf", dtype="float32")
+    settings["text_config"].update(vocab_size=config.language.vocab_size, pad_token_id=None)
+    model = LlavaForConditionalGeneration(LlavaConfig.from_dict(settings)).float()
+    width, linears = config.vision.hidden_size, []
+    for _ in range(connector_depth(config.projector_type)):
+        linears += [nn.Linear(width, config.language.hidden_size), nn.GELU()]
+        width = config.language.hidden_size
+    connector = nn.Sequential(*linears[:-1])
+    model.model.multi_modal_projector = connector
+    modules = {
+        "text.lm_head.": model.lm_head, "text.": model.model.language_model, "vision.": model.model.vision_tower,
+        "projector.": connector,
+    }  # fmt: skip
+    fresh = {source: tensor for rule in reader.table.rules.values() if rule.ours.startswith("connector.")
+             for source, tensor in rule.to_sources(reader.read(rule.ours))}  # fmt: skip
+    for canonical in [*sources.table.expected, *sources.table.carried]:
+        prefix = next((prefix for prefix in modules if canonical.startswith(prefix)), None)
+        if prefix is not None:
+            found = sources.read(canonical) if canonical in sources.found else fresh.get(canonical)
+            if found is None:  # a tower cut behind its selected layer
+                continue
+            modules[prefix].get_parameter(canonical.removeprefix(prefix)).copy_(found)
+    return model
+
+
+def _round(model: nn.Module, dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+
+
+# --------------------------------------------------------------------------------------------------------------- ours
+
+
+def our_logits(reader: ShardedReader, batch: PackedBatch, dtype: torch.dtype | None) -> Tensor:
+    """Logits [target rows, padded vocabulary] of `HaclModel`, loaded by megatron-core as a run loads it."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from hacl_megatron.checkpoint.sharded import load_checkpoint
+    from hacl_megatron.config.flags import ParallelFlags
+    from hacl_megatron.model.hacl import HaclModel
+    from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
+    from hacl_megatron.platform.processes import start_platform
+
+    joined_already = dist.is_initialized()
+    device = start_platform("cpu")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    parallel, config = ParallelFlags(), reader.model_config
+    module = HaclModel(
+        config,
+        language_config=language_transformer_config(config, parallel, device=device, dtype=torch.float32, overrides={}),
+        vision_config=vision_transformer_config(config, parallel, device=device, dtype=torch.float32),
+        padded_vocab_size=reader.num_vocabulary_rows,
+        initial_temperature=0.07,
+        seed=0,
+        device=device,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    wanted = {name: part for name, part in module.sharded_state_dict().items() if not name.endswith("_extra_state")}
+    module.load_state_dict(load_checkpoint({"model": wanted}, reader.folder)["model"], strict=False)
+    _round(module, dtype)
+    module.eval()
+    logits = module(batch, tuple(batch.cu_seqlens.diff().tolist())).logits.float()
+    parallel_state.destroy_model_parallel()
+    if not joined_already:
+        dist.destroy_process_group()
+    return logits

@@ -1,0 +1,138 @@
+"""The quickstart's own scripts and shipped YAML, from drawing to report, with a few steps instead of minutes."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hacl_megatron.config.checks import check_flags
+from hacl_megatron.config.run import parse_run_config
+from tests.distributed import run_distributed
+from tests.training.runs import metrics
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "examples" / "quickstart"
+
+
+def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(QUICKSTART / name), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def _train_in(folder: str, commands: list[list[str]]) -> None:
+    import os
+
+    from hacl_megatron.train import run
+
+    os.chdir(folder)
+    for command in commands:
+        run(command)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything run.sh does, at 96 images and a few steps."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    drawn = script("draw.py", "--train", "96", "--valid", "64", cwd=folder)
+    assert drawn.returncode == 0, drawn.stderr
+    made = script("make_model.py", "--tower-steps", "2", "--language-steps", "2", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    pretrain, finetune = str(QUICKSTART / "pretrain.yaml"), str(QUICKSTART / "finetune.yaml")
+    short = ["--eval-iters", "1", "--eval-interval", "2", "--train-iters", "4"]
+    commands = [
+        ["--config", pretrain, *short],
+        ["--config", finetune, *short, "--exit-interval", "2"],
+        ["--config", finetune, *short, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2"],
+    ]
+    run_distributed(_train_in, 2, str(folder), commands)
+    return folder / "output" / "quickstart"
+
+
+def test_every_image_is_drawn_and_every_twin_says_something_else(finished: Path) -> None:
+    data = finished / "data"
+    sizes, without_twin = set(), 0
+    for name in ("pretrain", "contrastive", "valid"):
+        for sample in json.loads((data / f"{name}.json").read_text()):
+            with Image.open(data / "images" / sample["image"]) as image:
+                assert image.format == "JPEG"
+                sizes.add(image.size)
+            if "Hallucination caption" not in sample:
+                without_twin += 1
+                continue
+            twins, facts = sample["Hallucination caption"], sample["hallucinated facts"]
+            twins, facts = ([twins], [facts]) if isinstance(twins, str) else (twins, facts)
+            for twin, wrong in zip(twins, facts, strict=True):
+                assert twin != sample["text"] and 1 <= len(wrong) <= 2
+                assert all(sample["facts"][kind] != value for kind, value in wrong.items())
+    assert len(sizes) > 20  # many sizes and aspect ratios
+    assert 0 < without_twin < 40  # a few samples, as in the paper's data, have none
+
+
+def test_finetune_data_mixes_kinds_of_samples(finished: Path) -> None:
+    samples = json.loads((finished / "data" / "finetune.json").read_text())
+    text = " ".join(turn["value"] for sample in samples for turn in sample["conversations"])
+    assert any("image" not in sample for sample in samples)
+    assert any(len(sample["conversations"]) > 2 for sample in samples)
+    assert " Yes." in text and " No." in text
+
+
+def test_training_stops_and_goes_on_at_another_layout(finished: Path) -> None:
+    assert [row["iteration"] for row in metrics(finished / "pretrain")] == [1, 2, 3, 4]
+    rows = metrics(finished / "finetune")
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    assert "hallucination accuracy validation" in rows[-1]
+
+
+def test_export_scores_as_the_trainer_and_the_report_says_so(finished: Path) -> None:
+    folder = finished.parents[1]
+    command = [sys.executable, str(ROOT / "tools" / "convert_megatron_to_hf.py")]
+    command += ["--load", str(finished / "finetune"), "--hf-path", str(finished / "export")]
+    exported = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert exported.returncode == 0, exported.stderr
+
+    sys.path.insert(0, str(QUICKSTART))
+    try:
+        from report import score_pairs
+    finally:
+        sys.path.remove(str(QUICKSTART))
+    samples = json.loads((finished / "data" / "valid.json").read_text())
+    scores = score_pairs(finished / "export", samples, finished / "data" / "images")
+    margin = sum(score.caption - score.hallucinated for score in scores) / len(scores)
+    ours = metrics(finished / "finetune")[-1]["hallucination margin validation"]
+    # The images differ a little: DALI's resize there, transformers' here.
+    assert abs(margin - ours) < 0.02, (margin, ours)
+
+    report = script("report.py", "--output", str(finished), cwd=folder)
+    assert re.search(r"Hallucination accuracy 0\.\d\d on held-out pairs", report.stdout), report.stdout + report.stderr
+    with Image.open(finished / "report.png") as image:
+        assert image.width > 1000
+    # Four steps do not reach the goal, and the report must not pretend so.
+    assert report.returncode != 0 and "did not reach its goal" in report.stderr
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_shipped_configuration_is_valid(finished: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.parents[1])
+    config = parse_run_config(["--config", str(QUICKSTART / f"{stage}.yaml")])
+    layout = check_flags(config, world_size=2)
+    assert layout.global_batch_size == 64 and layout.num_micro_batches == 1
+
+
+def test_run_sh_runs_what_is_tested_here() -> None:
+    text = (QUICKSTART / "run.sh").read_text()
+    assert subprocess.run(["bash", "-n", str(QUICKSTART / "run.sh")]).returncode == 0
+    for word in (
+        "draw.py",
+        "make_model.py",
+        "pretrain.yaml",
+        "finetune.yaml",
+        "convert_megatron_to_hf.py",
+        "report.py",
+    ):
+        assert word in text
+    assert shlex.split(text.splitlines()[0]) == ["#!/usr/bin/env", "bash"]

@@ -1,0 +1,88 @@
+"""Turns Hugging Face weights into a checkpoint that `--pretrained-checkpoint` of the trainer loads at every layout.
+
+    python tools/convert_hf_to_megatron.py --hf-path DIR --save OUT [--verify]
+    python tools/convert_hf_to_megatron.py --language-model VICUNA --vision-tower CLIP --save OUT
+
+DIR is a `LlavaForConditionalGeneration` folder or one in the original LLaVA layout. From a LLaMA and a CLIP, connector
+and heads start fresh, as a run with that --seed has them. The model is never held: memory does not grow with it. OUT
+appears when it is complete; OUT/converted_from.json says what became of every tensor.
+"""
+
+import argparse
+from pathlib import Path
+
+from hacl_megatron.config.console import exit_with_error
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf-path", type=Path, help="LLaVA folder: Hugging Face's layout or the original one")
+    source.add_argument("--language-model", type=Path, help="LLaMA folder; needs --vision-tower")
+    parser.add_argument("--vision-tower", type=Path, help="CLIP folder, where the weights above hold no tower")
+    parser.add_argument(
+        "--pretrain-mm-mlp-adapter", type=Path, help="LLaVA's mm_projector.bin, laid over the connector"
+    )
+    parser.add_argument("--save", required=True, type=Path, help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: each as it is stored"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="threads that read and write")
+    parser.add_argument("--seed", type=int, default=1234, help="for a connector or heads that no file holds")
+    parser.add_argument("--force", action="store_true", help="replace an earlier conversion at --save")
+    parser.add_argument(
+        "--verify", action="store_true", help="then run both models on a random batch and compare their logits"
+    )
+    args = parser.parse_args()
+    if args.language_model and not args.vision_tower:
+        parser.error("--language-model needs --vision-tower, the folder of a CLIP model")
+    return args
+
+
+def convert(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from hacl_megatron.checkpoint.freed_memory import keep_freed_memory
+    from hacl_megatron.checkpoint.hf_config import read_model_config
+    from hacl_megatron.checkpoint.hf_export import DTYPES
+    from hacl_megatron.checkpoint.hf_import import open_sources
+    from hacl_megatron.checkpoint.hf_to_sharded import convert_to_sharded
+    from hacl_megatron.model.fresh import fresh_parts
+
+    keep_freed_memory()
+    folder = args.hf_path or args.language_model
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    config = read_model_config(folder, args.vision_tower)
+    sources = open_sources(folder, config, adapter=args.pretrain_mm_mlp_adapter, vision_tower=args.vision_tower)
+    with tqdm(unit="B", unit_scale=True, desc="convert", delay=0.2) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done)
+
+        report = convert_to_sharded(
+            sources,
+            folder,
+            args.save,
+            fresh=fresh_parts(config, args.seed),
+            dtype=dtype,
+            workers=args.workers,
+            force=args.force,
+            progress=show,
+        )
+    print(f"{report.num_parameters:,} parameters, {report.num_bytes / 1e9:.3f} GB, to {report.checkpoint}")
+    if report.fresh:
+        print(f"fresh: {', '.join(report.fresh)}")
+    for reason in sorted(set(report.ignored.values())):
+        print(f"not used: {sum(value == reason for value in report.ignored.values())} tensors, {reason}")
+    if args.verify:
+        from hacl_megatron.evaluation.agreement import report_agreement
+
+        report_agreement(report.checkpoint, folder, sources, dtype=dtype)
+
+
+if __name__ == "__main__":
+    try:
+        convert(parse())
+    except (ValueError, OSError) as error:
+        exit_with_error(error)

@@ -1,0 +1,81 @@
+"""Turns a checkpoint of this trainer into a Hugging Face folder.
+
+    python tools/convert_megatron_to_hf.py --load SAVE --hf-path OUT [--format hf|llava|projector] [--verify]
+
+`hf` is what `transformers.LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained` load,
+`llava` the original LLaVA layout, `projector` its `mm_projector.bin` alone; each with `hacl_heads.safetensors`.
+The model is never held: memory does not grow with it. OUT appears when it is complete.
+"""
+
+import argparse
+from pathlib import Path
+
+from hacl_megatron.config.console import exit_with_error
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--load", required=True, type=Path, help="SAVE folder (its newest checkpoint), or an iter_* one"
+    )
+    parser.add_argument("--hf-path", required=True, type=Path, help="folder to write")
+    parser.add_argument("--format", choices=("hf", "llava", "projector"), default="hf")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the checkpoint's"
+    )
+    parser.add_argument(
+        "--vision-tower", choices=("inside", "folder", "named"), help="llava: the tower in the weight files, in a CLIP "
+        "folder within, or just named; default: inside where a name for it is known, else a folder"
+    )  # fmt: skip
+    parser.add_argument("--image-aspect-ratio", choices=("pad", "square"), help="default: as the model was trained")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file, such as 5GB")
+    parser.add_argument("--workers", type=int, default=2, help="threads that read ahead")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export at --hf-path")
+    parser.add_argument(
+        "--verify", action="store_true", help="hf: then run both models on a random batch and compare their logits"
+    )
+    return parser.parse_args()
+
+
+def convert(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from hacl_megatron.checkpoint.freed_memory import keep_freed_memory
+    from hacl_megatron.checkpoint.hf_export import DTYPES
+    from hacl_megatron.checkpoint.sharded_reader import ShardedReader, locate_checkpoint
+    from hacl_megatron.checkpoint.sharded_to_hf import export_checkpoint
+
+    keep_freed_memory()
+    if args.verify and args.format != "hf":
+        raise ValueError(
+            f"--verify runs transformers' LLaVA, which cannot load --format {args.format}; verify --format hf"
+        )
+    checkpoint, dtype = locate_checkpoint(args.load), DTYPES[args.dtype] if args.dtype else None
+    total = ShardedReader(checkpoint).num_bytes if args.format != "projector" else None
+    with tqdm(total=total, unit="B", unit_scale=True, desc=args.format, delay=0.2) as bar:
+        report = export_checkpoint(
+            checkpoint,
+            args.hf_path,
+            format=args.format,
+            dtype=dtype,
+            tower=args.vision_tower,
+            image_aspect_ratio=args.image_aspect_ratio,
+            max_shard_size=args.max_shard_size,
+            workers=args.workers,
+            force=args.force,
+            progress=bar.update,
+        )
+    print(f"{report.num_tensors} tensors, {report.num_bytes / 1e9:.3f} GB from {checkpoint} to {report.folder}")
+    for note in report.notes:
+        print(f"note: {note}")
+    if args.verify:
+        from hacl_megatron.evaluation.agreement import report_agreement
+
+        report_agreement(checkpoint, args.hf_path, dtype=dtype)
+
+
+if __name__ == "__main__":
+    try:
+        convert(parse())
+    except (ValueError, OSError) as error:
+        exit_with_error(error)
