@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from draw import BACKGROUNDS, COLOURS, SHAPES, SIZES, Facts, seen_from_the_other
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -49,7 +50,7 @@ except ImportError:
     from transformers import CLIPImageProcessor
 
 IMAGE_SIZE, PATCH_SIZE = 64, 16
-VISION = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 4, "num_attention_heads": 4}
+VISION = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4}
 LANGUAGE = {
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -375,8 +376,14 @@ def language_worker(data: Path, steps: int, seed: int) -> tuple[bytes, float, fl
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
-    """A folder that transformers 4 and 5 both read."""
+    """A folder as llava-hf publishes LLaVA-1.5, which transformers 4 and 5 both read."""
     model.save_pretrained(output)
+    weights = load_file(output / "model.safetensors")
+    for name in [name for name in weights if name.startswith("vision_tower.")]:  # transformers 5 drops a level
+        weights[f"vision_tower.vision_model.{name.removeprefix('vision_tower.').removeprefix('vision_model.')}"] = (
+            weights.pop(name)
+        )
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
     processor.save_pretrained(output)
     processor.image_processor.save_pretrained(output)  # transformers 5 would put it into processor_config.json alone
     settings = output / "preprocessor_config.json"
@@ -417,7 +424,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the quickstart's tiny LLaVA.")
     parser.add_argument("--data", type=Path, default=Path("output/quickstart/data"), help="what draw.py wrote")
     parser.add_argument("--output", type=Path, default=Path("output/quickstart/model"))
-    parser.add_argument("--tower-steps", type=int, default=2500)
+    parser.add_argument("--tower-steps", type=int, default=2800)
     parser.add_argument("--language-steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args()

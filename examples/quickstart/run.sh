@@ -9,7 +9,7 @@ out=output/quickstart
 [ "${1:-}" != --fresh ] || rm -rf "$out"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
-train() { "$VENV/bin/torchrun" --standalone --nproc-per-node 2 -m hacl_megatron.train "$@"; }
+train() { "$VENV/bin/torchrun" --standalone --nproc-per-node 2 -m hacl_megatron.train --device cpu "$@"; }
 
 if [ ! -f $out/data/valid.json ]; then
   step 1/6 "Drawing JPEGs of coloured shapes, with captions, hallucinated captions and questions"

@@ -159,6 +159,7 @@ def load_common_state(folder: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     with _damage_reported(folder):
+        _require_whole_metadata(folder)
         return dist_checkpointing.load_common_state_dict(str(folder))
 
 

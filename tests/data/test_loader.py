@@ -437,7 +437,9 @@ EXITS = {
     "end of the program, thread at work": "pass",
     "end of the program, thread waiting": "import time; time.sleep(1)",
     "interrupt while waiting": (
-        "import os, signal, threading; threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "import os, signal, threading\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit SIGINT ignored
+        "threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "for step in loader: pass"
     ),
 }

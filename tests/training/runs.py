@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import load_common_state_dict
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -148,7 +149,7 @@ def weights(save: Path) -> dict[str, torch.Tensor]:
 
 def common_state(save: Path) -> dict[str, Any]:
     """What the newest checkpoint of `save` holds beside tensors: counters, schedule, parameter groups, data state."""
-    return torch.load(latest_checkpoint(save) / "common.pt", weights_only=False)
+    return load_common_state_dict(str(latest_checkpoint(save)))
 
 
 def assert_same_state(expected: Path, found: Path) -> None:

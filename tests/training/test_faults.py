@@ -285,6 +285,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+_COMMON_DAMAGES = ("no-common", "cut-common")
+"""For versions of megatron-core (0.16) that keep what is no tensor in a file of its own."""
+
+
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int | None, str]]]:
     """What `main` says to every mistake, all in one process, after the run whose checkpoint some of them load."""
@@ -311,6 +315,8 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     commands["too many bad"] = command(folder, "pretrain", "tp1", "bad", *few, "--max-bad-fraction", "0.1")
     commands["few enough bad"] = command(folder, "pretrain", "tp1", "fine", *few, "--max-bad-fraction", "0.2")
     for name, (damage, _) in DAMAGES.items():
+        if name in _COMMON_DAMAGES and not (folder / "run" / "iter_0000002" / "common.pt").exists():
+            continue
         damaged(folder / "run", name, damage)
         commands[name] = load(name)
     commands["cut-shard for stage 2"] = stage_2("cut-shard")
@@ -328,6 +334,8 @@ def assert_one_line(outcome: tuple[int | None, str], *words: str) -> None:
 
 @pytest.mark.parametrize("name", list(DAMAGES))
 def test_a_damaged_checkpoint_is_named_in_one_line(mistakes, name: str) -> None:
+    if name not in mistakes[1]:
+        pytest.skip("this megatron-core keeps everything in the shards")
     assert_one_line(mistakes[1][name], str(mistakes[0] / name), *DAMAGES[name][1])
 
 
