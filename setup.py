@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 def dali() -> list[str]:
     """The DALI wheel for this machine. It ships for Linux alone; elsewhere images go through Pillow.
 
-    The CUDA-13 wheel also runs without a GPU, and is the lighter one (199 MB); a driver older than that needs CUDA 12's.
+    The CUDA-13 wheel also runs without a GPU, and is the lighter one (199 MB); an older driver needs CUDA 12's.
     """
     if platform.system() != "Linux":
         return []
