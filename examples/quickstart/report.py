@@ -183,6 +183,7 @@ def main() -> None:
     print(f"Hallucination accuracy {accuracy:.2f} on held-out pairs (goal: {GOAL}; guessing gives 0.50).")
     print(f"\nThe exported model says of {samples[0]['image']}: {spoken}")
     print(f"Its caption is:                              {samples[0]['text']}")
+    print("(A few hundred steps teach it to tell right from wrong; describing takes longer training.)")
     print(f"\nCurves and scored images: {output / 'report.png'}")
     print(f"All curves:               tensorboard --logdir {output}")
     print(f"The trained model:        {output / 'export'} (transformers' LlavaForConditionalGeneration)")
