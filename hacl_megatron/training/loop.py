@@ -106,6 +106,11 @@ class Trainer:
             scalars = self._scalars(metrics, result, micro_batches, time.perf_counter() - started, waited)
             self._advance(step_batches, result)
             stop = self._end_of_step(step_batches)
+            scalars |= {
+                "bad-samples": self.progress.bad_samples,
+                "tokenization-mismatches": self.progress.tokenization_mismatches,
+                "truncated-dialogues": self.progress.truncated_dialogues,
+            }
             if self._due(self.config.training.eval_interval):
                 scalars |= self._validate()
             self._report(scalars)
@@ -154,13 +159,16 @@ class Trainer:
             )
 
     def _end_of_step(self, step_batches: StepBatches | None) -> str | None:
-        """Bring what only some ranks know to all: unusable samples, and wishes to stop."""
+        """Bring what only some ranks know to all: what became of the samples, and wishes to stop."""
         reason = self.stop_requests.reason()
-        bad = step_batches.bad_samples if step_batches is not None else []
-        num_bad, num_reasons = global_sums([len(bad), reason is not None], group=dist.group.WORLD, device=self.device)
+        data = step_batches or StepBatches(micro_batches=[], data_state={})
+        local = [len(data.bad_samples), data.num_tokenization_mismatches, data.num_truncated, reason is not None]
+        num_bad, mismatches, truncated, num_reasons = global_sums(local, group=dist.group.WORLD, device=self.device)
+        self.progress.tokenization_mismatches += int(mismatches)
+        self.progress.truncated_dialogues += int(truncated)
         if num_bad:
             self.progress.bad_samples += int(num_bad)
-            self._write_bad_samples(bad)
+            self._write_bad_samples(data.bad_samples)
         if not num_reasons:
             return None
         reasons: list[str | None] = [None] * dist.get_world_size()

@@ -30,6 +30,10 @@ class Progress:
     """Samples drawn from the data so far."""
     bad_samples: int = 0
     """Of these, unusable ones (`bad_samples.jsonl`)."""
+    tokenization_mismatches: int = 0
+    """Dialogues whose labels were all ignored by LLaVA's mismatch rule."""
+    truncated_dialogues: int = 0
+    """Dialogues cut at `--model-max-length`."""
     skipped_steps: int = 0
     """Steps not applied because loss or gradients were not finite."""
     consecutive_skips: int = 0

@@ -234,3 +234,11 @@ def test_flops_of_a_llama_worked_out_by_hand() -> None:
     connector = 3 * 2 * 4 * (32 + 64)
     assert vision_flops(model, 7, trained=False) == 7 * (tower + connector)
     assert vision_flops(model, 7, trained=True) == 7 * (3 * tower + connector)
+
+
+def test_cut_dialogues_are_counted_over_all_ranks(tmp_path: Path) -> None:
+    """36 visual tokens leave 8 rows for a caption of more: LLaVA cuts it silently, here the log says so."""
+    folder = make_inputs(tmp_path)
+    train([command(folder, "pretrain", "dp2", "cut", "--model-max-length", "44", "--train-iters", "2")], 2)
+    assert [row["truncated-dialogues"] for row in metrics(folder / "cut")] == [8, 16]
+    assert metrics(folder / "cut")[-1]["tokenization-mismatches"] == 0
