@@ -15,7 +15,12 @@ _stamp=$VENV/installed-from
 if [ ! -f "$_stamp" ] || [ "$(cat "$_stamp")" != "$_wanted" ]; then
   echo "Installing into ${VENV#"$PWD"/} (a few minutes the first time) ..."
   rm -f "$_stamp"
-  [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+  if [ ! -x "$VENV/bin/python" ] && ! "$PYTHON" -m venv "$VENV" >/dev/null 2>&1; then
+    # Debian keeps what `venv` needs for this in a package of its own; the system's pip fills the environment as well.
+    rm -rf "$VENV"
+    "$PYTHON" -m venv --without-pip "$VENV"
+    "$PYTHON" -m pip -q --python "$VENV/bin/python" install pip
+  fi
   _pip() { "$VENV/bin/python" -m pip --disable-pip-version-check -q "$@"; }
   _pip install --upgrade pip
   _index=()
