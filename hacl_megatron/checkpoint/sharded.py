@@ -122,9 +122,13 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         (partial / RUN_CONFIG_FILE).write_text(run_config, encoding="utf-8")
         write_assets(partial / ASSETS_FOLDER)
-        shutil.rmtree(final, ignore_errors=True)
+        # Saved again, an iteration's old folder steps aside: deleting it takes long, and "latest" may name it.
+        replaced = final.with_name(final.name + ".replaced.partial")
+        if final.exists():
+            final.rename(replaced)
         partial.rename(final)
         write_atomically(save / LATEST_FILE, f"{iteration}\n")
+        shutil.rmtree(replaced, ignore_errors=True)
     dist.barrier()
     return final
 

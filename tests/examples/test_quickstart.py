@@ -123,6 +123,13 @@ def test_shipped_configuration_is_valid(finished: Path, stage: str, monkeypatch:
     assert layout.global_batch_size == 64 and layout.num_micro_batches == 1
 
 
+def test_shipped_pretrain_runs_at_another_layout(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.parents[1])
+    flags = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--train-iters", "5"]
+    config = parse_run_config(["--config", str(QUICKSTART / "pretrain.yaml"), *flags])
+    assert check_flags(config, world_size=4).num_micro_batches == 1
+
+
 def test_run_sh_runs_what_is_tested_here() -> None:
     text = (QUICKSTART / "run.sh").read_text()
     assert subprocess.run(["bash", "-n", str(QUICKSTART / "run.sh")]).returncode == 0
