@@ -135,7 +135,7 @@ def build_trainer(
         micro_batch_size=layout.micro_batch_size,
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=layout.dp,
-        pad_multiple=layout.tp if config.parallel.sequence_parallel else 1,
+        pad_multiple=_pad_multiple(config, layout),
         decode_device="mixed" if device.type == "cuda" else "cpu",
     )
     loader = None
@@ -199,9 +199,15 @@ def build_trainer(
         num_samples=num_samples,
         train_iters=train_iters,
         log=log,
-        write_assets=partial(copy_assets, assets, weights_of=hf_model),
+        write_assets=partial(copy_assets, assets, weights_of=hf_model, tokenizer=config.model.tokenizer),
         device=device,
     )
+
+
+def _pad_multiple(config: RunConfig, layout: Layout) -> int:
+    """Packs are padded to a multiple of this: what sequence parallelism splits, and the 32 rows of FP8 products."""
+    rows = layout.tp if config.parallel.sequence_parallel else 1
+    return rows * 32 if config.transformer.get("fp8") else rows
 
 
 def _no_loader() -> None:

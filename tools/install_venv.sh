@@ -31,7 +31,7 @@ if [ ! -f "$_stamp" ] || [ "$(cat "$_stamp")" != "$_wanted" ]; then
       _index=(--index-url "$_cpu")
     fi
   fi
-  _pip install "${_index[@]}" torch==2.13.0
+  _pip install ${_index[@]+"${_index[@]}"} torch==2.13.0
   _pip install -c tests/constraints.txt -e '.[quickstart,test]'
   # The contrastive loss is tested against open_clip's; the package itself wants torchvision, its loss does not.
   _pip install -c tests/constraints.txt --no-deps open_clip_torch

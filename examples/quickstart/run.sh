@@ -20,7 +20,7 @@ if [ ! -f $out/model/model.safetensors ]; then
   OMP_NUM_THREADS=2 "$VENV/bin/python" examples/quickstart/make_model.py --data $out/data --output $out/model
 fi
 step 3/6 "Stage 1, pretrain: connector and contrastive heads learn, 2 data-parallel processes"
-train --config examples/quickstart/pretrain.yaml --load $out/pretrain
+train --config examples/quickstart/pretrain.yaml --save $out/pretrain --load $out/pretrain
 step 4/6 "Stage 2, finetune: the language model learns too, 2 tensor-parallel processes; stopped half-way on purpose"
 [ -f $out/finetune/latest_checkpointed_iteration.txt ] ||
   train --config examples/quickstart/finetune.yaml --exit-interval 50

@@ -25,8 +25,9 @@ from hacl_megatron.config.architecture import ModelConfig
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 RUN_CONFIG_FILE = "run_config.yaml"
 ASSETS_FOLDER = "hf_assets"
+_TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 _ASSET_PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    *_TOKENIZER_PATTERNS, "chat_template*",
     "preprocessor_config.json", "processor_config.json", "generation_config.json", "config.json", CARRIED_FILE,
 )  # fmt: skip
 
@@ -76,17 +77,24 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None if iteration is None else iteration_folder(folder, iteration)
 
 
-def copy_assets(source: Path, target: Path, weights_of: ModelConfig | None = None) -> None:
+def copy_assets(
+    source: Path, target: Path, weights_of: ModelConfig | None = None, tokenizer: str | None = None
+) -> None:
     """Copy tokenizer and image-processor files of a Hugging Face folder (or of a checkpoint's `hf_assets`).
 
     Args:
         weights_of: `source` is the Hugging Face folder that the run's weights came from, as a model of these sizes;
             what an export needs of them beside the model's parameters is stored too.
+        tokenizer: folder of the tokenizer that the run uses, if it is not `source`'s.
     """
     target.mkdir(parents=True, exist_ok=True)
     for pattern in _ASSET_PATTERNS:
         for file in source.glob(pattern):
-            if file.is_file():
+            if file.is_file() and not (tokenizer is not None and pattern in _TOKENIZER_PATTERNS):
+                shutil.copyfile(file, target / file.name)
+    if tokenizer is not None:
+        for pattern in _TOKENIZER_PATTERNS:
+            for file in Path(tokenizer).glob(pattern):
                 shutil.copyfile(file, target / file.name)
     if weights_of is not None:
         write_carried(open_sources(source, weights_of), target / CARRIED_FILE)

@@ -69,8 +69,8 @@ LIMITS: dict[str, tuple[float, float]] = {
         ),
         (0, _FINITE),
     ),
-    **dict.fromkeys(("max_bad_fraction", "lr_warmup_fraction"), (0, 1)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, below(1))),
+    "max_bad_fraction": (0, 1),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lr_warmup_fraction"), (0, below(1))),
     **dict.fromkeys(("adam_eps", "num_train_epochs", "exit_duration_in_mins"), (above(0), _FINITE)),
     "initial_temperature": TEMPERATURE_RANGE,
     "seed": (0, 2**32 - 1),
@@ -364,6 +364,12 @@ def _check_outputs(config: RunConfig) -> None:
         _require(
             not wanted or bool(checkpoint.save), f"{_dashed(name)} is given without a folder to save to", "add --save"
         )
+    holds_a_run = checkpoint.save is not None and (Path(checkpoint.save) / LATEST_FILE).is_file()
+    _require(
+        not holds_a_run or _resumes(config),
+        f"--save {checkpoint.save} holds a run already, which a new one would overwrite",
+        f"add --load {checkpoint.save} to go on with it, or give another --save",
+    )
     for name, path in (("save", checkpoint.save), ("tensorboard_dir", logging.tensorboard_dir)):
         if path is not None:
             _check_writable(name, path)

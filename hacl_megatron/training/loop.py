@@ -111,7 +111,7 @@ class Trainer:
                 "tokenization-mismatches": self.progress.tokenization_mismatches,
                 "truncated-dialogues": self.progress.truncated_dialogues,
             }
-            if self._due(self.config.training.eval_interval):
+            if stop is None and self._due(self.config.training.eval_interval):  # whoever must stop has no time for it
                 scalars |= self._validate()
             self._report(scalars)
             if self._due(self.config.checkpoint.save_interval):
@@ -193,6 +193,7 @@ class Trainer:
         skips = progress.consecutive_skips
         if skips > self.config.optimizer.max_skipped_steps:
             progress.consecutive_skips = 0  # whoever resumes has changed something
+            self._saved_at = -1  # save again, with the count reset
             self._save()
             raise TrainingStopped(
                 f"loss or gradients were not finite in {skips} steps in a row, more than "

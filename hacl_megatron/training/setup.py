@@ -164,5 +164,3 @@ def _connect_schedule(transformer: TransformerConfig, model: DistributedDataPara
     transformer.finalize_model_grads_func = finalize_model_grads
     if model.ddp_config.overlap_grad_reduce:
         transformer.no_sync_func = model.no_sync
-        if model.ddp_config.align_param_gather:
-            transformer.param_sync_func = model.start_param_sync

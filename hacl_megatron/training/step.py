@@ -223,7 +223,8 @@ class Step:
         clip_grad = optimizer.config.clip_grad
         parameters = optimizer.get_parameters()
         if clip_grad > 0 and parameters:
-            clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
+            decoupled = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm, decoupled)
         num_zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None
         optimizer.step_with_ready_grads()
         return UpdateResult(applied=True, grad_norm=grad_norm, num_zeros=num_zeros)

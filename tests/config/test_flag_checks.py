@@ -78,7 +78,7 @@ def test_numbers_outside_their_limits(base, name):
 @pytest.mark.parametrize(
     ("name", "wrong", "right"),
     [
-        ("initial_temperature", 0.0009, 0.001), ("initial_temperature", 0.51, 0.5), ("lr_warmup_fraction", 1.01, 1.0),
+        ("initial_temperature", 0.0009, 0.001), ("initial_temperature", 0.51, 0.5), ("lr_warmup_fraction", 1.0, 0.99),
         ("max_bad_fraction", -0.1, 0.0), ("adam_beta1", 1.0, 0.99), ("adam_eps", 0.0, 1e-12),
         ("micro_batch_size", 0, 1), ("clip_grad", -1.0, 0.0), ("contrastive_weight", -0.5, 0.0),
         ("lr", math.inf, 1e3), ("seed", -1, 0),
@@ -341,3 +341,11 @@ def test_layout_is_immutable(base):
     with pytest.raises(dataclasses.FrozenInstanceError):
         check_flags(base, 1).tp = 2
     assert replace(check_flags(base, 1), tp=2).tp == 2
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(base, tmp_path):
+    save = tmp_path / "run"
+    save.mkdir()
+    (save / "latest_checkpointed_iteration.txt").write_text("100")
+    assert "holds a run already" in refused(changed(base, save=str(save)), 1)
+    check_flags(changed(base, save=str(save), load=str(save)), 1)

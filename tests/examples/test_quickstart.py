@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretrain, finetune = str(QUICKSTART / "pretrain.yaml"), str(QUICKSTART / "finetune.yaml")
     short = ["--eval-iters", "1", "--eval-interval", "2", "--train-iters", "4"]
     commands = [
-        ["--config", pretrain, *short],
+        ["--config", pretrain, *short, "--save", "output/quickstart/pretrain"],
         ["--config", finetune, *short, "--exit-interval", "2"],
         ["--config", finetune, *short, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2"],
     ]
