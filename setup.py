@@ -26,6 +26,7 @@ setup(
     name="hacl_megatron",
     version="0.1.0",
     description="Hallucination Augmented Contrastive Learning for multimodal LLMs on Megatron parallelism",
+    license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["hacl_megatron", "hacl_megatron.*"]),
     install_requires=[
