@@ -299,7 +299,9 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         return command(folder, "pretrain", "tp1", "out", "--load", str(folder / name), *extra)
 
     def stage_2(name: str, *extra: str) -> list[str]:
-        return command(folder, "finetune", "tp1", "out", "--pretrained-checkpoint", str(folder / name), *extra)
+        return command(
+            folder, "finetune", "tp1", "out of stage 2", "--pretrained-checkpoint", str(folder / name), *extra
+        )
 
     commands = {
         "other connector": load("run", "--mm-projector-type", "linear"),
@@ -372,11 +374,13 @@ def processes(mistakes) -> dict[str, subprocess.CompletedProcess[str]]:
     broken.write_text('[{"id": "a", "image": "b.jpg", "conversations": [}]')
     keyless.write_text('[{"id": "a", "image": "b.jpg"}]')
     commands = {
-        "unknown flag": command(folder, "pretrain", "tp1", "out", "--train-iter", "1"),
-        "impossible layout": command(folder, "pretrain", "tp2", "out"),
-        "broken JSON": command(folder, "pretrain", "tp1", "out", "--data-path", str(broken)),
-        "missing key": command(folder, "pretrain", "tp1", "out", "--data-path", str(keyless)),
-        "damaged checkpoint": command(folder, "pretrain", "tp1", "out", "--load", str(folder / "cut-shard")),
+        "unknown flag": command(folder, "pretrain", "tp1", "out of a process", "--train-iter", "1"),
+        "impossible layout": command(folder, "pretrain", "tp2", "out of a process"),
+        "broken JSON": command(folder, "pretrain", "tp1", "out of a process", "--data-path", str(broken)),
+        "missing key": command(folder, "pretrain", "tp1", "out of a process", "--data-path", str(keyless)),
+        "damaged checkpoint": command(
+            folder, "pretrain", "tp1", "out of a process", "--load", str(folder / "cut-shard")
+        ),
     }
     waiting, found = list(commands.items()), {}
     while waiting:
