@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -182,6 +183,7 @@ def build_trainer(
             first_iteration=progress.iteration,
             last_iteration=train_iters,
             wandb_project=config.logging.wandb_project,
+            config=asdict(config),
         )
         log.say(
             f"{said}\ntensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {device.type}, "

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from hacl_megatron.checkpoint.carried import CARRIED_FILE, write_carried
 from hacl_megatron.checkpoint.hf_import import open_sources
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.checks import LATEST_FILE
 
-LATEST_FILE = "latest_checkpointed_iteration.txt"
 RUN_CONFIG_FILE = "run_config.yaml"
 ASSETS_FOLDER = "hf_assets"
 _TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")

@@ -8,6 +8,7 @@ not hardware, FLOPs).
 from collections.abc import Iterable
 
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.model.connector import connector_depth
 
 
 def language_flops(
@@ -43,6 +44,6 @@ def vision_flops(model: ModelConfig, num_images: int, *, trained: bool) -> float
     patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
     tower = (model.num_vision_layers_built * (layer + attention) + patches) * (3 if trained else 1)
     hidden = model.language.hidden_size
-    depth = 1 if model.projector_type == "linear" else int(model.projector_type.removeprefix("mlp").split("x")[0])
+    depth = connector_depth(model.projector_type)
     connector = 2 * vision.num_patches * (vision.hidden_size * hidden + (depth - 1) * hidden * hidden) * 3
     return float(num_images * (tower + connector))
