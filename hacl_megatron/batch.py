@@ -9,6 +9,7 @@ Shape legend, used throughout the package:
     T  packed rows (tokens of all segments, then padding)     S  segments, the padding segment included
     I  images          V  visual tokens an image              R  rows that take an image feature
     K  target rows     N  image-caption pairs                 M  hallucinated captions of those pairs
+    Q  rows that are read                                     B  branches (EOS rows that share a prefix)
 
 A sample gives up to four segments, laid out one after another:
 
@@ -26,13 +27,28 @@ hallucination, padded to a multiple of 4:
     cu_seqlens     [0, 5, 8, 11, 12]          image_rows   [1, 2, 5, 6]
     target_rows    [2, 3]                     feature_rows [0, 1, 0, 1]
     target_ids     [cat, </s>]                image_eos_rows [7], caption_eos_rows [10]
+    read_lengths   [3, 1, 1, 0]               read_rows    [2, 3, 4, 7, 10]
 
 A target sits on the row that *predicts* it: `target_rows[k]` is the row whose logits are compared with
 `target_ids[k]`, so no shift remains to be done anywhere else.
+
+Only targets and EOS rows of the last layer are ever read, so its query, output and MLP run for those rows alone: of each
+segment, from its first such row to its end (`read_rows`).
+
+Where the image's EOS sees the very prefix that the dialogue has (`--contrastive-image-context prompt`), that prefix
+is computed once. The EOS is a *branch*: a segment of one row, which attends to the dialogue's first rows and to itself,
+and which nothing else sees. In the example, with the prefix `[BOS, img, img]`:
+
+    row            0    1    2    3    4      5      6    7    8      9 ...
+    token_ids      BOS  0    0    cat  </s>   EOS    BOS  cat  EOS    0
+    position_ids   0    1    2    3    4      3      0    1    2      0
+    branch_rows    [5]                        branch_lengths [4]      branch_context_rows [0, 1, 2, 5]
+
+A micro-batch may be cut into two packs (`MicroBatch`): one that runs ahead, forward only, and the main one.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +56,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch of one data-parallel rank. All tensors are contiguous and on the host when packed."""
+    """One pack of one data-parallel rank's micro-batch. All tensors are contiguous and on the host when packed.
+
+    A pack that leaves out a kind of segment (`Parts`) has no EOS rows of that kind; the pairs' keys and owners are there
+    all the same.
+    """
 
     sample_ids: Tensor
     """int64 [B]: manifest indices of the samples in this micro-batch, bad ones included."""
@@ -67,11 +87,11 @@ class PackedBatch:
     """int64 [K]: the token that each target row must predict."""
 
     image_eos_rows: Tensor
-    """int64 [N]: EOS row of each pair's image segment."""
+    """int64 [N or 0]: EOS row of each pair's image."""
     caption_eos_rows: Tensor
-    """int64 [N]: EOS row of each pair's caption segment."""
+    """int64 [N or 0]: EOS row of each pair's caption segment."""
     hallucinated_eos_rows: Tensor
-    """int64 [M]: EOS row of each hallucinated caption's segment."""
+    """int64 [M or 0]: EOS row of each hallucinated caption's segment."""
     hallucinated_owner: Tensor
     """int64 [M]: which of this micro-batch's N pairs each hallucinated caption belongs to, ascending."""
 
@@ -82,12 +102,27 @@ class PackedBatch:
     hallucinated_keys: Tensor
     """int64 [M]: 64-bit hash of each hallucinated caption's token ids, comparable with `caption_keys`."""
 
+    read_rows: Tensor
+    """int64 [Q]: rows whose last-layer state is read, ascending: of each segment, its first target or EOS row and all
+    behind it. At least one."""
+    read_lengths: Tensor
+    """int32 [S]: how many rows at the end of each segment are read."""
+
+    branch_rows: Tensor
+    """int64 [B]: EOS rows of images that share their dialogue's prefix, ascending; each a segment of its own."""
+    branch_lengths: Tensor
+    """int32 [B]: how many rows each branch attends to: its prefix and itself."""
+    branch_context_rows: Tensor
+    """int64 [sum of branch_lengths]: those rows, branch after branch, each branch's own row last."""
+
     num_padding_rows: int
     """Rows at the end of the pack that belong to no sample."""
+    num_text_rows: int
+    """Rows of caption and hallucinated-caption segments."""
 
     @property
     def num_pairs(self) -> int:
-        return self.image_eos_rows.numel()
+        return self.image_keys.numel()
 
     @property
     def num_targets(self) -> int:
@@ -108,6 +143,85 @@ class PackedBatch:
             value = getattr(self, item.name)
             moved[item.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
         return PackedBatch(**moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentLengths:
+    """Lengths of a pack on the host, for loops over segments."""
+
+    segments: tuple[int, ...]
+    """[S]: rows of each segment."""
+    read: tuple[int, ...]
+    """[S]: `PackedBatch.read_lengths`."""
+    branches: tuple[int, ...]
+    """[B]: `PackedBatch.branch_lengths`."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> "SegmentLengths":
+        """Reads the lengths back if `batch` is on an accelerator: call it before the step runs."""
+        return cls(
+            segments=tuple(batch.cu_seqlens.diff().tolist()),
+            read=tuple(batch.read_lengths.tolist()),
+            branches=tuple(batch.branch_lengths.tolist()),
+        )
+
+
+def rows_to_read(cu_seqlens: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(`read_rows`, `read_lengths`) of a pack with borders `cu_seqlens` [S + 1] in which `rows` are read.
+
+    From a segment's first such row on everything is read: varlen attention kernels take queries from the end of a
+    segment, and behind the first target there is seldom much else. Without any row the last row is read, since
+    kernels do not like to be called for nothing.
+    """
+    borders = cu_seqlens.long()
+    wanted = torch.cat([*rows]).long()
+    segment = torch.searchsorted(borders, wanted, right=True) - 1
+    first = borders[1:].scatter_reduce(0, segment, wanted, "amin")
+    if wanted.numel() == 0:
+        first[-1] = borders[-1] - 1
+    lengths = borders[1:] - first
+    is_read = torch.arange(int(borders[-1])) >= first.repeat_interleave(borders.diff())
+    return is_read.nonzero().flatten(), lengths.int()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Which segments of its samples a pack holds."""
+
+    dialogues: bool = True
+    images: Literal["none", "segment", "branch"] = "segment"
+    """The pairs' images: not at all, as segments of their own, or, where the image's context is the dialogue's prefix, as
+    branches of it."""
+    texts: bool = True
+    """Captions and hallucinated captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackPlan:
+    """How a micro-batch is cut into packs."""
+
+    main: Parts = Parts()
+    """What runs with gradients."""
+    ahead: Parts | None = None
+    """What runs before, forward only: text whose path holds no trained parameter, and, for negatives over several
+    micro-batches, whatever embeddings are needed before the first gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """The packs of one micro-batch."""
+
+    main: PackedBatch
+    ahead: PackedBatch | None = None
+    """Its `pixel_values` are empty [0, 3, H, W]: its images are the main pack's."""
+
+    @property
+    def num_rows_once(self) -> int:
+        """Rows of its samples, padding left out and what runs twice counted once."""
+        rows = self.main.num_rows - self.main.num_padding_rows
+        if self.ahead is not None and not self.main.num_text_rows:
+            rows += self.ahead.num_text_rows
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +246,7 @@ class StepBatches:
     `data_state` of the last step that was trained on, whatever the loader has read ahead since.
     """
 
-    micro_batches: list[PackedBatch]
+    micro_batches: list[MicroBatch]
     data_state: dict[str, Any]
     """What `Sampler.load_state_dict` takes; the same on every rank, plain ints and strings only."""
     bad_samples: list[BadSample] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """Reads optimiser steps ahead in a background thread: from sample ids to packed micro-batches.
 
-    Sampler ─ids→ split_for_rank ─┬ Manifest ─→ encode ───────────────┐
-                                  └ FolderStore ─bytes→ ImageDecoder ─┴→ pack ─→ StepBatches ─queue→ next(loader)
+    Sampler ─ids→ Manifest ─→ encode ─→ assignment ─this rank's→ FolderStore ─bytes→ ImageDecoder ─→ pack ─→ StepBatches
+                                                                                              ─queue→ next(loader)
              (threads: `num_workers` read files, as many decode; one draws, encodes and packs)
 
 A sample that cannot be used leaves an empty slot in its micro-batch and a `BadSample` with the step; nothing else
@@ -14,19 +14,20 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from hacl_megatron.batch import BadSample, StepBatches
+from hacl_megatron.batch import BadSample, MicroBatch, PackedBatch, PackPlan, Parts, StepBatches
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.flags import DataFlags
+from hacl_megatron.data.assignment import balanced, in_order, within_tokens
 from hacl_megatron.data.conversation import EncodedSample, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
 from hacl_megatron.data.manifest import Manifest, Sample
-from hacl_megatron.data.packing import PackSlot, pack
-from hacl_megatron.data.sampler import Sampler, split_for_rank
+from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
+from hacl_megatron.data.sampler import Sampler
 from hacl_megatron.data.store import FolderStore, UnusableImage, image_key
 from hacl_megatron.data.tokenizer import Tokenizer
 
@@ -40,9 +41,9 @@ class _Drawn:
 
     sample_id: int
     sample: Sample
-    file: "Future[tuple[bytes, int]] | None"
-    """The image's bytes and key, being read; None for a text-only sample."""
     encoded: EncodedSample | None = None
+    file: "Future[tuple[bytes, int]] | None" = None
+    """The image's bytes and key, being read; None for a text-only sample."""
     image_key: int | None = None
     bad: BadSample | None = None
 
@@ -50,6 +51,19 @@ class _Drawn:
         """Makes it a bad sample: an empty slot, and a record of why."""
         self.encoded = self.image_key = None
         self.bad = BadSample(sample_id=self.sample_id, name=self.sample.name, source=source, reason=str(error))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatching:
+    """How a global batch becomes the micro-batches of each data-parallel rank, and those become packs."""
+
+    micro_batch_size: int
+    micro_batch_tokens: int | None = None
+    """Rows of a micro-batch at most; decides the number of micro-batches, and `micro_batch_size` then plays no part."""
+    balance: bool = False
+    """Even out the rows of micro-batches; never with negatives of one micro-batch, whose pool it would change."""
+    plan: Callable[[int], PackPlan] = field(default=lambda num_micro_batches: PackPlan())
+    """The packs of each micro-batch, by the number of micro-batches in the step."""
 
 
 class StepMaker:
@@ -73,7 +87,7 @@ class StepMaker:
         decoder: ImageDecoder,
         tokenizer: Tokenizer,
         settings: EncodingSettings,
-        micro_batch_size: int,
+        micro_batching: MicroBatching,
         data_parallel_rank: int,
         data_parallel_size: int,
         pad_multiple: int,
@@ -86,31 +100,23 @@ class StepMaker:
         self.tokenizer = tokenizer
         self.settings = settings
         self.pad_multiple = pad_multiple
-        self._split = {
-            "micro_batch_size": micro_batch_size,
-            "data_parallel_rank": data_parallel_rank,
-            "data_parallel_size": data_parallel_size,
-        }
-        split_for_rank(range(sampler.global_batch_size), **self._split)  # complain now, not in the thread
+        self.micro_batching = micro_batching
+        self.data_parallel_rank = data_parallel_rank
+        self.data_parallel_size = data_parallel_size
+        if micro_batching.micro_batch_tokens is None:
+            self._assign([1] * sampler.global_batch_size)  # complain now, not in the thread
         self._readers = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="image-reader")
 
     def make(self) -> StepBatches:
         """The next step's micro-batches on this rank."""
         global_batch = self.sampler.next_batch()
         data_state = self.sampler.state_dict()
-        micro_batches = [
-            [self._draw(sample_id) for _, sample_id in micro_batch]
-            for micro_batch in split_for_rank(global_batch, **self._split)
-        ]
+        micro_batches = self._share(global_batch)
         step = [drawn for micro_batch in micro_batches for drawn in micro_batch]
-        for drawn in step:  # while the readers read
-            try:
-                drawn.encoded = encode(drawn.sample, self.tokenizer, self.settings)
-            except UnusableSample as error:
-                drawn.refuse(drawn.sample.source, error)
+        plan = self.micro_batching.plan(len(micro_batches))
         pixels = self._decode(step)
         return StepBatches(
-            micro_batches=[self._pack(micro_batch, *pixels) for micro_batch in micro_batches],
+            micro_batches=[self._pack(micro_batch, plan, *pixels) for micro_batch in micro_batches],
             data_state=data_state,
             bad_samples=[drawn.bad for drawn in step if drawn.bad],
             num_tokenization_mismatches=sum(drawn.encoded.tokenization_mismatch for drawn in step if drawn.encoded),
@@ -126,15 +132,59 @@ class StepMaker:
         """Makes a `make` that is under way in another thread fail soon."""
         self._readers.shutdown(wait=False, cancel_futures=True)
 
+    def _share(self, global_batch: list[tuple[int, int]]) -> list[list[_Drawn]]:
+        """This rank's samples of the global batch by micro-batch, encoded, their files being read."""
+        settings = self.micro_batching
+        several = len(global_batch) > settings.micro_batch_size
+        if settings.micro_batch_tokens is not None or (settings.balance and several):
+            # Every rank needs every sample's length, so it encodes them all; it reads the images of its own alone.
+            drawn = [self._draw(sample_id) for _, sample_id in global_batch]
+            for item in drawn:
+                self._encode(item)
+            parts = Parts(images=settings.plan(1).main.images)
+            shares = self._assign([num_packed_rows(item.encoded, parts) for item in drawn])
+            micro_batches = [[drawn[at] for at in micro_batch] for micro_batch in shares]
+            for micro_batch in micro_batches:
+                for item in micro_batch:
+                    self._start_reading(item)
+            return micro_batches
+        shares = self._assign([1] * len(global_batch))
+        micro_batches = [[self._draw(global_batch[at][1]) for at in micro_batch] for micro_batch in shares]
+        own = [item for micro_batch in micro_batches for item in micro_batch]
+        for item in own:
+            self._start_reading(item)
+        for item in own:  # while the readers read
+            self._encode(item)
+        return micro_batches
+
+    def _assign(self, costs: list[int]) -> list[list[int]]:
+        """Positions in the global batch of this rank's micro-batches."""
+        settings, size = self.micro_batching, self.data_parallel_size
+        if settings.micro_batch_tokens is not None:
+            ranks = within_tokens(costs, micro_batch_tokens=settings.micro_batch_tokens, data_parallel_size=size)
+        elif settings.balance:
+            ranks = balanced(costs, micro_batch_size=settings.micro_batch_size, data_parallel_size=size)
+        else:
+            ranks = in_order(len(costs), micro_batch_size=settings.micro_batch_size, data_parallel_size=size)
+        return ranks[self.data_parallel_rank]
+
     def _draw(self, sample_id: int) -> _Drawn:
         index = sample_id
         for manifest in self.manifests:
             if index < len(manifest):
                 break
             index -= len(manifest)
-        sample = manifest[index]
-        file = None if sample.image is None else self._readers.submit(self._read, sample.image)
-        return _Drawn(sample_id, sample, file)
+        return _Drawn(sample_id, manifest[index])
+
+    def _encode(self, drawn: _Drawn) -> None:
+        try:
+            drawn.encoded = encode(drawn.sample, self.tokenizer, self.settings)
+        except UnusableSample as error:
+            drawn.refuse(drawn.sample.source, error)
+
+    def _start_reading(self, drawn: _Drawn) -> None:
+        if drawn.sample.image is not None:
+            drawn.file = self._readers.submit(self._read, drawn.sample.image)
 
     def _read(self, name: str) -> tuple[bytes, int]:
         data = self.store.read(name)
@@ -164,17 +214,27 @@ class StepMaker:
     def _source(self, drawn: _Drawn) -> str:
         return str(self.store.root / drawn.sample.image)
 
-    def _pack(self, micro_batch: list[_Drawn], pixel_values: torch.Tensor, places: dict[int, int]) -> Any:
+    def _pack(
+        self, micro_batch: list[_Drawn], plan: PackPlan, pixel_values: torch.Tensor, places: dict[int, int]
+    ) -> MicroBatch:
         slots = [
             PackSlot(sample_id=drawn.sample_id, encoded=drawn.encoded, image_key=drawn.image_key)
             for drawn in micro_batch
         ]
         chosen = torch.tensor([places[s.image_key] for s in slots if s.image_key is not None], dtype=torch.int64)
-        return pack(
-            slots,
-            pixel_values[chosen],
-            visual_tokens=self.settings.visual_tokens,
-            pad_multiple=self.pad_multiple,
+
+        def packed(parts: Parts, pixels: torch.Tensor) -> PackedBatch:
+            return pack(
+                slots,
+                pixels,
+                visual_tokens=self.settings.visual_tokens,
+                pad_multiple=self.pad_multiple,
+                parts=parts,
+            )
+
+        return MicroBatch(
+            main=packed(plan.main, pixel_values[chosen]),
+            ahead=None if plan.ahead is None else packed(plan.ahead, pixel_values[:0]),
         )
 
 
@@ -288,7 +348,7 @@ def build_loader(
     image_context: Literal["image", "prompt"],
     seed: int,
     global_batch_size: int,
-    micro_batch_size: int,
+    micro_batching: MicroBatching,
     data_parallel_rank: int,
     data_parallel_size: int,
     pad_multiple: int,
@@ -331,7 +391,7 @@ def build_loader(
             visual_tokens=model.vision.num_patches,
             image_context=image_context,
         ),
-        micro_batch_size=micro_batch_size,
+        micro_batching=micro_batching,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
         pad_multiple=pad_multiple,

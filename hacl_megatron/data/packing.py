@@ -2,8 +2,7 @@
 
     dialogue 0 | image 0 + EOS | dialogue 1 | image 1 + EOS | ... | captions | hallucinated captions | padding
 
-Captions and hallucinated captions come last, so that what no image feature and no language-model target touches is
-one contiguous run of rows.
+or whichever of these kinds `Parts` asks for. Where an image shares its dialogue's prefix, "image + EOS" is one row.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hacl_megatron.batch import PackedBatch
+from hacl_megatron.batch import PackedBatch, Parts, rows_to_read
 from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample
 
 
@@ -29,7 +28,14 @@ class PackSlot:
     """64-bit hash of the image's bytes as a signed integer; None without an image."""
 
 
-def pack(slots: Sequence[PackSlot], pixel_values: Tensor, *, visual_tokens: int, pad_multiple: int) -> PackedBatch:
+def pack(
+    slots: Sequence[PackSlot],
+    pixel_values: Tensor,
+    *,
+    visual_tokens: int,
+    pad_multiple: int,
+    parts: Parts = Parts(),  # noqa: B008 -- frozen
+) -> PackedBatch:
     """One micro-batch's `PackedBatch` from its samples' segments.
 
     Args:
@@ -37,7 +43,9 @@ def pack(slots: Sequence[PackSlot], pixel_values: Tensor, *, visual_tokens: int,
         pixel_values: float32 [I, 3, H, W], the images of the good slots that have one, in slot order; [0, 3, H, W]
             on a rank that holds no vision tower.
         visual_tokens: V.
-        pad_multiple: T is a multiple of it, and at least that even if every slot is bad.
+        pad_multiple: T is a multiple of it, and at least that even if nothing else is in the pack.
+        parts: the kinds of segments that go in. A `branch` needs its dialogue: an image whose dialogue does not start with
+            its context, or is not in the pack, gets a segment of its own.
     """
     good = [(slot, slot.encoded) for slot in slots if slot.encoded is not None]
     num_images = sum(encoded.has_image for _, encoded in good)
@@ -51,45 +59,83 @@ def pack(slots: Sequence[PackSlot], pixel_values: Tensor, *, visual_tokens: int,
     image = 0
     for slot, encoded in good:
         assert encoded.has_image == (slot.image_key is not None), f"sample {slot.sample_id}: image without key"
-        begin = rows.append(encoded.dialogue, image)
-        # The row in front of a token predicts it; a segment's first token has none.
-        (positions,) = np.nonzero(encoded.labels[1:] != IGNORE)
-        targets.append(positions + begin)
-        target_ids.append(encoded.labels[1:][positions])
+        begin = None
+        if parts.dialogues:
+            begin = rows.append(encoded.dialogue, image)
+            # The row in front of a token predicts it; a segment's first token has none.
+            (positions,) = np.nonzero(encoded.labels[1:] != IGNORE)
+            targets.append(positions + begin)
+            target_ids.append(encoded.labels[1:][positions])
         if encoded.image_segment is not None:
-            image_eos.append(rows.append(encoded.image_segment, image) + len(encoded.image_segment) - 1)
             image_keys.append(slot.image_key)
+            if parts.images == "branch" and begin is not None and _starts_with_context(encoded):
+                image_eos.append(rows.append_branch(encoded.image_segment, begin))
+            elif parts.images != "none":
+                image_eos.append(rows.append(encoded.image_segment, image) + len(encoded.image_segment) - 1)
         image += encoded.has_image
 
     pairs = [encoded for _, encoded in good if encoded.image_segment is not None]
-    caption_eos = [rows.append(pair.caption_segment) + len(pair.caption_segment) - 1 for pair in pairs]
     hallucinated = [(owner, segment) for owner, pair in enumerate(pairs) for segment in pair.hallucinated_segments]
-    hallucinated_eos = [rows.append(segment) + len(segment) - 1 for _, segment in hallucinated]
+    caption_eos, hallucinated_eos, texts_at = [], [], rows.length
+    if parts.texts:
+        caption_eos = [rows.append(pair.caption_segment) + len(pair.caption_segment) - 1 for pair in pairs]
+        hallucinated_eos = [rows.append(segment) + len(segment) - 1 for _, segment in hallucinated]
+    num_text_rows = rows.length - texts_at
 
     num_padding_rows = -rows.length % pad_multiple if rows.length else pad_multiple
     if num_padding_rows:
         rows.append(np.zeros(num_padding_rows, dtype=np.int64))
 
+    cu_seqlens = torch.tensor(rows.borders, dtype=torch.int32)
+    target_rows, eos = _joined(targets), [_int64(image_eos), _int64(caption_eos), _int64(hallucinated_eos)]
+    read_rows, read_lengths = rows_to_read(cu_seqlens, target_rows, *eos)
     return PackedBatch(
         sample_ids=_int64([slot.sample_id for slot in slots]),
         token_ids=_joined(rows.token_ids),
         position_ids=_joined(rows.position_ids),
-        cu_seqlens=torch.tensor(rows.borders, dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
         max_seqlen=max(np.diff(rows.borders).tolist()),
         pixel_values=pixel_values.contiguous(),
         image_rows=_joined(rows.image_rows),
         feature_rows=_joined(rows.feature_rows),
-        target_rows=_joined(targets),
+        target_rows=target_rows,
         target_ids=_joined(target_ids),
-        image_eos_rows=_int64(image_eos),
-        caption_eos_rows=_int64(caption_eos),
-        hallucinated_eos_rows=_int64(hallucinated_eos),
+        image_eos_rows=eos[0],
+        caption_eos_rows=eos[1],
+        hallucinated_eos_rows=eos[2],
         hallucinated_owner=_int64([owner for owner, _ in hallucinated]),
         image_keys=_int64(image_keys),
         caption_keys=_int64([pair.caption_key for pair in pairs]),
         hallucinated_keys=_int64([key for pair in pairs for key in pair.hallucinated_keys]),
+        read_rows=read_rows,
+        read_lengths=read_lengths,
+        branch_rows=_int64(rows.branch_rows),
+        branch_lengths=torch.tensor([len(context) for context in rows.branch_contexts], dtype=torch.int32),
+        branch_context_rows=_joined(rows.branch_contexts),
         num_padding_rows=num_padding_rows,
+        num_text_rows=num_text_rows,
     )
+
+
+def num_packed_rows(encoded: EncodedSample | None, parts: Parts = Parts()) -> int:  # noqa: B008 -- frozen
+    """Rows that a sample takes in a pack."""
+    if encoded is None:
+        return 0
+    rows = len(encoded.dialogue) if parts.dialogues else 0
+    if encoded.image_segment is not None:
+        if parts.images == "branch" and parts.dialogues and _starts_with_context(encoded):
+            rows += 1
+        elif parts.images != "none":
+            rows += len(encoded.image_segment)
+        if parts.texts:
+            rows += len(encoded.caption_segment) + sum(map(len, encoded.hallucinated_segments))
+    return rows
+
+
+def _starts_with_context(encoded: EncodedSample) -> bool:
+    """Whether the dialogue begins with all that the image's EOS sees. Not so if it never mentions its image."""
+    context = encoded.image_segment[:-1]
+    return np.array_equal(encoded.dialogue[: len(context)], context)
 
 
 class _Rows:
@@ -102,12 +148,14 @@ class _Rows:
         self.position_ids: list[np.ndarray] = []
         self.image_rows: list[np.ndarray] = []
         self.feature_rows: list[np.ndarray] = []
+        self.branch_rows: list[int] = []
+        self.branch_contexts: list[np.ndarray] = []
 
     @property
     def length(self) -> int:
         return self.borders[-1]
 
-    def append(self, segment: np.ndarray, image: int | None = None) -> int:
+    def append(self, segment: np.ndarray, image: int | None = None, first_position: int = 0) -> int:
         """Adds a segment, whose image rows take the features of the `image`-th image; returns its first row."""
         begin = self.length
         is_image = segment == IMAGE
@@ -117,9 +165,17 @@ class _Rows:
             self.image_rows.append(positions + begin)
             self.feature_rows.append(np.arange(self.visual_tokens, dtype=np.int64) + image * self.visual_tokens)
         self.token_ids.append(np.where(is_image, 0, segment))
-        self.position_ids.append(np.arange(len(segment), dtype=np.int64))
+        self.position_ids.append(np.arange(first_position, first_position + len(segment), dtype=np.int64))
         self.borders.append(begin + len(segment))
         return begin
+
+    def append_branch(self, image_segment: np.ndarray, dialogue: int) -> int:
+        """Adds the EOS of an image segment whose other rows are the first of the segment at row `dialogue`."""
+        prefix = len(image_segment) - 1
+        row = self.append(image_segment[prefix:], first_position=prefix)
+        self.branch_rows.append(row)
+        self.branch_contexts.append(np.append(np.arange(dialogue, dialogue + prefix, dtype=np.int64), row))
+        return row
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:

@@ -3,15 +3,13 @@
     epoch 0: a permutation of all samples | epoch 1: another one | ...       global batches are cut from the stream
 
 The order depends on (seed, epoch) alone. A global batch may span two epochs, so no tail is ever dropped; data-parallel
-ranks take their parts of a global batch (`split_for_rank`), so their number changes nothing about the order.
+ranks take their parts of a global batch (`hacl_megatron.data.assignment`), so their number changes nothing about the
+order.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-
-Item = TypeVar("Item")
 
 
 class Sampler:
@@ -106,23 +104,3 @@ class Sampler:
         # change between versions (NEP 19), and a resumed run must not meet another order.
         seeds = np.random.SeedSequence([self._identity["seed"] % 2**64, epoch, stream])
         return np.argsort(np.random.Philox(seeds).random_raw(size), kind="stable")
-
-
-def split_for_rank(
-    global_batch: Sequence[Item], *, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
-) -> list[list[Item]]:
-    """The micro-batches of one data-parallel rank, in the order it runs them.
-
-    Micro-batch m of rank r is `global_batch[(m * DP + r) * mbs :][:mbs]`: the ranks' m-th micro-batches together are
-    one contiguous part of the global batch.
-    """
-    assert 0 <= data_parallel_rank < data_parallel_size, (data_parallel_rank, data_parallel_size)
-    size = micro_batch_size
-    if len(global_batch) % (size * data_parallel_size):
-        raise ValueError(
-            f"A global batch of {len(global_batch)} samples does not divide into micro-batches of {size} on "
-            f"{data_parallel_size} data-parallel ranks: make --global-batch-size a multiple of "
-            f"{size * data_parallel_size}"
-        )
-    starts = range(data_parallel_rank * size, len(global_batch), data_parallel_size * size)
-    return [list(global_batch[start : start + size]) for start in starts]

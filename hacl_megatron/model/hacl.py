@@ -3,6 +3,9 @@
 The vision tower and connector live on the first stage, the heads and temperature on the last. Shape legend as in
 `hacl_megatron.batch`; H is the language model's hidden size, T' = T / tensor-parallel size under sequence
 parallelism and T without it.
+
+A micro-batch may come in two packs (`hacl_megatron.batch.MicroBatch`). The one that runs ahead leaves tower features and
+EOS states of texts behind, which the main one takes instead of computing them again.
 """
 
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hacl_megatron.batch import PackedBatch
+from hacl_megatron.batch import PackedBatch, SegmentLengths
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.model.connector import Connector
 from hacl_megatron.model.heads import ContrastiveHeads
@@ -36,13 +39,25 @@ class ModelOutput:
     logits: Tensor
     """[K, padded vocab / tp]: this tensor-parallel rank's logits of the target rows."""
     image_embeddings: Tensor
-    """fp32 [N, hidden / 4], unit length."""
+    """fp32 [N, hidden / 4], unit length; empty if the pack holds no images."""
     caption_embeddings: Tensor
-    """fp32 [N, hidden / 4], unit length."""
+    """fp32 [N, hidden / 4], unit length; empty if the pack holds no texts and was given none."""
     hallucinated_embeddings: Tensor
-    """fp32 [M, hidden / 4], unit length."""
+    """fp32 [M, hidden / 4], unit length; as the captions."""
     temperature: Tensor
     """fp32 [1], the parameter itself."""
+    texts: "TextStates"
+    """The states that the two text embeddings were made of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStates:
+    """Final-norm hidden states at the EOS rows of texts."""
+
+    captions: Tensor
+    """[N, H]"""
+    hallucinated: Tensor
+    """[M, H]"""
 
 
 class HaclModel(MegatronModule):
@@ -67,6 +82,8 @@ class HaclModel(MegatronModule):
         self.groups = groups
         self.sequence_parallel = language_config.sequence_parallel
         self.image_size = model.vision.image_size
+        # FP8 products want multiples of 32 rows, which the read ones are not.
+        self.read_rows_only = not language_config.fp8
         dtype = language_config.params_dtype
         if self.pre_process:
             self.vision_tower = VisionTower(model, vision_config, device, groups)
@@ -117,48 +134,67 @@ class HaclModel(MegatronModule):
         if vision_tower and self.pre_process:
             self.vision_tower.requires_grad_(False)
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pixels [I, 3, H, W] -> language-model inputs [I, V, H]."""
-        trained = next(self.vision_tower.parameters()).requires_grad
-        if pixel_values.shape[0] == 0:
-            # Every micro-batch must touch every trained parameter (megatron-core reduces gradients as they arrive),
-            # so a batch without images runs one blank image and keeps nothing of it.
-            blank = pixel_values.new_zeros(1, 3, self.image_size, self.image_size)
-            return self.connector(self._tower_features(blank, trained))[:0]
-        return self.connector(self._tower_features(pixel_values, trained))
+    @property
+    def vision_tower_is_trained(self) -> bool:
+        return self.pre_process and next(self.vision_tower.parameters()).requires_grad
 
-    def _tower_features(self, pixel_values: Tensor, trained: bool) -> Tensor:
-        with nullcontext() if trained else torch.no_grad():
+    def tower_features(self, pixel_values: Tensor) -> Tensor:
+        """Pixels [I, 3, H, W] -> the selected layer's patch states [I, V, vision hidden]; a constant if frozen.
+
+        Without images it is one blank image: every micro-batch must touch every trained parameter (megatron-core reduces
+        gradients as they arrive), the connector behind this one among them.
+        """
+        if pixel_values.shape[0] == 0:
+            pixel_values = pixel_values.new_zeros(1, 3, self.image_size, self.image_size)
+        with nullcontext() if self.vision_tower_is_trained else torch.no_grad():
             return self.vision_tower(pixel_values)
 
-    def _embed(self, batch: PackedBatch) -> Tensor:
+    def _embed(self, batch: PackedBatch, tower_features: Tensor | None) -> Tensor:
         """Token embeddings with image features laid over the image rows: [T', 1, H]."""
         hidden = self.language_model.embed(batch.token_ids)
-        features = self.image_features(batch.pixel_values).flatten(0, 1)  # [I * V, H]
-        rows = features.index_select(0, batch.feature_rows).to(hidden.dtype)
-        hidden = hidden.squeeze(1).index_copy(0, batch.image_rows, rows).unsqueeze(1)
+        if torch.is_grad_enabled() or batch.image_rows.numel():
+            if tower_features is None:
+                tower_features = self.tower_features(batch.pixel_values)
+            features = self.connector(tower_features).flatten(0, 1)  # [I * V, H]
+            rows = features.index_select(0, batch.feature_rows).to(hidden.dtype)
+            hidden = hidden.squeeze(1).index_copy(0, batch.image_rows, rows).unsqueeze(1)
         if self.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.groups.tp)
         return hidden
 
-    def forward(self, batch: PackedBatch, segment_lengths: tuple[int, ...]) -> Tensor | ModelOutput:
-        """Run one micro-batch through this stage. `segment_lengths` are `cu_seqlens` differences on the host."""
-        segments = packed_segments(batch.cu_seqlens, segment_lengths)
-        hidden = self.language_model(self._embed(batch) if self.pre_process else None, batch.position_ids, segments)
+    def forward(
+        self,
+        batch: PackedBatch,
+        lengths: SegmentLengths,
+        *,
+        tower_features: Tensor | None = None,
+        texts: TextStates | None = None,
+    ) -> Tensor | ModelOutput:
+        """Run one pack through this stage.
+
+        Args:
+            lengths: the pack's, on the host.
+            tower_features: [I, V, vision hidden], what `tower_features` gave for this pack's images; None: compute them.
+            texts: EOS states of the pairs' texts, for a pack that leaves the texts out.
+        """
+        segments = packed_segments(batch, lengths, read_rows_only=self.read_rows_only)
+        embedded = self._embed(batch, tower_features) if self.pre_process else None
+        hidden = self.language_model(embedded, batch.position_ids, segments)
         if not self.post_process:
             return hidden
-        if self.sequence_parallel:
-            # What follows is the same on every tensor-parallel rank (the LM head sums its own input gradient), so
-            # each rank takes its slice of one gradient back, and nothing is summed here.
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.groups.tp
-            )
+        # The same on every tensor-parallel rank from here on, gradients included; the LM head sums its own input's.
         hidden = hidden.squeeze(1)
-        logits = self.language_model.logits(hidden.index_select(0, batch.target_rows))
+
+        def states(rows: Tensor) -> Tensor:
+            return hidden.index_select(0, torch.searchsorted(batch.read_rows, rows) if self.read_rows_only else rows)
+
+        logits = self.language_model.logits(states(batch.target_rows))
+        if texts is None:
+            texts = TextStates(
+                captions=states(batch.caption_eos_rows), hallucinated=states(batch.hallucinated_eos_rows)
+            )
         images, captions, hallucinated, temperature = self.heads(
-            hidden.index_select(0, batch.image_eos_rows),
-            hidden.index_select(0, batch.caption_eos_rows),
-            hidden.index_select(0, batch.hallucinated_eos_rows),
+            states(batch.image_eos_rows), texts.captions, texts.hallucinated
         )
         return ModelOutput(
             logits=logits,
@@ -166,4 +202,5 @@ class HaclModel(MegatronModule):
             caption_embeddings=captions,
             hallucinated_embeddings=hallucinated,
             temperature=temperature,
+            texts=texts,
         )

@@ -15,8 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hacl_megatron.config.architecture import LanguageConfig
-from hacl_megatron.model.transformer_configs import without_sequence_parallel
 from hacl_megatron.platform.attention import PackedSegments
+from hacl_megatron.platform.last_layer import without_sequence_parallel
 from hacl_megatron.platform.specs import language_layer_spec
 
 
@@ -66,16 +66,20 @@ class LlamaStage(LanguageModule):
                 tp_group=groups.tp,
             )
         spec = language_layer_spec(device)
+        layers = [spec.layer] * num_layers_on_stage(config, groups)
+        if post_process:
+            layers[-1] = spec.last_layer
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules(
-                layer_specs=[spec.layer] * num_layers_on_stage(config, groups), layer_norm=spec.norm
-            ),
+            TransformerBlockSubmodules(layer_specs=layers, layer_norm=spec.norm),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,
         )
         if post_process:
+            # The last layer hands on gathered rows, so every tensor-parallel rank has this norm's whole gradient.
+            for parameter in self.decoder.final_layernorm.parameters():
+                parameter.sequence_parallel = False
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 padded_vocab_size,
@@ -96,7 +100,10 @@ class LlamaStage(LanguageModule):
         return self.embedding(input_ids=token_ids.unsqueeze(0), position_ids=None)
 
     def forward(self, hidden: Tensor | None, position_ids: Tensor, segments: PackedSegments) -> Tensor:
-        """Embeddings [T', 1, H] (None behind the first stage) through this stage's layers -> [T', 1, H]."""
+        """Embeddings [T', 1, H] (None behind the first stage) through this stage's layers.
+
+        Returns [T', 1, H], on the last stage [Q, 1, H]: the read rows, gathered under sequence parallelism.
+        """
         angles = position_ids.float().unsqueeze(1) * self.inverse_frequencies  # [T, head_dim / 2]
         rotary = torch.cat((angles, angles), dim=-1)[:, None, None, :]  # [T, 1, 1, head_dim]
         return self.decoder(

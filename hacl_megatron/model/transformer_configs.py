@@ -1,6 +1,5 @@
 """megatron-core `TransformerConfig`s of the two towers, from the architecture and the run's flags."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,8 +80,3 @@ def vision_transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
-
-
-def without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
-    """The same configuration for a layer whose input is already gathered (the LM head)."""
-    return replace(config, sequence_parallel=False) if config.sequence_parallel else config

@@ -1,15 +1,16 @@
 """Attention over packed segments: one module, flash-attn's varlen kernel on a GPU and SDPA per segment elsewhere.
 
-Shape legend: T packed rows, B images, L rows an image, h query heads, g key-value heads (both of this
-tensor-parallel rank), d width of a head.
+Shape legend: T packed rows, Q rows of them that ask (all, or in the last layer those that are read), B images, L rows an
+image, h query heads, g key-value heads (both of this tensor-parallel rank), d width of a head.
 
-Rows of different segments never see each other. Memory grows with the sum of the squared segment lengths at
-worst (SDPA) or with T (flash), never with T squared.
+Rows of different segments never see each other, except that a branch (`PackedBatch.branch_rows`) sees the prefix it shares
+with a dialogue. Memory grows with the sum of the squared segment lengths at worst (SDPA) or with T (flash), never
+with T squared.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.nn import functional as F
 
+from hacl_megatron.batch import PackedBatch, SegmentLengths
 from hacl_megatron.platform.accelerators import attention_kernel
 
 
@@ -25,39 +27,118 @@ from hacl_megatron.platform.accelerators import attention_kernel
 class PackedSegments(PackedSeqParams):
     """Segment borders on their way through megatron-core's layers to `PackedAttention`.
 
+    Queries of a segment are its last rows (all of them, but in the last layer), so causal means aligned at the end:
+    the last query sees the whole segment. This is what flash kernels do with fewer queries than keys.
+
     `qkv_format` stays "sbhd", although the rows are packed: megatron-core then leaves the [T, 1, heads, d] layout
     alone and rotates each row by the `rotary_pos_emb` row that the model picked for it, so positions are
     explicit. With "thd" it would derive them from `cu_seqlens`, with a copy to the host in every layer.
     """
 
+    query_lengths: tuple[int, ...] = ()
+    """Queries of each segment, on the host, so that a loop over segments needs no synchronisation."""
     lengths: tuple[int, ...] = ()
-    """Segment lengths on the host, so that a loop over segments needs no synchronisation."""
+    """Rows of each segment, on the host."""
+    read_rows: Tensor | None = None
+    """int64: rows that the last layer is to compute, ascending (`PackedBatch.read_rows`); None: all."""
+    read_lengths: tuple[int, ...] = ()
+    """How many of them each segment has, on the host."""
+    branches: "Branches | None" = None
+    """None where no image shares a prefix."""
+
+    def of_read_rows(self) -> "PackedSegments":
+        """The same segments, with the read rows for queries."""
+        if self.read_rows is None:
+            return self
+        counts = torch.tensor((0, *self.read_lengths), dtype=torch.int32, device=self.cu_seqlens_kv.device)
+        branches = self.branches
+        if branches is not None:
+            branches = replace(branches, queries=torch.searchsorted(self.read_rows, branches.queries))
+        return replace(
+            self,
+            cu_seqlens_q=counts.cumsum(0, dtype=torch.int32),
+            max_seqlen_q=max(self.read_lengths),
+            query_lengths=self.read_lengths,
+            branches=branches,
+        )
 
 
-def packed_segments(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> PackedSegments:
-    """Borders int32 [S + 1] on the model's device and the same lengths on the host, as one record."""
-    longest = max(lengths)
+@dataclass(frozen=True)
+class Branches:
+    """Rows that attend to another segment's first rows and to themselves (see `hacl_megatron.batch`)."""
+
+    queries: Tensor
+    """int64 [n]: their places among the queries."""
+    context_rows: Tensor
+    """int64 [sum of lengths]: packed rows that each sees, branch after branch."""
+    lengths: tuple[int, ...]
+    """[n]: how many rows each sees, on the host."""
+
+
+def packed_segments(batch: PackedBatch, lengths: SegmentLengths, *, read_rows_only: bool = True) -> PackedSegments:
+    """Borders of a pack on the model's device and the same lengths on the host, as one record.
+
+    With `read_rows_only` the last layer runs for `batch.read_rows` alone.
+    """
+    longest = max(lengths.segments)
+    branches = None
+    if lengths.branches:
+        branches = Branches(batch.branch_rows, batch.branch_context_rows, lengths.branches)
     return PackedSegments(
-        qkv_format="sbhd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest, max_seqlen_kv=longest, lengths=lengths,
+        qkv_format="sbhd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=longest, max_seqlen_kv=longest, lengths=lengths.segments, query_lengths=lengths.segments,
+        read_rows=batch.read_rows if read_rows_only else None, read_lengths=lengths.read, branches=branches,
     )  # fmt: skip
 
 
 def sdpa_per_segment(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, scale: float | None) -> Tensor:
-    """Causal attention, one SDPA call per segment. q [T, h, d], k and v [T, g, d]; returns [T, h, d]."""
-    grouped = q.shape[1] != k.shape[1]
+    """Causal attention, one SDPA call per segment. q [Q, h, d], k and v [T, g, d]; returns [Q, h, d]."""
+    q_parts, k_parts, v_parts = q.split(segments.query_lengths), k.split(segments.lengths), v.split(segments.lengths)
     outputs = []
-    for q_, k_, v_ in zip(q.split(segments.lengths), k.split(segments.lengths), v.split(segments.lengths), strict=True):
+    for q_, k_, v_ in zip(q_parts, k_parts, v_parts, strict=True):
+        queries, rows = q_.shape[0], k_.shape[0]
+        if queries == 0:
+            continue
+        mask = None
+        if 1 < queries < rows:  # SDPA's own causal mask is aligned at the start
+            mask = torch.ones(queries, rows, dtype=torch.bool, device=q.device).tril(rows - queries)
         out = F.scaled_dot_product_attention(
             q_.transpose(0, 1).unsqueeze(0),
             k_.transpose(0, 1).unsqueeze(0),
             v_.transpose(0, 1).unsqueeze(0),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=1 < queries == rows,  # one query sees its whole segment
             scale=scale,
-            enable_gqa=grouped,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _attend_to_branches(
+    kernel: Callable, out: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, scale: float | None
+) -> Tensor:
+    """`out` [Q, h, d] with the branches' rows replaced by attention of one query each over its context rows."""
+    branches = segments.branches
+    rows = torch.tensor((0, *branches.lengths), dtype=torch.int32, device=q.device).cumsum(0, dtype=torch.int32)
+    one_query_each = replace(
+        segments,
+        cu_seqlens_q=torch.arange(len(branches.lengths) + 1, dtype=torch.int32, device=q.device),
+        cu_seqlens_kv=rows,
+        max_seqlen_q=1,
+        max_seqlen_kv=max(branches.lengths),
+        query_lengths=(1,) * len(branches.lengths),
+        lengths=branches.lengths,
+        branches=None,
+    )
+    branch_out = kernel(
+        q.index_select(0, branches.queries),
+        k.index_select(0, branches.context_rows),
+        v.index_select(0, branches.context_rows),
+        one_query_each,
+        scale,
+    )
+    return out.index_copy(0, branches.queries, branch_out)
 
 
 def flash_varlen(
@@ -117,8 +198,8 @@ _KERNELS = {"sdpa": sdpa_per_segment, "flash_attn": flash_varlen, "torch_varlen"
 class PackedAttention(torch.nn.Module):
     """megatron-core's `core_attention` for both towers of this model.
 
-    With `packed_seq_params` (the LLaMA): causal within each segment, q [T, 1, h, d], k and v [T, 1, g, d],
-    returns [T, 1, h * d]. Without (the vision tower): all rows of an image see each other, q [L, B, h, d],
+    With `packed_seq_params` (the LLaMA): causal within each segment, q [Q, 1, h, d], k and v [T, 1, g, d],
+    returns [Q, 1, h * d]. Without (the vision tower): all rows of an image see each other, q [L, B, h, d],
     returns [L, B, h * d].
     """
 
@@ -154,7 +235,10 @@ class PackedAttention(torch.nn.Module):
             )
             return out.permute(2, 0, 1, 3).flatten(2)
         kernel = _KERNELS[attention_kernel(query.device, query.dtype)]
-        out = kernel(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params, self.softmax_scale)
+        qkv = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        out = kernel(*qkv, packed_seq_params, self.softmax_scale)
+        if packed_seq_params.branches is not None:
+            out = _attend_to_branches(kernel, out, *qkv, packed_seq_params, self.softmax_scale)
         return out.flatten(1).unsqueeze(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

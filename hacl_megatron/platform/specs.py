@@ -1,5 +1,6 @@
 """Layer specs: megatron-core's own, with this project's attention (and, without Transformer Engine, norms) put in."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from hacl_megatron.platform.accelerators import layer_library
 from hacl_megatron.platform.attention import PackedAttention
+from hacl_megatron.platform.last_layer import LastLayer, LastSelfAttention
 from hacl_megatron.platform.norms import LayerNorm, RMSNorm
 
 
@@ -18,6 +20,14 @@ class LayerSpec:
 
     layer: ModuleSpec
     norm: type
+
+    @property
+    def last_layer(self) -> ModuleSpec:
+        """The same layer, computed for the rows that are read alone."""
+        spec = deepcopy(self.layer)
+        spec.module = LastLayer
+        spec.submodules.self_attention.module = LastSelfAttention
+        return spec
 
 
 def _layer_spec(device: torch.device, mask: AttnMaskType, norm: type, normalization: str) -> LayerSpec:

@@ -4,8 +4,10 @@ What the loop around it decides (logging, saving, giving up) is not here.
 """
 
 import math
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,19 +18,23 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hacl_megatron.batch import PackedBatch
-from hacl_megatron.config.flags import ObjectiveFlags
+from hacl_megatron.batch import MicroBatch, SegmentLengths
+from hacl_megatron.config.run import RunConfig
 from hacl_megatron.model.hacl import ModelOutput
-from hacl_megatron.objective.contrastive import ContrastiveTerms, contrastive_loss
+from hacl_megatron.objective.contrastive import ContrastiveTerms
 from hacl_megatron.objective.generation import generation_loss_sum
-from hacl_megatron.objective.negatives import PairEmbeddings, gather_pairs
-from hacl_megatron.training.exchange import global_sums, segment_lengths
+from hacl_megatron.objective.queue import NegativeQueue
+from hacl_megatron.platform.random_state import random_states, set_random_states
+from hacl_megatron.training.contrast import CachedGradients, Contrast, joined, pair_embeddings
+from hacl_megatron.training.exchange import global_sums
+from hacl_megatron.training.packs import has_dropout, pool_spans_micro_batches
 
-# Sums that the loss function leaves behind for every micro-batch, in this order.
-_SUMS = (
-    "lm_loss", "image_to_text", "text_to_image", "correct_i2t", "margin", "margin_count",
-    "hallucination_correct", "hallucination_pairs", "temperature",
+# Sums over this rank's pairs, in this order.
+_TERMS = (
+    "image_to_text_sum", "text_to_image_sum", "correct_i2t_sum", "margin_sum", "margin_count",
+    "hallucination_correct_sum", "hallucination_pairs",
 )  # fmt: skip
+_SUMS = ("lm_loss", *_TERMS, "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,121 +85,185 @@ class UpdateResult:
 class Step:
     """Runs micro-batches of one global batch through the pipeline and updates the parameters.
 
-    `model` is the data-parallel wrap of this rank's pipeline stage.
+    `model` is the data-parallel wrap of this rank's pipeline stage; `queue` is there on the last stage if the negatives
+    come from one.
     """
 
     def __init__(
         self,
         model: DistributedDataParallel,
         optimizer: MegatronOptimizer,
-        objective: ObjectiveFlags,
+        config: RunConfig,
         *,
         vocab_size: int,
+        queue: NegativeQueue | None,
         groups: ProcessGroupCollection,
         device: torch.device,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.objective = objective
+        self.config = config
+        self.contrast = Contrast(config.objective, queue, groups.dp)
         self.vocab_size = vocab_size
         self.groups = groups
         self.device = device
         self.is_last_stage = groups.pp.rank() == groups.pp.size() - 1
+        self.seconds_ahead = 0.0
+        """Time that the last step's forward-only pass took on this rank."""
 
-    def count(self, micro_batches: Sequence[PackedBatch]) -> GlobalCounts:
+    def count(self, micro_batches: Sequence[MicroBatch]) -> GlobalCounts:
         """Target tokens, pairs, packed rows and images of the global batch."""
         local = [
-            sum(batch.num_targets for batch in micro_batches),
-            sum(batch.num_pairs for batch in micro_batches),
-            sum(batch.num_rows - batch.num_padding_rows for batch in micro_batches),
-            sum(batch.num_images for batch in micro_batches),
+            sum(batch.main.num_targets for batch in micro_batches),
+            sum(batch.main.num_pairs for batch in micro_batches),
+            sum(batch.num_rows_once for batch in micro_batches),
+            sum(batch.main.num_images for batch in micro_batches),
         ]
         targets, pairs, rows, images = global_sums(local, group=self.groups.dp, device=self.device)
         return GlobalCounts(targets=int(targets), pairs=int(pairs), rows=int(rows), images=int(images))
 
-    def forward_backward(self, micro_batches: Sequence[PackedBatch], counts: GlobalCounts) -> StepMetrics:
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], counts: GlobalCounts) -> StepMetrics:
         """Accumulate the gradients of L over the global batch."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.contrast.forget()
         return self._run(micro_batches, counts, forward_only=False)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[PackedBatch], counts: GlobalCounts) -> StepMetrics:
-        """The same losses without gradients."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch], counts: GlobalCounts) -> StepMetrics:
+        """The same losses without gradients, against the pairs of this batch alone: no queue."""
         self.model.eval()
         metrics = self._run(micro_batches, counts, forward_only=True)
         self.model.train()
         return metrics
 
-    def _run(self, micro_batches: Sequence[PackedBatch], counts: GlobalCounts, *, forward_only: bool) -> StepMetrics:
+    def _run(self, micro_batches: Sequence[MicroBatch], counts: GlobalCounts, *, forward_only: bool) -> StepMetrics:
+        # Read the lengths back before the first micro-batch runs, so that the schedule itself never waits for the host.
+        lengths = [SegmentLengths.of(batch.main) for batch in micro_batches]
+        spans = pool_spans_micro_batches(self.config, len(micro_batches))
+        caches = spans and not forward_only and self.config.objective.contrastive_weight > 0
         # Shares of a mean over the global batch: the schedule divides by the micro-batches, DDP by the ranks.
         scale = len(micro_batches) * self.groups.dp.size()
 
-        # Read the lengths back before the first micro-batch runs, so that the schedule itself never waits for the host.
-        with_lengths = [(batch, segment_lengths(batch)) for batch in micro_batches]
+        states = random_states() if caches and has_dropout(self.config) else None
+        kept_features = self._kept_tower_features(micro_batches)
+        ahead = self._run_ahead(micro_batches, kept_features)
+        if states is not None:
+            set_random_states(states)
 
-        def forward_step(batches: Iterator[tuple[PackedBatch, tuple[int, ...]]], model: DistributedDataParallel):
-            batch, lengths = next(batches)
-            output = model(batch, lengths)
-            return output, lambda output: self._loss(output, batch, counts, scale)
+        terms: list[ContrastiveTerms] = []
+        gradients: list[CachedGradients | None] = [None] * len(micro_batches)
+        if caches and self.is_last_stage:
+            pairs = [pair_embeddings(out, batch.main) for out, batch in zip(ahead, micro_batches, strict=True)]
+            all_terms, gradients = self.contrast.cached_gradients(pairs, ahead[0].temperature, counts.pairs)
+            terms.append(all_terms)
+        outputs: list[ModelOutput] = []
+        lm_sums: list[Tensor] = []
 
-        sums: list[Tensor] = get_forward_backward_func()(
+        def loss(output: ModelOutput, index: int) -> tuple[Tensor, Tensor]:
+            batch = micro_batches[index].main
+            lm_sum = generation_loss_sum(
+                output.logits, batch.target_ids, vocab_size=self.vocab_size, tp_group=self.groups.tp
+            )
+            lm_sums.append(lm_sum.detach())
+            total = lm_sum / max(counts.targets, 1)
+            if gradients[index] is not None:
+                total = total + gradients[index].surrogate(output)
+            elif spans:
+                # Measured when the last one is there. Heads and temperature are touched all the same.
+                outputs.append(output)
+                total = total + 0.0 * self._touch(output)
+            else:
+                pairs = pair_embeddings(output, batch)
+                terms.append(self.contrast.terms(pairs, output.temperature, with_queue=not forward_only))
+                total = total + self.contrast.share(terms[-1], counts.pairs)
+            temperatures.append(output.temperature.detach())
+            return total * scale, lm_sum.detach()
+
+        temperatures: list[Tensor] = []
+
+        def forward_step(indices: Iterator[int], model: DistributedDataParallel):
+            index = next(indices)
+            batch = micro_batches[index]
+            texts = None
+            if batch.ahead is not None and self.is_last_stage and not batch.main.num_text_rows:
+                texts = ahead[index].texts
+            output = model(batch.main, lengths[index], tower_features=kept_features[index], texts=texts)
+            return output, partial(loss, index=index)
+
+        get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(with_lengths),
+            data_iterator=iter(range(len(micro_batches))),
             model=self.model,
             num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].num_rows,  # a formality: lengths vary and are sent along
+            seq_length=micro_batches[0].main.num_rows,  # a formality: lengths vary and are sent along
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return self._reduce(sums, counts)
+        if outputs:
+            local = joined(
+                [pair_embeddings(out, batch.main) for out, batch in zip(outputs, micro_batches, strict=True)]
+            )
+            with torch.no_grad():
+                terms.append(self.contrast.terms(local, outputs[0].temperature, with_queue=not forward_only))
+        return self._reduce(lm_sums, terms, temperatures, counts)
 
-    def _loss(self, output: ModelOutput, batch: PackedBatch, counts: GlobalCounts, scale: int) -> tuple[Tensor, Tensor]:
-        lm_sum = generation_loss_sum(
-            output.logits, batch.target_ids, vocab_size=self.vocab_size, tp_group=self.groups.tp
-        )
-        terms = self._contrastive_terms(output, batch)
-        contrastive = (terms.image_to_text_sum + terms.text_to_image_sum) / (2 * max(counts.pairs, 1))
-        loss = lm_sum / max(counts.targets, 1) + self.objective.contrastive_weight * contrastive
-        sums = torch.stack(
-            [
-                lm_sum,
-                terms.image_to_text_sum,
-                terms.text_to_image_sum,
-                terms.correct_i2t_sum,
-                terms.margin_sum,
-                terms.margin_count,
-                terms.hallucination_correct_sum,
-                terms.hallucination_pairs,
-                output.temperature.squeeze() / scale,  # adds up to the one value
-            ]
-        ).detach()
-        return loss * scale, sums
+    def _kept_tower_features(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | None]:
+        """A frozen tower's features of each micro-batch, if its images run twice; a trained tower runs twice too."""
+        module = self.model.module
+        if not module.pre_process or module.vision_tower_is_trained:
+            return [None] * len(micro_batches)
+        return [
+            module.tower_features(batch.main.pixel_values)
+            if batch.ahead is not None and batch.ahead.image_rows.numel()
+            else None
+            for batch in micro_batches
+        ]
 
-    def _contrastive_terms(self, output: ModelOutput, batch: PackedBatch) -> ContrastiveTerms:
-        local = PairEmbeddings(
-            image=output.image_embeddings,
-            caption=output.caption_embeddings,
-            hallucinated=output.hallucinated_embeddings,
-            hallucinated_owner=batch.hallucinated_owner,
-            image_keys=batch.image_keys,
-            caption_keys=batch.caption_keys,
-            hallucinated_keys=batch.hallucinated_keys,
-        )
-        gathered = gather_pairs(local, self.groups.dp)
-        return contrastive_loss(
-            local,
-            gathered.pool,
-            gathered.first_pair,
-            output.temperature,
-            hallucination_negatives=self.objective.hallucination_negatives,
-            mask_duplicates=self.objective.mask_duplicates,
-        )
+    @torch.no_grad()
+    def _run_ahead(
+        self, micro_batches: Sequence[MicroBatch], kept_features: Sequence[Tensor | None]
+    ) -> list[ModelOutput] | None:
+        """Outputs of the packs that run ahead, on the last stage; None if there are none."""
+        self.seconds_ahead = 0.0
+        if micro_batches[0].ahead is None:
+            return None
+        started = time.perf_counter()
+        packs = [replace(batch.ahead, pixel_values=batch.main.pixel_values) for batch in micro_batches]
+        lengths = [SegmentLengths.of(pack) for pack in packs]
 
-    def _reduce(self, sums: list[Tensor], counts: GlobalCounts) -> StepMetrics:
+        def forward_step(indices: Iterator[int], model: DistributedDataParallel):
+            index = next(indices)
+            output = model(packs[index], lengths[index], tower_features=kept_features[index])
+            return output, _as_it_is
+
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(range(len(packs))),
+            model=self.model,
+            num_microbatches=len(packs),
+            seq_length=packs[0].num_rows,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        self.seconds_ahead = time.perf_counter() - started
+        return outputs
+
+    def _touch(self, output: ModelOutput) -> Tensor:
+        embeddings = (output.image_embeddings, output.caption_embeddings, output.hallucinated_embeddings)
+        return sum(part.sum() for part in embeddings) + output.temperature.sum()
+
+    def _reduce(
+        self, lm_sums: list[Tensor], terms: list[ContrastiveTerms], temperatures: list[Tensor], counts: GlobalCounts
+    ) -> StepMetrics:
+        local = [0.0] * len(_SUMS)
         # The last stage's tensor-parallel ranks hold equal sums; one of them speaks for all.
-        speaks = self.is_last_stage and self.groups.tp.rank() == 0
-        local = torch.stack(sums).double().sum(0).tolist() if speaks else [0.0] * len(_SUMS)
+        if self.is_last_stage and self.groups.tp.rank() == 0:
+            vectors = [torch.stack([getattr(part, name).detach() for name in _TERMS]) for part in terms]
+            sums = [torch.stack(lm_sums).double().sum().view(1), torch.stack(vectors).double().sum(0)]
+            sums.append(temperatures[0].double() / self.groups.dp.size())  # adds up to the one value
+            local = torch.cat(sums).tolist()
         total = dict(zip(_SUMS, global_sums(local, group=dist.group.WORLD, device=self.device), strict=True))
 
         def mean(name: str, count: float) -> float:
@@ -201,11 +271,11 @@ class Step:
 
         return StepMetrics(
             lm_loss=mean("lm_loss", counts.targets),
-            contrastive_i2t=mean("image_to_text", counts.pairs),
-            contrastive_t2i=mean("text_to_image", counts.pairs),
-            retrieval_accuracy_i2t=mean("correct_i2t", counts.pairs),
-            hallucination_margin=mean("margin", total["margin_count"]),
-            hallucination_accuracy=mean("hallucination_correct", total["hallucination_pairs"]),
+            contrastive_i2t=mean("image_to_text_sum", counts.pairs),
+            contrastive_t2i=mean("text_to_image_sum", counts.pairs),
+            retrieval_accuracy_i2t=mean("correct_i2t_sum", counts.pairs),
+            hallucination_margin=mean("margin_sum", total["margin_count"]),
+            hallucination_accuracy=mean("hallucination_correct_sum", total["hallucination_pairs"]),
             temperature=total["temperature"],
             counts=counts,
         )
@@ -227,4 +297,10 @@ class Step:
             clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm, decoupled)
         num_zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None
         optimizer.step_with_ready_grads()
+        self.contrast.remember()
         return UpdateResult(applied=True, grad_norm=grad_norm, num_zeros=num_zeros)
+
+
+def _as_it_is(output: ModelOutput, non_loss_data: bool) -> ModelOutput:
+    """What megatron-core's schedule keeps of a forward-only micro-batch on the last stage."""
+    return output

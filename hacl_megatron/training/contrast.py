@@ -1,0 +1,152 @@
+"""The contrastive part of a step: from embeddings of micro-batches to loss terms, and to gradients of embeddings.
+
+Three ways, by when the embeddings of the whole pool are known:
+
+    at once   the pool is this micro-batch of all data-parallel ranks (and the queue): autograd does everything
+    cached    the pool spans micro-batches, whose embeddings a forward-only pass has collected: the loss gives each
+              embedding its gradient, and each micro-batch of the main pass back-propagates <embedding, gradient>
+    after     nothing is trained on it (validation): embeddings are collected and the terms computed at the end
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from hacl_megatron.batch import PackedBatch
+from hacl_megatron.config.flags import ObjectiveFlags
+from hacl_megatron.model.hacl import ModelOutput
+from hacl_megatron.objective.contrastive import ContrastiveTerms, contrastive_loss
+from hacl_megatron.objective.negatives import PairEmbeddings, gather_pairs
+from hacl_megatron.objective.queue import NegativeQueue
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedGradients:
+    """Gradients of one micro-batch's embeddings under the loss over the whole pool."""
+
+    image: Tensor
+    """fp32 [N, d]"""
+    caption: Tensor
+    """fp32 [N, d]"""
+    hallucinated: Tensor
+    """fp32 [M, d]"""
+    temperature: Tensor
+    """fp32 [1]: an equal part of this rank's gradient of the temperature for each micro-batch."""
+
+    def surrogate(self, output: ModelOutput) -> Tensor:
+        """[], whose gradients with respect to embeddings and temperature are the cached ones."""
+        return (
+            (output.image_embeddings * self.image).sum()
+            + (output.caption_embeddings * self.caption).sum()
+            + (output.hallucinated_embeddings * self.hallucinated).sum()
+            + (output.temperature * self.temperature).sum()
+        )
+
+
+class Contrast:
+    """Loss terms over the pool that the flags ask for. Every rank of `group` calls every method at the same times.
+
+    Args:
+        queue: earlier pairs; None without `--contrastive-negatives queue`.
+        group: data-parallel group.
+    """
+
+    def __init__(self, objective: ObjectiveFlags, queue: NegativeQueue | None, group: ProcessGroup) -> None:
+        self.objective = objective
+        self.queue = queue
+        self.group = group
+        self._new_pairs: list[PairEmbeddings] = []
+
+    def terms(self, local: PairEmbeddings, temperature: Tensor, *, with_queue: bool) -> ContrastiveTerms:
+        """Sums over this rank's pairs `local` against all ranks' (and the queue's)."""
+        gathered = gather_pairs(local, self.group)
+        pool = gathered.pool
+        if self.queue is not None and with_queue:
+            self._new_pairs.append(pool)
+            pool = self.queue.extend(pool)
+        return contrastive_loss(
+            local,
+            pool,
+            gathered.first_pair,
+            temperature,
+            hallucination_negatives=self.objective.hallucination_negatives,
+            mask_duplicates=self.objective.mask_duplicates,
+        )
+
+    def share(self, terms: ContrastiveTerms, num_pairs: int) -> Tensor:
+        """This rank's share of lambda (L_v + L_t) / 2, [], for `num_pairs` pairs in the global batch."""
+        sums = terms.image_to_text_sum + terms.text_to_image_sum
+        return self.objective.contrastive_weight * sums / (2 * max(num_pairs, 1))
+
+    def cached_gradients(
+        self, micro_batches: Sequence[PairEmbeddings], temperature: Tensor, num_pairs: int
+    ) -> tuple[ContrastiveTerms, list[CachedGradients]]:
+        """Terms over all of `micro_batches` (embeddings without gradients), and each one's gradients."""
+        sizes = [(pairs.num_pairs, pairs.num_hallucinated) for pairs in micro_batches]
+        with torch.enable_grad():
+            local = joined(micro_batches, requires_grad=True)
+            leaf = temperature.detach().clone().requires_grad_()
+            terms = self.terms(local, leaf, with_queue=True)
+            self.share(terms, num_pairs).backward()
+        pairs, hallucinated = [size for size, _ in sizes], [size for _, size in sizes]
+        per_micro_batch = zip(
+            local.image.grad.split(pairs),
+            local.caption.grad.split(pairs),
+            local.hallucinated.grad.split(hallucinated),
+            strict=True,
+        )
+        temperature_part = leaf.grad / len(micro_batches)
+        return terms, [
+            CachedGradients(image=image, caption=caption, hallucinated=hallucinated, temperature=temperature_part)
+            for image, caption, hallucinated in per_micro_batch
+        ]
+
+    def remember(self) -> None:
+        """Put this step's pairs into the queue: once its gradients were found finite."""
+        for pairs in self._new_pairs:
+            self.queue.push(pairs)
+        self._new_pairs.clear()
+
+    def forget(self) -> None:
+        """Drop this step's pairs."""
+        self._new_pairs.clear()
+
+
+def pair_embeddings(output: ModelOutput, batch: PackedBatch) -> PairEmbeddings:
+    """The pairs of one micro-batch."""
+    return PairEmbeddings(
+        image=output.image_embeddings,
+        caption=output.caption_embeddings,
+        hallucinated=output.hallucinated_embeddings,
+        hallucinated_owner=batch.hallucinated_owner,
+        image_keys=batch.image_keys,
+        caption_keys=batch.caption_keys,
+        hallucinated_keys=batch.hallucinated_keys,
+    )
+
+
+def joined(parts: Sequence[PairEmbeddings], *, requires_grad: bool = False) -> PairEmbeddings:
+    """One after another, detached; owners count in the whole."""
+    owners, first = [], 0
+    for part in parts:
+        owners.append(part.hallucinated_owner + first)
+        first += part.num_pairs
+
+    def embeddings(name: str) -> Tensor:
+        return torch.cat([getattr(part, name).detach() for part in parts]).requires_grad_(requires_grad)
+
+    def integers(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    return PairEmbeddings(
+        image=embeddings("image"),
+        caption=embeddings("caption"),
+        hallucinated=embeddings("hallucinated"),
+        hallucinated_owner=torch.cat(owners),
+        image_keys=integers("image_keys"),
+        caption_keys=integers("caption_keys"),
+        hallucinated_keys=integers("hallucinated_keys"),
+    )
