@@ -20,6 +20,7 @@ by the number of micro-batches, by which megatron-core's schedules divide). Ever
 runs backward through its terms, with or without pairs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.objective.negatives import PairEmbeddings
+from hacl_megatron.objective.row_blocks import BLOCK_BYTES, Columns, softmax_loss_sum
 
 HallucinationNegatives = Literal["own", "all", "none"]
 
@@ -67,6 +69,8 @@ def contrastive_loss(
     *,
     hallucination_negatives: HallucinationNegatives,
     mask_duplicates: bool,
+    queue: PairEmbeddings | None = None,
+    block_bytes: int = BLOCK_BYTES,
 ) -> ContrastiveTerms:
     """L_v and L_t restricted to this rank's pairs (see the module's head for the equations and their use).
 
@@ -78,19 +82,40 @@ def contrastive_loss(
         hallucination_negatives: `own`, `all` or `none`.
         mask_duplicates: another pair whose caption key or image key equals pair i's is no negative in L_v or L_t; a
             hallucinated caption (of any pair) whose key equals caption i's is none either. The positive stays.
+        queue: pairs of earlier steps, over which k, and with `all` (j, m), run too (`NegativeQueue.pairs`). They
+            get no gradient unless they ask for one.
+        block_bytes: most memory to take beside the gradients of the embeddings; rows go in as many blocks as it
+            takes (`row_blocks`).
 
+    Gradients are made here, not in backward, which may run once (without `torch.is_grad_enabled()`, none are).
     Without pairs, here or anywhere, the terms are zeros that still have a gradient path to `local`, `pool` and τ.
     """
     assert hallucination_negatives in ("own", "all", "none"), hallucination_negatives
     assert 0 <= first_pair <= pool.num_pairs - local.num_pairs, (first_pair, local.num_pairs, pool.num_pairs)
     assert temperature.shape == (1,) and temperature.dtype == local.image.dtype == pool.image.dtype
 
-    # One block of all rows. A form for pools whose [N_local, N + M] similarities do not fit runs smaller blocks under
-    # activation checkpointing and adds up what they return.
-    image_to_text_sum, text_to_image_sum, correct_sum = _row_block_sums(
-        local, slice(0, local.num_pairs), pool, first_pair, temperature,
-        hallucination_negatives=hallucination_negatives, mask_duplicates=mask_duplicates,
+    pairs = [pool] if queue is None else [pool, queue]
+    captions, images = [], []
+    for others in pairs:
+        equal_keys = ()
+        if mask_duplicates:
+            equal_keys = ((local.caption_keys, others.caption_keys), (local.image_keys, others.image_keys))
+        captions.append(Columns(embeddings=others.caption, equal_keys=equal_keys))
+        images.append(Columns(embeddings=others.image, equal_keys=equal_keys))
+    hallucinated = []
+    if hallucination_negatives != "none":
+        # No pair of this step owns what the queue holds.
+        for others in pairs if hallucination_negatives == "all" else [pool]:
+            owner = others.hallucinated_owner - first_pair if hallucination_negatives == "own" else None
+            equal_keys = ((local.caption_keys, others.hallucinated_keys),) if mask_duplicates else ()
+            hallucinated.append(Columns(embeddings=others.hallucinated, equal_keys=equal_keys, owner=owner))
+
+    image_to_text_sum, nearest = softmax_loss_sum(
+        local.image, captions + hallucinated, first_pair, temperature,
+        num_ranked=len(captions), block_bytes=block_bytes,
     )  # fmt: skip
+    text_to_image_sum, _ = softmax_loss_sum(local.caption, images, first_pair, temperature, block_bytes=block_bytes)
+    correct_sum = _retrieval_hits(nearest, local, pairs, first_pair)
     return ContrastiveTerms(
         image_to_text_sum=image_to_text_sum,
         text_to_image_sum=text_to_image_sum,
@@ -100,55 +125,15 @@ def contrastive_loss(
     )
 
 
-def _row_block_sums(
-    local: PairEmbeddings,
-    rows: slice,
-    pool: PairEmbeddings,
-    first_pair: int,
-    temperature: Tensor,
-    *,
-    hallucination_negatives: HallucinationNegatives,
-    mask_duplicates: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss sums (image to text, text to image) and retrieval hits of the pairs `rows` of `local`; each [].
+def _retrieval_hits(nearest: Tensor, local: PairEmbeddings, pairs: Sequence[PairEmbeddings], first_pair: int) -> Tensor:
+    """How many of the captions nearest to this rank's images are their own, or a duplicate pair's; [].
 
-    Rows are independent of each other given the pool, so that sums over disjoint blocks add up. B pairs in the
-    block, N and M in the pool.
+    nearest: int64 [N local], counting through the captions of `pairs`.
     """
-    images, captions = local.image[rows], local.caption[rows]  # [B, d]
-    image_keys, caption_keys = local.image_keys[rows, None], local.caption_keys[rows, None]  # [B, 1]
-    own = torch.arange(first_pair + rows.start, first_pair + rows.stop, device=images.device)[:, None]  # [B, 1]
-    is_own = own == torch.arange(pool.num_pairs, device=images.device)  # [B, N]
-    is_duplicate = ((caption_keys == pool.caption_keys) | (image_keys == pool.image_keys)) & ~is_own
-
-    cosines = images @ pool.caption.T  # [B, N]
-    image_to_text = cosines / temperature
-    text_to_image = captions @ pool.image.T / temperature  # [B, N]
-    image_candidates, caption_candidates = image_to_text, text_to_image
-    if mask_duplicates:
-        image_candidates = image_candidates.masked_fill(is_duplicate, float("-inf"))
-        caption_candidates = caption_candidates.masked_fill(is_duplicate, float("-inf"))
-    if hallucination_negatives != "none":
-        hallucinated = images @ pool.hallucinated.T / temperature  # [B, M]
-        is_no_negative = torch.zeros_like(hallucinated, dtype=torch.bool)
-        if hallucination_negatives == "own":
-            is_no_negative |= own != pool.hallucinated_owner
-        if mask_duplicates:
-            is_no_negative |= caption_keys == pool.hallucinated_keys
-        image_candidates = torch.cat([image_candidates, hallucinated.masked_fill(is_no_negative, float("-inf"))], 1)
-
-    # The positive is never masked, so each row's logsumexp is finite.
-    image_to_text_sum = (image_candidates.logsumexp(1) - image_to_text.gather(1, own).squeeze(1)).sum()
-    text_to_image_sum = (caption_candidates.logsumexp(1) - text_to_image.gather(1, own).squeeze(1)).sum()
-    return image_to_text_sum, text_to_image_sum, _retrieval_hits(cosines.detach(), is_own | is_duplicate)
-
-
-def _retrieval_hits(cosines: Tensor, is_accepted: Tensor) -> Tensor:
-    """Rows of [B, N] whose largest cosine stands in an accepted column; []."""
-    if cosines.shape[1] == 0:  # argmax refuses an empty pool
-        return cosines.new_zeros(())
-    nearest = cosines.argmax(1, keepdim=True)
-    return is_accepted.gather(1, nearest).sum().to(cosines.dtype)
+    own = torch.arange(first_pair, first_pair + local.num_pairs, device=nearest.device)
+    same_caption = torch.cat([others.caption_keys for others in pairs])[nearest] == local.caption_keys
+    same_image = torch.cat([others.image_keys for others in pairs])[nearest] == local.image_keys
+    return ((nearest == own) | same_caption | same_image).sum().to(local.image.dtype)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ Three collectives forward and one backward, always, whatever N_r and M_r are: a 
 the same ones, with the same shapes, as the others.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +64,21 @@ class PairEmbeddings:
     @property
     def num_hallucinated(self) -> int:
         return self.hallucinated.shape[0]
+
+
+def concatenate_pairs(parts: Sequence[PairEmbeddings]) -> PairEmbeddings:
+    """The pairs of all parts, in their order, as new tensors; owners shifted accordingly. Gradients pass."""
+    first_pairs = itertools.accumulate((part.num_pairs for part in parts), initial=0)
+    owners = [part.hallucinated_owner + first for part, first in zip(parts, first_pairs, strict=False)]
+    return PairEmbeddings(
+        image=torch.cat([part.image for part in parts]),
+        caption=torch.cat([part.caption for part in parts]),
+        hallucinated=torch.cat([part.hallucinated for part in parts]),
+        hallucinated_owner=torch.cat(owners),
+        image_keys=torch.cat([part.image_keys for part in parts]),
+        caption_keys=torch.cat([part.caption_keys for part in parts]),
+        hallucinated_keys=torch.cat([part.hallucinated_keys for part in parts]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hacl_megatron.objective.contrastive import ContrastiveTerms, contrastive_loss
 from hacl_megatron.objective.negatives import PairEmbeddings, gather_pairs
+from hacl_megatron.objective.row_blocks import BLOCK_BYTES
 from tests.distributed import run_distributed
 
 WIDTH = 8
@@ -38,6 +39,8 @@ class Case:
     """Of L_v and L_t in what is differentiated; unequal, so that the two taken for each other would show."""
     frozen_ranks: tuple[int, ...] = ()
     """Ranks whose embeddings need no gradient."""
+    block_bytes: int = BLOCK_BYTES
+    """1: every row a block of its own."""
 
     @property
     def num_pairs(self) -> int:
@@ -61,25 +64,44 @@ ORACLE_CASES = {  # no hallucinations: open_clip's ClipLoss knows the answer
     for dtype in (torch.float64, torch.float32)
     for temperature, mask in ((0.07, True), (0.07, False), (0.001, True))
 }
-EQUATION_CASES = {
-    f"{mode} mask {mask} {name}": Case(
-        sizes=sizes,
-        hallucinated=MANY_AND_NONE,
-        duplicates=True,
-        hallucination_negatives=mode,
-        mask_duplicates=mask,
-    )
-    for mode in ("own", "all", "none")
-    for mask in (True, False)
-    for name, sizes in (("spread", SPREAD), ("holes", HOLES))
-} | {
-    "fp32": Case(sizes=SPREAD, hallucinated=MANY_AND_NONE, duplicates=True, dtype=torch.float32),
-    "no hallucinations": Case(sizes=HOLES, hallucinated=(0,) * 7, duplicates=True),
-    "frozen empty ranks": Case(
-        sizes={1: (7,), 2: (7, 0), 4: (0, 4, 0, 3)}, hallucinated=MANY_AND_NONE, frozen_ranks=(0, 1, 2)
-    ),
-    "one pair": Case(sizes={1: (1,), 2: (0, 1), 4: (0, 0, 1, 0)}, hallucinated=(2,)),
-}
+EQUATION_CASES = (
+    {
+        f"{mode} mask {mask} {name}": Case(
+            sizes=sizes,
+            hallucinated=MANY_AND_NONE,
+            duplicates=True,
+            hallucination_negatives=mode,
+            mask_duplicates=mask,
+        )
+        for mode in ("own", "all", "none")
+        for mask in (True, False)
+        for name, sizes in (("spread", SPREAD), ("holes", HOLES))
+    }
+    | {
+        f"{mode} mask {mask} blocks of {block_bytes} bytes": Case(
+            sizes=SPREAD,
+            hallucinated=MANY_AND_NONE,
+            duplicates=True,
+            hallucination_negatives=mode,
+            mask_duplicates=mask,
+            block_bytes=block_bytes,
+        )
+        for mode in ("own", "all", "none")
+        for mask in (True, False)
+        for block_bytes in (1, 350)  # blocks of one row, and of two to four
+    }
+    | {
+        "fp32": Case(sizes=SPREAD, hallucinated=MANY_AND_NONE, duplicates=True, dtype=torch.float32),
+        "no hallucinations": Case(sizes=HOLES, hallucinated=(0,) * 7, duplicates=True),
+        "frozen empty ranks": Case(
+            sizes={1: (7,), 2: (7, 0), 4: (0, 4, 0, 3)}, hallucinated=MANY_AND_NONE, frozen_ranks=(0, 1, 2)
+        ),
+        "frozen empty ranks, blocks": Case(
+            sizes=HOLES, hallucinated=MANY_AND_NONE, frozen_ranks=(0, 1, 2), block_bytes=1
+        ),
+        "one pair": Case(sizes={1: (1,), 2: (0, 1), 4: (0, 0, 1, 0)}, hallucinated=(2,)),
+    }
+)
 EMPTY_CASES = {
     mode: Case(sizes={1: (0,), 2: (0, 0), 4: (0, 0, 0, 0)}, hallucinated=(), hallucination_negatives=mode)
     for mode in ("own", "all", "none")
@@ -174,6 +196,7 @@ def run_cases(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
             terms = contrastive_loss(
                 local, gathered.pool, gathered.first_pair, temperature,
                 hallucination_negatives=case.hallucination_negatives, mask_duplicates=case.mask_duplicates,
+                block_bytes=case.block_bytes,
             )  # fmt: skip
             num_forward = len(recorder.calls)
             weighted_loss(case, terms.image_to_text_sum, terms.text_to_image_sum).backward()

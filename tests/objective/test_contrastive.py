@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from hacl_megatron.objective.contrastive import _row_block_sums, clamp_temperature_, contrastive_loss
+from hacl_megatron.objective.contrastive import clamp_temperature_
 from tests.objective.equations import losses_by_loops, metrics_by_loops
 from tests.objective.pair_cases import (
     EMPTY_CASES,
@@ -177,21 +177,6 @@ def test_a_rank_without_pairs_gives_zeros_with_gradients(world_size: int) -> Non
             assert all(value.item() == 0 for value in result["terms"].values())
             assert result["gradients"]["temperature"].tolist() == [0.0]
             assert result["gradients"]["image"].shape == (0, WIDTH)
-
-
-def test_blocks_of_rows_add_up() -> None:
-    """Rows i need the pool and nothing else: what a chunked form of the loss will rest on."""
-    case = EQUATION_CASES["all mask True spread"]
-    batch, temperature = global_batch(case), torch.tensor([0.07], dtype=torch.float64)
-    settings = {"hallucination_negatives": "all", "mask_duplicates": True}
-    whole = contrastive_loss(batch, batch, 0, temperature, **settings)
-    blocks = [
-        _row_block_sums(batch, slice(start, stop), batch, 0, temperature, **settings)
-        for start, stop in ((0, 3), (3, 3), (3, 7))
-    ]
-    sums = [sum(parts) for parts in zip(*blocks, strict=True)]
-    expected = [whole.image_to_text_sum, whole.text_to_image_sum, whole.correct_i2t_sum]
-    torch.testing.assert_close(sums, expected, **FP64_TOLERANCE)
 
 
 def test_temperature_is_kept_in_its_range() -> None:

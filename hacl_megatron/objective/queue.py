@@ -1,0 +1,103 @@
+"""`--contrastive-negatives queue`: pairs of earlier steps as further negatives, first in, first out.
+
+    step k    contrastive_loss(local, pool, ..., queue=queue.pairs)      pool: this step's pairs of all ranks
+              queue.push(pool)                                           after the step's last use of `pairs`
+
+The queue holds what `gather_pairs` returned, without gradients, so that it is the same on every data-parallel rank and
+needs no communication. It holds pairs that were seen and nothing else: empty at first, never random, never padded. A
+pair brings its hallucinated captions and its keys, and takes them along when it leaves.
+"""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from hacl_megatron.objective.negatives import PairEmbeddings, concatenate_pairs
+
+
+class NegativeQueue:
+    """The newest `size` pairs, oldest first."""
+
+    def __init__(
+        self, size: int, width: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        """
+        Args:
+            size: most pairs to hold; their hallucinated captions, however many, come on top.
+            width: d of the embeddings.
+        """
+        assert size > 0, size
+        self.size = size
+        self._pairs = PairEmbeddings(
+            image=torch.zeros(0, width, device=device, dtype=dtype),
+            caption=torch.zeros(0, width, device=device, dtype=dtype),
+            hallucinated=torch.zeros(0, width, device=device, dtype=dtype),
+            hallucinated_owner=torch.zeros(0, device=device, dtype=torch.int64),
+            image_keys=torch.zeros(0, device=device, dtype=torch.int64),
+            caption_keys=torch.zeros(0, device=device, dtype=torch.int64),
+            hallucinated_keys=torch.zeros(0, device=device, dtype=torch.int64),
+        )
+
+    @property
+    def pairs(self) -> PairEmbeddings:
+        """What the queue holds, oldest pair first, without gradients. No copy; a later `push` leaves it as it is."""
+        return self._pairs
+
+    @torch.no_grad()
+    def push(self, pool: PairEmbeddings) -> None:
+        """Take all pairs of a step, the same ones on every rank; the oldest beyond `size` leave.
+
+        Of more than `size` pairs the last ones stay.
+        """
+        new = _newest(_detached(pool), self.size)
+        self._pairs = concatenate_pairs([_newest(self._pairs, self.size - new.num_pairs), new])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The held pairs, by the fields of `PairEmbeddings`; filled slots only, so shapes vary."""
+        return {item.name: getattr(self._pairs, item.name) for item in fields(PairEmbeddings)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Hold what `state_dict` gave, bit for bit; the newest of it where this queue is shorter than that one.
+
+        Raises:
+            ValueError: a tensor is missing or unknown, or has another width or dtype than this queue.
+        """
+        expected = self.state_dict()
+        if state.keys() != expected.keys():
+            raise ValueError(
+                f"queue of negatives: found {sorted(state)}, expected {sorted(expected)}; "
+                "the checkpoint comes from another version, start without its queue"
+            )
+        for name, tensor in expected.items():
+            if state[name].shape[1:] != tensor.shape[1:] or state[name].dtype != tensor.dtype:
+                raise ValueError(
+                    f"queue of negatives: {name} is {state[name].dtype} {list(state[name].shape)}, expected "
+                    f"{tensor.dtype} [.., {', '.join(str(n) for n in tensor.shape[1:])}]; "
+                    "the checkpoint belongs to a model of another width, start without its queue"
+                )
+        device = self._pairs.image.device
+        loaded = PairEmbeddings(**{name: tensor.detach().to(device) for name, tensor in state.items()})
+        self._pairs = concatenate_pairs([_newest(loaded, self.size)])
+
+
+def _detached(pairs: PairEmbeddings) -> PairEmbeddings:
+    return PairEmbeddings(**{item.name: getattr(pairs, item.name).detach() for item in fields(PairEmbeddings)})
+
+
+def _newest(pairs: PairEmbeddings, count: int) -> PairEmbeddings:
+    """The last `count` pairs, or all if there are fewer, with their hallucinated captions."""
+    dropped = max(pairs.num_pairs - count, 0)
+    if dropped == 0:
+        return pairs
+    stays = pairs.hallucinated_owner >= dropped
+    return PairEmbeddings(
+        image=pairs.image[dropped:],
+        caption=pairs.caption[dropped:],
+        hallucinated=pairs.hallucinated[stays],
+        hallucinated_owner=pairs.hallucinated_owner[stays] - dropped,
+        image_keys=pairs.image_keys[dropped:],
+        caption_keys=pairs.caption_keys[dropped:],
+        hallucinated_keys=pairs.hallucinated_keys[stays],
+    )
