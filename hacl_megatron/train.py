@@ -5,7 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -112,9 +112,10 @@ def build_trainer(
 ):
     """Everything a run consists of, ready to `train()`."""
     from hacl_megatron.checkpoint.sharded import copy_assets
-    from hacl_megatron.data.loader import build_loader
+    from hacl_megatron.data.loader import MicroBatching, build_loader
     from hacl_megatron.data.tokenizer import load_tokenizer
     from hacl_megatron.training import setup, state
+    from hacl_megatron.training.packs import pack_plan
     from hacl_megatron.training.loop import Trainer
     from hacl_megatron.training.metrics import MetricsLog, keep_iterations
 
@@ -133,15 +134,22 @@ def build_trainer(
         image_context=config.objective.contrastive_image_context,
         seed=config.training.seed,
         global_batch_size=layout.global_batch_size,
-        micro_batch_size=layout.micro_batch_size,
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=layout.dp,
         pad_multiple=_pad_multiple(config, layout),
         decode_device="mixed" if device.type == "cuda" else "cpu",
     )
+    balance = config.training.balance_micro_batches
+    micro_batching = MicroBatching(
+        micro_batch_size=layout.micro_batch_size,
+        micro_batch_tokens=config.training.micro_batch_tokens,
+        balance=config.objective.contrastive_negatives != "micro-batch" if balance is None else balance,
+        plan=partial(pack_plan, config, with_gradients=True),
+    )
     loader = None
     if reads_data:
         loader = make_loader(
+            micro_batching=micro_batching,
             data_paths=config.data.data_path,
             contrastive_paths=config.data.contrastive_data_path,
             shuffle=True,
@@ -163,6 +171,7 @@ def build_trainer(
     if config.data.valid_data_path and config.training.eval_interval:
         make_valid_loader = partial(
             make_loader,
+            micro_batching=replace(micro_batching, plan=partial(pack_plan, config, with_gradients=False)),
             data_paths=config.data.valid_data_path,
             contrastive_paths=[],
             shuffle=False,

@@ -38,8 +38,9 @@ class Layout:
     """Data-parallel replicas: world_size / (tp x pp)."""
     micro_batch_size: int
     global_batch_size: int
-    num_micro_batches: int
-    """Micro-batches of one replica in one step: global_batch_size / (micro_batch_size x dp)."""
+    num_micro_batches: int | None
+    """Micro-batches of one replica in one step: global_batch_size / (micro_batch_size x dp). None with
+    `--micro-batch-tokens`: it varies."""
 
 
 # Closed intervals, except that `above(x)` and `below(x)` leave x out.
@@ -58,7 +59,8 @@ LIMITS: dict[str, tuple[float, float]] = {
             "tensor_model_parallel_size", "pipeline_model_parallel_size", "decoder_first_pipeline_num_layers",
             "decoder_last_pipeline_num_layers", "make_vocab_size_divisible_by", "distributed_timeout_minutes",
             "model_max_length", "num_workers", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
-            "micro_batch_size", "global_batch_size", "train_iters", "exit_interval", "eval_iters", "log_interval",
+            "micro_batch_size", "micro_batch_tokens", "queue_size", "global_batch_size", "train_iters",
+            "exit_interval", "eval_iters", "log_interval",
         ),
         (1, _FINITE),
     ),
@@ -96,7 +98,7 @@ def check_flags(config: RunConfig, world_size: int) -> Layout:
     _check_parallelism(config)
     _check_length(config)
     _check_rates(config)
-    _check_contrast(config, layout)
+    _check_contrast(config)
     _check_inputs(config)
     _check_outputs(config)
     if config.model.mm_projector_type is not None:
@@ -220,8 +222,9 @@ def _layout(config: RunConfig, world_size: int) -> Layout:
     dp = world_size // (tp * pp)
     micro = config.training.micro_batch_size
     batch = micro * dp if config.training.global_batch_size is None else config.training.global_batch_size
+    by_tokens = config.training.micro_batch_tokens is not None
     _require(
-        batch % (micro * dp) == 0,
+        by_tokens or batch % (micro * dp) == 0,
         f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {dp} data-parallel replicas",
         f"expected a multiple of {micro * dp}",
     )
@@ -232,7 +235,7 @@ def _layout(config: RunConfig, world_size: int) -> Layout:
         dp=dp,
         micro_batch_size=micro,
         global_batch_size=batch,
-        num_micro_batches=batch // (micro * dp),
+        num_micro_batches=None if by_tokens else batch // (micro * dp),
     )
 
 
@@ -292,20 +295,19 @@ def _rates(config: RunConfig) -> dict[str, float]:
     return {name: optimizer.lr if rate is None else rate for name, rate in given.items()}
 
 
-def _check_contrast(config: RunConfig, layout: Layout) -> None:
-    negatives = config.objective.contrastive_negatives
+def _check_contrast(config: RunConfig) -> None:
+    training = config.training
+    if config.objective.contrastive_negatives == "micro-batch":
+        for name in ("micro_batch_tokens", "balance_micro_batches"):
+            _require(
+                not getattr(training, name),
+                f"{_dashed(name)} is given with --contrastive-negatives micro-batch",
+                "it would change which pairs are negatives of each other: leave it out, or use global-batch",
+            )
     _require(
-        negatives != "queue",
-        "--contrastive-negatives queue is not supported for now",
-        "use global-batch or micro-batch",
-    )
-    # Without weight the contrastive loss is a metric only, and the pool changes nothing that is trained.
-    _require(
-        negatives != "global-batch" or layout.num_micro_batches == 1 or config.objective.contrastive_weight == 0,
-        f"--contrastive-negatives global-batch is not supported for now with {layout.num_micro_batches} micro-batches "
-        "a step",
-        f"raise --micro-batch-size to {layout.global_batch_size // layout.dp}, or use --contrastive-negatives "
-        "micro-batch (fewer negatives for each pair)",
+        training.micro_batch_tokens is None or training.micro_batch_size == 1,
+        f"both --micro-batch-size {training.micro_batch_size} and --micro-batch-tokens are given",
+        "give one of them",
     )
 
 

@@ -115,6 +115,7 @@ class ObjectiveFlags:
         "global-batch", "Pool of negatives: one micro-batch of all data-parallel ranks, every pair of the optimiser "
         "step, or the step's pairs and a queue of earlier ones."
     )  # fmt: skip
+    queue_size: int = flag(16_384, "Pairs that the queue of --contrastive-negatives queue holds.")
     hallucination_negatives: Literal["own", "all", "none"] = flag(
         "all", "Hallucinated captions in a pair's denominator: its own (the paper), every one in the pool (the "
         "released code), or none (plain contrastive)."
@@ -153,8 +154,15 @@ class TrainingFlags:
     _argument_group_name = "training"
 
     micro_batch_size: int = flag(1, "Samples of one data-parallel rank that run at once.")
-    global_batch_size: int | None = flag(
-        None, "Samples of one optimiser step over all ranks. Default: micro-batch size x data-parallel size."
+    micro_batch_tokens: int | None = flag(
+        None, "Packed rows of one data-parallel rank that run at once, instead of --micro-batch-size: a step has as "
+        "many micro-batches as that takes."
+    )  # fmt: skip
+    balance_micro_batches: bool | None = flag(
+        None, "Even out the packed rows of a step's micro-batches; changes nothing but time. Default: yes, but with "
+        "--contrastive-negatives micro-batch."
+    )  # fmt: skip
+    global_batch_size: int | None = flag(        None, "Samples of one optimiser step over all ranks. Default: micro-batch size x data-parallel size."
     )  # fmt: skip
     train_iters: int | None = flag(None, "Optimiser steps to train for.")
     num_train_epochs: float | None = flag(None, "Passes over the data, instead of --train-iters.")

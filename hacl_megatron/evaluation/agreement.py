@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hacl_megatron.batch import PackedBatch
+from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
 from hacl_megatron.checkpoint.hf_config_write import to_config_json
 from hacl_megatron.checkpoint.hf_import import SourceTensors
 from hacl_megatron.checkpoint.hf_names import connector_depth
@@ -98,20 +98,25 @@ def random_batch(config: ModelConfig, seed: int = 0) -> PackedBatch:
     targets = torch.ones(sum(lengths), dtype=torch.bool)
     targets[image_rows] = False
     none = torch.zeros(0, dtype=torch.int64)
+    cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+    target_rows = targets.nonzero().flatten()
+    read_rows, read_lengths = rows_to_read(cu_seqlens, target_rows)
     return PackedBatch(
         sample_ids=torch.arange(2),
         token_ids=ids,
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
         max_seqlen=max(lengths),
         pixel_values=torch.randn(2, 3, size, size, generator=generator),
         image_rows=image_rows,
         feature_rows=torch.arange(2 * visual),
-        target_rows=targets.nonzero().flatten(),
+        target_rows=target_rows,
         target_ids=ids[targets],
         image_eos_rows=none, caption_eos_rows=none, hallucinated_eos_rows=none, hallucinated_owner=none,
         image_keys=none, caption_keys=none, hallucinated_keys=none,
-        num_padding_rows=0,
+        read_rows=read_rows, read_lengths=read_lengths,
+        branch_rows=none, branch_lengths=none.int(), branch_context_rows=none,
+        num_padding_rows=0, num_text_rows=0,
     )  # fmt: skip
 
 
@@ -226,7 +231,7 @@ def our_logits(reader: ShardedReader, batch: PackedBatch, dtype: torch.dtype | N
     module.load_state_dict(load_checkpoint({"model": wanted}, reader.folder)["model"], strict=False)
     _round(module, dtype)
     module.eval()
-    logits = module(batch, tuple(batch.cu_seqlens.diff().tolist())).logits.float()
+    logits = module(batch, SegmentLengths.of(batch)).logits.float()
     parallel_state.destroy_model_parallel()
     if not joined_already:
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ from hacl_megatron.batch import PackedBatch
 from hacl_megatron.config.flags import ObjectiveFlags
 from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.contrastive import ContrastiveTerms, contrastive_loss
-from hacl_megatron.objective.negatives import PairEmbeddings, gather_pairs
+from hacl_megatron.objective.negatives import PairEmbeddings, concatenate_pairs, gather_pairs
 from hacl_megatron.objective.queue import NegativeQueue
 
 
@@ -63,17 +63,17 @@ class Contrast:
     def terms(self, local: PairEmbeddings, temperature: Tensor, *, with_queue: bool) -> ContrastiveTerms:
         """Sums over this rank's pairs `local` against all ranks' (and the queue's)."""
         gathered = gather_pairs(local, self.group)
-        pool = gathered.pool
-        if self.queue is not None and with_queue:
-            self._new_pairs.append(pool)
-            pool = self.queue.extend(pool)
+        queue = self.queue if with_queue else None
+        if queue is not None:
+            self._new_pairs.append(gathered.pool)
         return contrastive_loss(
             local,
-            pool,
+            gathered.pool,
             gathered.first_pair,
             temperature,
             hallucination_negatives=self.objective.hallucination_negatives,
             mask_duplicates=self.objective.mask_duplicates,
+            queue=None if queue is None else queue.pairs,
         )
 
     def share(self, terms: ContrastiveTerms, num_pairs: int) -> Tensor:
@@ -87,7 +87,10 @@ class Contrast:
         """Terms over all of `micro_batches` (embeddings without gradients), and each one's gradients."""
         sizes = [(pairs.num_pairs, pairs.num_hallucinated) for pairs in micro_batches]
         with torch.enable_grad():
-            local = joined(micro_batches, requires_grad=True)
+            local = concatenate_pairs(micro_batches)
+            for embeddings in (local.image, local.caption, local.hallucinated):
+                assert not embeddings.requires_grad
+                embeddings.requires_grad_()
             leaf = temperature.detach().clone().requires_grad_()
             terms = self.terms(local, leaf, with_queue=True)
             self.share(terms, num_pairs).backward()
@@ -125,28 +128,4 @@ def pair_embeddings(output: ModelOutput, batch: PackedBatch) -> PairEmbeddings:
         image_keys=batch.image_keys,
         caption_keys=batch.caption_keys,
         hallucinated_keys=batch.hallucinated_keys,
-    )
-
-
-def joined(parts: Sequence[PairEmbeddings], *, requires_grad: bool = False) -> PairEmbeddings:
-    """One after another, detached; owners count in the whole."""
-    owners, first = [], 0
-    for part in parts:
-        owners.append(part.hallucinated_owner + first)
-        first += part.num_pairs
-
-    def embeddings(name: str) -> Tensor:
-        return torch.cat([getattr(part, name).detach() for part in parts]).requires_grad_(requires_grad)
-
-    def integers(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    return PairEmbeddings(
-        image=embeddings("image"),
-        caption=embeddings("caption"),
-        hallucinated=embeddings("hallucinated"),
-        hallucinated_owner=torch.cat(owners),
-        image_keys=integers("image_keys"),
-        caption_keys=integers("caption_keys"),
-        hallucinated_keys=integers("hallucinated_keys"),
     )

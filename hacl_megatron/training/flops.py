@@ -1,38 +1,61 @@
 """Arithmetic of one optimiser step, for the model-TFLOP/s tag.
 
 Counts matrix products alone, 2 per multiply-add, as Megatron-LM does: forward once, the gradient of the input once
-where anything before it trains, the gradient of the weight once where it trains. Recomputation is not counted (model,
-not hardware, FLOPs).
+where anything before it trains, the gradient of the weight once where it trains. Only what a step needs is counted:
+recomputation, and what gradient caching runs a second time, are not (model, not hardware, FLOPs).
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+from hacl_megatron.batch import MicroBatch, PackedBatch, SegmentLengths
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.model.connector import connector_depth
 
 
-def language_flops(
-    model: ModelConfig, lengths: Iterable[int], num_targets: int, *, vocab_size: int, trained: bool
+def step_flops(
+    model: ModelConfig, micro_batches: Sequence[MicroBatch], *, trains_language_model: bool, trains_vision_tower: bool
 ) -> float:
-    """FLOPs of the LLaMA over packed segments of `lengths` rows, with the LM head on `num_targets` rows.
+    """FLOPs of one replica's micro-batches."""
+    passes = 3 if trains_language_model else 2  # the connector before it trains always
+    total = vision_flops(model, sum(batch.main.num_images for batch in micro_batches), trained=trains_vision_tower)
+    for batch in micro_batches:
+        lengths = SegmentLengths.of(batch.main)
+        total += language_flops(model, lengths, batch.main.num_targets, passes=passes)
+        if batch.ahead is not None and not batch.main.num_text_rows:
+            total += language_flops(model, _text_lengths(batch.ahead), 0, passes=1)
+    return total
 
-    Forward and input gradients always count: the connector before it trains.
+
+def _text_lengths(batch: PackedBatch) -> SegmentLengths:
+    """Lengths of the captions and hallucinated captions: the last segments in front of the padding."""
+    lengths = SegmentLengths.of(batch)
+    end = len(lengths.segments) - (batch.num_padding_rows > 0)
+    begin = end - batch.caption_eos_rows.numel() - batch.hallucinated_eos_rows.numel()
+    return SegmentLengths(segments=lengths.segments[begin:end], read=lengths.read[begin:end], branches=())
+
+
+def language_flops(model: ModelConfig, lengths: SegmentLengths, num_targets: int, *, passes: int) -> float:
+    """FLOPs of the LLaMA over one pack, with the LM head on `num_targets` rows.
+
+    Args:
+        passes: 1 forward alone, 2 with the gradients of inputs, 3 with those of weights too.
     """
     language = model.language
     head = language.head_dim
-    qkv = language.hidden_size * head * (language.num_attention_heads + 2 * language.num_query_groups)
-    out = language.hidden_size * head * language.num_attention_heads
-    mlp = 3 * language.hidden_size * language.ffn_hidden_size
-    rows, squares = 0, 0
-    for length in lengths:
-        rows += length
-        squares += length * length
-    passes = 3 if trained else 2
-    linear = 2 * rows * (qkv + out + mlp) * passes
-    # Scores and values, causal: half of 2 * 2 * length^2 * width; backward costs twice the forward.
-    attention = 2 * squares * head * language.num_attention_heads * 3
-    lm_head = 2 * num_targets * language.hidden_size * vocab_size * passes
-    return float(language.num_layers * (linear + attention) + lm_head)
+    key_value = 2 * language.hidden_size * head * language.num_query_groups
+    per_read_row = language.hidden_size * (2 * head * language.num_attention_heads + 3 * language.ffn_hidden_size)
+    rows, read_rows = sum(lengths.segments), sum(lengths.read)
+    layers = language.num_layers
+    linear = 2 * passes * (layers * rows * key_value + ((layers - 1) * rows + read_rows) * per_read_row)
+    # Scores and values, 2 * 2 * width for each key that a query sees; backward costs twice the forward.
+    seen = sum(length * (length + 1) / 2 for length in lengths.segments) + sum(lengths.branches)
+    seen_by_read = sum(
+        read * (length - (read - 1) / 2) for length, read in zip(lengths.segments, lengths.read, strict=True)
+    ) + sum(lengths.branches)
+    width = head * language.num_attention_heads
+    attention = 4 * width * ((layers - 1) * seen + seen_by_read) * (3 if passes > 1 else 1)
+    lm_head = 2 * num_targets * language.hidden_size * language.vocab_size * passes
+    return float(linear + attention + lm_head)
 
 
 def vision_flops(model: ModelConfig, num_images: int, *, trained: bool) -> float:

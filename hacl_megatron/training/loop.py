@@ -13,14 +13,14 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from hacl_megatron.batch import BadSample, PackedBatch, StepBatches
+from hacl_megatron.batch import BadSample, MicroBatch, StepBatches
 from hacl_megatron.checkpoint.sharded import save_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout
 from hacl_megatron.config.run import RunConfig, to_yaml
 from hacl_megatron.data.loader import StepLoader
-from hacl_megatron.training.exchange import exchange_batch, global_sums, segment_lengths
-from hacl_megatron.training.flops import language_flops, vision_flops
+from hacl_megatron.training.exchange import exchange_step, global_sums
+from hacl_megatron.training.flops import step_flops
 from hacl_megatron.training.metrics import MetricsLog
 from hacl_megatron.training.schedule import default_learning_rate
 from hacl_megatron.training.setup import Trainee
@@ -81,8 +81,9 @@ class Trainer:
         self.step = Step(
             trainee.model,
             trainee.optimizer,
-            config.objective,
+            config,
             vocab_size=architecture.language.vocab_size,
+            queue=trainee.queue,
             groups=trainee.groups,
             device=device,
         )
@@ -125,20 +126,17 @@ class Trainer:
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0
 
-    def _receive(self, step_batches: StepBatches | None) -> tuple[list[PackedBatch], GlobalCounts]:
+    def _receive(self, step_batches: StepBatches | None) -> tuple[list[MicroBatch], GlobalCounts]:
         """This replica's micro-batches on its every rank, and what the losses are divided by."""
         groups, module = self.trainee.groups, self.trainee.module
-        micro_batches = [
-            exchange_batch(
-                step_batches.micro_batches[index] if step_batches is not None else None,
-                model_parallel_group=groups.mp,
-                tensor_parallel_group=groups.tp,
-                holds_vision_tower=module.pre_process,
-                image_size=self.architecture.vision.image_size,
-                device=self.device,
-            )
-            for index in range(self.layout.num_micro_batches)
-        ]
+        micro_batches = exchange_step(
+            step_batches.micro_batches if step_batches is not None else None,
+            model_parallel_group=groups.mp,
+            tensor_parallel_group=groups.tp,
+            holds_vision_tower=module.pre_process,
+            image_size=self.architecture.vision.image_size,
+            device=self.device,
+        )
         return micro_batches, self.step.count(micro_batches)
 
     def _advance(self, step_batches: StepBatches | None, result: UpdateResult) -> None:
@@ -259,12 +257,19 @@ class Trainer:
         self,
         metrics: StepMetrics,
         result: UpdateResult,
-        micro_batches: list[PackedBatch],
+        micro_batches: list[MicroBatch],
         seconds: float,
         waited: float,
     ) -> dict[str, float]:
         counts, world = metrics.counts, self.layout.world_size
-        tflops = self._flops(micro_batches, counts) * self.layout.dp / seconds / world / 1e12
+        flops = step_flops(
+            self.architecture,
+            micro_batches,
+            trains_language_model=not self.config.model.freeze_LM,
+            trains_vision_tower=not self.config.model.freeze_ViT,
+        )
+        # Replicas are taken to have as much to do as this one.
+        tflops = flops * self.layout.dp / seconds / world / 1e12
         scalars = {
             **_losses(metrics),
             "temperature": metrics.temperature,
@@ -277,6 +282,8 @@ class Trainer:
             "model-tflops-per-gpu": tflops,
             "throughput": tflops,
             "data-wait-share": waited / seconds,
+            "ahead-share": self.step.seconds_ahead / seconds,
+            "micro-batches": len(micro_batches),
             "skipped-steps": self.progress.skipped_steps + (not result.applied),
         }
         if result.num_zeros is not None:
@@ -284,20 +291,6 @@ class Trainer:
         if self.config.logging.log_params_norm:
             scalars["params-norm"] = self._params_norm()
         return scalars
-
-    def _flops(self, micro_batches: list[PackedBatch], counts: GlobalCounts) -> float:
-        """FLOPs of this replica's step; images are taken as evenly spread over replicas."""
-        lengths = [length for batch in micro_batches for length in segment_lengths(batch)]
-        language = language_flops(
-            self.architecture,
-            lengths,
-            counts.targets // self.layout.dp,
-            vocab_size=self.architecture.language.vocab_size,
-            trained=not self.config.model.freeze_LM,
-        )
-        return language + vision_flops(
-            self.architecture, counts.images // self.layout.dp, trained=not self.config.model.freeze_ViT
-        )
 
     def _params_norm(self) -> float:
         self.trainee.gather_parameters()

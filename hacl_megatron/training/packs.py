@@ -1,9 +1,9 @@
 """Which parts of a micro-batch run ahead of the main pass, and which of those it need not repeat.
 
-    LLM frozen     texts run ahead once: no trained parameter is on their way but the text head's, so their EOS states are
-                   kept, and the main pass holds dialogues and images alone
-    global pool    with negatives from several micro-batches, images and texts run ahead too, for the embeddings that the
-                   loss needs before any of them can get a gradient (gradient caching, Gao et al. 2021)
+LLM frozen     texts run ahead once: no trained parameter is on their way but the text head's, so their EOS states are
+               kept, and the main pass holds dialogues and images alone
+global pool    with negatives from several micro-batches, images and texts run ahead too, for the embeddings that the
+               loss needs before any of them can get a gradient (gradient caching, Gao et al. 2021)
 """
 
 from hacl_megatron.batch import PackPlan, Parts

@@ -25,6 +25,7 @@ from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.sections import megatron_fields
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
+from hacl_megatron.objective.queue import NegativeQueue
 from hacl_megatron.training.schedule import build_optimizer, build_scheduler
 
 
@@ -38,6 +39,10 @@ class Trainee:
     """The same, wrapped: gradients are reduced over data-parallel ranks."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    queue: NegativeQueue | None
+    """Earlier pairs, on the last pipeline stage of a run with `--contrastive-negatives queue`."""
+    has_queue: bool
+    """Whether the last stage has one."""
     groups: ProcessGroupCollection
 
     def gather_parameters(self) -> None:
@@ -155,8 +160,17 @@ def build_trainee(
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optimizer, train_iters),
+        queue=build_queue(module, config, device),
+        has_queue=config.objective.contrastive_negatives == "queue",
         groups=groups,
     )
+
+
+def build_queue(module: HaclModel, config: RunConfig, device: torch.device) -> NegativeQueue | None:
+    """An empty queue of negatives where the heads are, if the flags ask for one."""
+    if config.objective.contrastive_negatives != "queue" or not module.post_process:
+        return None
+    return NegativeQueue(config.objective.queue_size, module.heads.text_projector.out_features, device=device)
 
 
 def _connect_schedule(transformer: TransformerConfig, model: DistributedDataParallel) -> None:

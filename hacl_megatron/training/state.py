@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from hacl_megatron.checkpoint.sharded import load_checkpoint, load_common_state, state_metadata
+from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.schedule import groups_kept, load_optimizer, without_groups
 from hacl_megatron.training.setup import Trainee
 
@@ -51,6 +50,8 @@ def run_state(trainee: Trainee, progress: Progress, data_state: dict[str, Any]) 
         "layout": _layout(trainee),
         "optimizer_kind": _optimizer_kind(trainee),
         "random_states": _sharded_random_states(trainee),
+        "has_queue": trainee.has_queue,
+        **_sharded_queue(trainee),
     }
 
 
@@ -65,7 +66,9 @@ def saved_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
 
 
 def restore_run(trainee: Trainee, folder: Path) -> None:
-    """Load weights, optimiser, schedule and, at the same layout, random states from a checkpoint folder.
+    """Load weights, optimiser, schedule, queue of negatives and, at the same layout, random states from a checkpoint.
+
+    A run that goes on with a queue where there was none starts it empty.
 
     Raises:
         ValueError: the checkpoint is damaged, of another model, or its optimiser state of another kind.
@@ -89,9 +92,13 @@ def restore_run(trainee: Trainee, folder: Path) -> None:
         wanted = {"model": weights, "optimizer": without_groups(optimizer)}
         if same_layout:
             wanted["random_states"] = _sharded_random_states(trainee)
+        if common.get("has_queue"):
+            wanted |= _sharded_queue(trainee)
         state = load_checkpoint(wanted, folder)
         trainee.module.load_state_dict(state["model"])
         load_optimizer(trainee.optimizer, state["optimizer"])
+    if "queue" in state:
+        trainee.queue.load_state_dict(state["queue"])
     # After the groups, so that the schedule computes each one's rate.
     trainee.scheduler.load_state_dict(state["scheduler"])
     if same_layout:
@@ -113,9 +120,7 @@ def _sharded_random_states(trainee: Trainee) -> ShardedObject:
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
+        **random_states(),
     }
     groups = trainee.groups
     shape = (groups.pp.size(), groups.tp.size(), groups.dp.size())
@@ -125,7 +130,13 @@ def _sharded_random_states(trainee: Trainee) -> ShardedObject:
 def _restore_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
+    set_random_states(states)
+
+
+def _sharded_queue(trainee: Trainee) -> dict[str, Any]:
+    """The queue of negatives, the same on all ranks of the last stage: as one object, since its length varies."""
+    queue, groups = trainee.queue, trainee.groups
+    if queue is None:
+        return {}
+    replica = (0, groups.tp.rank(), groups.dp.rank())
+    return {"queue": ShardedObject("queue", queue.state_dict(), (1,), (0,), replica_id=replica)}

@@ -23,9 +23,10 @@ from hacl_megatron.config.run import RunConfig
 from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.contrastive import ContrastiveTerms
 from hacl_megatron.objective.generation import generation_loss_sum
+from hacl_megatron.objective.negatives import concatenate_pairs
 from hacl_megatron.objective.queue import NegativeQueue
 from hacl_megatron.platform.random_state import random_states, set_random_states
-from hacl_megatron.training.contrast import CachedGradients, Contrast, joined, pair_embeddings
+from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings
 from hacl_megatron.training.exchange import global_sums
 from hacl_megatron.training.packs import has_dropout, pool_spans_micro_batches
 
@@ -201,10 +202,10 @@ class Step:
             forward_only=forward_only,
         )
         if outputs:
-            local = joined(
-                [pair_embeddings(out, batch.main) for out, batch in zip(outputs, micro_batches, strict=True)]
-            )
             with torch.no_grad():
+                local = concatenate_pairs(
+                    [pair_embeddings(out, batch.main) for out, batch in zip(outputs, micro_batches, strict=True)]
+                )
                 terms.append(self.contrast.terms(local, outputs[0].temperature, with_queue=not forward_only))
         return self._reduce(lm_sums, terms, temperatures, counts)
 

@@ -14,7 +14,7 @@ from hacl_megatron.batch import PackedBatch
 from hacl_megatron.checkpoint.hf_import import HEADS_FILE
 from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER
 from hacl_megatron.checkpoint.sharded_reader import ShardedReader, locate_checkpoint, read_run_config
-from hacl_megatron.data.loader import build_loader
+from hacl_megatron.data.loader import MicroBatching, build_loader
 from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.model.fresh import fresh_parts
 from hacl_megatron.training.state import saved_progress
@@ -62,14 +62,15 @@ def next_batch(checkpoint: Path) -> PackedBatch:
         data_paths=run.data.data_path, contrastive_paths=run.data.contrastive_data_path, data=run.data,
         model=run.architecture, tokenizer=load_tokenizer(checkpoint / ASSETS_FOLDER),
         image_context=run.objective.contrastive_image_context, seed=run.training.seed,
-        global_batch_size=run.training.global_batch_size, micro_batch_size=run.training.micro_batch_size,
+        global_batch_size=run.training.global_batch_size,
+        micro_batching=MicroBatching(micro_batch_size=run.training.global_batch_size),
         data_parallel_rank=0, data_parallel_size=1, pad_multiple=1, data_state=saved_progress(checkpoint)[1],
     )  # fmt: skip
     try:
         (batch,) = next(loader).micro_batches
     finally:
         loader.close()
-    return batch
+    return batch.main
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, Model
 from hacl_megatron.config.flags import DataFlags
 from hacl_megatron.data import images
 from hacl_megatron.data.images import ImageDecoder
-from hacl_megatron.data.loader import StepLoader, build_loader
+from hacl_megatron.data.loader import MicroBatching, StepLoader, build_loader
 from hacl_megatron.data.store import image_key
 from hacl_megatron.data.tokenizer import load_tokenizer
 from tests.data.tiny_tokenizer import write_tokenizer
@@ -96,7 +96,7 @@ def loader_of(dataset: Path, *, flags: dict | None = None, **changes) -> StepLoa
         "image_context": "image",
         "seed": 3,
         "global_batch_size": 4,
-        "micro_batch_size": 2,
+        "micro_batching": MicroBatching(micro_batch_size=2),
         "data_parallel_rank": 0,
         "data_parallel_size": 1,
         "pad_multiple": 4,
@@ -111,6 +111,11 @@ def draw(num_steps: int, *args, **changes) -> list[StepBatches]:
         return [next(loader) for _ in range(num_steps)]
 
 
+def mains(step: StepBatches) -> list[PackedBatch]:
+    assert all(batch.ahead is None for batch in step.micro_batches)
+    return [batch.main for batch in step.micro_batches]
+
+
 def assert_same_batch(one: PackedBatch, other: PackedBatch) -> None:
     for key, value in vars(one).items():
         theirs = getattr(other, key)
@@ -121,7 +126,7 @@ def pixels_by_sample(steps: list[StepBatches], bad: tuple[int, ...] = ()) -> dic
     """Each sample's pixels, from the rule that a micro-batch's images stand in the order of their good samples."""
     found = {}
     for step in steps:
-        for batch in step.micro_batches:
+        for batch in mains(step):
             with_image = [i for i in batch.sample_ids.tolist() if i not in TEXT_ONLY and i not in bad]
             assert batch.num_images == len(with_image)
             found.update(zip(with_image, batch.pixel_values, strict=True))
@@ -136,7 +141,7 @@ def test_an_epoch_holds_every_sample_once_with_its_own_image_and_segments(datase
     with loader_of(dataset, flags={"image_backend": backend}) as loader:
         assert loader.num_samples == NUM_SAMPLES + NUM_CONTRASTIVE
         steps = [next(loader) for _ in range(4)]
-    batches = [batch for step in steps for batch in step.micro_batches]
+    batches = [batch for step in steps for batch in mains(step)]
     assert sorted(i for batch in batches for i in batch.sample_ids.tolist()) == list(range(16))
     assert [len(step.micro_batches) for step in steps] == [2] * 4
     assert all(batch.sample_ids.shape == (2,) and batch.num_rows % 4 == 0 for batch in batches)
@@ -169,7 +174,7 @@ def test_equal_images_of_a_step_are_decoded_once_and_stand_in_every_slot(dataset
     monkeypatch.setattr(ImageDecoder, "decode", counted)
     (step,) = draw(1, dataset, shuffle=False, contrastive_paths=[], flags={"prefetch_steps": 1})
     assert counts[0] == 1
-    first, second = (batch.pixel_values for batch in step.micro_batches)
+    first, second = (batch.pixel_values for batch in mains(step))
     assert first.shape[0] == second.shape[0] == 2
     assert all(torch.equal(first[0], other) for other in (first[1], second[0], second[1]))
 
@@ -224,7 +229,7 @@ def test_bad_samples_are_reported_and_move_nothing_else(dataset, backend):
 
     for before, after in zip(clean, steps, strict=True):
         assert before.data_state == after.data_state
-        for one, other in zip(before.micro_batches, after.micro_batches, strict=True):
+        for one, other in zip(mains(before), mains(after), strict=True):
             assert torch.equal(one.sample_ids, other.sample_ids)
     before, after = pixels_by_sample(clean), pixels_by_sample(steps, bad)
     assert set(after) == set(before) - set(bad)
@@ -235,9 +240,9 @@ def test_bad_samples_are_reported_and_move_nothing_else(dataset, backend):
     decoder.close()
 
     # Slots of bad samples contribute nothing: no pair of samples 0 .. 2, the contrastive ones' are all there.
-    assert sum(batch.num_pairs for step in steps for batch in step.micro_batches) == NUM_CONTRASTIVE
+    assert sum(batch.num_pairs for step in steps for batch in mains(step)) == NUM_CONTRASTIVE
     for before_step, after_step in zip(clean, steps, strict=True):
-        for one, other in zip(before_step.micro_batches, after_step.micro_batches, strict=True):
+        for one, other in zip(mains(before_step), mains(after_step), strict=True):
             if not set(one.sample_ids.tolist()) & {*bad, 9}:
                 assert_same_batch(one, other)
 
@@ -247,7 +252,7 @@ def test_a_micro_batch_of_bad_samples_alone_is_still_a_pack(dataset):
         (dataset / f"images/train/{index}.jpg").unlink()
     (step,) = draw(1, dataset, shuffle=False, contrastive_paths=[])
     assert [record.sample_id for record in step.bad_samples] == [0, 1, 2, 3]
-    for batch in step.micro_batches:
+    for batch in mains(step):
         assert batch.num_images == batch.num_pairs == batch.num_targets == 0
         assert batch.num_rows == batch.num_padding_rows == 4
 
@@ -263,7 +268,7 @@ def test_going_on_from_a_steps_state_gives_the_uninterrupted_run(dataset):
         state = json.loads(json.dumps(steps[stop].data_state))
         for step, expected in zip(draw(3, dataset, data_state=state), steps[stop + 1 : stop + 4], strict=True):
             assert step.data_state == expected.data_state
-            for one, other in zip(step.micro_batches, expected.micro_batches, strict=True):
+            for one, other in zip(mains(step), mains(expected), strict=True):
                 assert_same_batch(one, other)
 
 
@@ -272,9 +277,9 @@ def test_two_ranks_share_the_global_batches_of_one(dataset):
     ranks = [draw(5, dataset, data_parallel_rank=rank, data_parallel_size=2) for rank in (0, 1)]
     for step, *parts in zip(alone, *ranks, strict=True):
         assert [part.data_state for part in parts] == [step.data_state] * 2
-        batches = [batch for part in parts for batch in part.micro_batches]
+        batches = [batch for part in parts for batch in mains(part)]
         assert len(batches) == len(step.micro_batches) == 2
-        for one, other in zip(step.micro_batches, batches, strict=True):
+        for one, other in zip(mains(step), batches, strict=True):
             assert_same_batch(one, other)
 
 
@@ -282,7 +287,7 @@ def test_workers_and_read_ahead_change_nothing(dataset):
     few = draw(4, dataset, flags={"num_workers": 1, "prefetch_steps": 1})
     many = draw(4, dataset, flags={"num_workers": 6, "prefetch_steps": 4})
     for one, other in zip(few, many, strict=True):
-        for batch, theirs in zip(one.micro_batches, other.micro_batches, strict=True):
+        for batch, theirs in zip(mains(one), mains(other), strict=True):
             assert_same_batch(batch, theirs)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hacl_megatron.data.sampler import Sampler, split_for_rank
+from hacl_megatron.data.sampler import Sampler
 
 SIZES = st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(any)
 BATCH = st.integers(1, 50)
@@ -61,40 +61,6 @@ def test_resume_goes_on_where_the_stream_stood(sizes, seed, batch, other_batch, 
     resumed.load_state_dict(state)
     count = 3 * max(batch, other_batch, sum(sizes))
     assert stream(resumed, count)[:count] == stream(sampler, count)[:count]
-
-
-@given(
-    sizes=SIZES,
-    seed=SEEDS,
-    layout=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)),
-)
-@settings(max_examples=60, deadline=None)
-def test_ranks_share_a_global_batch_without_changing_it(sizes, seed, layout):
-    micro_batch_size, data_parallel_size, num_micro_batches = layout
-    global_batch_size = micro_batch_size * data_parallel_size * num_micro_batches
-    batch = Sampler(*sizes, seed=seed, global_batch_size=global_batch_size).next_batch()
-    parts = [
-        split_for_rank(
-            batch,
-            micro_batch_size=micro_batch_size,
-            data_parallel_rank=rank,
-            data_parallel_size=data_parallel_size,
-        )
-        for rank in range(data_parallel_size)
-    ]
-    # Read micro-batch by micro-batch over the ranks, the parts are the global batch in order.
-    assert all(len(part) == num_micro_batches for part in parts)
-    assert [item for micro_batches in zip(*parts, strict=True) for part in micro_batches for item in part] == batch
-    if data_parallel_size == 1:
-        assert Counter(map(len, parts[0])) == {micro_batch_size: num_micro_batches}
-
-
-def test_split_worked_out_by_hand():
-    take = {"micro_batch_size": 2, "data_parallel_size": 2}
-    assert split_for_rank(list("abcdefgh"), data_parallel_rank=0, **take) == [["a", "b"], ["e", "f"]]
-    assert split_for_rank(list("abcdefgh"), data_parallel_rank=1, **take) == [["c", "d"], ["g", "h"]]
-    with pytest.raises(ValueError, match=r"make --global-batch-size a multiple of 4"):
-        split_for_rank(list("abcdef"), data_parallel_rank=0, **take)
 
 
 def test_epochs_and_seeds_differ():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from hacl_megatron.batch import PackedBatch
+from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
 from tests.tiny import image_token_id, randomise, write_tiny_llava
 
 VOCAB, PADDED_VOCAB, HIDDEN, LAYERS = 331, 384, 48, 4
@@ -89,15 +89,18 @@ def _pack(
     def integers(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    read_rows, read_lengths = rows_to_read(cu_seqlens, *map(integers, (targets, *ends.values())))
     return PackedBatch(
         sample_ids=integers([0]), token_ids=ids, position_ids=positions,
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max_seqlen=max(lengths),
+        cu_seqlens=cu_seqlens, max_seqlen=max(lengths),
         pixel_values=pixels, image_rows=integers(image_rows), feature_rows=integers(feature_rows),
         target_rows=integers(targets), target_ids=ids[targets].clone(), image_eos_rows=integers(ends["image"]),
         caption_eos_rows=integers(ends["caption"]), hallucinated_eos_rows=integers(ends["hallucinated"]),
         hallucinated_owner=integers(owners), image_keys=integers([*range(len(ends["image"]))]),
         caption_keys=integers([*range(len(ends["caption"]))]), hallucinated_keys=integers(owners),
-        num_padding_rows=padding,
+        read_rows=read_rows, read_lengths=read_lengths, branch_rows=integers([]),
+        branch_lengths=integers([]).int(), branch_context_rows=integers([]), num_padding_rows=padding, num_text_rows=0,
     )  # fmt: skip
 
 
@@ -274,7 +277,7 @@ def run_schedule(model, batches: list[PackedBatch], *, forward_only: bool = Fals
 
     def forward_step(data, model):
         index, batch = next(data)
-        output = model(batch, tuple(batch.cu_seqlens.diff().tolist()))
+        output = model(batch, SegmentLengths.of(batch))
 
         def loss_function(output):
             weights = {key: w.to(output.logits.device) for key, w in loss_weights(index, batch).items()}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from hacl_megatron.batch import SegmentLengths
 from tests.distributed import run_distributed
 from tests.model.parity_cases import (
     Layout,
@@ -46,7 +47,7 @@ def observe(folder: str) -> dict[str, Any]:
         module.freeze(**frozen)
         for name, batch in (("text only", text), ("mixed", mixed)):
             module.zero_grad()
-            out = module(batch, tuple(batch.cu_seqlens.diff().tolist()))
+            out = module(batch, SegmentLengths.of(batch))
             parts = (out.image_embeddings, out.caption_embeddings, out.hallucinated_embeddings)
             loss = out.logits.square().sum() + sum(part.sum() for part in parts) + out.temperature.sum()
             loss.backward()

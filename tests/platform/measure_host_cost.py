@@ -17,7 +17,7 @@ import timeit
 
 import torch
 
-from hacl_megatron.batch import PackedBatch
+from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
 from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, VisionConfig
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.platform import host
@@ -34,14 +34,17 @@ def micro_batch() -> PackedBatch:
     starts = torch.tensor([0, *LENGTHS]).cumsum(0)
     image_rows = torch.cat([torch.arange(VISUAL) + starts[segment] for segment in (1, 5, 9)])
     pair = torch.tensor([0, 1, 2])
+    cu_seqlens, none = starts.to(torch.int32), torch.zeros(0, dtype=torch.int64)
+    read_rows, read_lengths = rows_to_read(cu_seqlens, torch.arange(130), starts[[2, 3, 4, 6, 7, 8, 10]] - 1)
     return PackedBatch(
         sample_ids=pair, token_ids=torch.randint(3, 900, (rows,)),
-        position_ids=torch.cat([torch.arange(length) for length in LENGTHS]), cu_seqlens=starts.to(torch.int32),
+        position_ids=torch.cat([torch.arange(length) for length in LENGTHS]), cu_seqlens=cu_seqlens,
         max_seqlen=max(LENGTHS), pixel_values=torch.randn(IMAGES, 3, 48, 48), image_rows=image_rows,
         feature_rows=torch.arange(IMAGES * VISUAL), target_rows=torch.arange(130), target_ids=torch.arange(130),
         image_eos_rows=starts[torch.tensor([2, 6, 10])] - 1, caption_eos_rows=starts[torch.tensor([3, 4, 7])] - 1,
         hallucinated_eos_rows=starts[torch.tensor([8])] - 1, hallucinated_owner=torch.tensor([0]), image_keys=pair,
-        caption_keys=pair, hallucinated_keys=torch.tensor([0]), num_padding_rows=0,
+        caption_keys=pair, hallucinated_keys=torch.tensor([0]), read_rows=read_rows, read_lengths=read_lengths,
+        branch_rows=none, branch_lengths=none.int(), branch_context_rows=none, num_padding_rows=0, num_text_rows=0,
     )  # fmt: skip
 
 
@@ -112,6 +115,7 @@ def main() -> None:
     device = start_platform("cpu")
     torch.set_num_threads(1)
     module, batch = build_model(device), micro_batch()
+    lengths = SegmentLengths.of(batch)
     module.freeze(language_model=False, vision_tower=True)
     original = {**ORIGINALS, "type": ORIGINAL_TYPE}
     wrapped = {**{name: getattr(torch, name) for name in ORIGINALS}, "type": torch.Tensor.type}
@@ -119,7 +123,7 @@ def main() -> None:
 
     def step() -> float:
         start = time.perf_counter()
-        out = module(batch, LENGTHS)
+        out = module(batch, lengths)
         loss = out.logits.square().mean() + out.image_embeddings.sum() + out.caption_embeddings.sum()
         loss.backward()
         module.zero_grad()

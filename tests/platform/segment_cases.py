@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hacl_megatron.platform.attention import PackedSegments, packed_segments
+from hacl_megatron.platform.attention import PackedSegments
 
 LENGTHS = {
     "odd": (7, 1, 33, 2, 1, 20),
@@ -14,7 +14,10 @@ LENGTHS = {
 
 def borders(lengths: tuple[int, ...], device: str = "cpu") -> PackedSegments:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-    return packed_segments(cu_seqlens, lengths)
+    return PackedSegments(
+        qkv_format="sbhd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths), lengths=lengths, query_lengths=lengths,
+    )  # fmt: skip
 
 
 def draw(
