@@ -32,8 +32,8 @@ hallucination, padded to a multiple of 4:
 A target sits on the row that *predicts* it: `target_rows[k]` is the row whose logits are compared with
 `target_ids[k]`, so no shift remains to be done anywhere else.
 
-Only targets and EOS rows of the last layer are ever read, so its query, output and MLP run for those rows alone: of each
-segment, from its first such row to its end (`read_rows`).
+Only targets and EOS rows of the last layer are ever read, so its query, output and MLP run for those rows alone: of
+each segment, from its first such row to its end (`read_rows`).
 
 Where the image's EOS sees the very prefix that the dialogue has (`--contrastive-image-context prompt`), that prefix
 is computed once. The EOS is a *branch*: a segment of one row, which attends to the dialogue's first rows and to itself,
@@ -58,8 +58,8 @@ from torch import Tensor
 class PackedBatch:
     """One pack of one data-parallel rank's micro-batch. All tensors are contiguous and on the host when packed.
 
-    A pack that leaves out a kind of segment (`Parts`) has no EOS rows of that kind; the pairs' keys and owners are there
-    all the same.
+    A pack that leaves out a kind of segment (`Parts`) has no EOS rows of that kind; the pairs' keys and owners are
+    there all the same.
     """
 
     sample_ids: Tensor
@@ -190,8 +190,8 @@ class Parts:
 
     dialogues: bool = True
     images: Literal["none", "segment", "branch"] = "segment"
-    """The pairs' images: not at all, as segments of their own, or, where the image's context is the dialogue's prefix, as
-    branches of it."""
+    """The pairs' images: not at all, as segments of their own, or, where the image's context is the dialogue's prefix,
+    as branches of it."""
     texts: bool = True
     """Captions and hallucinated captions."""
 

@@ -5,10 +5,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,10 +113,8 @@ def build_trainer(
 ):
     """Everything a run consists of, ready to `train()`."""
     from hacl_megatron.checkpoint.sharded import copy_assets
-    from hacl_megatron.data.loader import MicroBatching, build_loader
     from hacl_megatron.data.tokenizer import load_tokenizer
     from hacl_megatron.training import setup, state
-    from hacl_megatron.training.packs import pack_plan
     from hacl_megatron.training.loop import Trainer
     from hacl_megatron.training.metrics import MetricsLog, keep_iterations
 
@@ -126,35 +125,10 @@ def build_trainer(
 
     reads_data = groups.mp.rank() == 0
     assets = _assets_folder(config, resume_from)
-    make_loader = partial(
-        build_loader,
-        data=config.data,
-        model=architecture,
-        tokenizer=load_tokenizer(config.model.tokenizer or assets) if reads_data else None,
-        image_context=config.objective.contrastive_image_context,
-        seed=config.training.seed,
-        global_batch_size=layout.global_batch_size,
-        data_parallel_rank=groups.dp.rank(),
-        data_parallel_size=layout.dp,
-        pad_multiple=_pad_multiple(config, layout),
-        decode_device="mixed" if device.type == "cuda" else "cpu",
-    )
-    balance = config.training.balance_micro_batches
-    micro_batching = MicroBatching(
-        micro_batch_size=layout.micro_batch_size,
-        micro_batch_tokens=config.training.micro_batch_tokens,
-        balance=config.objective.contrastive_negatives != "micro-batch" if balance is None else balance,
-        plan=partial(pack_plan, config, with_gradients=True),
-    )
     loader = None
+    tokenizer = load_tokenizer(config.model.tokenizer or assets) if reads_data else None
     if reads_data:
-        loader = make_loader(
-            micro_batching=micro_batching,
-            data_paths=config.data.data_path,
-            contrastive_paths=config.data.contrastive_data_path,
-            shuffle=True,
-            data_state=data_state,
-        )
+        loader = open_loader(config, architecture, layout, groups, tokenizer, data_state=data_state)
     num_samples = _from_rank_0(loader.num_samples if loader is not None else None)
     train_iters = config.training.train_iters
     if train_iters is None:
@@ -169,16 +143,11 @@ def build_trainer(
 
     make_valid_loader = None
     if config.data.valid_data_path and config.training.eval_interval:
-        make_valid_loader = partial(
-            make_loader,
-            micro_batching=replace(micro_batching, plan=partial(pack_plan, config, with_gradients=False)),
-            data_paths=config.data.valid_data_path,
-            contrastive_paths=[],
-            shuffle=False,
-            data_state=None,
-        )
-        if not reads_data:
-            make_valid_loader = _no_loader
+        make_valid_loader = _no_loader
+        if reads_data:
+            make_valid_loader = partial(
+                open_loader, config, architecture, layout, groups, tokenizer, for_validation=True
+            )
     hf_model = architecture if _starts_from_hf(config, resume_from) else None
     log = None
     if dist.get_rank() == 0:
@@ -212,6 +181,45 @@ def build_trainer(
         log=log,
         write_assets=partial(copy_assets, assets, weights_of=hf_model, tokenizer=config.model.tokenizer),
         device=device,
+    )
+
+
+def open_loader(
+    config: RunConfig,
+    architecture: ModelConfig,
+    layout: Layout,
+    groups: Any,
+    tokenizer: Any,
+    *,
+    for_validation: bool = False,
+    data_state: dict[str, Any] | None = None,
+):
+    """The loader over the training data, from `data_state` on, or over the validation data from its start."""
+    from hacl_megatron.data.loader import MicroBatching, build_loader
+    from hacl_megatron.training.packs import pack_plan
+
+    balance = config.training.balance_micro_batches
+    return build_loader(
+        data_paths=config.data.valid_data_path if for_validation else config.data.data_path,
+        contrastive_paths=[] if for_validation else config.data.contrastive_data_path,
+        data=config.data,
+        model=architecture,
+        tokenizer=tokenizer,
+        image_context=config.objective.contrastive_image_context,
+        seed=config.training.seed,
+        global_batch_size=layout.global_batch_size,
+        micro_batching=MicroBatching(
+            micro_batch_size=layout.micro_batch_size,
+            micro_batch_tokens=config.training.micro_batch_tokens,
+            balance=config.objective.contrastive_negatives != "micro-batch" if balance is None else balance,
+            plan=partial(pack_plan, config, with_gradients=not for_validation),
+        ),
+        data_parallel_rank=groups.dp.rank(),
+        data_parallel_size=layout.dp,
+        pad_multiple=_pad_multiple(config, layout),
+        shuffle=not for_validation,
+        data_state=data_state,
+        decode_device="mixed" if torch.cuda.is_available() and config.parallel.device != "cpu" else "cpu",
     )
 
 

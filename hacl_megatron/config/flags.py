@@ -162,7 +162,8 @@ class TrainingFlags:
         None, "Even out the packed rows of a step's micro-batches; changes nothing but time. Default: yes, but with "
         "--contrastive-negatives micro-batch."
     )  # fmt: skip
-    global_batch_size: int | None = flag(        None, "Samples of one optimiser step over all ranks. Default: micro-batch size x data-parallel size."
+    global_batch_size: int | None = flag(
+        None, "Samples of one optimiser step over all ranks. Default: micro-batch size x data-parallel size."
     )  # fmt: skip
     train_iters: int | None = flag(None, "Optimiser steps to train for.")
     num_train_epochs: float | None = flag(None, "Passes over the data, instead of --train-iters.")

@@ -39,8 +39,8 @@ def balanced(costs: Sequence[int], *, micro_batch_size: int, data_parallel_size:
 def within_tokens(costs: Sequence[int], *, micro_batch_tokens: int, data_parallel_size: int) -> list[list[list[int]]]:
     """Positions in the global batch, [rank][micro-batch], equally many micro-batches on every rank.
 
-    As few as keep each at `micro_batch_tokens` rows or below; a single sample of more rows gets a micro-batch to itself.
-    There may be empty ones when there are fewer samples than ranks.
+    As few as keep each at `micro_batch_tokens` rows or below; a single sample of more rows gets a micro-batch to
+    itself. There may be empty ones when there are fewer samples than ranks.
     """
     limit = max(micro_batch_tokens, max(costs, default=0))
     num_micro_batches = max(1, -(-sum(costs) // (limit * data_parallel_size)))

@@ -4,8 +4,8 @@ The vision tower and connector live on the first stage, the heads and temperatur
 `hacl_megatron.batch`; H is the language model's hidden size, T' = T / tensor-parallel size under sequence
 parallelism and T without it.
 
-A micro-batch may come in two packs (`hacl_megatron.batch.MicroBatch`). The one that runs ahead leaves tower features and
-EOS states of texts behind, which the main one takes instead of computing them again.
+A micro-batch may come in two packs (`hacl_megatron.batch.MicroBatch`). The one that runs ahead leaves tower features
+and EOS states of texts behind, which the main one takes instead of computing them again.
 """
 
 from collections.abc import Sequence
@@ -141,8 +141,8 @@ class HaclModel(MegatronModule):
     def tower_features(self, pixel_values: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] -> the selected layer's patch states [I, V, vision hidden]; a constant if frozen.
 
-        Without images it is one blank image: every micro-batch must touch every trained parameter (megatron-core reduces
-        gradients as they arrive), the connector behind this one among them.
+        Without images it is one blank image: every micro-batch must touch every trained parameter (megatron-core
+        reduces gradients as they arrive), the connector behind this one among them.
         """
         if pixel_values.shape[0] == 0:
             pixel_values = pixel_values.new_zeros(1, 3, self.image_size, self.image_size)
@@ -174,8 +174,8 @@ class HaclModel(MegatronModule):
 
         Args:
             lengths: the pack's, on the host.
-            tower_features: [I, V, vision hidden], what `tower_features` gave for this pack's images; None: compute them.
-            texts: EOS states of the pairs' texts, for a pack that leaves the texts out.
+            tower_features: [I, V, vision hidden], what `tower_features` gave for this pack's images; None: compute
+            them. texts: EOS states of the pairs' texts, for a pack that leaves the texts out.
         """
         segments = packed_segments(batch, lengths, read_rows_only=self.read_rows_only)
         embedded = self._embed(batch, tower_features) if self.pre_process else None

@@ -1,11 +1,11 @@
 """Attention over packed segments: one module, flash-attn's varlen kernel on a GPU and SDPA per segment elsewhere.
 
-Shape legend: T packed rows, Q rows of them that ask (all, or in the last layer those that are read), B images, L rows an
-image, h query heads, g key-value heads (both of this tensor-parallel rank), d width of a head.
+Shape legend: T packed rows, Q rows of them that ask (all, or in the last layer those that are read), B images, L rows
+an image, h query heads, g key-value heads (both of this tensor-parallel rank), d width of a head.
 
-Rows of different segments never see each other, except that a branch (`PackedBatch.branch_rows`) sees the prefix it shares
-with a dialogue. Memory grows with the sum of the squared segment lengths at worst (SDPA) or with T (flash), never
-with T squared.
+Rows of different segments never see each other, except that a branch (`PackedBatch.branch_rows`) sees the prefix it
+shares with a dialogue. Memory grows with the sum of the squared segment lengths at worst (SDPA) or with T (flash),
+never with T squared.
 """
 
 import inspect

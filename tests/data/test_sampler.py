@@ -1,7 +1,6 @@
 """The sampler's promises, as properties over sizes, seeds and batch sizes."""
 
 import json
-from collections import Counter
 
 import numpy as np
 import pytest

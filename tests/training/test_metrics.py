@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from hacl_megatron.train import run
-from hacl_megatron.training.flops import language_flops, vision_flops
+from hacl_megatron.training.flops import language_flops, step_flops, vision_flops
 from hacl_megatron.training.loop import Trainer
 from tests.distributed import run_distributed
 from tests.training.runs import layout_flags, make_inputs, metrics, train, weights
@@ -99,7 +99,8 @@ def _flops(arguments: Sequence[str]) -> list[tuple[float, float]]:
         return result
 
     def noted(self: Trainer, metrics, result, micro_batches, *times):
-        found[-1].append(self._flops(micro_batches, metrics.counts))
+        trains = {"trains_language_model": not self.config.model.freeze_LM, "trains_vision_tower": False}
+        found[-1].append(step_flops(self.architecture, micro_batches, **trains))
         return scalars(self, metrics, result, micro_batches, *times)
 
     with mock.patch.object(Step, "forward_backward", counted), mock.patch.object(Trainer, "_scalars", noted):

@@ -1,0 +1,112 @@
+"""One global batch's losses and whole gradients, at any layout and cut into micro-batches in any way."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from hacl_megatron.config.checks import check_flags
+from hacl_megatron.config.run import parse_run_config, with_architecture
+from hacl_megatron.data.tokenizer import load_tokenizer
+from hacl_megatron.platform.processes import start_platform
+from hacl_megatron.train import build_trainer, open_loader, resolve_architecture
+
+SAMPLES = 16
+"""Of the global batch."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What may change nothing but rounding (`micro_batches`), and what makes another loss."""
+
+    hallucination_negatives: str = "all"
+    context: str = "image"
+    negatives: str = "global-batch"
+    micro_batches: int = 1
+    tokens: int | None = None
+    """`--micro-batch-tokens` instead of `micro_batches`."""
+
+    def name(self) -> str:
+        return f"{self.hallucination_negatives}-{self.context}-{self.negatives}-{self.tokens or self.micro_batches}"
+
+
+def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[Case]) -> None:
+    """Each case's step on this rank; its losses and this rank's shards of the gradients into a file.
+
+    The model is built once and every case starts from its first weights.
+    """
+    root = Path(folder)
+    config = parse_run_config(["--config", str(root / f"{stage}.yaml"), "--train-iters", "1", *flags])
+    checked = check_flags(config, dist.get_world_size())
+    config = with_architecture(config, resolve_architecture(config, None))
+    device = start_platform("cpu")
+    trainer = build_trainer(config, config.architecture, checked, None, device)
+    if trainer.loader is not None:
+        trainer.loader.close()
+    tokenizer = load_tokenizer(config.model.pretrained_checkpoint) if trainer.loader is not None else None
+    for case in cases:
+        config.objective.hallucination_negatives = case.hallucination_negatives
+        config.objective.contrastive_image_context = case.context
+        config.objective.contrastive_negatives = case.negatives
+        config.training.micro_batch_tokens = case.tokens
+        size = SAMPLES // (checked.dp * case.micro_batches)
+        cut = replace(checked, micro_batch_size=size, num_micro_batches=case.micro_batches)
+        loader = None
+        if tokenizer is not None:
+            loader = open_loader(config, config.architecture, cut, trainer.trainee.groups, tokenizer)
+        micro_batches, counts = trainer._receive(next(loader) if loader is not None else None)
+        if loader is not None:
+            loader.close()
+        metrics = trainer.step.forward_backward(micro_batches, counts)
+        torch.save(
+            {
+                "losses": [metrics.lm_loss, metrics.contrastive_i2t, metrics.contrastive_t2i],
+                "num_micro_batches": len(micro_batches),
+                "gradients": _shards(trainer.trainee.module),
+            },
+            root / f"{stage}_{layout}_{case.name()}_{dist.get_rank()}.pt",
+        )
+    parallel_state.destroy_model_parallel()
+
+
+def _shards(module) -> list[tuple[str, tuple, tuple, torch.Tensor]]:
+    """(name, global shape, offset, gradient) of each shard of which this rank holds the first replica."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    values = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.main_grad.clone()
+    state: dict[str, Any] = module.sharded_state_dict(metadata={})
+    apply_factories(state)
+    found = [
+        (entry.key, entry.global_shape, entry.global_offset, entry.data.detach().clone())
+        for entry in nested_values(state)
+        if isinstance(entry, ShardedTensor)
+    ]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = value
+    return found
+
+
+def read(folder: Path, stage: str, layout: str, ranks: int, case: Case) -> dict[str, Any]:
+    """Losses, number of micro-batches, and whole gradients (frozen weights as they are)."""
+    parts = [torch.load(folder / f"{stage}_{layout}_{case.name()}_{rank}.pt") for rank in range(ranks)]
+    assert all(part["losses"] == parts[0]["losses"] for part in parts), "ranks disagree"
+    whole: dict[str, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
+    for part in parts:
+        for key, shape, offset, tensor in part["gradients"]:
+            target = whole.setdefault(key, torch.zeros(shape))
+            covered = seen.setdefault(key, torch.zeros(shape, dtype=torch.bool))
+            tensor = tensor.reshape((1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape))
+            where = tuple(slice(at, at + size) for at, size in zip(offset, tensor.shape, strict=True))
+            if covered[where].all():  # a replica: the same gradient, to the last bit but for the order of sums
+                torch.testing.assert_close(target[where], tensor, rtol=1e-4, atol=1e-6)
+            target[where] = tensor
+            covered[where] = True
+    assert all(covered.all() for covered in seen.values())
+    return {"losses": parts[0]["losses"], "num_micro_batches": parts[0]["num_micro_batches"], "gradients": whole}

@@ -1,0 +1,75 @@
+"""Losses and every gradient of a global batch are the same at any layout and cut into any micro-batches.
+
+The reference is one process with one micro-batch. `HACL_FULL_INVARIANCE=1` runs every combination.
+"""
+
+import os
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.training.gradient_cases import SAMPLES, Case, read, record
+from tests.training.runs import layout_flags, make_inputs
+
+LAYOUTS = ("tp1", "dp2", "tp2", "tp2-sp", "pp2-first1", "tp2-pp2-sp", "pp2-dp2")
+STAGES = ("pretrain", "finetune")
+FULL = bool(os.environ.get("HACL_FULL_INVARIANCE"))
+OBJECTIVES = (
+    list(product(("own", "all", "none"), ("image", "prompt"))) if FULL else [("all", "prompt"), ("own", "image")]
+)
+
+
+def cases(layout: str) -> list[Case]:
+    counts = (1, 4, 8, 16) if layout == "tp1" else (1, 4)
+    found = [Case(*objective, micro_batches=n) for objective in OBJECTIVES for n in counts]
+    # By tokens: an odd number of micro-batches of uneven sizes. And the queue, still empty, changes nothing.
+    return [*found, Case("all", "prompt", tokens=700), Case("all", "prompt", "queue", micro_batches=4)]
+
+
+def record_all(folder: str, layouts: list[str]) -> None:
+    for layout, stage in product(layouts, STAGES):
+        _, flags = layout_flags(layout, samples=SAMPLES)
+        record(folder, layout, [*flags, "--global-batch-size", str(SAMPLES)], stage, cases(layout))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("gradients"))
+    by_size: dict[int, list[str]] = {}
+    for layout in LAYOUTS:
+        by_size.setdefault(layout_flags(layout)[0], []).append(layout)
+    for size, layouts in by_size.items():
+        run_distributed(record_all, size, str(folder), layouts)
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_gradients_are_those_of_one_process_and_one_micro_batch(
+    recorded: Path, layout: str, stage: str
+) -> None:
+    ranks = layout_flags(layout)[0]
+    for case in cases(layout):
+        objective = (case.hallucination_negatives, case.context)
+        expected = read(recorded, stage, "tp1", 1, Case(*objective))
+        found = read(recorded, stage, layout, ranks, case)
+        assert found["num_micro_batches"] == case.micro_batches or case.tokens
+        torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
+        assert found["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
+            difference = float((found["gradients"][name] - gradient).norm() / gradient.norm().clamp_min(1e-12))
+            assert difference <= 1e-4, (case.name(), name, difference)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_reference_tells_objectives_apart(recorded: Path, stage: str) -> None:
+    """Guards the test above: what it compares is not all zeros, and each objective has gradients of its own."""
+    one, other = (read(recorded, stage, "tp1", 1, Case(*objective)) for objective in OBJECTIVES[:2])
+    for name in ("connector.0.weight", "heads.vision_projector.weight", "heads.temperature"):
+        gradients = [found["gradients"][name] for found in (one, other)]
+        assert all(gradient.abs().max() > 1e-6 for gradient in gradients), name
+        assert not torch.allclose(*gradients, rtol=1e-3), name
+    assert read(recorded, stage, "tp1", 1, Case("all", "prompt", tokens=700))["num_micro_batches"] > 1
