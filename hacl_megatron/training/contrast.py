@@ -110,7 +110,7 @@ class Contrast:
     def remember(self) -> None:
         """Put this step's pairs into the queue: once its gradients were found finite."""
         for pairs in self._new_pairs:
-            self.queue.push(pairs)
+            self.queue.push(_in_order_of_keys(pairs))
         self._new_pairs.clear()
 
     def forget(self) -> None:
@@ -128,4 +128,21 @@ def pair_embeddings(output: ModelOutput, batch: PackedBatch) -> PairEmbeddings:
         image_keys=batch.image_keys,
         caption_keys=batch.caption_keys,
         hallucinated_keys=batch.hallucinated_keys,
+    )
+
+
+def _in_order_of_keys(pairs: PairEmbeddings) -> PairEmbeddings:
+    """The same pairs in an order that no layout decides, so that everywhere the same ones leave the queue first."""
+    order = pairs.caption_keys.argsort(stable=True)
+    order = order[pairs.image_keys[order].argsort(stable=True)]
+    owner = order.argsort()[pairs.hallucinated_owner]
+    hallucinated = owner.argsort(stable=True)
+    return PairEmbeddings(
+        image=pairs.image[order],
+        caption=pairs.caption[order],
+        hallucinated=pairs.hallucinated[hallucinated],
+        hallucinated_owner=owner[hallucinated],
+        image_keys=pairs.image_keys[order],
+        caption_keys=pairs.caption_keys[order],
+        hallucinated_keys=pairs.hallucinated_keys[hallucinated],
     )

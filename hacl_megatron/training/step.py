@@ -23,7 +23,7 @@ from hacl_megatron.config.run import RunConfig
 from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.contrastive import ContrastiveTerms
 from hacl_megatron.objective.generation import generation_loss_sum
-from hacl_megatron.objective.negatives import concatenate_pairs
+from hacl_megatron.objective.negatives import PairEmbeddings, concatenate_pairs
 from hacl_megatron.objective.queue import NegativeQueue
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings
@@ -143,45 +143,15 @@ class Step:
         lengths = [SegmentLengths.of(batch.main) for batch in micro_batches]
         spans = pool_spans_micro_batches(self.config, len(micro_batches))
         caches = spans and not forward_only and self.config.objective.contrastive_weight > 0
-        # Shares of a mean over the global batch: the schedule divides by the micro-batches, DDP by the ranks.
-        scale = len(micro_batches) * self.groups.dp.size()
 
         states = random_states() if caches and has_dropout(self.config) else None
-        kept_features = self._kept_tower_features(micro_batches)
-        ahead = self._run_ahead(micro_batches, kept_features)
+        features = self._kept_tower_features(micro_batches)
+        ahead = self._run_ahead(micro_batches, features)
         if states is not None:
             set_random_states(states)
-
-        terms: list[ContrastiveTerms] = []
-        gradients: list[CachedGradients | None] = [None] * len(micro_batches)
+        losses = _Losses(self, micro_batches, counts, measures_at_the_end=spans, forward_only=forward_only)
         if caches and self.is_last_stage:
-            pairs = [pair_embeddings(out, batch.main) for out, batch in zip(ahead, micro_batches, strict=True)]
-            all_terms, gradients = self.contrast.cached_gradients(pairs, ahead[0].temperature, counts.pairs)
-            terms.append(all_terms)
-        outputs: list[ModelOutput] = []
-        lm_sums: list[Tensor] = []
-
-        def loss(output: ModelOutput, index: int) -> tuple[Tensor, Tensor]:
-            batch = micro_batches[index].main
-            lm_sum = generation_loss_sum(
-                output.logits, batch.target_ids, vocab_size=self.vocab_size, tp_group=self.groups.tp
-            )
-            lm_sums.append(lm_sum.detach())
-            total = lm_sum / max(counts.targets, 1)
-            if gradients[index] is not None:
-                total = total + gradients[index].surrogate(output)
-            elif spans:
-                # Measured when the last one is there. Heads and temperature are touched all the same.
-                outputs.append(output)
-                total = total + 0.0 * self._touch(output)
-            else:
-                pairs = pair_embeddings(output, batch)
-                terms.append(self.contrast.terms(pairs, output.temperature, with_queue=not forward_only))
-                total = total + self.contrast.share(terms[-1], counts.pairs)
-            temperatures.append(output.temperature.detach())
-            return total * scale, lm_sum.detach()
-
-        temperatures: list[Tensor] = []
+            losses.cache_gradients(ahead)
 
         def forward_step(indices: Iterator[int], model: DistributedDataParallel):
             index = next(indices)
@@ -189,8 +159,8 @@ class Step:
             texts = None
             if batch.ahead is not None and self.is_last_stage and not batch.main.num_text_rows:
                 texts = ahead[index].texts
-            output = model(batch.main, lengths[index], tower_features=kept_features[index], texts=texts)
-            return output, partial(loss, index=index)
+            output = model(batch.main, lengths[index], tower_features=features[index], texts=texts)
+            return output, partial(losses.of_micro_batch, index=index)
 
         get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -201,13 +171,7 @@ class Step:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        if outputs:
-            with torch.no_grad():
-                local = concatenate_pairs(
-                    [pair_embeddings(out, batch.main) for out, batch in zip(outputs, micro_batches, strict=True)]
-                )
-                terms.append(self.contrast.terms(local, outputs[0].temperature, with_queue=not forward_only))
-        return self._reduce(lm_sums, terms, temperatures, counts)
+        return self._reduce(losses, counts)
 
     def _kept_tower_features(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | None]:
         """A frozen tower's features of each micro-batch, if its images run twice; a trained tower runs twice too."""
@@ -251,20 +215,16 @@ class Step:
         self.seconds_ahead = time.perf_counter() - started
         return outputs
 
-    def _touch(self, output: ModelOutput) -> Tensor:
-        embeddings = (output.image_embeddings, output.caption_embeddings, output.hallucinated_embeddings)
-        return sum(part.sum() for part in embeddings) + output.temperature.sum()
-
-    def _reduce(
-        self, lm_sums: list[Tensor], terms: list[ContrastiveTerms], temperatures: list[Tensor], counts: GlobalCounts
-    ) -> StepMetrics:
+    def _reduce(self, losses: "_Losses", counts: GlobalCounts) -> StepMetrics:
         local = [0.0] * len(_SUMS)
         # The last stage's tensor-parallel ranks hold equal sums; one of them speaks for all.
-        if self.is_last_stage and self.groups.tp.rank() == 0:
-            vectors = [torch.stack([getattr(part, name).detach() for name in _TERMS]) for part in terms]
-            sums = [torch.stack(lm_sums).double().sum().view(1), torch.stack(vectors).double().sum(0)]
-            sums.append(temperatures[0].double() / self.groups.dp.size())  # adds up to the one value
-            local = torch.cat(sums).tolist()
+        if self.is_last_stage:
+            terms = losses.terms()
+            if self.groups.tp.rank() == 0:
+                vectors = [torch.stack([getattr(part, name).detach() for name in _TERMS]) for part in terms]
+                sums = [torch.stack(losses.lm_sums).double().sum().view(1), torch.stack(vectors).double().sum(0)]
+                sums.append(losses.temperature.double() / self.groups.dp.size())  # adds up to the one value
+                local = torch.cat(sums).tolist()
         total = dict(zip(_SUMS, global_sums(local, group=dist.group.WORLD, device=self.device), strict=True))
 
         def mean(name: str, count: float) -> float:
@@ -300,6 +260,75 @@ class Step:
         optimizer.step_with_ready_grads()
         self.contrast.remember()
         return UpdateResult(applied=True, grad_norm=grad_norm, num_zeros=num_zeros)
+
+
+class _Losses:
+    """The losses of one step's main pass, micro-batch by micro-batch, on the last stage; and what remains to be
+    logged."""
+
+    def __init__(
+        self,
+        step: Step,
+        micro_batches: Sequence[MicroBatch],
+        counts: GlobalCounts,
+        *,
+        measures_at_the_end: bool,
+        forward_only: bool,
+    ) -> None:
+        self.step = step
+        self.contrast = step.contrast
+        self.micro_batches = micro_batches
+        self.counts = counts
+        self.measures_at_the_end = measures_at_the_end
+        self.forward_only = forward_only
+        # Shares of a mean over the global batch: the schedule divides by the micro-batches, DDP by the ranks.
+        self.scale = len(micro_batches) * step.groups.dp.size()
+        self.lm_sums: list[Tensor] = []
+        self.temperature: Tensor | None = None
+        self._terms: list[ContrastiveTerms] = []
+        self._gradients: list[CachedGradients] | None = None
+        self._pairs: list[PairEmbeddings] = []
+
+    def cache_gradients(self, ahead: Sequence[ModelOutput]) -> None:
+        """Compute the contrastive loss from the embeddings that ran ahead, before the main pass."""
+        pairs = [pair_embeddings(out, batch.main) for out, batch in zip(ahead, self.micro_batches, strict=True)]
+        terms, self._gradients = self.contrast.cached_gradients(pairs, ahead[0].temperature, self.counts.pairs)
+        self._terms.append(terms)
+
+    def of_micro_batch(self, output: ModelOutput, index: int) -> tuple[Tensor, Tensor]:
+        """What megatron-core's schedule asks for: the loss to back-propagate, and something to keep."""
+        batch = self.micro_batches[index].main
+        lm_sum = generation_loss_sum(
+            output.logits, batch.target_ids, vocab_size=self.step.vocab_size, tp_group=self.step.groups.tp
+        )
+        loss = lm_sum / max(self.counts.targets, 1)
+        if self._gradients is not None:
+            loss = loss + self._gradients[index].surrogate(output)
+        elif self.measures_at_the_end:
+            # Nothing is trained on the terms, but every trained parameter is to be touched.
+            pairs = pair_embeddings(output, batch)
+            loss = loss + 0.0 * (
+                pairs.image.sum() + pairs.caption.sum() + pairs.hallucinated.sum() + output.temperature.sum()
+            )
+            self._pairs.append(pairs)
+        else:
+            terms = self.contrast.terms(
+                pair_embeddings(output, batch), output.temperature, with_queue=not self.forward_only
+            )
+            loss = loss + self.contrast.share(terms, self.counts.pairs)
+            self._terms.append(terms)
+        self.lm_sums.append(lm_sum.detach())
+        self.temperature = output.temperature.detach()
+        return loss * self.scale, lm_sum.detach()
+
+    @torch.no_grad()
+    def terms(self) -> list[ContrastiveTerms]:
+        """Parts whose sums are the step's, once all micro-batches have run."""
+        if self._pairs:
+            local = concatenate_pairs(self._pairs)
+            self._terms.append(self.contrast.terms(local, self.temperature, with_queue=not self.forward_only))
+            self._pairs = []
+        return self._terms
 
 
 def _as_it_is(output: ModelOutput, non_loss_data: bool) -> ModelOutput:

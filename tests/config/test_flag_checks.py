@@ -194,18 +194,19 @@ COMBINATIONS = {
     "last layers without stages": (
         {"decoder_last_pipeline_num_layers": 1}, "--decoder-last-pipeline-num-layers is given", {},
     ),
-    "queue": ({"contrastive_negatives": "queue"}, "not supported for now", {"contrastive_negatives": "global-batch"}),
-    "global pool over micro-batches": (
-        {"micro_batch_size": 2, "global_batch_size": 6}, "raise --micro-batch-size to 6",
-        {"micro_batch_size": 6, "global_batch_size": 6},
+    "budget of rows and micro-batch pool": (
+        {"micro_batch_tokens": 4096, "contrastive_negatives": "micro-batch"}, "--micro-batch-tokens is given",
+        {"micro_batch_tokens": 4096, "contrastive_negatives": "queue"},
     ),
-    "global pool over micro-batches, the other remedy": (
-        {"global_batch_size": 2}, "use --contrastive-negatives micro-batch",
-        {"global_batch_size": 2, "contrastive_negatives": "micro-batch"},
+    "balance and micro-batch pool": (
+        {"balance_micro_batches": True, "contrastive_negatives": "micro-batch"}, "which pairs are negatives",
+        {"balance_micro_batches": False, "contrastive_negatives": "micro-batch"},
     ),
-    "pool of a loss without weight": (
-        {"global_batch_size": 2}, "2 micro-batches", {"global_batch_size": 2, "contrastive_weight": 0.0},
+    "two sizes of a micro-batch": (
+        {"micro_batch_tokens": 4096, "micro_batch_size": 2}, "both --micro-batch-size 2 and --micro-batch-tokens",
+        {"micro_batch_tokens": 4096},
     ),
+    "no place in the queue": ({"queue_size": 0}, "--queue-size is 0", {"queue_size": 1}),
     "rate below its floor": ({"min_lr": 2e-3}, "--min-lr 0.002 is above --lr 0.001", {"min_lr": 1e-3}),
     "connector's rate below the floor": (
         {"min_lr": 1e-4, "connector_lr": 1e-5}, "above --connector-lr", {"min_lr": 1e-5, "connector_lr": 1e-5},

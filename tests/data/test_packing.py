@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hacl_megatron.batch import Parts
 from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample, rows_key
-from hacl_megatron.data.packing import PackSlot, pack
+from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
 
 BOS, EOS, CAT, DOG, RED, ASK = 1, 2, 7, 8, 9, 5
 
@@ -68,8 +69,52 @@ def test_the_worked_example_of_the_contract():
     assert batch.hallucinated_eos_rows.tolist() == [] and batch.hallucinated_owner.tolist() == []
     assert batch.image_keys.tolist() == [1011]
     assert batch.caption_keys.tolist() == [rows_key(rows(BOS, CAT, EOS))]
-    assert batch.num_padding_rows == 1
+    assert batch.num_padding_rows == 1 and batch.num_text_rows == 3
+    assert batch.read_rows.tolist() == [2, 3, 4, 7, 10] and batch.read_lengths.tolist() == [3, 1, 1, 0]
+    assert batch.branch_rows.tolist() == batch.branch_context_rows.tolist() == []
     assert (batch.num_pairs, batch.num_targets, batch.num_images, batch.num_rows) == (1, 2, 1, 12)
+
+
+PROMPTED = encoded(
+    [BOS, IMAGE, IMAGE, CAT, EOS], [3, 4], image=[BOS, IMAGE, IMAGE, EOS], caption=[BOS, CAT, EOS]
+)  # the same with the prompt as the image's context
+
+
+def test_the_contracts_example_of_a_shared_prefix():
+    batch = pack([slot(11, PROMPTED)], pixels(1), visual_tokens=2, pad_multiple=4, parts=Parts(images="branch"))
+    assert batch.token_ids.tolist()[:10] == [BOS, 0, 0, CAT, EOS, EOS, BOS, CAT, EOS, 0]
+    assert batch.position_ids.tolist()[:10] == [0, 1, 2, 3, 4, 3, 0, 1, 2, 0]
+    assert batch.cu_seqlens.tolist()[:4] == [0, 5, 6, 9]
+    assert batch.branch_rows.tolist() == batch.image_eos_rows.tolist() == [5]
+    assert batch.branch_lengths.tolist() == [4] and batch.branch_context_rows.tolist() == [0, 1, 2, 5]
+    assert batch.image_rows.tolist() == [1, 2] and batch.read_lengths.tolist()[:3] == [3, 1, 1]
+
+
+def test_a_dialogue_that_does_not_start_with_the_images_context_shares_nothing():
+    """The dialogue has no image, or the prefix was cut, or the pack leaves dialogues out: a segment of its own."""
+    elsewhere = encoded([BOS, CAT, EOS], [1], image=[BOS, IMAGE, IMAGE, EOS], caption=[BOS, CAT, EOS])
+    slots = [slot(0, elsewhere), slot(1, PROMPTED), slot(2, PAIR)]
+    batch = pack(slots, pixels(3), visual_tokens=2, pad_multiple=1, parts=Parts(images="branch"))
+    assert batch.branch_rows.tolist() == [12] and batch.branch_context_rows.tolist() == [7, 8, 9, 12]
+    assert batch.image_eos_rows.tolist() == [6, 12, 20]
+    ahead = pack(slots, pixels(3), visual_tokens=2, pad_multiple=1, parts=Parts(dialogues=False, images="branch"))
+    assert ahead.branch_rows.tolist() == [] and ahead.feature_rows.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_parts_leave_kinds_of_segments_out_and_keep_what_pairs_are_known_by():
+    slots = [slot(0, PAIR), slot(1, encoded([BOS, ASK, CAT, EOS], [2, 3]))]
+    texts = pack(slots, pixels(0), visual_tokens=2, pad_multiple=1, parts=Parts(dialogues=False, images="none"))
+    assert texts.token_ids.tolist() == [BOS, CAT, EOS] and texts.caption_eos_rows.tolist() == [2]
+    assert texts.image_eos_rows.tolist() == texts.target_rows.tolist() == texts.image_rows.tolist() == []
+    assert (texts.num_pairs, texts.num_text_rows, texts.read_rows.tolist()) == (1, 3, [2])
+    rest = pack(slots, pixels(1), visual_tokens=2, pad_multiple=1, parts=Parts(texts=False))
+    assert rest.token_ids.tolist() == [BOS, 0, 0, CAT, EOS, 0, 0, EOS, BOS, ASK, CAT, EOS]
+    assert rest.caption_eos_rows.tolist() == [] and rest.num_text_rows == 0
+    assert rest.image_keys.tolist() == texts.image_keys.tolist() == [1000]
+    assert rest.caption_keys.tolist() == texts.caption_keys.tolist() == [rows_key(rows(BOS, CAT, EOS))]
+    no_parts = Parts(dialogues=False, images="none", texts=False)
+    nothing = pack(slots, pixels(0), visual_tokens=2, pad_multiple=4, parts=no_parts)
+    assert nothing.num_rows == nothing.num_padding_rows == 4 and nothing.read_rows.tolist() == [3]
 
 
 def test_a_mixed_batch_row_by_row():
@@ -140,7 +185,8 @@ def test_dtypes_are_those_of_the_contract():
         batch = pack(slots, pixels(count), visual_tokens=2, pad_multiple=4)
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
-                expected = {"cu_seqlens": torch.int32, "pixel_values": torch.float32}.get(name, torch.int64)
+                int32 = dict.fromkeys(("cu_seqlens", "read_lengths", "branch_lengths"), torch.int32)
+                expected = {**int32, "pixel_values": torch.float32}.get(name, torch.int64)
                 assert value.dtype == expected and value.is_contiguous(), name
 
 
@@ -179,6 +225,8 @@ def test_every_segment_can_be_read_back(drawn, pad_multiple):
     pairs = [sample for sample in good if sample.image_segment is not None]
     batch = pack(slots, pixels(len(with_image)), visual_tokens=3, pad_multiple=pad_multiple)
 
+    assert sum(map(num_packed_rows, drawn)) == batch.num_rows - batch.num_padding_rows
+    _check_read_rows(batch)
     assert batch.num_rows % pad_multiple == 0 and batch.num_rows >= pad_multiple
     borders = batch.cu_seqlens.tolist()
     assert borders[-1] == batch.num_rows and batch.max_seqlen == max(np.diff(borders))
@@ -216,6 +264,20 @@ def test_every_segment_can_be_read_back(drawn, pad_multiple):
     eos = torch.cat([batch.image_eos_rows, batch.caption_eos_rows, batch.hallucinated_eos_rows])
     assert (batch.token_ids[eos] == EOS).all() and all(row + 1 in borders for row in eos.tolist())
     assert batch.hallucinated_owner.tolist() == [n for n, pair in enumerate(pairs) for _ in pair.hallucinated_segments]
+
+
+def _check_read_rows(batch) -> None:
+    """Of each segment, the rows from its first target or EOS row on; one row at least."""
+    wanted = {*batch.target_rows.tolist(), *batch.image_eos_rows.tolist()}
+    wanted |= {*batch.caption_eos_rows.tolist(), *batch.hallucinated_eos_rows.tolist()}
+    expected, lengths = [], []
+    for begin, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+        first = min([row for row in wanted if begin <= row < end], default=end)
+        expected += range(first, end)
+        lengths.append(end - first)
+    if not wanted:
+        expected, lengths = [batch.num_rows - 1], [0] * (len(lengths) - 1) + [1]
+    assert batch.read_rows.tolist() == expected and batch.read_lengths.tolist() == lengths
 
 
 def _dialogue_index(good, sample) -> int:

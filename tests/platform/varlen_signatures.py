@@ -15,16 +15,18 @@ from tests.platform.segment_cases import dense_attention
 
 
 def _compute(q, k, v, cu_q, cu_k, max_q, max_k, *, causal: bool, scale: float | None, grouped: bool) -> Tensor:
-    assert cu_q.dtype == cu_k.dtype == torch.int32 and torch.equal(cu_q, cu_k)
-    lengths = cu_q.diff()
-    assert max_q == max_k == lengths.max() and isinstance(max_q, int)
-    assert int(cu_q[0]) == 0 and int(cu_q[-1]) == q.shape[0]
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.shape == cu_k.shape
+    queries, keys = cu_q.diff(), cu_k.diff()
+    assert max_q == queries.max() and max_k == keys.max() and isinstance(max_q, int) and isinstance(max_k, int)
+    assert int(cu_q[0]) == int(cu_k[0]) == 0 and int(cu_q[-1]) == q.shape[0] and int(cu_k[-1]) == k.shape[0]
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     assert grouped or q.shape[1] == k.shape[1], "this kernel takes one key-value head per query head"
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    allowed = segment[:, None] == segment[None]
-    if causal:
-        allowed = allowed.tril()
+    segments = torch.arange(len(keys))
+    allowed = segments.repeat_interleave(queries)[:, None] == segments.repeat_interleave(keys)[None]
+    if causal:  # "aligned to the bottom right corner": a segment's last query sees its last key
+        from_end_q = cu_q[1:].repeat_interleave(queries) - torch.arange(q.shape[0])
+        from_end_k = cu_k[1:].repeat_interleave(keys) - torch.arange(k.shape[0])
+        allowed &= from_end_k[None] >= from_end_q[:, None]
     return dense_attention(q, k, v, allowed, scale)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from hacl_megatron.train import main, run
 from hacl_megatron.training.loop import TrainingStopped
-from hacl_megatron.training.step import Step
+from hacl_megatron.training.step import Step, _Losses
 from tests.distributed import run_distributed
 from tests.training.runs import LOSSES, common_state, layout_flags, make_inputs, metrics, tensors, train, weights
 
@@ -40,7 +40,7 @@ def run_with_overflow(arguments: Sequence[str], *, steps: Sequence[int], where: 
     `gradient`: the loss is finite, but its gradient is not.
     """
     last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-    forward_backward, loss, done = Step.forward_backward, Step._loss, 0
+    forward_backward, loss, done = Step.forward_backward, _Losses.of_micro_batch, 0
 
     def overflowing(self: Step, *inputs):
         nonlocal done
@@ -54,13 +54,13 @@ def run_with_overflow(arguments: Sequence[str], *, steps: Sequence[int], where: 
         weight.copy_(kept)
         return metrics
 
-    def overflowing_loss(self: Step, *inputs):
-        value, sums = loss(self, *inputs)
+    def overflowing_loss(self: _Losses, output, index):
+        value, sums = loss(self, output, index)
         return (value * math.inf if last and where == "gradient" and done in steps else value), sums
 
     with (
         mock.patch.object(Step, "forward_backward", overflowing),
-        mock.patch.object(Step, "_loss", overflowing_loss),
+        mock.patch.object(_Losses, "of_micro_batch", overflowing_loss),
         pytest.raises(TrainingStopped, match=r"2 steps in a row.*--max-skipped-steps 1.*--lr")
         if stops
         else contextlib.nullcontext(),

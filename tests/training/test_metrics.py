@@ -19,6 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from hacl_megatron.batch import SegmentLengths
 from hacl_megatron.train import run
 from hacl_megatron.training.flops import language_flops, step_flops, vision_flops
 from hacl_megatron.training.loop import Trainer
@@ -204,10 +205,10 @@ def test_progress_bar_on_a_terminal(finished) -> None:
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_model_flops_are_those_that_pytorch_counts(finished, stage: str) -> None:
-    """PyTorch counts every matrix product that runs; the formula leaves out the heads and the similarities, and takes
-    the tower's first layer to need a gradient of its input."""
+    """PyTorch counts every matrix product that runs, masked ones of the last layer's attention whole; the formula
+    leaves out the heads and the similarities, and takes the tower's first layer to need a gradient of its input."""
     for counted, ours in finished[1][f"{stage} flops"]:
-        assert ours == pytest.approx(counted, rel=0.03), counted / ours
+        assert ours == pytest.approx(counted, rel=0.05), counted / ours
 
 
 def test_flops_of_a_llama_worked_out_by_hand() -> None:
@@ -225,11 +226,18 @@ def test_flops_of_a_llama_worked_out_by_hand() -> None:
     )
     # A layer: q 8x8, k and v 8x4 each, out 8x8, three of 8x16. Two segments of 3 and 5 rows.
     layer = 64 + 2 * 32 + 64 + 3 * 128
-    causal = (9 + 25) / 2 * 2 * 2 * 8  # scores and values over half the square, width 8
-    forward = 2 * (2 * 8 * layer + causal) + 2 * 6 * 8 * 32  # 6 target rows
-    assert language_flops(model, [3, 5], 6, vocab_size=32, trained=True) == 3 * forward
-    frozen = 2 * (2 * 2 * 8 * layer + 3 * causal) + 2 * 2 * 6 * 8 * 32  # no gradients of weights
-    assert language_flops(model, [3, 5], 6, vocab_size=32, trained=False) == frozen
+    # In the last one, 3 rows are read: the first segment's last and the second's last two.
+    linear = 2 * 8 * layer + 2 * (8 * 2 * 32 + 3 * (layer - 2 * 32))
+    # Scores and values, width 8: 6 + 15 pairs of rows in the first layer; 3, and 4 + 5, in the last.
+    attention = 2 * 2 * 8 * ((6 + 15) + (3 + 4 + 5))
+    lm_head = 2 * 2 * 8 * 32  # 2 target rows
+    lengths = SegmentLengths(segments=(3, 5), read=(1, 2), branches=())
+    assert language_flops(model, lengths, 2, passes=3) == 3 * (linear + attention + lm_head)
+    assert language_flops(model, lengths, 2, passes=2) == 2 * (linear + lm_head) + 3 * attention
+    assert language_flops(model, lengths, 2, passes=1) == linear + attention + lm_head
+    branched = SegmentLengths(segments=(3, 5), read=(1, 2), branches=(4,))
+    more = language_flops(model, branched, 2, passes=1) - language_flops(model, lengths, 2, passes=1)
+    assert more == 2 * 2 * 2 * 8 * 4  # one query over 4 rows in both layers
     # Tower: 4 patches of 12 values, then 2 of 3 layers over 5 rows. Connector 4x8, 8x8 on 4 rows, trained.
     tower = 2 * 4 * 12 * 4 + 2 * (2 * 5 * (4 * 16 + 2 * 32) + 2 * 2 * 25 * 4)
     connector = 3 * 2 * 4 * (32 + 64)
