@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hacl_megatron.objective.contrastive import contrastive_loss
 from hacl_megatron.objective.negatives import PairEmbeddings
+from hacl_megatron.objective.row_blocks import BLOCK_BYTES
 from tests.objective.open_clip_oracle import clip_loss
 
 MIB = 2**20
@@ -77,7 +78,7 @@ def first_pair(local: int, pool: int) -> int:
     return pool // local // 2 * local
 
 
-def plain(leaves: dict[str, Tensor], pool: int) -> Tensor:
+def plain(leaves: dict[str, Tensor], pool: int, _: int) -> Tensor:
     """open_clip's."""
     loss = clip_loss(
         leaves["image"], leaves["caption"], leaves["pool_image"], leaves["columns"],
@@ -87,7 +88,7 @@ def plain(leaves: dict[str, Tensor], pool: int) -> Tensor:
     return loss.detach()
 
 
-def blocks(leaves: dict[str, Tensor], pool: int) -> Tensor:
+def blocks(leaves: dict[str, Tensor], pool: int, block_bytes: int) -> Tensor:
     """This project's."""
     local, hallucinated = leaves["image"].shape[0], leaves["columns"].shape[0] - pool
     first, keys = first_pair(local, pool), torch.arange(pool)
@@ -112,7 +113,13 @@ def blocks(leaves: dict[str, Tensor], pool: int) -> Tensor:
         hallucinated_keys=pool + torch.arange(hallucinated),
     )
     terms = contrastive_loss(
-        own, everyone, first, leaves["temperature"], hallucination_negatives="all", mask_duplicates=True
+        own,
+        everyone,
+        first,
+        leaves["temperature"],
+        hallucination_negatives="all",
+        mask_duplicates=True,
+        block_bytes=block_bytes,
     )
     loss = (terms.image_to_text_sum + terms.text_to_image_sum) / (2 * local)
     loss.backward()
@@ -123,11 +130,11 @@ def blocks(leaves: dict[str, Tensor], pool: int) -> Tensor:
 SIDES = {"plain": plain, "blocks": blocks}
 
 
-def run_side(connection: Any, side: str, size: tuple[int, int, int, int], num_threads: int) -> None:
+def run_side(connection: Any, side: str, size: tuple[int, int, int, int], block_bytes: int, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
-    SIDES[side](inputs(8, 32, 16, size[3]), 32)
+    SIDES[side](inputs(8, 32, 16, size[3]), 32, block_bytes)
     leaves = inputs(*size)
-    loss, seconds, core_seconds, extra = measured(lambda: SIDES[side](leaves, size[1]))
+    loss, seconds, core_seconds, extra = measured(lambda: SIDES[side](leaves, size[1], block_bytes))
     extra -= sum(leaf.numel() * leaf.element_size() for leaf in inputs_of(leaves))
     columns = leaves["columns"].grad
     if columns is None:
@@ -160,6 +167,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=65536, help="pairs of all ranks: a multiple of --local")
     parser.add_argument("--hallucinated", type=int, default=65536, help="hallucinated captions of all ranks")
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--block-mib", type=int, default=BLOCK_BYTES // MIB, help="most that one block may take")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     flags = parser.parse_args()
@@ -170,7 +178,7 @@ def main() -> None:
     for repeat in range(flags.repeats):
         for side in list(SIDES)[:: 1 if repeat % 2 == 0 else -1]:
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=run_side, args=(sender, side, size, flags.threads))
+            process = context.Process(target=run_side, args=(sender, side, size, flags.block_mib * MIB, flags.threads))
             process.start()
             sender.close()
             result = receiver.recv()

@@ -85,12 +85,12 @@ def test_owned_columns_are_their_rows_alone() -> None:
         return torch.randn(rows, 3, generator=generator, dtype=torch.float64).requires_grad_()
 
     rows, everyones, owned, temperature = leaf(4), leaf(6), leaf(5), torch.tensor([0.8], dtype=torch.float64)
-    owner, keys = torch.tensor([3, -1, 0, 4, 0]), torch.tensor([1, 2, 3, 4])
+    owner, keys = torch.tensor([3, 0, -1, 4, 0]), torch.tensor([1, 2, 3, 4])
 
     def loss(rows: Tensor, everyones: Tensor, owned: Tensor, temperature: Tensor, block_bytes: int) -> Tensor:
         columns = [
             Columns(embeddings=everyones, equal_keys=((keys, torch.tensor([1, 1, 1, 2, 4, 4])),)),
-            Columns(embeddings=owned, owner=owner, equal_keys=((keys, torch.tensor([4, 1, 9, 9, 9])),)),
+            Columns(embeddings=owned, owner=owner, equal_keys=((keys, torch.tensor([4, 9, 1, 9, 9])),)),
         ]
         return softmax_loss_sum(rows, columns, 1, temperature, block_bytes=block_bytes)[0]
 
@@ -99,7 +99,7 @@ def test_owned_columns_are_their_rows_alone() -> None:
     # of row 3 (but 4 is its own), and the owned column 0, which would be row 3's.
     everyones_of_row, owned_of_row = (
         ([1, 3, 4, 5], [0, 1, 2, 4, 5], list(range(6)), [0, 1, 2, 3, 4]),
-        ([2, 4], [], [], []),
+        ([1, 4], [], [], []),
     )
     expected = torch.zeros((), dtype=torch.float64)
     for i, (some, few) in enumerate(zip(everyones_of_row, owned_of_row, strict=True)):
