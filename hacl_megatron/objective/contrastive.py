@@ -5,8 +5,9 @@ With v, t, u the L2-normalised embeddings of images, captions and hallucinated c
     L_v = -1/N Σ_i log  e^{s(v_i,t_i)} / ( Σ_k e^{s(v_i,t_k)} + Σ_{(j,m) ∈ H_i} e^{s(v_i,u_jm)} )
     L_t = -1/N Σ_i log  e^{s(t_i,v_i)} /   Σ_k e^{s(t_i,v_k)}
 
-i runs over this rank's pairs, k and (j, m) over the pool. H_i by `hallucination_negatives`: `own`, pair i's own (the
-paper's equation); `all`, every one in the pool (the released code); `none`, plain contrastive.
+i runs over this rank's pairs, k and (j, m) over the pool: what `gather_pairs` gave and, if there is one, the queue of
+earlier pairs. H_i by `hallucination_negatives`: `own`, pair i's own (the paper's equation); `all`, every one in the
+pool (the released code); `none`, plain contrastive. `row_blocks` computes both sums in bounded memory.
 
 How a trainer combines them. With N_global the pairs of the global batch, over all ranks and micro-batches, known
 before the first one runs, a rank's share of λ (L_v + L_t) / 2 is

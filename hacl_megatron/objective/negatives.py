@@ -5,6 +5,8 @@
                        └─ embeddings, padded ────── all-gather ─→ the pool, on every rank
                                                         ↑ backward: reduce-scatter, SUM over ranks
 
+Pairs of earlier steps come from `queue`, without gradients and without communication.
+
 Three collectives forward and one backward, always, whatever N_r and M_r are: a rank without a single pair enters
 the same ones, with the same shapes, as the others.
 """

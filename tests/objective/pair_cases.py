@@ -41,6 +41,8 @@ class Case:
     """Ranks whose embeddings need no gradient."""
     block_bytes: int = BLOCK_BYTES
     """1: every row a block of its own."""
+    step: int = 0
+    """Steps differ in all embeddings; a pair's keys are those of the pair three places on in the step before."""
 
     @property
     def num_pairs(self) -> int:
@@ -110,7 +112,7 @@ EMPTY_CASES = {
 
 def global_batch(case: Case) -> PairEmbeddings:
     """Every pair of the case; captions and hallucinated captions lean towards their images, some not enough."""
-    generator = torch.Generator().manual_seed(25)
+    generator = torch.Generator().manual_seed(25 + case.step)
 
     def noise(rows: int) -> torch.Tensor:
         return torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
@@ -120,9 +122,9 @@ def global_batch(case: Case) -> PairEmbeddings:
     image = noise(num_pairs)
     caption = image + 1.3 * noise(num_pairs)
     hallucinated = image[owner] + 1.3 * noise(owner.numel())
-    image_keys = 100 + torch.arange(num_pairs)
-    caption_keys = 200 + torch.arange(num_pairs)
-    hallucinated_keys = 300 + torch.arange(owner.numel())
+    image_keys = 100 + 3 * case.step + torch.arange(num_pairs)
+    caption_keys = 200 + 3 * case.step + torch.arange(num_pairs)
+    hallucinated_keys = 300 + 3 * case.step + torch.arange(owner.numel())
     if case.duplicates:
         image_keys[5] = image_keys[1]  # same image, other caption
         caption_keys[6] = caption_keys[0]  # same caption, other image

@@ -7,16 +7,14 @@ Faults of the released code that these tests would catch:
 - mixed batches that crash: ranks without pairs, pairs without hallucinations, a step without pairs.
 """
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from hacl_megatron.objective.contrastive import clamp_temperature_
 from tests.objective.equations import losses_by_loops, metrics_by_loops
+from tests.objective.open_clip_oracle import open_clip_loss
 from tests.objective.pair_cases import (
     EMPTY_CASES,
     EQUATION_CASES,
@@ -51,18 +49,6 @@ def tolerances(case: Case) -> tuple[dict[str, float], dict[str, float], dict[str
     )
 
 
-def _open_clip_loss() -> ModuleType:
-    """open_clip's loss.py alone: the package imports torchvision, which does not import beside this torch."""
-    package = importlib.util.find_spec("open_clip")
-    if package is None or not package.submodule_search_locations:
-        pytest.fail("open_clip is missing; this test's oracle needs: pip install --no-deps open_clip_torch")
-    path = Path(package.submodule_search_locations[0]) / "loss.py"
-    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ORACLE_CASES)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_without_hallucinations_it_is_open_clips_loss(world_size: int, name: str) -> None:
@@ -70,7 +56,7 @@ def test_without_hallucinations_it_is_open_clips_loss(world_size: int, name: str
     batch = global_batch(case)
     image, caption = batch.image.requires_grad_(), batch.caption.requires_grad_()
     temperature = torch.tensor([case.temperature], dtype=case.dtype, requires_grad=True)
-    loss = _open_clip_loss().ClipLoss()(image, caption, 1 / temperature)  # (L_v + L_t) / 2 in one process
+    loss = open_clip_loss().ClipLoss()(image, caption, 1 / temperature)  # (L_v + L_t) / 2 in one process
     loss.backward()
     loss_tolerance, gradient_tolerance, temperature_tolerance = tolerances(case)
 
