@@ -20,13 +20,17 @@ COMPARED = ("lm loss", "contrastive loss i2t", "contrastive loss t2i", "temperat
 CASES: dict[str, tuple[str, dict]] = {
     "pretrain": ("pretrain", {}),
     "pretrain-prompt": ("pretrain", {"contrastive-image-context": "prompt", "hallucination-negatives": "own"}),
-    "finetune": ("finetune", {"weight-decay": 0.1}),
+    "finetune": ("finetune", {"weight-decay": 1.0}),
     "finetune-prompt": ("finetune", {"contrastive-image-context": "prompt"}),
     "pretrain-accumulated": (
         "pretrain",
         {"micro-batch-size": 4, "contrastive-negatives": "micro-batch", "hallucination-negatives": "none"},
     ),
-    "finetune-duplicates": ("finetune", {"mask-duplicates": False, "lr-warmup-fraction": 0.4, "clip-grad": 0.5}),
+    "finetune-duplicates": (
+        "finetune",
+        # Adam does not feel a gradient's scale, and so its clipping, unless epsilon counts.
+        {"mask-duplicates": False, "lr-warmup-fraction": 0.4, "clip-grad": 0.3, "adam-eps": 1e-2, "adam-beta2": 0.9},
+    ),
 }
 
 
@@ -78,6 +82,8 @@ def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]])
         lr=config["lr"],
         train_iters=config["train-iters"],
         weight_decay=config.get("weight-decay", 0.0),
+        betas=(0.9, config.get("adam-beta2", 0.999)),
+        eps=config.get("adam-eps", 1e-8),
         clip_grad=config.get("clip-grad", 1.0),
         warmup_fraction=config.get("lr-warmup-fraction", 0.03),
     )
