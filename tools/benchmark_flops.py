@@ -63,6 +63,7 @@ def plain_flops(model: ModelConfig, lengths: Lengths, *, prompt: bool, trained: 
         **_vision_flops(model, images, model.vision.num_layers),
         **_language_flops(model, passes, trained=trained, text_backward=trained, only_read=False),
         "LM head": _lm_head_flops(model, images * longest, trained),
+        "heads": _heads_flops(model, images, len(lengths.captions) + len(lengths.hallucinated), trained),
     }
 
 
@@ -94,6 +95,7 @@ def package_flops(
             only_read="last layer for read rows" not in left_out,
         ),
         "LM head": _lm_head_flops(model, rows, trained),
+        "heads": _heads_flops(model, images, len(texts), trained or "text without autograd" in left_out),
     }
 
 
@@ -106,7 +108,8 @@ def _vision_flops(model: ModelConfig, images: int, layers: int) -> dict[str, flo
     first = 2 * vision.num_patches * vision.hidden_size * hidden
     others = 2 * vision.num_patches * hidden * hidden * (connector_depth(model.projector_type) - 1)
     return {
-        "vision tower": float(images * (layers * (layer + attention) + patches)),
+        "vision matrices": float(images * (layers * layer + patches)),
+        "vision attention": float(images * layers * attention),
         "connector": float(images * (2 * first + 3 * others)),  # nothing before it trains
     }
 
@@ -131,6 +134,11 @@ def _language_flops(
         pairs = (language.num_layers - 1) * square + min(last_square, square)
         attention += part.count * 4 * pairs * width * (1 + 2 * backward)
     return {"LLM matrices": float(linear), "LLM attention": float(attention)}
+
+
+def _heads_flops(model: ModelConfig, images: int, texts: int, trained: bool) -> float:
+    head = 2.0 * model.language.hidden_size * model.projection_size
+    return head * (3 * images + (3 if trained else 2) * texts)
 
 
 def _lm_head_flops(model: ModelConfig, rows: int, trained: bool) -> float:

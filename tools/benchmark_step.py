@@ -124,12 +124,12 @@ def _row(context: str, name: str, times: dict, peaks: dict, flops: dict) -> str:
 def _print_flops(flops: dict[str, dict[str, float]]) -> None:
     parts = list(flops[PLAIN])
     width = max(map(len, flops))
-    print("GFLOP".ljust(width), *(f"{part:>14}" for part in (*parts, "sum")))
+    print("GFLOP".ljust(width), *(f"{part:>17}" for part in (*parts, "sum")))
     for name, counted in flops.items():
         print(
             name.ljust(width),
-            *(f"{counted[part] / 1e9:14.1f}" for part in parts),
-            f"{sum(counted.values()) / 1e9:14.1f}",
+            *(f"{counted[part] / 1e9:17.1f}" for part in parts),
+            f"{sum(counted.values()) / 1e9:17.1f}",
         )
 
 
