@@ -1,0 +1,125 @@
+"""The trainer against a plain implementation on transformers: same checkpoint, same samples, five optimiser steps."""
+
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from tests.reference_hacl import ReferenceHacl, ReferenceTrainer, Sample
+from tests.tiny import image_token_id
+from tests.training.runs import make_inputs, metrics, train
+
+STEPS = 5
+COMPARED = ("lm loss", "contrastive loss i2t", "contrastive loss t2i", "temperature", "grad-norm")
+
+# name: stage, and flags beside those of `make_inputs`
+CASES: dict[str, tuple[str, dict]] = {
+    "pretrain": ("pretrain", {}),
+    "pretrain-prompt": ("pretrain", {"contrastive-image-context": "prompt", "hallucination-negatives": "own"}),
+    "finetune": ("finetune", {"weight-decay": 1.0}),
+    "finetune-prompt": ("finetune", {"contrastive-image-context": "prompt"}),
+    "pretrain-accumulated": (
+        "pretrain",
+        {"micro-batch-size": 4, "contrastive-negatives": "micro-batch", "hallucination-negatives": "none"},
+    ),
+    "finetune-duplicates": (
+        "finetune",
+        # Adam does not feel a gradient's scale, and so its clipping, unless epsilon counts.
+        {"mask-duplicates": False, "lr-warmup-fraction": 0.4, "clip-grad": 0.3, "adam-eps": 1e-2, "adam-beta2": 0.9},
+    ),
+}
+
+
+def train_and_record(command: list[str], recorded: str) -> None:
+    """Train, and store each micro-batch's samples as they were before they were packed."""
+    from hacl_megatron.data import loader
+    from hacl_megatron.train import run
+
+    pack, seen = loader.pack, []
+
+    def pack_and_record(slots, pixel_values, **settings):
+        pixels = iter(pixel_values)
+        seen.append([_as_sample(slot, pixels) for slot in slots])
+        return pack(slots, pixel_values, **settings)
+
+    with mock.patch.object(loader, "pack", pack_and_record):
+        run(command)
+    torch.save(seen, recorded)
+
+
+def _as_sample(slot, pixels) -> Sample:
+    from hacl_megatron.data.conversation import IMAGE
+
+    encoded = slot.encoded
+    rows = torch.from_numpy(encoded.dialogue).clone()
+    rows[rows == IMAGE] = image_token_id()
+    segments = [] if encoded.caption_segment is None else [encoded.caption_segment, *encoded.hallucinated_segments]
+    texts = [torch.from_numpy(segment[:-1]) for segment in segments]  # the reference puts its own EOS behind
+    return Sample(
+        dialogue=rows,
+        labels=torch.from_numpy(encoded.labels),
+        pixel_values=next(pixels).clone() if encoded.has_image else None,
+        image_id=slot.image_key,
+        caption=texts[0] if texts else None,
+        hallucinated=texts[1:],
+    )
+
+
+def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]]) -> list[dict[str, float]]:
+    model = ReferenceHacl.from_folder(
+        folder / "llava",
+        freeze_language_model=config.get("freeze-LM", False),
+        image_context=config.get("contrastive-image-context", "image"),
+        hallucination_negatives=config.get("hallucination-negatives", "all"),
+        mask_duplicates=config.get("mask-duplicates", True),
+    )
+    trainer = ReferenceTrainer(
+        model,
+        lr=config["lr"],
+        train_iters=config["train-iters"],
+        weight_decay=config.get("weight-decay", 0.0),
+        betas=(0.9, config.get("adam-beta2", 0.999)),
+        eps=config.get("adam-eps", 1e-8),
+        clip_grad=config.get("clip-grad", 1.0),
+        warmup_fraction=config.get("lr-warmup-fraction", 0.03),
+    )
+    per_step = config["global-batch-size"] // config["micro-batch-size"]
+    return [trainer.step(micro_batches[step * per_step : (step + 1) * per_step]) for step in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case trained by this package in one process, and `NAME.pt` with the samples it saw."""
+    folder = make_inputs(tmp_path_factory.mktemp("reference"))
+    hidden, generator = 48, torch.Generator().manual_seed(3)
+    heads = {
+        f"{name}.{key}": torch.randn(shape, generator=generator) / hidden**0.5
+        for name in ("vision_projector", "text_projector")
+        for key, shape in (("weight", (hidden // 4, hidden)), ("bias", (hidden // 4,)))
+    }
+    save_file({**heads, "temperature": torch.tensor([0.09])}, folder / "llava" / "hacl_heads.safetensors")
+    commands = []
+    for name, (stage, flags) in CASES.items():
+        config = {**yaml.safe_load((folder / f"{stage}.yaml").read_text()), "micro-batch-size": 8, **flags}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        command = ["--config", str(folder / f"{name}.yaml"), "--save", str(folder / name)]
+        commands.append(partial(train_and_record, command, str(folder / f"{name}.pt")))
+    train(commands, 1)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_five_steps_give_the_losses_of_the_plain_implementation(finished: Path, name: str) -> None:
+    config = yaml.safe_load((finished / f"{name}.yaml").read_text())
+    micro_batches = torch.load(finished / f"{name}.pt", weights_only=False)  # written by our own child just now
+    expected = run_reference(finished, config, micro_batches)
+    found = metrics(finished / name)
+    assert len(found) == STEPS
+    for one, other in zip(expected, found, strict=True):
+        for tag in COMPARED:
+            assert other[tag] == pytest.approx(one[tag], rel=1e-4, abs=1e-6), (other["iteration"], tag)
+    assert len({round(row["lm loss"], 5) for row in found}) == STEPS
