@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.model.connector import connector_depth
 
-FEATURES = ("target rows", "text without autograd", "last layer for read rows", "shared prefix")
-"""What this package's step may leave out: LM head on rows without a target; the backward pass of texts where the LLM is
-frozen; queries, output and MLP of the last layer on rows that nothing reads; the image twice with the `prompt` context.
-"""
+FEATURES = ("text without autograd", "last layer for read rows", "shared prefix")
+"""What this package's step leaves out: the backward pass of texts where the LLM is frozen; queries, output and MLP of the
+last layer on rows that nothing reads; the image a second time with the `prompt` context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,6 @@ def package_flops(
     else:
         ends = Sequences(rows=before + lengths.visual + 1, read=1, has_image=True, count=images)
     texts = [Sequences(rows=rows, read=1, has_image=False) for rows in (*lengths.captions, *lengths.hallucinated)]
-    rows = sum(lengths.dialogues) if "target rows" in left_out else sum(lengths.targets)
     return {
         **_vision_flops(model, images, model.num_vision_layers_built),
         **_language_flops(
@@ -94,7 +92,7 @@ def package_flops(
             text_backward=trained or "text without autograd" in left_out,
             only_read="last layer for read rows" not in left_out,
         ),
-        "LM head": _lm_head_flops(model, rows, trained),
+        "LM head": _lm_head_flops(model, sum(lengths.targets), trained),
         "heads": _heads_flops(model, images, len(texts), trained or "text without autograd" in left_out),
     }
 

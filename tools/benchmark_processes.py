@@ -26,16 +26,16 @@ class Variant:
     flags: tuple[str, ...] = ()
     """Flags of the trainer."""
     without: tuple[str, ...] = ()
-    """`benchmark_flops.FEATURES` that these flags switch off, for the FLOP count."""
+    """`benchmark_flops.FEATURES` that it does without."""
 
 
-def serve(pipe: Connection, work: Work, name: str, flags: tuple[str, ...]) -> None:
+def serve(pipe: Connection, work: Work, name: str, variant: Variant) -> None:
     """Build one side, then answer requests: `step` (seconds, CPU seconds, losses), `trim`, `profile`, None (leave)."""
     try:
         import torch
 
         torch.set_num_threads(work.threads)
-        take_step = plain_side(work) if name == PLAIN else package_side(work, flags)
+        take_step = plain_side(work) if name == PLAIN else package_side(work, variant.flags, variant.without)
         pipe.send(None)
         while (request := pipe.recv()) is not None:
             if request == "step":
@@ -55,12 +55,12 @@ def serve(pipe: Connection, work: Work, name: str, flags: tuple[str, ...]) -> No
 class Process:
     """A variant in a process of its own, idle between requests."""
 
-    def __init__(self, work: Work, name: str, flags: tuple[str, ...]) -> None:
+    def __init__(self, work: Work, name: str, variant: Variant) -> None:
         before = dict(os.environ)
         os.environ["OMP_NUM_THREADS"] = str(work.threads)  # read when torch starts
         self.pipe, theirs = multiprocessing.Pipe()
         self.process = multiprocessing.get_context("spawn").Process(
-            target=serve, args=(theirs, work, name, flags), daemon=True
+            target=serve, args=(theirs, work, name, variant), daemon=True
         )
         self.process.start()
         os.environ.clear()
@@ -134,7 +134,7 @@ def measure_times(work: Work, variants: dict[str, Variant], repetitions: int, pr
     processes: dict[str, Process] = {}
     try:
         for name, variant in {PLAIN: Variant(), **variants}.items():
-            processes[name] = Process(work, name, variant.flags)
+            processes[name] = Process(work, name, variant)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
         first = {name: process.ask("step")[2] for name, process in processes.items()}  # also warms up
         _check_agreement(first)
@@ -159,7 +159,7 @@ def _check_agreement(losses: dict[str, dict[str, float]]) -> None:
 
 def measure_memory(work: Work, name: str, variant: Variant) -> int:
     """Bytes by which a step's high-water exceeds the level before it: the second step's, optimiser state in place."""
-    process = Process(work, name, variant.flags)
+    process = Process(work, name, variant)
     process.ask("step")
     process.ask("trim")
     before = process.anonymous_bytes()

@@ -147,8 +147,11 @@ def plain_side(work: Work) -> TakeStep:
     return lambda: trainer.step([samples])
 
 
-def package_side(work: Work, flags: tuple[str, ...]) -> TakeStep:
-    """This package's step, built as `train.py` does and driven as `training/loop.py` does."""
+def package_side(work: Work, flags: tuple[str, ...], without: tuple[str, ...] = ()) -> TakeStep:
+    """This package's step, built as `train.py` does and driven as `training/loop.py` does.
+
+    `without`: names of `benchmark_flops.FEATURES` to switch off.
+    """
     warnings.filterwarnings("ignore")
 
     from hacl_megatron.checkpoint.hf_config import read_model_config
@@ -180,15 +183,17 @@ def package_side(work: Work, flags: tuple[str, ...]) -> TakeStep:
         strict=False,
     )
     trainee = setup.build_trainee(module, config, groups, device, train_iters=1000)
+    module.read_rows_only = "last layer for read rows" not in without
     step = Step(
         trainee.model,
         trainee.optimizer,
-        config.objective,
+        config,
         vocab_size=architecture.language.vocab_size,
+        queue=trainee.queue,
         groups=groups,
         device=device,
     )
-    micro_batches = [batch.to(device) for batch in _packed(work, config, architecture)]
+    micro_batches = [_packed(work, config, architecture, without)]
 
     def take_step() -> dict[str, float]:
         counts = step.count(micro_batches)
@@ -204,12 +209,16 @@ def package_side(work: Work, flags: tuple[str, ...]) -> TakeStep:
     return take_step
 
 
-def _packed(work: Work, config: Any, architecture: Any) -> list[Any]:
+def _packed(work: Work, config: Any, architecture: Any, without: tuple[str, ...]) -> Any:
     """The samples as the loader packs them."""
+    from dataclasses import replace
+
     import numpy as np
 
+    from hacl_megatron.batch import MicroBatch, Parts
     from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample, rows_key
     from hacl_megatron.data.packing import PackSlot, pack
+    from hacl_megatron.training.packs import pack_plan
 
     visual = architecture.vision.num_patches
     texts, pixels = draw_samples(work, architecture.language.vocab_size, architecture.vision.image_size)
@@ -231,7 +240,17 @@ def _packed(work: Work, config: Any, architecture: Any) -> list[Any]:
             tokenization_mismatch=False,
         )
         slots.append(PackSlot(sample_id=index, encoded=encoded, image_key=index))
-    return [pack(slots, pixels, visual_tokens=visual, pad_multiple=1)]
+    plan = pack_plan(config, 1, with_gradients=True)
+    if "text without autograd" in without:
+        plan = replace(plan, main=replace(plan.main, texts=True), ahead=None)
+    if "shared prefix" in without:
+        plan = replace(plan, main=replace(plan.main, images="segment"))
+
+    def packed(parts: Parts, images: Any) -> Any:
+        return pack(slots, images, visual_tokens=visual, pad_multiple=1, parts=parts)
+
+    ahead = None if plan.ahead is None else packed(plan.ahead, pixels[:0])
+    return MicroBatch(main=packed(plan.main, pixels), ahead=ahead)
 
 
 def _heads(work: Work, hidden: int) -> dict[str, Any]:

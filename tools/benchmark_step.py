@@ -21,7 +21,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmark_flops import package_flops, plain_flops
+from benchmark_flops import FEATURES, package_flops, plain_flops
 from benchmark_processes import PLAIN, Variant, measure_memory, measure_times
 from benchmark_sides import ROOT, Work, draw_samples, lengths_of, write_model
 
@@ -29,7 +29,7 @@ from hacl_megatron.checkpoint.hf_config import read_model_config
 from hacl_megatron.config.console import exit_with_error
 
 VARIANTS: dict[str, Variant] = {"ours": Variant()}
-"""Variants that always run; `--variant` adds more."""
+"""Variants that always run; `--ablate` adds one for each feature that the step then does without, `--variant` more."""
 
 
 def parse() -> argparse.Namespace:
@@ -51,6 +51,7 @@ def parse() -> argparse.Namespace:
     data.add_argument("--caption-tokens", type=int, nargs=2, default=(8, 40), metavar=("LEAST", "MOST"))
     parser.add_argument("--contexts", nargs="+", choices=("image", "prompt"), default=["image", "prompt"])
     parser.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain")
+    parser.add_argument("--ablate", action="store_true", help="also run ours without each of its features")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS", help="trainer flags to compare")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -67,6 +68,8 @@ def benchmark(args: argparse.Namespace) -> None:
     if not (ROOT / "tests" / "reference_hacl.py").exists():
         raise ValueError(f"{ROOT} holds no tests/reference_hacl.py, the plain implementation: run this from a clone")
     variants = {**VARIANTS, **dict(map(_variant, args.variant))}
+    if args.ablate:
+        variants |= {f"without {feature}": Variant(without=(feature,)) for feature in FEATURES}
     table = []
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), args)

@@ -42,19 +42,20 @@ def counted_flops(folder: str) -> dict[str, tuple[float, float]]:
         )  # fmt: skip
         lengths = lengths_of(work, draw_samples(work, SIZES["vocab"], 1)[0], architecture.vision.num_patches)
         settings: dict[str, Any] = {"prompt": context == "prompt", "trained": stage == "finetune"}
-        # What the step does not leave out yet.
-        without = [feature for feature in FEATURES if feature != "target rows"]
         expected = {
             "plain": plain_flops(architecture, lengths, **settings),
-            "package": package_flops(architecture, lengths, **settings, without=without),
+            "package": package_flops(architecture, lengths, **settings),
+            "all-features-off": package_flops(architecture, lengths, **settings, without=FEATURES),
         }
         for side, parts in expected.items():
-            take_step = plain_side(work) if side == "plain" else package_side(work, ())
+            without = FEATURES if side == "all-features-off" else ()
+            take_step = plain_side(work) if side == "plain" else package_side(work, (), without)
             with FlopCounterMode(display=False) as counter:
                 take_step()
             needed = sum(value for part, value in parts.items() if part not in ATTENTION)
             found[f"{side} {stage} {context}"] = (needed, float(counter.get_total_flops()))
-        parallel_state.destroy_model_parallel()
+            if side != "plain":
+                parallel_state.destroy_model_parallel()
     return found
 
 
@@ -64,12 +65,13 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, 
 
 
 @pytest.mark.parametrize(
-    "case", [f"{side} {stage} {context}" for side in ("plain", "package") for stage, context in CASES]
+    "case", [f"{side} {stage} {context}" for side in ("plain", "package", "all-features-off") for stage, context in CASES]
 )
 def test_flops_are_those_that_torch_counts(counted, case):
-    """Up to the similarities of the contrastive loss, which are not counted."""
+    """Up to the similarities of the contrastive loss, which are not counted, and a dialogue's last row, which is read
+    although it predicts nothing."""
     needed, seen = counted[case]
-    assert needed == pytest.approx(seen, rel=2e-3), (case, needed / seen)
+    assert needed == pytest.approx(seen, rel=1e-2), (case, needed / seen)
 
 
 def test_the_command_prints_a_table(tmp_path):

@@ -1,5 +1,6 @@
 """The trainer against a plain implementation on transformers: same checkpoint, same samples, five optimiser steps."""
 
+import itertools
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -26,6 +27,8 @@ CASES: dict[str, tuple[str, dict]] = {
         "pretrain",
         {"micro-batch-size": 4, "contrastive-negatives": "micro-batch", "hallucination-negatives": "none"},
     ),
+    "pretrain-cached": ("pretrain", {"micro-batch-size": 2}),
+    "finetune-cached": ("finetune", {"micro-batch-size": 2, "contrastive-image-context": "prompt"}),
     "finetune-duplicates": (
         "finetune",
         # Adam does not feel a gradient's scale, and so its clipping, unless epsilon counts.
@@ -42,8 +45,9 @@ def train_and_record(command: list[str], recorded: str) -> None:
     pack, seen = loader.pack, []
 
     def pack_and_record(slots, pixel_values, **settings):
-        pixels = iter(pixel_values)
-        seen.append([_as_sample(slot, pixels) for slot in slots])
+        if settings["parts"].dialogues:  # the other pack of a micro-batch holds the same samples
+            pixels = iter(pixel_values)
+            seen.append([_as_sample(slot, pixels) for slot in slots])
         return pack(slots, pixel_values, **settings)
 
     with mock.patch.object(loader, "pack", pack_and_record):
@@ -88,7 +92,10 @@ def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]])
         warmup_fraction=config.get("lr-warmup-fraction", 0.03),
     )
     per_step = config["global-batch-size"] // config["micro-batch-size"]
-    return [trainer.step(micro_batches[step * per_step : (step + 1) * per_step]) for step in range(STEPS)]
+    steps = [micro_batches[step * per_step : (step + 1) * per_step] for step in range(STEPS)]
+    if config.get("contrastive-negatives") != "micro-batch":  # one pool
+        steps = [[list(itertools.chain.from_iterable(step))] for step in steps]
+    return [trainer.step(step) for step in steps]
 
 
 @pytest.fixture(scope="module")
