@@ -124,10 +124,10 @@ def decode(item: ImageDecoder, *files: bytes) -> torch.Tensor:
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pixels_are_those_of_llava(decoders, backend, aspect_ratio):
-    """Pillow rounds to levels between its two passes and DALI does not: mostly a level apart, at most 8."""
+    """torch's fixed-point resize, behind DALI, rounds as Pillow-SIMD does: almost everywhere the same level."""
     files = [jpeg(*size) for size in SIZES]
     result = levels(decode(decoders(backend, aspect_ratio), *files))
-    largest, mean = (8, 0.2) if backend == "dali" else (1e-3, 1e-4)
+    largest, mean = (2.001, 0.01) if backend == "dali" else (1e-3, 1e-4)
     for size, ours, file in zip(SIZES, result, files, strict=True):
         difference = np.abs(ours - ORACLES[aspect_ratio](file))
         assert difference.max() <= largest, size
@@ -161,7 +161,7 @@ def test_pillow_equals_transformers_image_processor(decoders):
 def test_tiny_and_extreme_images(decoders, backend, aspect_ratio, size):
     file = jpeg(*size)
     result = levels(decode(decoders(backend, aspect_ratio), file))[0]
-    assert np.abs(result - ORACLES[aspect_ratio](file)).max() <= 8
+    assert np.abs(result - ORACLES[aspect_ratio](file)).max() <= 2.001
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -249,7 +249,7 @@ def test_avif(decoders, backend):
     if ".avif" not in Image.registered_extensions():
         pytest.skip("this Pillow has no AVIF")
     file = encode(drawing(90, 60), "AVIF")
-    assert np.abs(levels(decode(decoders(backend), file))[0] - llava_pad(file)).max() <= 8
+    assert np.abs(levels(decode(decoders(backend), file))[0] - llava_pad(file)).max() <= 2.001
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -325,9 +325,8 @@ def test_what_dali_alone_cannot_decode_goes_through_pillow(decoders, monkeypatch
     expected = decode(decoders("dali"), PHOTO, gif, bmp)
     with_gif = decoder("dali")
     monkeypatch.setitem(images._DALI_MODES, "GIF", ("P", "RGB"))
-    before = with_gif._pipeline
     assert torch.equal(decode(with_gif, PHOTO, gif, bmp), expected)
-    assert with_gif._pipeline is not before, "DALI was expected to refuse the GIF"
+    assert sum(graph.num_failures for graph in with_gif._graphs) > 0, "DALI was expected to refuse the GIF"
     assert torch.equal(decode(with_gif, PHOTO, PHOTO)[1], expected[0])
     with_gif.close()
 
@@ -359,9 +358,10 @@ def test_large_images_are_refused_before_they_are_decoded(backend):
 @pytest.mark.parametrize("kind", ["text", "empty", "jpeg cut in half", "png cut in half", "webp cut in half"])
 def test_broken_files_are_found_before_dali_sees_them(decoders, kind):
     """What DALI fails on is repeated image by image on a new pipeline: too slow for the common faults."""
-    before = decoders("dali")._pipeline
-    decoders("dali").decode([PHOTO, BAD[kind][0], PHOTO])
-    assert decoders("dali")._pipeline is before
+    item = decoders("dali")
+    before = [graph.num_failures for graph in item._graphs]
+    assert item.decode([PHOTO, BAD[kind][0], PHOTO]).reasons[1] is not None
+    assert [graph.num_failures for graph in item._graphs] == before
 
 
 # ---- independence
