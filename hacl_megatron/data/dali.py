@@ -1,9 +1,9 @@
 """The only file that imports NVIDIA DALI: its graphs, which turn image files into levels or, on the GPU, into pixels.
 
-    host     JPEG … ─decode─→ RGB levels ─pad─→ uint8 [side, side, 3]                      images.py resizes
-    mixed    JPEG … ─decode on the GPU─→ pad → resize → normalise ─→ float32 [3, S, S]     copied to the host
+    host     JPEG … ─decode─→ uint8 [H, W, 3]                                                images.py does the rest
+    mixed    JPEG … ─decode on the GPU─→ pad → resize → normalise ─→ float32 [3, S, S]       copied to the host
 
-DALI's resize stays on the GPU: on the CPU it takes longer than decode and pad together.
+DALI's resize is for the GPU: on the CPU it takes three times as long as the decoding.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,17 +82,9 @@ class Graph:
         return pipeline
 
 
-def host_graph(*, fill: tuple[int, ...] | None) -> Graph:
-    """uint8 [H, W, 3], by one thread.
-
-    With `fill` it is cut to its frame (top, left, height, width), `fill` outside the image; else frames are None.
-    """
-
-    def define(files: Any, frames: Any) -> Any:
-        images = _decoded(files, "cpu")
-        return images if fill is None else _windowed(images, frames, fill)
-
-    return Graph(define, batch_size=HOST_BATCH, num_threads=1, device_id=None)
+def host_graph() -> Graph:
+    """uint8 [H, W, 3], the levels of the image, by one thread. Its frames are None."""
+    return Graph(lambda files, frames: _decoded(files, "cpu"), batch_size=HOST_BATCH, num_threads=1, device_id=None)
 
 
 def mixed_graph(
@@ -104,7 +96,11 @@ def mixed_graph(
     num_threads: int,
     device_id: int,
 ) -> Graph:
-    """float32 [3, S, S], normalised. With `fill`, frames are `host_graph`'s; else the (top, left, bottom, right) to show."""
+    """float32 [3, S, S], normalised.
+
+    A frame is a part of its image: with `fill` (top, left, height, width), `fill` outside the image; else
+    (top, left, bottom, right), in which borders may run through pixels.
+    """
     from nvidia.dali import fn, types
 
     def define(files: Any, frames: Any) -> Any:
@@ -113,7 +109,16 @@ def mixed_graph(
         if fill is None:
             images = fn.resize(images, roi_start=frames[0:2], roi_end=frames[2:4], **bicubic)
         else:
-            images = fn.resize(_windowed(images, frames, fill), **bicubic)
+            window = fn.cast(frames, dtype=types.INT32)
+            images = fn.slice(
+                images,
+                start=window[0:2],
+                shape=window[2:4],
+                axes=(0, 1),
+                out_of_bounds_policy="pad",
+                fill_values=[float(level) for level in fill],
+            )
+            images = fn.resize(images, **bicubic)
         return fn.crop_mirror_normalize(
             images,
             dtype=types.FLOAT,
@@ -134,18 +139,4 @@ def _decoded(files: Any, device: str) -> Any:
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # libjpeg's chroma upsampling on the GPU too
-    )
-
-
-def _windowed(images: Any, frames: Any, fill: tuple[int, ...]) -> Any:
-    from nvidia.dali import fn, types
-
-    frames = fn.cast(frames, dtype=types.INT32)
-    return fn.slice(
-        images,
-        start=frames[0:2],
-        shape=frames[2:4],
-        axes=(0, 1),
-        out_of_bounds_policy="pad",
-        fill_values=[float(level) for level in fill],
     )

@@ -34,15 +34,17 @@ from hacl_megatron.data.dali import HOST_BATCH, Frame, Graph, dali_is_installed,
 from hacl_megatron.data.store import UnusableImage
 
 _DALI_MODES = {
-    "JPEG": ("RGB", "L", "CMYK"),
-    "MPO": ("RGB", "L", "CMYK"),  # JPEGs with a second picture behind them
+    "JPEG": ("RGB", "L"),
+    "MPO": ("RGB", "L"),  # JPEGs with a second picture behind them
     "PNG": ("RGB", "RGBA", "P", "L", "LA", "1"),
-    "WEBP": ("RGB", "RGBA"),
 }
-"""Formats and Pillow modes that DALI decodes to Pillow's very levels (tests/data/test_images.py)."""
+"""Formats and Pillow modes that DALI decodes to Pillow's very levels, and refuses where Pillow does."""
 
-_OTHER_FORMATS = ("GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
+_OTHER_FORMATS = ("WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """Formats left to Pillow. A list, since some that Pillow knows start other programs (EPS) or make no sense here."""
+
+MAX_JPEG_SCANS = 100
+"""Progressive JPEGs have about ten. Each costs a pass over all pixels, so that a small file could take hours."""
 
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """A marker in entropy-coded data, where 0xff is followed by 0 (stuffing) or D0-D7 (restart) otherwise."""
@@ -76,14 +78,16 @@ class DecodedImages:
 
 @dataclass(frozen=True)
 class _ImageFile:
-    """An image file that looks whole."""
+    """An image file whose header is in order."""
 
     data: bytes
     width: int
     height: int
     format: str
+    ends: bool
+    """Whether it reaches its format's end marker; True for formats that have none we look for."""
     for_dali: bool
-    """Whether DALI may decode `data` as it stands."""
+    """Whether DALI may decode it."""
 
 
 def square_window(width: int, height: int) -> tuple[int, int, int, int]:
@@ -170,7 +174,7 @@ class ImageDecoder:
         if self.backend == "pillow":
             return []
         if self.device == "cpu":
-            return [host_graph(fill=fill) for _ in range(self.num_threads)]
+            return [host_graph() for _ in range(self.num_threads)]
         size, mean, std = self.config.size, self.config.mean, self.config.std
         threads = {"num_threads": self.num_threads, "device_id": self.device_id}
         return [mixed_graph(fill=fill, size=size, mean=mean, std=std, **threads)]
@@ -197,9 +201,9 @@ class ImageDecoder:
         for index, data in enumerate(images):
             try:
                 file = self._inspect(data)
-                if self._graphs and file.for_dali and _ends_properly(file):
+                if self._graphs and file.for_dali:
                     for_dali[index] = file
-                else:  # Pillow decides about files without an end marker: some are whole but for it
+                else:
                     self._finish(self._levels_by_pillow(file), outputs[index])
             except UnusableImage as error:
                 reasons[index], outputs[index] = str(error), 0
@@ -222,9 +226,13 @@ class ImageDecoder:
         try:
             with self._open(data) as image:
                 width, height, format, mode = *image.size, image.format, image.mode
+        except Image.DecompressionBombError:
+            raise UnusableImage(
+                f"its declared pixels are more than twice Pillow's limit and --max-image-pixels {self.max_image_pixels}"
+            ) from None
+        except Image.UnidentifiedImageError:
+            raise UnusableImage(f"not an image in a known format: it starts with {data[:12]!r}") from None
         except Exception as error:  # Pillow's readers raise many kinds on broken headers
-            if isinstance(error, Image.UnidentifiedImageError):
-                raise UnusableImage(f"not an image in a known format: it starts with {data[:12]!r}") from None
             raise UnusableImage(_one_line(f"not a readable image: {error}")) from None
         if width < 1 or height < 1:
             raise UnusableImage(f"an image of {width} x {height} pixels")
@@ -236,20 +244,33 @@ class ImageDecoder:
                 f"{width} x {height} pixels, padded to a square, are more than --max-image-pixels "
                 f"{self.max_image_pixels}"
             )
-        deep_png = format == "PNG" and data[24] == 16  # bits a sample; Pillow and DALI shorten them differently
-        return _ImageFile(data, width, height, format, mode in _DALI_MODES.get(format, ()) and not deep_png)
+        for_dali = mode in _DALI_MODES.get(format, ())
+        if format in ("JPEG", "MPO"):
+            scans, ends = _jpeg_scans(data)
+            if scans > MAX_JPEG_SCANS:
+                raise UnusableImage(f"a JPEG of {scans} scans; expected at most {MAX_JPEG_SCANS}")
+            # Pillow refuses a progressive file that calls itself sequential, DALI does not. It also decides about files
+            # without an end marker, since some are whole but for it.
+            for_dali = for_dali and scans == 1 and ends
+        elif format == "PNG":
+            ends = b"IEND\xaeB`\x82" in data[-4096:]  # some programs write a little behind it
+            deep = data[24] == 16  # bits a sample; Pillow and DALI shorten them differently
+            for_dali = for_dali and ends and not deep
+        else:
+            ends = format != "WEBP" or len(data) >= 8 + int.from_bytes(data[4:8], "little")
+        return _ImageFile(data, width, height, format, ends, for_dali)
 
     def _open(self, data: bytes) -> Image.Image:
         """Pillow's image, of which only the header has been read."""
         return Image.open(io.BytesIO(data), formats=self._formats)
 
-    def _load(self, file: _ImageFile) -> Image.Image:
-        """The whole image as RGB levels, by Pillow. Raises UnusableImage when it does not decode."""
+    def _levels_by_pillow(self, file: _ImageFile) -> np.ndarray:
+        """uint8 [H, W, 3]: the image's RGB levels. Raises UnusableImage when it does not decode."""
         try:
             with self._open(file.data) as image:
-                return image.convert("RGB")
+                return np.array(image.convert("RGB"))
         except Exception as error:  # as in _inspect
-            what = "does not decode" if _ends_properly(file) else "is cut off, its end marker is missing"
+            what = "does not decode" if file.ends else "is cut off, its end marker is missing"
             raise UnusableImage(_one_line(f"the {file.format} file {what}: {error}")) from None
 
     def _finish(self, image: np.ndarray, output: np.ndarray) -> None:
@@ -261,11 +282,17 @@ class ImageDecoder:
         np.add(output, self._shift, out=output)
 
     def _resized(self, image: np.ndarray, resize: "Resize") -> np.ndarray:
-        """uint8 [S, S, 3]."""
+        """uint8 [S, S, 3], padded or cropped."""
         size = self.config.size
-        if self.aspect_ratio == "pad":
-            return resize(image, size, size)
         height, width = image.shape[:2]
+        if self.aspect_ratio == "pad":
+            if height != width:
+                top, left, side, _ = square_window(width, height)
+                square = np.empty((side, side, 3), dtype=np.uint8)
+                square[...] = self.fill
+                square[-top : height - top, -left : width - left] = image
+                image = square
+            return resize(image, size, size)
         short, long = min(height, width), max(height, width)
         resized = size * long // short
         if size * resized > self.max_image_pixels:  # the same picture without its far ends, within 2 levels
@@ -276,18 +303,6 @@ class ImageDecoder:
         if width >= height:
             return resize(image, size, resized)[:, start : start + size]
         return resize(image, resized, size)[start : start + size]
-
-    # ---- Pillow
-
-    def _levels_by_pillow(self, file: _ImageFile) -> np.ndarray:
-        """uint8 [H, W, 3]: the levels, on their square with `pad`."""
-        image = self._load(file)
-        if self.aspect_ratio == "pad" and image.width != image.height:
-            top, left, side, _ = square_window(*image.size)
-            square = Image.new("RGB", (side, side), self.fill)
-            square.paste(image, (-left, -top))
-            image = square
-        return np.array(image)
 
     # ---- DALI
 
@@ -316,10 +331,10 @@ class ImageDecoder:
         return {}
 
     def _frames(self, files: list[_ImageFile]) -> list[Frame] | None:
-        if self.aspect_ratio == "pad":
-            return [square_window(file.width, file.height) for file in files]
         if self.device == "cpu":
             return None
+        if self.aspect_ratio == "pad":
+            return [square_window(file.width, file.height) for file in files]
         return [centre_region(file.width, file.height, self.config.size) for file in files]
 
 
@@ -343,28 +358,18 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:200]
 
 
-def _ends_properly(file: _ImageFile) -> bool:
-    """Whether the file reaches its format's end marker; True for formats that have none we look for."""
-    if file.format in ("JPEG", "MPO"):
-        return _jpeg_ends(file.data)
-    if file.format == "PNG":
-        return b"IEND\xaeB`\x82" in file.data[-4096:]  # some programs write a little behind it
-    if file.format == "WEBP":
-        return len(file.data) >= 8 + int.from_bytes(file.data[4:8], "little")
-    return True
-
-
-def _jpeg_ends(data: bytes) -> bool:
-    """Whether a JPEG has its end-of-image marker.
+def _jpeg_scans(data: bytes) -> tuple[int, bool]:
+    """How many scans a JPEG has, and whether its end-of-image marker is there.
 
     Walks the segments, because an EXIF thumbnail carries an end-of-image marker of its own, and looks no further than
     the first one at this level, because some cameras write on behind it.
     """
-    position = 2  # behind the start-of-image marker
+    position, scans = 2, 0  # behind the start-of-image marker
     while match := _JPEG_MARKER.search(data, position):
         marker = data[match.end() - 1]
         if marker == 0xD9:
-            return True
+            return scans, True
+        scans += marker == 0xDA
         length = 0 if marker == 0x01 else int.from_bytes(data[match.end() : match.end() + 2], "big")
         position = match.end() + length
-    return False
+    return scans, False

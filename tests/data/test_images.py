@@ -190,19 +190,33 @@ def with_alpha(image: Image.Image) -> Image.Image:
     return image
 
 
+def png_of(width: int, height: int, *, bits: int, interlaced: bool, raw: bytes) -> bytes:
+    """An RGB PNG of filtered rows."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, interlaced)),
+        (b"IDAT", zlib.compress(raw)),
+        (b"IEND", b""),
+    ]
+    body = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def interlaced_png(image: Image.Image) -> bytes:
+    """Adam7's seven passes, each a smaller image; Pillow reads them but cannot write them."""
+    levels = np.asarray(image)
+    passes = [(0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)]
+    rows = [row for top, down, left, right in passes for row in levels[top::down, left::right]]
+    raw = b"".join(b"\0" + row.tobytes() for row in rows if row.size)
+    return png_of(image.width, image.height, bits=8, interlaced=True, raw=raw)
+
+
 def png16(image: Image.Image) -> bytes:
     """A 16-bit RGB PNG, which Pillow reads but cannot write."""
     rows = np.asarray(image).astype(">u2") * 256 + 200
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", image.width, image.height, 16, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(raw)),
-    ]
-    body = b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in [*chunks, (b"IEND", b"")]
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
+    return png_of(image.width, image.height, bits=16, interlaced=False, raw=raw)
 
 
 KINDS = {
@@ -214,6 +228,8 @@ KINDS = {
     "jpeg with restart markers": lambda image: encode(image, "JPEG", restart_marker_rows=1),
     "jpeg with bytes behind its end": lambda image: encode(image, "JPEG") + b"camera" * 50,
     "jpeg with a second picture": lambda image: encode(image, "MPO", save_all=True, append_images=[image.rotate(180)]),
+    "4:1:1 jpeg": lambda image: encode(image, "JPEG", subsampling="4:1:1"),
+    "rgb jpeg": lambda image: encode(image, "JPEG", keep_rgb=True),
     "exif-rotated jpeg": exif_rotated,
     "png": lambda image: encode(image, "PNG"),
     "png with alpha": lambda image: encode(with_alpha(image), "PNG"),
@@ -223,6 +239,7 @@ KINDS = {
     "grey png": lambda image: encode(image.convert("L"), "PNG"),
     "grey png with alpha": lambda image: encode(with_alpha(image).convert("LA"), "PNG"),
     "black and white png": lambda image: encode(image.convert("1"), "PNG"),
+    "interlaced png": interlaced_png,
     "16-bit png": png16,
     "webp": lambda image: encode(image, "WEBP"),
     "webp with alpha": lambda image: encode(with_alpha(image), "WEBP", lossless=True),
