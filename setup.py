@@ -42,6 +42,7 @@ setup(
         "pyyaml>=6.0",  # configuration files
         "tqdm>=4.66",  # progress bars
         "numpy>=1.26",  # image arrays
+        "jinja2>=3.1",  # the page of tools/inspect_data.py, every text escaped
         *dali(),  # JPEG bytes to pixels, on GPU and CPU
     ],
     extras_require={

@@ -124,10 +124,10 @@ def decode(item: ImageDecoder, *files: bytes) -> torch.Tensor:
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pixels_are_those_of_llava(decoders, backend, aspect_ratio):
-    """Pillow rounds to levels between its two passes and DALI does not: mostly a level apart, at most 8."""
+    """torch's fixed-point resize, behind DALI, rounds as Pillow-SIMD does: almost everywhere the same level."""
     files = [jpeg(*size) for size in SIZES]
     result = levels(decode(decoders(backend, aspect_ratio), *files))
-    largest, mean = (8, 0.2) if backend == "dali" else (1e-3, 1e-4)
+    largest, mean = (2.001, 0.01) if backend == "dali" else (1e-3, 1e-4)
     for size, ours, file in zip(SIZES, result, files, strict=True):
         difference = np.abs(ours - ORACLES[aspect_ratio](file))
         assert difference.max() <= largest, size
@@ -161,7 +161,7 @@ def test_pillow_equals_transformers_image_processor(decoders):
 def test_tiny_and_extreme_images(decoders, backend, aspect_ratio, size):
     file = jpeg(*size)
     result = levels(decode(decoders(backend, aspect_ratio), file))[0]
-    assert np.abs(result - ORACLES[aspect_ratio](file)).max() <= 8
+    assert np.abs(result - ORACLES[aspect_ratio](file)).max() <= 2.001
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -190,19 +190,33 @@ def with_alpha(image: Image.Image) -> Image.Image:
     return image
 
 
+def png_of(width: int, height: int, *, bits: int, interlaced: bool, raw: bytes) -> bytes:
+    """An RGB PNG of filtered rows."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, interlaced)),
+        (b"IDAT", zlib.compress(raw)),
+        (b"IEND", b""),
+    ]
+    body = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def interlaced_png(image: Image.Image) -> bytes:
+    """Adam7's seven passes, each a smaller image; Pillow reads them but cannot write them."""
+    levels = np.asarray(image)
+    passes = [(0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)]
+    rows = [row for top, down, left, right in passes for row in levels[top::down, left::right]]
+    raw = b"".join(b"\0" + row.tobytes() for row in rows if row.size)
+    return png_of(image.width, image.height, bits=8, interlaced=True, raw=raw)
+
+
 def png16(image: Image.Image) -> bytes:
     """A 16-bit RGB PNG, which Pillow reads but cannot write."""
     rows = np.asarray(image).astype(">u2") * 256 + 200
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", image.width, image.height, 16, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(raw)),
-    ]
-    body = b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in [*chunks, (b"IEND", b"")]
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
+    return png_of(image.width, image.height, bits=16, interlaced=False, raw=raw)
 
 
 KINDS = {
@@ -214,6 +228,8 @@ KINDS = {
     "jpeg with restart markers": lambda image: encode(image, "JPEG", restart_marker_rows=1),
     "jpeg with bytes behind its end": lambda image: encode(image, "JPEG") + b"camera" * 50,
     "jpeg with a second picture": lambda image: encode(image, "MPO", save_all=True, append_images=[image.rotate(180)]),
+    "4:1:1 jpeg": lambda image: encode(image, "JPEG", subsampling="4:1:1"),
+    "rgb jpeg": lambda image: encode(image, "JPEG", keep_rgb=True),
     "exif-rotated jpeg": exif_rotated,
     "png": lambda image: encode(image, "PNG"),
     "png with alpha": lambda image: encode(with_alpha(image), "PNG"),
@@ -223,6 +239,7 @@ KINDS = {
     "grey png": lambda image: encode(image.convert("L"), "PNG"),
     "grey png with alpha": lambda image: encode(with_alpha(image).convert("LA"), "PNG"),
     "black and white png": lambda image: encode(image.convert("1"), "PNG"),
+    "interlaced png": interlaced_png,
     "16-bit png": png16,
     "webp": lambda image: encode(image, "WEBP"),
     "webp with alpha": lambda image: encode(with_alpha(image), "WEBP", lossless=True),
@@ -249,7 +266,7 @@ def test_avif(decoders, backend):
     if ".avif" not in Image.registered_extensions():
         pytest.skip("this Pillow has no AVIF")
     file = encode(drawing(90, 60), "AVIF")
-    assert np.abs(levels(decode(decoders(backend), file))[0] - llava_pad(file)).max() <= 8
+    assert np.abs(levels(decode(decoders(backend), file))[0] - llava_pad(file)).max() <= 2.001
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -325,9 +342,8 @@ def test_what_dali_alone_cannot_decode_goes_through_pillow(decoders, monkeypatch
     expected = decode(decoders("dali"), PHOTO, gif, bmp)
     with_gif = decoder("dali")
     monkeypatch.setitem(images._DALI_MODES, "GIF", ("P", "RGB"))
-    before = with_gif._pipeline
     assert torch.equal(decode(with_gif, PHOTO, gif, bmp), expected)
-    assert with_gif._pipeline is not before, "DALI was expected to refuse the GIF"
+    assert sum(graph.num_failures for graph in with_gif._graphs) > 0, "DALI was expected to refuse the GIF"
     assert torch.equal(decode(with_gif, PHOTO, PHOTO)[1], expected[0])
     with_gif.close()
 
@@ -359,9 +375,10 @@ def test_large_images_are_refused_before_they_are_decoded(backend):
 @pytest.mark.parametrize("kind", ["text", "empty", "jpeg cut in half", "png cut in half", "webp cut in half"])
 def test_broken_files_are_found_before_dali_sees_them(decoders, kind):
     """What DALI fails on is repeated image by image on a new pipeline: too slow for the common faults."""
-    before = decoders("dali")._pipeline
-    decoders("dali").decode([PHOTO, BAD[kind][0], PHOTO])
-    assert decoders("dali")._pipeline is before
+    item = decoders("dali")
+    before = [graph.num_failures for graph in item._graphs]
+    assert item.decode([PHOTO, BAD[kind][0], PHOTO]).reasons[1] is not None
+    assert [graph.num_failures for graph in item._graphs] == before
 
 
 # ---- independence

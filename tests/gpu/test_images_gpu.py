@@ -1,4 +1,4 @@
-"""Decoding with part of DALI's graph on the GPU against the same graph on the CPU."""
+"""Images decoded, resized and normalised by DALI's `mixed` graph against those of the host."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ pytestmark = [
     pytest.mark.skipif(not images.dali_is_installed(), reason="DALI is not installed"),
 ]
 CONFIG = ImageConfig(size=336)
-TOLERANCE = (8 / 255 / np.array(CONFIG.std)).reshape(3, 1, 1)
-"""8 of 255 levels: nvJPEG's inverse transform and upsampling round differently from libjpeg's."""
+TOLERANCE = (10 / 255 / np.array(CONFIG.std)).reshape(3, 1, 1)
+"""10 of 255 levels: DALI's resize differs by up to 8 from Pillow's, which the host's follows to 2."""
 
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])

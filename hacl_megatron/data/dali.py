@@ -1,0 +1,142 @@
+"""The only file that imports NVIDIA DALI: its graphs, which turn image files into levels or, on the GPU, into pixels.
+
+    host     JPEG … ─decode─→ uint8 [H, W, 3]                                                images.py does the rest
+    mixed    JPEG … ─decode on the GPU─→ pad → resize → normalise ─→ float32 [3, S, S]       copied to the host
+
+DALI's resize is for the GPU: on the CPU it takes three times as long as the decoding.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+HOST_BATCH = 4
+"""Images that go through a host graph at once; it keeps buffers for as many of the largest images it has seen."""
+MIXED_BATCH = 32
+"""The same of the mixed graph, where more at once keep the GPU busy."""
+
+Frame = tuple[float, float, float, float]
+
+
+def dali_is_installed() -> bool:
+    """Whether `nvidia.dali` can be imported; tries it."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except (ImportError, OSError):  # OSError: a wheel for another system's libraries
+        return False
+    return True
+
+
+class Graph:
+    """A DALI pipeline over up to `batch_size` image files at a time. One thread at a time may run it.
+
+    A pipeline that has failed is unusable, so that the next run builds a new one (16 ms).
+    """
+
+    def __init__(self, define: Callable[[Any, Any], Any], *, batch_size: int, num_threads: int, device_id: int | None):
+        self.batch_size = batch_size
+        self.num_failures = 0
+        self._define, self._num_threads, self._device_id = define, num_threads, device_id
+        self._pipeline: Any = None
+
+    def run(self, files: Sequence[bytes], frames: Sequence[Frame] | None) -> list[np.ndarray]:
+        """One array per file, valid until the next run.
+
+        Args:
+            frames: for each file what the graph's definition wants to know of it; None if it wants nothing.
+
+        Raises:
+            RuntimeError: a file does not decode. DALI does not say which.
+        """
+        if self._pipeline is None:
+            self._pipeline = self._build(frames is not None)
+        try:
+            self._pipeline.feed_input("files", [np.frombuffer(data, dtype=np.uint8) for data in files])
+            if frames is not None:
+                self._pipeline.feed_input("frames", [np.array(frame, dtype=np.float32) for frame in frames])
+            (output,) = self._pipeline.run()
+        except RuntimeError:
+            self._pipeline = None
+            self.num_failures += 1
+            raise
+        output = output.as_cpu()
+        return [np.asarray(output.at(index)) for index in range(len(files))]
+
+    def _build(self, with_frames: bool) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        pipeline = Pipeline(
+            batch_size=self.batch_size,
+            num_threads=self._num_threads,
+            device_id=self._device_id,
+            prefetch_queue_depth=1,  # reading ahead is the loader's business
+            exec_pipelined=False,
+            exec_async=False,
+        )
+        with pipeline:
+            files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
+            frames = fn.external_source(name="frames", dtype=types.FLOAT, ndim=1) if with_frames else None
+            pipeline.set_outputs(self._define(files, frames))
+        pipeline.build()
+        return pipeline
+
+
+def host_graph() -> Graph:
+    """uint8 [H, W, 3], the levels of the image, by one thread. Its frames are None."""
+    return Graph(lambda files, frames: _decoded(files, "cpu"), batch_size=HOST_BATCH, num_threads=1, device_id=None)
+
+
+def mixed_graph(
+    *,
+    fill: tuple[int, ...] | None,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_threads: int,
+    device_id: int,
+) -> Graph:
+    """float32 [3, S, S], normalised.
+
+    A frame is a part of its image: with `fill` (top, left, height, width), `fill` outside the image; else
+    (top, left, bottom, right), in which borders may run through pixels.
+    """
+    from nvidia.dali import fn, types
+
+    def define(files: Any, frames: Any) -> Any:
+        images = _decoded(files, "mixed")
+        bicubic = {"interp_type": types.INTERP_CUBIC, "antialias": True, "subpixel_scale": False, "size": [size, size]}
+        if fill is None:
+            images = fn.resize(images, roi_start=frames[0:2], roi_end=frames[2:4], **bicubic)
+        else:
+            window = fn.cast(frames, dtype=types.INT32)
+            images = fn.slice(
+                images,
+                start=window[0:2],
+                shape=window[2:4],
+                axes=(0, 1),
+                out_of_bounds_policy="pad",
+                fill_values=[float(level) for level in fill],
+            )
+            images = fn.resize(images, **bicubic)
+        return fn.crop_mirror_normalize(
+            images,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mean=[255 * value for value in mean],
+            std=[255 * value for value in std],
+        )
+
+    return Graph(define, batch_size=MIXED_BATCH, num_threads=num_threads, device_id=device_id)
+
+
+def _decoded(files: Any, device: str) -> Any:
+    from nvidia.dali import fn, types
+
+    return fn.decoders.image(
+        files,
+        device=device,
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # libjpeg's chroma upsampling on the GPU too
+    )

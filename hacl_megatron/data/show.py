@@ -1,0 +1,173 @@
+"""What the model will see of a sample, as plain records that a page can print (tools/inspect_data.py).
+
+    Sample ─┬ encode ─→ segments ─→ Segment of Token (text, position, target or not)
+            ├ FolderStore ─→ ImageDecoder ─→ pixels ─de-normalised→ PNG
+            └ captions ─difflib→ Word (same, left out, written in)
+
+Everything goes through the trainer's own readers, templates and decoder; nothing is computed a second time here.
+"""
+
+import base64
+import difflib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from hacl_megatron.config.architecture import ImageConfig
+from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample, EncodingSettings, UnusableSample, encode
+from hacl_megatron.data.images import ImageDecoder
+from hacl_megatron.data.manifest import IMAGE_TAG, Sample
+from hacl_megatron.data.store import FolderStore, UnusableImage
+from hacl_megatron.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One row of a segment, or all rows of an image."""
+
+    text: str
+    """The piece as the vocabulary has it ("▁cat"); `<image>` for an image's rows."""
+    position: int
+    """Position of the (first) row in its segment, from 0."""
+    count: int = 1
+    """Rows: 1, or an image's."""
+    token_id: int | None = None
+    """None for an image."""
+    kind: Literal["target", "ignored", "image", "eos"]
+    """`target`: the loss asks for it. `eos`: the row whose hidden state represents an image or a caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Rows that attend to each other and to nothing else."""
+
+    title: str
+    tokens: list[Token]
+    length: int
+    num_targets: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Word:
+    """A stretch of a hallucinated caption, compared with the caption."""
+
+    text: str
+    change: Literal["same", "removed", "added"]
+
+
+@dataclass(kw_only=True)
+class ShownSample:
+    """One sample, ready to print."""
+
+    sample: Sample
+    reasons: list[str] = field(default_factory=list)
+    """Why it cannot be trained on; empty for a good sample."""
+    notes: list[str] = field(default_factory=list)
+    """What the trainer does to it that one may not expect."""
+    image_url: str | None = None
+    """The pixels after padding and resizing, as a `data:` URL; None without a usable image."""
+    image_file: str | None = None
+    """Size and format of the image's file."""
+    segments: list[Segment] = field(default_factory=list)
+    hallucinated: list[list[Word]] = field(default_factory=list)
+
+
+def show(
+    sample: Sample, *, store: FolderStore, decoder: ImageDecoder, tokenizer: Tokenizer, settings: EncodingSettings
+) -> ShownSample:
+    """The sample as the loader would take it, with the reasons if it would not."""
+    shown = ShownSample(sample=sample)
+    if sample.image is not None:
+        try:
+            _show_image(shown, store.read(sample.image), decoder)
+        except UnusableImage as error:
+            shown.reasons.append(str(error))
+    try:
+        encoded = encode(sample, tokenizer, settings)
+    except UnusableSample as error:
+        shown.reasons.append(str(error))
+    else:
+        shown.segments = list(_segments(encoded, tokenizer))
+        if encoded.truncated:
+            shown.notes.append(f"The dialogue is cut at --model-max-length {settings.model_max_length}.")
+        if encoded.tokenization_mismatch:
+            shown.notes.append("Its rounds do not tokenize to the length of the whole: LLaVA ignores all its labels.")
+        elif shown.segments[0].num_targets == 0:
+            shown.notes.append("Nothing of the dialogue is a target.")
+    if sample.caption is not None:
+        shown.hallucinated = [compare(sample.caption, text) for text in sample.hallucinated_captions]
+        if sample.image is None:
+            shown.notes.append("A caption without an image makes no pair.")
+    elif sample.hallucinated_captions:
+        shown.notes.append("Its hallucinated captions are not used: it has no caption.")
+    return shown
+
+
+def compare(caption: str, hallucinated: str) -> list[Word]:
+    """The hallucinated caption's words, with what was left out of the caption before what was written instead.
+
+    "A red cat." and "A blue cat." give same "A ", removed "red", added "blue", same " cat.".
+    """
+    ours, theirs = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (caption, hallucinated))
+    words = []
+    for tag, a, b, c, d in difflib.SequenceMatcher(a=ours, b=theirs, autojunk=False).get_opcodes():
+        if tag == "equal":
+            words.append(Word(text="".join(theirs[c:d]), change="same"))
+            continue
+        words += [Word(text="".join(ours[a:b]), change="removed")] if a < b else []
+        words += [Word(text="".join(theirs[c:d]), change="added")] if c < d else []
+    return words
+
+
+def _show_image(shown: ShownSample, data: bytes, decoder: ImageDecoder) -> None:
+    decoded = decoder.decode([data])
+    if decoded.reasons[0] is not None:
+        raise UnusableImage(decoded.reasons[0])
+    shown.image_url = png_url(decoded.pixel_values[0], decoder.config)
+    with Image.open(io.BytesIO(data)) as image:
+        shown.image_file = f"{image.format} of {image.width} x {image.height}, {len(data) / 1000:,.1f} kB"
+
+
+def png_url(pixels: Tensor, config: ImageConfig) -> str:
+    """float32 [3, S, S] of normalised pixels → a `data:` URL of the PNG with their levels."""
+    mean, std = np.array(config.mean), np.array(config.std)
+    levels = (pixels.double().movedim(0, -1).numpy() * std + mean) * 255
+    file = io.BytesIO()
+    Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _segments(encoded: EncodedSample, tokenizer: Tokenizer) -> Iterator[Segment]:
+    yield _segment("dialogue", encoded.dialogue, encoded.labels, tokenizer)
+    if encoded.image_segment is not None:
+        yield _segment("image + EOS", encoded.image_segment, None, tokenizer)
+        yield _segment("caption + EOS", encoded.caption_segment, None, tokenizer)
+    for number, rows in enumerate(encoded.hallucinated_segments, start=1):
+        yield _segment(f"hallucinated caption {number} + EOS", rows, None, tokenizer)
+
+
+def _segment(title: str, rows: np.ndarray, labels: np.ndarray | None, tokenizer: Tokenizer) -> Segment:
+    """`labels` None: a segment whose last row, EOS, is read."""
+    pieces = tokenizer.backend.convert_ids_to_tokens([int(row) for row in rows if row != IMAGE])
+    texts = iter(pieces)
+    tokens: list[Token] = []
+    for is_image, group in groupby(range(len(rows)), key=lambda at: rows[at] == IMAGE):
+        positions = list(group)
+        if is_image:
+            tokens.append(Token(text=IMAGE_TAG, position=positions[0], count=len(positions), kind="image"))
+            continue
+        for at in positions:
+            kind = "target" if labels is not None and labels[at] != IGNORE else "ignored"
+            if labels is None and at == len(rows) - 1:
+                kind = "eos"
+            tokens.append(Token(text=next(texts), position=at, token_id=int(rows[at]), kind=kind))
+    # A segment's first row is nobody's target: no row predicts it.
+    num_targets = 0 if labels is None else int((labels[1:] != IGNORE).sum())
+    return Segment(title=title, tokens=tokens, length=len(rows), num_targets=num_targets)

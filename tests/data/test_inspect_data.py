@@ -1,0 +1,193 @@
+"""The page of tools/inspect_data.py, read back with Python's HTML parser."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hacl_megatron.data.show import compare
+from tests.checkpoint.tool_runs import run_tool
+from tests.data import test_images
+from tests.data.tiny_tokenizer import write_tokenizer
+
+V = 576
+EVIL = '<script>alert("x")</script> & <b>cat</b> \u202e\x07'
+
+
+class Page(HTMLParser):
+    """Sections of a page: their tokens, reasons, notes, captions, images; and every tag and outside address."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.sections: list[dict] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self._open: list[tuple[str, str]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.add(tag)
+        self.addresses += [value for key, value in attrs.items() if key in ("src", "href", "srcset", "action")]
+        if tag == "section":
+            self.sections.append(
+                {"tokens": [], "text": "", "reason": "", "note": "", "del": [], "ins": [], "image": None}
+            )
+        if tag == "h3" and self.sections:
+            self.sections[-1]["tokens"].append([])
+        if tag == "img":
+            self.sections[-1]["image"] = attrs["src"]
+        kind = attrs.get("class", "")
+        if tag == "span" and kind.split()[:1] == ["t"] and self.sections:
+            self.sections[-1]["tokens"][-1].append([[*kind.split(), "ignored"][1], "", ""])
+        if tag not in ("meta", "img", "br"):
+            self._open.append((tag, kind))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag, tag
+
+    def handle_data(self, data):
+        if not self.sections or not self._open:
+            return
+        section, (tag, kind) = self.sections[-1], self._open[-1]
+        section["text"] += data
+        if kind in ("reason", "note"):
+            section[kind] += data
+        if tag in ("del", "ins"):
+            section[tag].append(data)
+        if any(kind.split()[:1] == ["t"] for _, kind in self._open):
+            section["tokens"][-1][-1][2 if tag == "small" else 1] += data
+
+
+def turns(question: str, *more: str) -> list[dict]:
+    values = [f"<image>\n{question}", *more]
+    return [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inspect")
+    (folder / "images").mkdir()
+    (folder / "images" / "wide.jpg").write_bytes(test_images.jpeg(90, 60))
+    (folder / "images" / "cut.jpg").write_bytes(test_images.PHOTO[:900])
+    pair = {"text": "A red cat, big.", "Hallucination caption": ["A blue cat, big.", "Two red cats, big."]}
+    records = [
+        {"id": "pair", "image": "wide.jpg", "conversations": turns("What is it?", "it is a cat"), **pair},
+        {"id": EVIL, "image": "wide.jpg", "conversations": turns("What?", f"a {EVIL}"), "text": EVIL},
+        {"id": "talk", "conversations": turns("What?", "a cat", "is it red?", "yes")},
+        {"id": "cut", "image": "cut.jpg", "conversations": turns("What is it?", "a cat")},
+        {"id": "gone", "image": "gone.jpg", "conversations": turns("What is it?", "a cat")},
+        {"id": "half", "image": "wide.jpg", "conversations": turns("What is it?", "a \ud83d cat")},
+        {"id": "odd", "image": "../wide.jpg", "conversations": [{"from": "system", "value": "<i>x</i>"}]},
+        *({"id": f"more-{n}", "conversations": turns("What?", "a dog")} for n in range(30)),
+    ]
+    (folder / "data.json").write_text(json.dumps(records))
+    write_tokenizer(folder / "tokenizer", legacy=True)
+    return folder
+
+
+def inspect(dataset: Path, *arguments: object) -> Page:
+    out = dataset / "page.html"
+    out.unlink(missing_ok=True)
+    assert run(dataset, out, *arguments) == 0
+    return Page(out)
+
+
+def run(dataset: Path, out: Path, *arguments: object) -> int:
+    paths = ("--data-path", dataset / "data.json", "--image-folder", dataset / "images")
+    return run_tool("inspect_data", *paths, "--tokenizer", dataset / "tokenizer", "--output", out, *arguments)
+
+
+def texts(tokens: list, kind: str) -> str:
+    return "".join(text for own, text, _ in tokens if own == kind).replace("▁", " ")
+
+
+def test_tokens_targets_lengths_and_positions(dataset):
+    (section,) = inspect(dataset, "--ids", "pair").sections
+    dialogue, image, caption, *hallucinated = section["tokens"]
+    assert texts(dialogue, "target") == " it is a cat</s>"
+    assert texts(dialogue, "image") == f"<image> × {V}" and texts(image, "image") == f"<image> × {V}"
+    assert texts(dialogue, "ignored").startswith("<s> A chat between a curious user")
+    assert texts(dialogue, "ignored").endswith(" ASSISTANT:")
+    assert texts(caption, "ignored") == "<s> A red cat, big." and texts(caption, "eos") == "</s>"
+    assert [texts(tokens, "ignored") for tokens in hallucinated] == ["<s> A blue cat, big.", "<s> Two red cats, big."]
+    for tokens in (dialogue, image, caption, *hallucinated):
+        expected = 0
+        for _, text, position in tokens:
+            count = V if text.startswith("<image>") else 1
+            assert position == (str(expected) if count == 1 else f"{expected}–{expected + count - 1}")
+            expected += count
+        assert f"{expected} rows" in section["text"]
+    assert f"{sum(kind == 'target' for kind, *_ in dialogue)} targets" in section["text"]
+    assert not section["reason"] and not section["note"]
+
+
+def test_differences_of_hallucinated_captions(dataset):
+    (section,) = inspect(dataset, "--ids", "pair").sections
+    assert (section["del"], section["ins"]) == (["red", "A", "cat"], ["blue", "Two", "cats"])
+    words = compare("A red cat.", "A red cat, asleep.")
+    assert [(word.text, word.change) for word in words if word.change != "same"] == [(", asleep", "added")]
+    for caption, other in (("a b c", "c b a"), ("", "x"), ("x", ""), ("a  b", "a b\n")):
+        words = compare(caption, other)
+        assert "".join(word.text for word in words if word.change != "removed") == other
+        assert "".join(word.text for word in words if word.change != "added") == caption
+
+
+def test_the_picture_is_the_padded_and_resized_one(dataset, monkeypatch):
+    (section,) = inspect(dataset, "--ids", "pair").sections
+    kind, _, data = section["image"].partition(",")
+    assert kind == "data:image/png;base64"
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), dtype=int)
+    monkeypatch.setattr(test_images, "SIZE", 336)
+    expected = test_images.llava_pad((dataset / "images" / "wide.jpg").read_bytes()).astype(int)
+    assert shown.shape == (336, 336, 3) and np.abs(shown - expected).max() <= 2
+    assert "JPEG of 90 x 60" in section["text"]
+
+
+def test_texts_stay_texts(dataset):
+    page = inspect(dataset, "--ids", EVIL)
+    (section,) = page.sections
+    assert '<script>alert("x")</script> & <b>cat</b> \u202e\\x07' in section["text"]
+    assert not page.tags & {"script", "i", "iframe", "link"}
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+
+
+def test_broken_samples_are_shown_with_their_reasons(dataset):
+    page = inspect(dataset, "--ids", "pair", "cut", "gone", "half", "odd", "talk")
+    reasons = [section["reason"] for section in page.sections]
+    for found, expected in zip(
+        reasons, ["", "cut off", "no such file", "does not tokenize", "leaves the image folder", ""], strict=True
+    ):
+        assert expected in found and bool(found) == bool(expected), (found, expected)
+    assert "turn 0 is from 'system'" in reasons[4] and "<i>x</i>" in page.sections[4]["text"]
+    assert [section["image"] is None for section in page.sections] == [False, True, True, False, True, True]
+    assert "a \\ud83d cat" in page.sections[3]["text"]
+
+
+def test_what_the_trainer_does_is_noted(dataset):
+    (cut,) = inspect(dataset, "--ids", "pair", "--model-max-length", V + 40).sections
+    assert f"cut at --model-max-length {V + 40}" in cut["note"]
+    page = inspect(dataset, "--ids", "pair", "--version", "plain", "--contrastive-image-context", "prompt")
+    dialogue, image, *_ = page.sections[0]["tokens"]
+    assert texts(dialogue, "ignored") == "<s>" and texts(dialogue, "target").startswith(" it is a cat")
+    assert [kind for kind, *_ in image] == ["ignored", "image", "eos"]
+
+
+def test_which_samples(dataset, capsys):
+    first, again, other = (
+        [s["text"] for s in inspect(dataset, "--random", 5, "--seed", seed).sections] for seed in (1, 1, 2)
+    )
+    assert first == again != other and len(set(first)) == 5
+    assert len(inspect(dataset, "--random", 999).sections) == 37
+    (by_number,) = inspect(dataset, "--ids", "#2").sections
+    assert "sample 2 of" in by_number["text"] and texts(by_number["tokens"][0], "target") == " a cat</s> yes</s>"
+    capsys.readouterr()
+    assert run(dataset, dataset / "no.html", "--ids", "pairs") == 2
+    assert "--ids 'pairs': no such sample; did you mean pair?" in capsys.readouterr().err
+    assert run(dataset, dataset / "no.html", "--random", 0) == 2 and not (dataset / "no.html").exists()
