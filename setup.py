@@ -29,6 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["hacl_megatron", "hacl_megatron.*"]),
+    package_data={"hacl_megatron.data.hallucinate": ["words/*.txt"]},  # word lists of the rules
     install_requires=[
         "torch>=2.6",  # tensors, autograd, torch.distributed
         "megatron-core>=0.16.1,<0.20",  # tensor/sequence/pipeline parallel layers, schedules, DDP, checkpoints
