@@ -17,6 +17,28 @@ SINGULAR, PLURAL, MASS = range(3)
 """Forms of a noun: index into an entry's `written`."""
 
 
+def _lines(name: str) -> Iterator[tuple[str, str]]:
+    """(section, line) of a word list, without comments and empty lines."""
+    section = ""
+    text = (resources.files(__package__) / "words" / name).read_text(encoding="utf-8")
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("[") and line.endswith("]"):
+            section = line[1:-1]
+        elif line and not line.startswith("#"):
+            yield section, line
+
+
+def _context() -> dict[str, frozenset[str]]:
+    sections: dict[str, frozenset[str]] = {}
+    for section, line in _lines("context.txt"):
+        sections[section] = sections.get(section, frozenset()) | frozenset(line.split())
+    return sections
+
+
+CONTEXT = _context()
+"""Words around a phrase by what they show (words/context.txt)."""
+
+
 @dataclass(eq=False, slots=True)
 class Entry:
     """Words of one meaning, and how it is written into a caption."""
@@ -58,11 +80,8 @@ class Lexicon:
         self._lengths: dict[str, list[int]] = {}
         self.objects: dict[str, Entry] = {}
         """Object classes by their first word."""
-        self.context: dict[str, frozenset[str]] = {}
-        """Function words by what they show (words/context.txt)."""
         self.scenes: dict[str, list[Entry]] = {}
         """Objects that may be invented, by the group of an object that is there, or `anything`."""
-        self._read_context()
         self._read_objects()
         self._read_people()
         self._read_attributes()
@@ -102,10 +121,6 @@ class Lexicon:
         lengths = self._lengths.setdefault(tokens[0], [])
         if len(tokens) not in lengths:
             lengths.append(len(tokens))
-
-    def _read_context(self) -> None:
-        for section, line in _lines("context.txt"):
-            self.context[section] = self.context.get(section, frozenset()) | frozenset(line.split())
 
     def _read_objects(self) -> None:
         groups: dict[str, list[Entry]] = {}
@@ -180,17 +195,6 @@ class Lexicon:
 def lexicon() -> Lexicon:
     """The word lists, read on the first call."""
     return Lexicon()
-
-
-def _lines(name: str) -> Iterator[tuple[str, str]]:
-    """(section, line) of a word list, without comments and empty lines."""
-    section = ""
-    text = (resources.files(__package__) / "words" / name).read_text(encoding="utf-8")
-    for line in map(str.strip, text.splitlines()):
-        if line.startswith("[") and line.endswith("]"):
-            section = line[1:-1]
-        elif line and not line.startswith("#"):
-            yield section, line
 
 
 def _noun(word: str) -> tuple[str | None, str | None, str | None]:

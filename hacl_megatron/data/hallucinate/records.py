@@ -1,4 +1,4 @@
-"""Streams the records of a LLaVA JSON or JSONL file, and writes them again: a few MB of memory whatever the file's size.
+"""Streams the records of a LLaVA JSON or JSONL file, and writes them again; memory does not grow with the file.
 
 Input and output are JSON (one list) or JSON lines (`.jsonl`), each by its own name. The output is written beside its
 place and renamed when complete.

@@ -4,19 +4,16 @@ Logic decides what contradicts what: "at least four" does not become "at least t
 and right are not exchanged where a sentence has both ("one on the left, one on the right" would stay true).
 """
 
-from hacl_megatron.data.hallucinate.lexicon import PLURAL, Lexicon, Match
+from hacl_megatron.data.hallucinate.lexicon import CONTEXT, PLURAL, Lexicon, Match
 from hacl_megatron.data.hallucinate.text import Caption
 from hacl_megatron.data.hallucinate.units import Site, Unit
 
 _NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_NOT_BEFORE_COUNT = frozenset(
-    "the other others or to and about around approximately up nearly almost over than these those last first next "
-    "his her their its number part step chapter page phase day - / . : # under every all of".split()
-)
-_DETERMINERS = frozenset("a an the his her their its it him them each another some two three".split())
+_NOT_BEFORE_COUNT = CONTEXT["not before count"]
+_DETERMINERS = CONTEXT["determiners"]
 _SIDES = {"left": "right", "right": "left"}
-_SIDE_BEFORE = frozenset("the upper lower top bottom far front back to".split())
-_SIDE_NOUNS = frozenset("side edge corner hand part portion end half foot arm leg of and , . in with".split())
+_SIDE_BEFORE = CONTEXT["side before"]
+_SIDE_NOUNS = CONTEXT["side nouns"]
 _SURFACES = frozenset(("seat", "large furniture"))
 _SIMPLE = {  # phrase: what contradicts it; a determiner has to follow
     ("in", "front", "of"): ("behind",),
@@ -68,7 +65,7 @@ def _counts(caption: Caption, matches: list[Match], words: Lexicon) -> list[Unit
             if not (at and low[at - 1] == "a" and low[at + 1 : at + 2] == ["of"]) or word == "pair":
                 continue
             noun = at + 2
-        while noun < len(low) and low[noun] in words.context["adjectives"]:
+        while noun < len(low) and low[noun] in CONTEXT["adjectives"]:
             noun += 1
         if noun not in plural_at and not (noun < len(low) and low[noun] in _PLURALS):
             continue
@@ -94,7 +91,7 @@ def _counts(caption: Caption, matches: list[Match], words: Lexicon) -> list[Unit
 
 
 _COUNT_WORDS = frozenset((*_NUMBERS, "couple", "pair", "several", "many", "numerous"))
-_PLURALS = frozenset("people individuals animals vehicles items objects persons adults riders players".split())
+_PLURALS = CONTEXT["plurals"]
 
 
 def _the(low: list[str], at: int) -> bool:

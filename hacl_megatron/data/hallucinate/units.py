@@ -9,22 +9,16 @@ itself mentions: "a cat and a dog" never becomes "a dog and a cat".
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hacl_megatron.data.hallucinate.lexicon import MASS, PLURAL, SINGULAR, Entry, Lexicon, Match
+from hacl_megatron.data.hallucinate.lexicon import CONTEXT, MASS, PLURAL, SINGULAR, Entry, Lexicon, Match
 from hacl_megatron.data.hallucinate.text import Caption
 
 ANIMATE_GROUPS = frozenset(("animal", "wild animal", "bird", "sportsperson", "worker"))
-_ANIMATE_WORDS = frozenset(
-    "person people individual individuals he she they who someone rider riders passenger passengers player players "
-    "couple crowd group men women boys girls adult adults student students friends".split()
-)
-_PLACE_WORDS = frozenset(
-    "in on at near next beside behind by under outside inside around among between against together alone . , and "
-    "quietly peacefully".split()
-)
-_WAY_WORDS = frozenset("down along across through up past towards toward".split())
-_ARTICLES = frozenset("a an the his her their its two three some".split())
-_HEARD_BEFORE_BASE = frozenset("to can may could will might they people who and".split())
-_BARE = frozenset('of in on at with and or from to by for , ; : ( . - ! ? "'.split())
+_ANIMATE_WORDS = CONTEXT["animate words"]
+_PLACE_WORDS = CONTEXT["place words"]
+_WAY_WORDS = CONTEXT["way words"]
+_ARTICLES = CONTEXT["articles"]
+_HEARD_BEFORE_BASE = CONTEXT["heard before base"]
+_BARE = CONTEXT["bare"]
 
 MALE = ("he", "him", "his", "himself")
 FEMALE = ("she", "her", "her", "herself")
@@ -72,7 +66,7 @@ def _named(caption: Caption, start: int) -> bool:
 
 def _noun_stands_alone(caption: Caption, match: Match, form: int, words: Lexicon, relaxed: bool) -> bool:
     """Whether the match is a noun phrase's head, and neither a verb nor a part of a compound."""
-    low, context = caption.low, words.context
+    low, context = caption.low, CONTEXT
     if _named(caption, match.start):
         return False
     if match.end < len(low):
@@ -175,13 +169,8 @@ def _people(caption: Caption, matches: list[Match], present: set[str]) -> list[U
     return units
 
 
-_FEMALE_WORDS = frozenset(
-    "woman lady girl mother mom daughter wife sister queen princess bride grandmother actress businesswoman "
-    "elderly woman".split(" ")
-) | {"elderly woman"}
-_MALE_WORDS = frozenset(
-    "man guy gentleman boy father dad son husband brother king prince groom grandfather businessman".split()
-)
+_FEMALE_WORDS = CONTEXT["female words"]
+_MALE_WORDS = CONTEXT["male words"]
 
 
 def _pronouns(caption: Caption, gender: tuple[str, ...]) -> list[Site]:
@@ -198,13 +187,11 @@ def _pronouns(caption: Caption, gender: tuple[str, ...]) -> list[Site]:
     return sites
 
 
-_AFTER_OBJECT = frozenset(
-    "in on at with and or while as to from by for near is are was who which that beside behind during possibly".split()
-)
+_AFTER_OBJECT = CONTEXT["after object"]
 
 
 def _attributes(caption: Caption, matches: list[Match], words: Lexicon, present: set[str], relaxed: bool) -> list[Unit]:
-    low, context = caption.low, words.context
+    low, context = caption.low, CONTEXT
     found: dict[tuple[str, str, str], tuple[Entry, list[Site]]] = {}
     for match in matches:
         for meaning in match.meanings:
@@ -224,7 +211,7 @@ def _attributes(caption: Caption, matches: list[Match], words: Lexicon, present:
     return units
 
 
-_VAGUE = frozenset("group number amount variety crowd spread portion part range selection collection quantity".split())
+_VAGUE = CONTEXT["vague"]
 _FIXED = {
     "white": "house wine bread rice board tail",
     "red": "wine light carpet cross bull sox",
