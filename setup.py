@@ -51,6 +51,7 @@ setup(
             "flash-attn>=2.7",  # packed (varlen) attention
             *dali(),
         ],  # Apex is detected if built from source; the index's "apex" is another project
+        "llm": ["openai>=2.0"],  # --method llm of tools/generate_hallucinations.py: retries, back-off, time-outs
         "wandb": ["wandb>=0.18"],  # --wandb-project
         "quickstart": ["matplotlib>=3.9"],  # the report's plots
         "test": [

@@ -151,7 +151,7 @@ class Lexicon:
             forms = _noun(word)
             entry = Entry(forms[0] or "", "people", forms)
             entry.options = [
-                Entry(other.split("=")[0], "people", _noun(other)) for other in map(str.strip, others.split(","))
+                Entry(_noun(other)[0] or "", "people", _noun(other)) for other in map(str.strip, others.split(","))
             ]
             for form in (SINGULAR, PLURAL):
                 self._add(forms[form] or "", "person", entry, form)

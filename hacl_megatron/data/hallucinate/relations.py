@@ -10,7 +10,7 @@ from hacl_megatron.data.hallucinate.units import Site, Unit
 
 _NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _NOT_BEFORE_COUNT = CONTEXT["not before count"]
-_DETERMINERS = CONTEXT["determiners"]
+_DETERMINERS = CONTEXT["after relation"]
 _SIDES = {"left": "right", "right": "left"}
 _SIDE_BEFORE = CONTEXT["side before"]
 _SIDE_NOUNS = CONTEXT["side nouns"]
@@ -58,7 +58,7 @@ def _counts(caption: Caption, matches: list[Match], words: Lexicon) -> list[Unit
     }
     units, paired = [], "both" in low or ("other" in low and low[low.index("other") - 1] == "the")
     for at, word in enumerate(low):
-        if word not in _COUNT_WORDS:
+        if word not in _COUNT_WORDS and word not in _DIGITS:
             continue
         noun = at + 1
         if word == "couple" or word == "pair":
@@ -75,6 +75,10 @@ def _counts(caption: Caption, matches: list[Match], words: Lexicon) -> list[Unit
             if before not in _NOT_BEFORE_COUNT:
                 options = [text for text in ("three", "four", "a dozen") if text not in low]
                 units.append(Unit("count", "a couple of", [Site(at - 1, at + 2, 0)], [(text,) for text in options]))
+        elif word in _DIGITS:
+            if before not in _NOT_BEFORE_COUNT:
+                options = [digit for digit in _DIGITS[:8] if digit not in low]
+                units.append(Unit("count", word, [Site(at, at + 1, 0)], [(digit,) for digit in options]))
         elif word in ("several", "many", "numerous"):
             if before not in ("so", "as", "how", "too", "the", "these", "those", "of") and "two" not in low:
                 units.append(Unit("count", word, [Site(at, at + 1, 0)], [("only two",)]))
@@ -90,6 +94,7 @@ def _counts(caption: Caption, matches: list[Match], words: Lexicon) -> list[Unit
     return [unit for unit in units if unit.options]
 
 
+_DIGITS = ("2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12")
 _COUNT_WORDS = frozenset((*_NUMBERS, "couple", "pair", "several", "many", "numerous"))
 _PLURALS = CONTEXT["plurals"]
 

@@ -64,7 +64,7 @@ def hallucinate(caption: str, *, seed: int, name: str, count: int = 1) -> list[H
     if not units or len(parsed.words) >= 8:
         units = [*units, inserted]
     seen = {_normal(caption)}
-    same_words = sorted(parsed.low)
+    same_words = sorted(caption.lower().split())
     found: list[Hallucination] = []
     for attempt in range(6 * count):
         if len(found) == count:
@@ -74,7 +74,7 @@ def hallucinate(caption: str, *, seed: int, name: str, count: int = 1) -> list[H
         if candidate is None:
             continue
         key = _normal(candidate.text)
-        if key in seen or sorted(tokenize(candidate.text).low) == same_words:
+        if key in seen or sorted(candidate.text.lower().split()) == same_words:
             continue
         seen.add(key)
         found.append(candidate)

@@ -130,6 +130,8 @@ def _objects(caption: Caption, matches: list[Match], words: Lexicon, mentioned: 
         if not any(sure):
             continue
         forms = {site.form for site in sites}
+        if _preposition_binds(caption, entry, sites):
+            continue
         options = [
             option.written
             for option in entry.options
@@ -138,6 +140,12 @@ def _objects(caption: Caption, matches: list[Match], words: Lexicon, mentioned: 
         if options:
             units.append(Unit("object", entry.name, sites, options))
     return units
+
+
+def _preposition_binds(caption: Caption, entry: Entry, sites: list[Site]) -> bool:
+    """Whether "on the field", "in the street" would make "on the forest", "in the hill"."""
+    bound = {"land": "on", "open ground": "in", "room": "on"}.get(entry.group)
+    return bound is not None and any(bound in caption.low[max(0, site.start - 3) : site.start] for site in sites)
 
 
 def _is_modifier(caption: Caption, match: Match) -> bool:
@@ -263,6 +271,8 @@ def _is_attribute(
         return False
     if before in ("light", "dark", "bright", "deep", "pale") and entry.group == "colour":
         return False
+    if before == "and" and entry.group == "state":
+        return False  # "bustling and busy" says one thing twice
     nominal = word in ("orange", "glass", "metal", "wood", "stone", "iron", "paper", "brick", "marble", "leather")
     nominal = nominal or word in ("cardboard", "plastic", "steel", "concrete", "round", "square", "dark", "open")
     nominal = nominal or word in ("granite", "wicker", "porcelain", "ceramic", "violet", "lavender", "teal", "old")
@@ -295,7 +305,7 @@ def _subject_is_animate(caption: Caption, matches: list[Match], index: int) -> b
 
 def _actions(caption: Caption, matches: list[Match], present: set[str]) -> list[Unit]:
     low = caption.low
-    units = []
+    found: dict[int, Unit] = {}
     for index, match in enumerate(matches):
         if match.meanings[0].kind != "action" or _named(caption, match.start):
             continue
@@ -316,7 +326,7 @@ def _actions(caption: Caption, matches: list[Match], present: set[str]) -> list[
                 continue
             options = [option.written for option in meaning.entry.options if option.name not in present]
             if options:
-                name = caption.low[match.start]
-                units.append(Unit("action", name, [Site(match.start, match.end, form)], options))
+                unit = found.setdefault(id(meaning.entry), Unit("action", low[match.start], [], options))
+                unit.sites.append(Site(match.start, match.end, form))
                 break
-    return units
+    return list(found.values())
