@@ -1,6 +1,6 @@
 """Asks a language model for hallucinated captions over any OpenAI-compatible endpoint.
 
-    records ─→ which answers are missing ─≤ concurrency at once, paced→ endpoint ─→ answer log ─check→ ask again, or done
+    records ─→ missing answers ─≤ concurrency at once, paced→ endpoint ─→ answer log ─check→ ask again, or done
 
 Back-off and retries (time-outs, 429 with its Retry-After, 5xx) are the `openai` client's own. The key is read by that
 client from the environment and appears in no message.

@@ -2,55 +2,17 @@
 
 import re
 
-from hacl_megatron.data.hallucinate.lexicon import lexicon
+from hacl_megatron.data.hallucinate.lexicon import CONTEXT, lexicon
 
 _REFUSAL = re.compile(
     r"^(i['’]?m (sorry|unable|not able)|i am (sorry|unable|not able)|sorry\b|i (can(no|['’])t|cannot|won['’]t)\b|"
     r"as an? (ai|language model)|unfortunately,? i\b|i (do not|don['’]t) have)",
     re.IGNORECASE,
 )
-_LABEL = re.compile(
+_LABEL = re.compile(r"^(?:the )?(?:new|false|hallucinated|rewritten|modified)? ?(?:caption|output|answer): *", re.I)
     r"^(?:the )?(?:new|false|hallucinated|rewritten|modified|incorrect)? ?(?:caption|output|answer): *", re.I
 )
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_EMPTY_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "this",
-        "that",
-        "these",
-        "those",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "has",
-        "have",
-        "had",
-        "do",
-        "does",
-        "did",
-        "will",
-        "would",
-        "can",
-        "could",
-        "may",
-        "might",
-        "and",
-        "or",
-        "but",
-        "so",
-        "very",
-        "also",
-        "just",
-        "of",
-    ]
-)
 SHORTEST, LONGEST = 0.5, 2.0
 """An answer's length in words as a share of the caption's."""
 
@@ -82,7 +44,7 @@ def fault_of(answer: str, caption: str, others: list[str]) -> str | None:
     share = len(words) / max(1, len(original))
     if not SHORTEST <= share <= LONGEST:
         return f"length {share:.2f} of the caption's (allowed: {SHORTEST} to {LONGEST:g})"
-    new, old = set(words) - set(original) - _EMPTY_WORDS, set(original) - set(words) - _EMPTY_WORDS
+    new, old = set(words) - set(original) - CONTEXT["empty"], set(original) - set(words) - CONTEXT["empty"]
     if not new and not old:
         return "no content word differs" if sorted(words) != sorted(original) else "the same words in another order"
     if not new:

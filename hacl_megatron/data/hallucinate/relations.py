@@ -82,7 +82,7 @@ def _counts(caption: Caption, matches: list[Match], words: Lexicon) -> list[Unit
         elif word in ("several", "many", "numerous"):
             if before not in ("so", "as", "how", "too", "the", "these", "those", "of") and "two" not in low:
                 units.append(Unit("count", word, [Site(at, at + 1, 0)], [("only two",)]))
-        elif before == "least" and low[at - 2 : at - 1] == ["at"]:
+        elif before == "least" and low[at - 2 : at - 1] == ["at"] and word in _NUMBERS:
             value = _NUMBERS.index(word) + 2
             options = [f"only {number}" for number in _NUMBERS[: max(0, value - 2)] if number not in low][:3]
             if options:

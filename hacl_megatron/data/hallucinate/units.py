@@ -130,7 +130,7 @@ def _objects(caption: Caption, matches: list[Match], words: Lexicon, mentioned: 
         if not any(sure):
             continue
         forms = {site.form for site in sites}
-        if _preposition_binds(caption, entry, sites):
+        if _preposition_binds(caption, entry, sites) or any(_bare(caption, site) for site in sites):
             continue
         options = [
             option.written
@@ -146,6 +146,16 @@ def _preposition_binds(caption: Caption, entry: Entry, sites: list[Site]) -> boo
     """Whether "on the field", "in the street" would make "on the forest", "in the hill"."""
     bound = {"land": "on", "open ground": "in", "room": "on"}.get(entry.group)
     return bound is not None and any(bound in caption.low[max(0, site.start - 3) : site.start] for site in sites)
+
+
+def _bare(caption: Caption, site: Site) -> bool:
+    """Whether a countable noun stands without article, as a substance or in a fixed phrase: "some of cake", "by train"."""
+    low = caption.low
+    if site.form != SINGULAR or not site.start or caption.capitalised:
+        return False
+    heads_phrase = site.end == len(low) or not low[site.end].isalpha() or low[site.end] in CONTEXT["after"]
+    before = low[site.start - 1]
+    return heads_phrase and before.isalpha() and (before in CONTEXT["before"] or before in CONTEXT["bare"])
 
 
 def _is_modifier(caption: Caption, match: Match) -> bool:
@@ -269,6 +279,8 @@ def _is_attribute(
         return False
     if after in _FIXED_AFTER.get(word, ()) or (entry.group == "size" and after in _VAGUE):
         return False
+    if word in ("dark", "bright") and after in CONTEXT["adjectives"]:
+        return False  # a shade: "dark black"
     if before in ("light", "dark", "bright", "deep", "pale") and entry.group == "colour":
         return False
     if before == "and" and entry.group == "state":
