@@ -88,6 +88,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         exit_with_error(error)
     except KeyboardInterrupt:
-        exit_with_error(
-            "interrupted; nothing was written to --output, the same command goes on from the answers it has"
-        )
+        exit_with_error("interrupted; --output is not written, the same command goes on from the answers so far")

@@ -10,8 +10,6 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _LABEL = re.compile(r"^(?:the )?(?:new|false|hallucinated|rewritten|modified)? ?(?:caption|output|answer): *", re.I)
-    r"^(?:the )?(?:new|false|hallucinated|rewritten|modified|incorrect)? ?(?:caption|output|answer): *", re.I
-)
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 SHORTEST, LONGEST = 0.5, 2.0
 """An answer's length in words as a share of the caption's."""

@@ -47,8 +47,8 @@ class Totals:
         lines = [f"{self.records:,} records: {self.no_caption:,} without a caption, {self.kept:,} kept as they were"]
         if self.requests or self.rejected:
             lines.append(
-                f"{self.requests:,} requests; {self.rejected:,} captions lack usable answers, {self.filled:,} texts filled "
-                "by rules"
+                f"{self.requests:,} requests; {self.rejected:,} captions lack usable answers, "
+                f"{self.filled:,} texts filled by rules"
             )
         return "\n".join(lines)
 
@@ -93,9 +93,9 @@ def generate_by_llm(
     replace: bool,
     fill_seed: int | None = None,
 ) -> Totals:
-    """Asks for what `TARGET.answers.jsonl` lacks, then writes `target` and, where answers failed, `TARGET.rejected.jsonl`.
+    """Asks for what `TARGET.answers.jsonl` lacks, then `target` and, where answers failed, `TARGET.rejected.jsonl`.
 
-    `fill_seed`: of the rules that write what the model did not; None leaves it out. Raises ValueError as `ask_all` does.
+    `fill_seed`: of the rules that write what the model did not; None: nothing does. Raises ValueError as `ask_all` does.
     """
     import_openai()
     with closing(AnswerLog(target.with_name(target.name + ".answers.jsonl"))) as log:

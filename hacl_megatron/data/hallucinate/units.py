@@ -149,7 +149,7 @@ def _preposition_binds(caption: Caption, entry: Entry, sites: list[Site]) -> boo
 
 
 def _bare(caption: Caption, site: Site) -> bool:
-    """Whether a countable noun stands without article, as a substance or in a fixed phrase: "some of cake", "by train"."""
+    """Whether a countable noun stands without article, as in "have cake" or "by train"."""
     low = caption.low
     if site.form != SINGULAR or not site.start or caption.capitalised:
         return False
