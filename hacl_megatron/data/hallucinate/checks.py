@@ -9,7 +9,10 @@ _REFUSAL = re.compile(
     r"as an? (ai|language model)|unfortunately,? i\b|i (do not|don['’]t) have)",
     re.IGNORECASE,
 )
-_LABEL = re.compile(r"^(?:the )?(?:new|false|hallucinated|rewritten|modified)? ?(?:caption|output|answer): *", re.I)
+_LABEL = re.compile(
+    r"^(?:the )?(?:new |false |hallucinated |rewritten |modified |incorrect )?(?:caption|output|answer): *",
+    re.IGNORECASE,
+)
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 SHORTEST, LONGEST = 0.5, 2.0
 """An answer's length in words as a share of the caption's."""

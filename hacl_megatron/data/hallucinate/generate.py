@@ -95,7 +95,7 @@ def generate_by_llm(
 ) -> Totals:
     """Asks for what `TARGET.answers.jsonl` lacks, then `target` and, where answers failed, `TARGET.rejected.jsonl`.
 
-    `fill_seed`: of the rules that write what the model did not; None: nothing does. Raises ValueError as `ask_all` does.
+    `fill_seed`: of the rules that write what the model did not; None: nothing does. Raises ValueError as `ask_all`.
     """
     import_openai()
     with closing(AnswerLog(target.with_name(target.name + ".answers.jsonl"))) as log:

@@ -67,7 +67,9 @@ def _counts(caption: Caption, matches: list[Match], words: Lexicon) -> list[Unit
             noun = at + 2
         while noun < len(low) and low[noun] in CONTEXT["adjectives"]:
             noun += 1
-        if noun not in plural_at and not (noun < len(low) and low[noun] in _PLURALS):
+        if noun not in plural_at and not (
+            noun < len(low) and (low[noun] in _PLURALS or low[noun] in CONTEXT["one form"])
+        ):
             continue
         before = low[at - 1] if at else ""
         if word == "couple":

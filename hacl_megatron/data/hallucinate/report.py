@@ -98,7 +98,8 @@ class Report:
                 [
                     '<!doctype html><html lang="en"><meta charset="utf-8"><title>Hallucinated captions</title>',
                     "<style>body{font:15px sans-serif;max-width:75em;margin:2em auto}",
-                    "td{vertical-align:top;padding:.4em;border-top:1px solid #ccc}del{background:#fdd}ins{background:#dfd;text-decoration:none}</style>",
+                    "td{vertical-align:top;padding:.4em;border-top:1px solid #ccc}",
+                    "del{background:#fdd}ins{background:#dfd;text-decoration:none}</style>",
                     "<h1>Hallucinated captions</h1><ul>",
                     *(f"<li>{html.escape(line)}</li>" for line in self.lines()),
                     "</ul><table><tr><th>caption</th><th>hallucinated</th><th>kinds</th></tr>",

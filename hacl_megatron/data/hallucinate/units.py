@@ -110,7 +110,10 @@ def _objects(caption: Caption, matches: list[Match], words: Lexicon, mentioned: 
     for match in matches:
         for meaning in match.meanings:
             if meaning.kind == "object":
-                read.append((match, meaning.entry, meaning.form))
+                form = meaning.form
+                if form == SINGULAR and caption.low[match.end - 1] in CONTEXT["one form"]:
+                    form = _number_of(caption, match)
+                read.append((match, meaning.entry, form))
                 if match.end - match.start > 1:
                     heads[caption.low[match.end - 1].removesuffix("s")] = meaning.entry
                 break
@@ -146,6 +149,13 @@ def _preposition_binds(caption: Caption, entry: Entry, sites: list[Site]) -> boo
     """Whether "on the field", "in the street" would make "on the forest", "in the hill"."""
     bound = {"land": "on", "open ground": "in", "room": "on"}.get(entry.group)
     return bound is not None and any(bound in caption.low[max(0, site.start - 3) : site.start] for site in sites)
+
+
+def _number_of(caption: Caption, match: Match) -> int:
+    """Whether "sheep", "aircraft" and the like are one or several, by the words around them."""
+    after = caption.low[match.end] if match.end < len(caption.low) else ""
+    one = set(caption.low[max(0, match.start - 3) : match.start]) & CONTEXT["one"] or after in CONTEXT["one"]
+    return SINGULAR if one else PLURAL
 
 
 def _bare(caption: Caption, site: Site) -> bool:
