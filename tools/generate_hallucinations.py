@@ -37,11 +37,12 @@ def parse() -> argparse.Namespace:
     llm.add_argument("--max-retries", type=int, default=6, help="of a request that failed (with back-off)")
     llm.add_argument("--attempts", type=int, default=3, help="answers asked for before a caption is given up")
     llm.add_argument("--temperature", type=float, default=1.0)
+    llm.add_argument("--max-tokens", type=int, default=512, help="of one answer; longer ones are refused")
     llm.add_argument("--fill-with-rules", action="store_true", help="write by rules what the model did not")
     args = parser.parse_args()
     if args.method == "llm" and not args.model:
         parser.error("--method llm needs --model, the endpoint's name of the model")
-    for name in ("per_caption", "concurrency", "attempts"):
+    for name in ("per_caption", "concurrency", "attempts", "max_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
     for name in ("num_workers", "max_retries"):
@@ -71,6 +72,7 @@ def generate(args: argparse.Namespace) -> None:
             timeout=args.timeout,
             max_retries=args.max_retries,
             temperature=args.temperature,
+            max_tokens=args.max_tokens,
         )
         fill_seed = args.seed if args.fill_with_rules else None
         totals = generate_by_llm(

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-Reply = str | int | None
-"""An answer; an HTTP error; None: none at all (the connection stays open for longer than a client waits)."""
+Reply = str | tuple[str, str] | int | None
+"""An answer, alone or with its finish_reason; an HTTP error; None: none at all (the connection stays open for longer than a client waits)."""
 
 
 class ChatServer:
@@ -48,8 +48,9 @@ class ChatServer:
                 elif reply == "<html>":
                     self.send(200, reply)
                 else:
-                    message = {"role": "assistant", "content": reply}
-                    choice = {"index": 0, "finish_reason": "stop", "message": message}
+                    text, finish = reply if isinstance(reply, tuple) else (reply, "stop")
+                    message = {"role": "assistant", "content": text}
+                    choice = {"index": 0, "finish_reason": finish, "message": message}
                     self.send(
                         200, {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
                     )

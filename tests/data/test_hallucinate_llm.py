@@ -85,6 +85,7 @@ def test_errors_are_retried_and_what_stays_bad_is_listed_and_filled(tmp_path):
             4: caption,
             5: "<html>",
             6: "Yes." + "\n" + falsify(caption),
+            7: (falsify(caption)[:-5], "length"),
         }
         return always.get(number, f'Caption: "{falsify(caption)}"')
 
@@ -94,9 +95,10 @@ def test_errors_are_retried_and_what_stays_bad_is_listed_and_filled(tmp_path):
         reject["id"]: [a["reason"] for a in reject["rejected"]]
         for reject in lines(tmp_path / "out.json.rejected.jsonl")
     }
-    assert set(rejected) == {"3", "4", "5", "6"}
+    assert set(rejected) == {"3", "4", "5", "6", "7"}
     assert rejected["3"] == ["a refusal"] * 2 and rejected["4"] == ["equal to the caption"] * 2
     assert rejected["6"] == ["more than one line"] * 2 and rejected["5"][0].startswith("no answer: ")
+    assert rejected["7"] == ["cut off at --max-tokens"] * 2
     manifest = Manifest.read([str(tmp_path / "out.json")], version="plain")
     for sample in manifest:
         if sample.name in rejected:  # by rules
@@ -187,7 +189,7 @@ def test_a_key_is_asked_for_before_any_work(tmp_path, monkeypatch, capfd):
         ("A dog sits under a red mat.", None),
         ("a dog sits on a RED mat", "equal to the caption"),
         ("A puppy sits on a red mat.", "only synonyms differ"),
-        ("The dog is sitting", "length"),
+        ("A cat.", "length"),
         ("A dog sits.", "length"),
         ("A mat sits on a red dog.", "the same words in another order"),
         ("A dog sits on the red mat.", "no content word differs"),

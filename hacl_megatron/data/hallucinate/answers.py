@@ -40,18 +40,19 @@ class AnswerLog:
     def __len__(self) -> int:
         return len(self._places)
 
-    def get(self, key: bytes) -> str | None:
-        """The answer to a request, if there is one."""
+    def get(self, key: bytes) -> tuple[str, bool] | None:
+        """(text, whether it is complete) of the answer to a request, if there is one."""
         place = self._places.get(key)
         if place is None:
             return None
         self._file.seek(place)
-        return json.loads(self._file.readline())["answer"]
+        answer = json.loads(self._file.readline())
+        return answer["answer"], answer["complete"]
 
-    def add(self, key: bytes, name: str, answer: str) -> None:
+    def add(self, key: bytes, name: str, answer: str, complete: bool) -> None:
         """Append an answer; with the system (safe from a kill of this process) when this returns."""
         place = self._file.seek(0, os.SEEK_END)
-        line = json.dumps({"key": key.hex(), "id": name, "answer": answer}) + "\n"
+        line = json.dumps({"key": key.hex(), "id": name, "answer": answer, "complete": complete}) + "\n"
         self._file.write(line.encode("ascii"))
         self._file.flush()
         self._places[key] = place

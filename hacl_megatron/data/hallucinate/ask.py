@@ -55,12 +55,12 @@ def judge(log: AnswerLog, endpoint: Endpoint, name: str, caption: str, *, count:
             if answer is None:
                 verdict.missing = (number, attempt)
                 return verdict
-            text = cleaned(answer)
-            reason = fault_of(text, caption, verdict.accepted)
+            text, complete = cleaned(answer[0]), answer[1]
+            reason = fault_of(text, caption, verdict.accepted) if complete else "cut off at --max-tokens"
             if reason is None:
                 verdict.accepted.append(text)
                 break
-            verdict.refused.append((answer, reason))
+            verdict.refused.append((answer[0], reason))
     return verdict
 
 
@@ -171,7 +171,7 @@ async def _ask_all(items, endpoint, log, count, attempts, progress):
                     raise ValueError(f"{in_a_row} replies in a row were no chat completions; check --base-url")
                 return
             in_a_row = 0
-            log.add(request, name, answer)
+            log.add(request, name, *answer)
 
     running: dict[tuple[str, str], asyncio.Task] = {}
     try:
@@ -198,13 +198,12 @@ async def _first_done(running: dict[tuple[str, str], asyncio.Task], progress: Ca
         progress()
 
 
-def _text_of(reply: object) -> str | None:
-    """The text of a chat completion ("" for an explicit refusal); None if the reply is something else."""
+def _text_of(reply: object) -> tuple[str, bool] | None:
+    """(text, whether it is complete) of a chat completion, "" for an explicit refusal; None if it is something else."""
     choices = getattr(reply, "choices", None)
     message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
     if message is None:
         return None
-    if getattr(choices[0], "finish_reason", None) == "length":
-        return ""  # cut off: no caption, and asked again
     content = getattr(message, "content", None)
-    return content if isinstance(content, str) else ""
+    complete = getattr(choices[0], "finish_reason", None) != "length"
+    return (content if isinstance(content, str) else ""), complete

@@ -43,7 +43,7 @@ def tokenize(text: str) -> Caption:
             capitals += word[0].isupper()
         elif word in _SENTENCE_ENDS:
             sentence += 1
-    capitalised = long_words >= 2 and capitals >= 0.6 * long_words
+    capitalised = long_words >= 2 and capitals >= 0.8 * long_words
     return Caption(text, words, [word.lower() for word in words], starts, sentences, capitalised)
 
 

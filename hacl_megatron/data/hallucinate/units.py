@@ -220,6 +220,7 @@ _AFTER_OBJECT = CONTEXT["after object"]
 
 def _attributes(caption: Caption, matches: list[Match], words: Lexicon, present: set[str], relaxed: bool) -> list[Unit]:
     low, context = caption.low, CONTEXT
+    people = CONTEXT["animate words"] | CONTEXT["male words"] | CONTEXT["female words"]
     found: dict[tuple[str, str, str], tuple[Entry, list[Site]]] = {}
     for match in matches:
         for meaning in match.meanings:
@@ -230,6 +231,8 @@ def _attributes(caption: Caption, matches: list[Match], words: Lexicon, present:
             after = low[match.end] if match.end < len(low) else ""
             if not _is_attribute(entry, word, before, after, match, context):
                 continue
+            if word == "old" and (after in people) != (entry.options[0].name == "young"):
+                continue  # an old man is not young, an old truck is not brand-new
             found.setdefault((entry.group, word, after), (entry, []))[1].append(Site(match.start, match.end, 0))
     units = []
     for (group, word, _), (entry, sites) in found.items():
@@ -275,8 +278,9 @@ _FIXED = {
     "calm": "and down",
     "smiling": "at and for while in",
     "wide": "open range variety",
-    "crowded": "around",
-    "busy": "and with",
+    "busy": "and with day days atmosphere schedule",
+    "bustling": "day atmosphere",
+    "crowded": "around atmosphere",
 }
 _FIXED_AFTER = {word: frozenset(text.split()) for word, text in _FIXED.items()}
 
