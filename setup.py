@@ -59,6 +59,8 @@ setup(
             "pytest-timeout>=2.3",  # a hung rank fails its test instead of the CI
             "hypothesis>=6.100",  # properties of the sampler and the packer
             "matplotlib>=3.9",
+            "openai>=2.0",  # --method llm against a local server
+            "inflect>=7.5",  # oracle for the plurals and articles of the word lists
             "ruff>=0.9",  # format and lint
             "import-linter>=2.1",  # holds the layering
         ],

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Reply = str | tuple[str, str] | int | None
-"""An answer, alone or with its finish_reason; an HTTP error; None: none at all (the connection stays open for longer than a client waits)."""
+"""An answer, alone or with its finish_reason; an HTTP error; None: none at all before the client gives up."""
 
 
 class ChatServer:

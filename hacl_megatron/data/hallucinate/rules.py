@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from random import Random
 
-from hacl_megatron.data.hallucinate.lexicon import Lexicon, lexicon
+from hacl_megatron.data.hallucinate.lexicon import CONTEXT, Lexicon, lexicon
 from hacl_megatron.data.hallucinate.relations import find_relations
 from hacl_megatron.data.hallucinate.text import Caption, article_for, in_case_of, tokenize
 from hacl_megatron.data.hallucinate.units import Site, Unit, find_units
@@ -60,6 +60,8 @@ def hallucinate(caption: str, *, seed: int, name: str, count: int = 1) -> list[H
     units = find_units(parsed, matches, words) + find_relations(parsed, matches, words)
     if not units:
         units = find_units(parsed, matches, words, relaxed=True)
+    if not CONTEXT["negations"].isdisjoint(parsed.low):
+        units = [unit for unit in units if not _is_denied(parsed, unit)]
     inserted = _insertion(parsed, matches, words)
     if not units or len(parsed.words) >= 8:
         units = [*units, inserted]
@@ -79,6 +81,12 @@ def hallucinate(caption: str, *, seed: int, name: str, count: int = 1) -> list[H
         seen.add(key)
         found.append(candidate)
     return found
+
+
+def _is_denied(caption: Caption, unit: Unit) -> bool:
+    """Whether the caption says that something is not so: what takes its place may well not be so either."""
+    negations = CONTEXT["negations"]
+    return any(not negations.isdisjoint(caption.low[max(0, site.start - 4) : site.start]) for site in unit.sites)
 
 
 def _normal(text: str) -> str:

@@ -154,8 +154,9 @@ def _preposition_binds(caption: Caption, entry: Entry, sites: list[Site]) -> boo
 def _number_of(caption: Caption, match: Match) -> int:
     """Whether "sheep", "aircraft" and the like are one or several, by the words around them."""
     after = caption.low[match.end] if match.end < len(caption.low) else ""
-    one = set(caption.low[max(0, match.start - 3) : match.start]) & CONTEXT["one"] or after in CONTEXT["one"]
-    return SINGULAR if one else PLURAL
+    before = set(caption.low[max(0, match.start - 3) : match.start])
+    one = before & CONTEXT["one"] or after in CONTEXT["one"]
+    return SINGULAR if one and not before & {"few", "of"} else PLURAL
 
 
 def _bare(caption: Caption, site: Site) -> bool:
@@ -191,7 +192,8 @@ def _people(caption: Caption, matches: list[Match], present: set[str]) -> list[U
         if not options:
             continue
         gender = FEMALE if entry.name in _FEMALE_WORDS else MALE if entry.name in _MALE_WORDS else ()
-        if gender and len(found) == 1:
+        others = {other.name for other, _ in found.values() if other is not entry}
+        if gender and not others & (CONTEXT["female words"] if gender is FEMALE else CONTEXT["male words"]):
             sites = sites + _pronouns(caption, gender)
         units.append(Unit("person", entry.name, sites, options))
     return units
