@@ -29,6 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["hacl_megatron", "hacl_megatron.*"]),
+    package_data={"hacl_megatron.data.hallucinate": ["words/*.txt"]},  # word lists of the rules
     install_requires=[
         "torch>=2.6",  # tensors, autograd, torch.distributed
         "megatron-core>=0.16.1,<0.20",  # tensor/sequence/pipeline parallel layers, schedules, DDP, checkpoints
@@ -51,6 +52,7 @@ setup(
             "flash-attn>=2.7",  # packed (varlen) attention
             *dali(),
         ],  # Apex is detected if built from source; the index's "apex" is another project
+        "llm": ["openai>=2.0"],  # --method llm of tools/generate_hallucinations.py: retries, back-off, time-outs
         "wandb": ["wandb>=0.18"],  # --wandb-project
         "quickstart": ["matplotlib>=3.9"],  # the report's plots
         "test": [
@@ -58,6 +60,8 @@ setup(
             "pytest-timeout>=2.3",  # a hung rank fails its test instead of the CI
             "hypothesis>=6.100",  # properties of the sampler and the packer
             "matplotlib>=3.9",
+            "openai>=2.0",  # --method llm against a local server
+            "inflect>=7.5",  # oracle for the plurals and articles of the word lists
             "ruff>=0.9",  # format and lint
             "import-linter>=2.1",  # holds the layering
         ],

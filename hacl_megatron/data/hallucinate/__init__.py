@@ -1,0 +1,1 @@
+"""Hallucinated captions for LLaVA JSON files, by rules (`rules`) or by a language model (`llm`)."""

@@ -1,0 +1,93 @@
+"""Adds "Hallucination caption" to a LLaVA JSON or JSONL file: captions with errors written in, HACL's hard negatives.
+
+    python tools/generate_hallucinations.py --method rules --input F.json --output G.json [--num-workers 8]
+    OPENAI_API_KEY=... python tools/generate_hallucinations.py --method llm --model NAME [--base-url URL] ...
+
+`rules` exchanges objects, attributes, counts, actions and relations by word lists: offline, the same for the same
+--seed. `llm` asks any OpenAI-compatible endpoint as the paper asks GPT-4, and checks every answer; the answers are kept
+in G.json.answers.jsonl, from which the same command goes on after a stop, and what was refused is in
+G.json.rejected.jsonl.
+The caption is a record's "text", else its first answer. Records without one stay as they are, and so do those that hold
+hallucinated captions already (unless --replace). The rules' "Hallucination edits" say what was changed.
+"""
+
+import argparse
+from pathlib import Path
+
+from hacl_megatron.config.console import exit_with_error
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=("rules", "llm"), required=True, help="how captions are falsified")
+    parser.add_argument("--input", required=True, type=Path, help="LLaVA records: a JSON list, or .jsonl")
+    parser.add_argument("--output", required=True, type=Path, help="file to write, .json or .jsonl")
+    parser.add_argument("--per-caption", type=int, default=1, help="hallucinated captions for each caption")
+    parser.add_argument("--seed", type=int, default=1234, help="of the rules' choices")
+    parser.add_argument("--num-workers", type=int, default=1, help="processes for the rules")
+    parser.add_argument("--replace", action="store_true", help="also where a record has hallucinated captions already")
+    parser.add_argument("--report", type=Path, help="page with numbers and examples side by side, .html or .md")
+    parser.add_argument("--force", action="store_true", help="replace an existing --output (never the answers)")
+    llm = parser.add_argument_group("--method llm", "the key is read from OPENAI_API_KEY alone")
+    llm.add_argument("--model", help="the endpoint's name of the model")
+    llm.add_argument("--base-url", help="e.g. http://localhost:8000/v1; default: OPENAI_BASE_URL, or OpenAI")
+    llm.add_argument("--concurrency", type=int, default=8, help="requests under way at once")
+    llm.add_argument("--requests-per-minute", type=float, help="at most so many, retries included")
+    llm.add_argument("--timeout", type=float, default=60.0, help="seconds for one request")
+    llm.add_argument("--max-retries", type=int, default=6, help="of a request that failed (with back-off)")
+    llm.add_argument("--attempts", type=int, default=3, help="answers asked for before a caption is given up")
+    llm.add_argument("--temperature", type=float, default=1.0)
+    llm.add_argument("--max-tokens", type=int, default=512, help="of one answer; longer ones are refused")
+    llm.add_argument("--fill-with-rules", action="store_true", help="write by rules what the model did not")
+    args = parser.parse_args()
+    if args.method == "llm" and not args.model:
+        parser.error("--method llm needs --model, the endpoint's name of the model")
+    for name in ("per_caption", "concurrency", "attempts", "max_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
+    for name in ("num_workers", "max_retries"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 0")
+    if args.timeout <= 0 or (args.requests_per_minute is not None and args.requests_per_minute <= 0):
+        parser.error("--timeout and --requests-per-minute are above 0")
+    if args.report and args.report.suffix not in (".html", ".md"):
+        parser.error(f"--report {args.report}: expected a name that ends in .html or .md")
+    return args
+
+
+def generate(args: argparse.Namespace) -> None:
+    from hacl_megatron.data.hallucinate.ask import Endpoint
+    from hacl_megatron.data.hallucinate.generate import check_paths, generate_by_llm, generate_by_rules
+
+    check_paths(args.input, args.output, force=args.force)
+    shared = {"per_caption": args.per_caption, "replace": args.replace}
+    if args.method == "rules":
+        totals = generate_by_rules(args.input, args.output, seed=args.seed, workers=args.num_workers, **shared)
+    else:
+        endpoint = Endpoint(
+            model=args.model,
+            base_url=args.base_url,
+            concurrency=args.concurrency,
+            requests_per_minute=args.requests_per_minute,
+            timeout=args.timeout,
+            max_retries=args.max_retries,
+            temperature=args.temperature,
+            max_tokens=args.max_tokens,
+        )
+        fill_seed = args.seed if args.fill_with_rules else None
+        totals = generate_by_llm(
+            args.input, args.output, endpoint, attempts=args.attempts, fill_seed=fill_seed, **shared
+        )
+    print(totals.summary())
+    print(totals.report.for_terminal())
+    if args.report:
+        totals.report.write(args.report)
+
+
+if __name__ == "__main__":
+    try:
+        generate(parse())
+    except (ValueError, OSError) as error:
+        exit_with_error(error)
+    except KeyboardInterrupt:
+        exit_with_error("interrupted; --output is not written, the same command goes on from the answers so far")
