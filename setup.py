@@ -29,6 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["hacl_megatron", "hacl_megatron.*"]),
+    package_data={"hacl_megatron.evaluation": ["coco_synonyms.txt"]},
     install_requires=[
         "torch>=2.6",  # tensors, autograd, torch.distributed
         "megatron-core>=0.16.1,<0.20",  # tensor/sequence/pipeline parallel layers, schedules, DDP, checkpoints
@@ -52,11 +53,13 @@ setup(
         ],  # Apex is detected if built from source; the index's "apex" is another project
         "wandb": ["wandb>=0.18"],  # --wandb-project
         "quickstart": ["matplotlib>=3.9"],  # the report's plots
+        "evaluate": ["textblob>=0.20"],  # CHAIR, AMBER: singulars as published, a tagger without downloads; brings NLTK
         "test": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",  # a hung rank fails its test instead of the CI
             "hypothesis>=6.100",  # properties of the sampler and the packer
             "matplotlib>=3.9",
+            "textblob>=0.20",
             "ruff>=0.9",  # format and lint
             "import-linter>=2.1",  # holds the layering
         ],
