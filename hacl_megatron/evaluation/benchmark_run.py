@@ -143,6 +143,7 @@ def _generate(
             error = {} if answer.error is None else {"error": answer.error}
             journal.append({**benchmark.record(item, answer.text), **error})
             bar.update()
+    answerer.close()
 
 
 def _gather(benchmark: Benchmark, keys: Sequence[Hashable], answers_path: Path, num_shards: int) -> bool:

@@ -102,6 +102,10 @@ class Answerer:
                 ahead = None if waiting is None else reader.submit(self._prepare, waiting)
                 yield from self._answer_batch(prepared, settings)
 
+    def close(self) -> None:
+        """Ends the threads that decode images."""
+        self.decoder.close()
+
     def rows(self, prompt: str) -> np.ndarray:
         """[L] token ids of a whole prompt, `<image>`'s id in V of them. Raises UnusableSample."""
         return prompt_rows(prompt, self.tokenizer, self.config)

@@ -44,10 +44,11 @@ def ratio(numerator: float, denominator: float) -> float | None:
 
 def file_digest(path: Path) -> str:
     """`sha256:` and the hexadecimal digest of a file's bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}" if hasattr(hashlib, "file_digest") else (
-            f"sha256:{hashlib.sha256(file.read()).hexdigest()}"
-        )  # fmt: skip
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def installed_versions() -> dict[str, str]:

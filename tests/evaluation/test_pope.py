@@ -1,5 +1,6 @@
 """POPE's metrics against what POPE's own script prints."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -76,9 +77,6 @@ def test_the_command_writes_and_shows_the_scores(tmp_path: Path, capsys: pytest.
     assert result["counts"]["questions"] == 150
     assert result["settings"]["task"] == "pope"
     assert result["versions"]["python"]
-    # sha256sum of the file
-    import hashlib
-
     assert result["files"]["answers"]["digest"] == f"sha256:{hashlib.sha256(answers.read_bytes()).hexdigest()}"
 
 
