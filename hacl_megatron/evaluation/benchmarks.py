@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from hacl_megatron.evaluation.amber import WordLists, needs_nouns, read_annotations, score_amber
 from hacl_megatron.evaluation.amber_nouns import SPACY_MODEL, LexiconNouns, SpacyNouns
-from hacl_megatron.evaluation.chair import Synonyms, image_id_of_name, read_objects, score_chair
+from hacl_megatron.evaluation.chair import ObjectReader, Synonyms, image_id_of_name, read_objects, score_chair
 from hacl_megatron.evaluation.pope import score_pope
 from hacl_megatron.evaluation.records import read_records
 from hacl_megatron.evaluation.scores import Scores
@@ -136,6 +136,8 @@ class Chair(Benchmark):
         super().__init__(files, ask=ask)
         self.synonyms = Synonyms.read(files.synonyms)
         self.objects = read_objects(self.path("objects"), self.synonyms)
+        if ask:
+            ObjectReader(self.synonyms)  # so that what it lacks is said before hours of generation
 
     def items(self) -> list[Item]:
         """The images of `--questions` ({"image": ...} records), else every image in the folder with known objects."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -210,6 +211,15 @@ def test_chair_captions_every_image_with_known_objects(exports, images: Path, tm
     captions = records(tmp_path / "mine.jsonl")
     assert [caption["image_id"] for caption in captions] == [1, 2, 5]
     assert json.loads((tmp_path / "r.json").read_text())["counts"]["captions"] == 3
+
+
+def test_a_missing_library_is_named_before_any_generation(exports, images, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "textblob.en.inflect", None)
+    monkeypatch.setattr("hacl_megatron.evaluation.generate.Answerer", None)
+    (tmp_path / "objects.json").write_text('{"1": ["dog"]}')
+    flags = ("--hf", exports["square"], "--objects", tmp_path / "objects.json", "--images", images)
+    assert run_tool("evaluate", "--task", "chair", *flags, "--output", tmp_path / "r.json") == 2
+    assert "pip install textblob" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
