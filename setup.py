@@ -29,7 +29,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["hacl_megatron", "hacl_megatron.*"]),
-    package_data={"hacl_megatron.data.hallucinate": ["words/*.txt"]},  # word lists of the rules
+    package_data={
+        "hacl_megatron.data.hallucinate": ["words/*.txt"],  # word lists of the rules
+        "hacl_megatron.evaluation": ["coco_synonyms.txt"],  # CHAIR's, as published
+    },
     install_requires=[
         "torch>=2.6",  # tensors, autograd, torch.distributed
         "megatron-core>=0.16.1,<0.20",  # tensor/sequence/pipeline parallel layers, schedules, DDP, checkpoints
@@ -55,6 +58,7 @@ setup(
         "llm": ["openai>=2.0"],  # --method llm of tools/generate_hallucinations.py: retries, back-off, time-outs
         "wandb": ["wandb>=0.18"],  # --wandb-project
         "quickstart": ["matplotlib>=3.9"],  # the report's plots
+        "evaluate": ["textblob>=0.20"],  # CHAIR, AMBER: singulars as published, a tagger without downloads; brings NLTK
         "test": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",  # a hung rank fails its test instead of the CI
@@ -62,6 +66,7 @@ setup(
             "matplotlib>=3.9",
             "openai>=2.0",  # --method llm against a local server
             "inflect>=7.5",  # oracle for the plurals and articles of the word lists
+            "textblob>=0.20",
             "ruff>=0.9",  # format and lint
             "import-linter>=2.1",  # holds the layering
         ],

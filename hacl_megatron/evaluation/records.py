@@ -1,0 +1,76 @@
+"""Files of questions, annotations and answers: JSON lists and JSON lines, whatever the file is called.
+
+POPE's questions are JSON lines in files named `.json`, so the content decides, not the name.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises ValueError, in one line, for what is missing or no JSON."""
+    text = _read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}); check or fetch it again"
+        ) from None
+
+
+def read_records(path: Path, *, needed: Sequence[str], kind: str) -> list[dict[str, Any]]:
+    """The objects of a JSON list or of JSON lines, each with the keys `needed`.
+
+    Args:
+        kind: what they are, for the messages ("POPE answers").
+
+    Raises:
+        ValueError: missing file, broken JSON, no record, or one that lacks a key; names file and record.
+    """
+    text = _read_text(path)
+    if text.lstrip().startswith("["):
+        records = read_json(path)
+        places = [f"record {number}" for number in range(1, len(records) + 1)]
+    else:
+        records, places = [], []
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not valid JSON ({error.msg}); expected one object a line"
+                ) from None
+            places.append(f"line {number}")
+    for place, record in zip(places, records, strict=True):
+        missing = [key for key in needed if not isinstance(record, dict) or key not in record]
+        if missing:
+            keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(
+                f"{path}, {place}: found {keys or 'no keys'}, expected an object with {', '.join(needed)}; "
+                f"is it the file of {kind}?"
+            )
+    if not records:
+        raise ValueError(f"{path} is empty, expected {kind}")
+    return records
+
+
+def expect_text(record: dict[str, Any], key: str, path: Path | str, number: int) -> str:
+    """`record[key]`, known to be a string; `number` counts from 1."""
+    if not isinstance(record[key], str):
+        raise ValueError(f"{path}, record {number}: {key} is {type(record[key]).__name__}, expected a string")
+    return record[key]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); convert the file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,74 @@
+"""Evaluates a model, or scores answers that are there already.
+
+    python tools/evaluate.py --hf EXPORT --task pope --questions F --images DIR --output F.json
+    python tools/evaluate.py --task pope  --questions F   --answers F  --output F.json
+    python tools/evaluate.py --task amber --annotations F --answers F  --output F.json
+    python tools/evaluate.py --task chair --objects F     --captions F --output F.json
+
+Answers are read and written in the benchmarks' own formats. With --hf, answers are generated first; the same command
+goes on where a killed one stopped. Without a GPU it runs on the CPU, in fp32.
+"""
+
+import argparse
+from pathlib import Path
+
+from hacl_megatron.config.console import exit_with_error
+
+TASKS = ("pope", "chair", "amber", "mmhal")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="F.json", help="results file to write")
+    add_benchmark_arguments(parser)
+    add_generation_arguments(parser)
+    return parser.parse_args()
+
+
+def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("benchmarks that are answered in words")
+    group.add_argument("--task", choices=TASKS)
+    group.add_argument(
+        "--questions", type=Path, help="pope, amber, mmhal: the published questions; chair: {image} lines"
+    )
+    group.add_argument("--annotations", type=Path, help="amber: annotations.json")
+    group.add_argument("--answers", type=Path, help="answers in the benchmark's format; with --hf, where to write them")
+    group.add_argument("--captions", type=Path, help="chair: {image_id, caption} lines; with --hf, where to write them")
+    group.add_argument("--objects", type=Path, help="chair: JSON {image id: [objects]}, or COCO's annotations folder")
+    group.add_argument("--synonyms", type=Path, help="chair: a list of one's own (default: COCO's, as published)")
+    group.add_argument("--amber-nouns", choices=("lexicon", "spacy"), default="lexicon", help="amber's descriptions: "
+                       "an approximation without downloads, or AMBER's own way by NLTK and spaCy")  # fmt: skip
+    group.add_argument("--amber-words", type=Path, help="folder of relation.json and safe_words.txt (default: beside "
+                       "--annotations)")  # fmt: skip
+    group.add_argument("--amber-spacy-model", default="en_core_web_lg", help="a spaCy model with word vectors")
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation of the answers")
+    group.add_argument("--hf", type=Path, metavar="EXPORT", help="exported Hugging Face model that answers")
+    group.add_argument("--images", type=Path, metavar="DIR", help="the benchmark's images")
+    group.add_argument("--prompt-suffix", help="text behind each question, in place of the published one")
+    group.add_argument("--batch-size", type=int, default=8)
+    group.add_argument("--num-beams", type=int, default=1, help="1: greedy")
+    group.add_argument("--max-new-tokens", type=int, help="longest answer (default: the benchmark's)")
+    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    group.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on the CPU float32"
+    )
+    group.add_argument("--num-shards", type=int, default=1, help="processes that share the questions")
+    group.add_argument("--shard-index", type=int, default=0, help="which of them this one is, from 0")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    if args.task is None:
+        raise ValueError(f"nothing to evaluate: give --task ({', '.join(TASKS)})")
+    from hacl_megatron.evaluation.benchmark_run import evaluate_benchmark
+
+    evaluate_benchmark(args)
+
+
+if __name__ == "__main__":
+    try:
+        evaluate(parse())
+    except (ValueError, OSError) as error:
+        exit_with_error(error)
