@@ -13,8 +13,8 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.model.connector import connector_depth
 
 FEATURES = ("text without autograd", "last layer for read rows", "shared prefix")
-"""What this package's step leaves out: the backward pass of texts where the LLM is frozen; queries, output and MLP of the
-last layer on rows that nothing reads; the image a second time with the `prompt` context."""
+"""What this package's step leaves out: the backward pass of texts where the LLM is frozen; queries, output and MLP of
+the last layer on rows that nothing reads; the image a second time with the `prompt` context."""
 
 
 @dataclass(frozen=True, kw_only=True)

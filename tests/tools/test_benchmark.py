@@ -18,6 +18,7 @@ SIZES = {
     "vision_heads": 2, "image": 42, "patch": 14,
 }  # fmt: skip
 CASES = [(stage, context) for stage in ("pretrain", "finetune") for context in ("image", "prompt")]
+SIDES = ("plain", "package", "all-features-off")
 ATTENTION = ("vision attention", "LLM attention")
 """Parts that torch's counter does not see on the CPU: its kernel is not among those it knows."""
 
@@ -64,9 +65,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, 
     return run_distributed(counted_flops, 1, str(tmp_path_factory.mktemp("model")))[0]
 
 
-@pytest.mark.parametrize(
-    "case", [f"{side} {stage} {context}" for side in ("plain", "package", "all-features-off") for stage, context in CASES]
-)
+@pytest.mark.parametrize("case", [f"{side} {stage} {context}" for side in SIDES for stage, context in CASES])
 def test_flops_are_those_that_torch_counts(counted, case):
     """Up to the similarities of the contrastive loss, which are not counted, and a dialogue's last row, which is read
     although it predicts nothing."""
