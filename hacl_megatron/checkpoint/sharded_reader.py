@@ -20,9 +20,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from hacl_megatron.checkpoint.file_blocks import bytes_of, read_block
 from hacl_megatron.checkpoint.hf_config import one_line
 from hacl_megatron.checkpoint.hf_names import FUSED_NORMS, NameTable, nearest
 from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
+from hacl_megatron.checkpoint.tensor_records import Record, find_values
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.run import RunConfig, from_yaml
 
@@ -129,7 +131,8 @@ class ShardedReader:
         covered = sum(item.lengths.numel() for item in items)
         assert covered == target.numel(), f"{name}: chunks cover {covered} of {target.numel()} values"
         try:
-            self._reader.read_data(LoadPlan(items), _IntoTensor(target))
+            for item in items:
+                self._read_item(item, target)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             files = sorted({self._metadata.storage_data[item.storage_index].relative_path for item in items})
             raise ValueError(
@@ -139,6 +142,25 @@ class ShardedReader:
         return target.view(shape)
 
     __call__ = read
+
+    def _read_item(self, item: ReadItem, target: Tensor) -> None:
+        """The part of one chunk that belongs to `target`, straight into it where it is contiguous on both sides."""
+        info = self._metadata.storage_data[item.storage_index]
+        with (self.folder / info.relative_path).open("rb", buffering=0) as file:
+            values = find_values(io.BufferedReader(Record(file.fileno(), info.offset, info.length)))
+            if values is None or values.dtype != target.dtype:  # torch knows more kinds of records
+                self._reader.read_data(LoadPlan([item]), _IntoTensor(target))
+                return
+            into = _part(target, item.dest_offsets, item.lengths)
+            # Without memory of its own, the chunk tells where the part begins and whether it is in one piece.
+            part = _part(torch.empty(values.shape, device="meta"), item.storage_offsets, item.lengths)
+            offset = info.offset + values.offset
+            if part.is_contiguous() and into.is_contiguous():
+                read_block(file.fileno(), offset + part.storage_offset() * target.itemsize, bytes_of(into))
+                return
+            chunk = torch.empty(values.shape, dtype=values.dtype)
+            read_block(file.fileno(), offset, bytes_of(chunk))
+            into.copy_(_part(chunk, item.storage_offsets, item.lengths))
 
     def _stored(self, name: str) -> tuple[str, int | None]:
         """Key in the checkpoint and row of its first dim, for a parameter of a stacked block."""
@@ -181,17 +203,20 @@ class ShardedReader:
                 raise ValueError(f"{path} is cut: {path.stat().st_size} bytes of at least {end}")
 
 
+def _part(tensor: Tensor, offsets: torch.Size, lengths: torch.Size) -> Tensor:
+    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
 class _IntoTensor(LoadPlanner):
-    """Puts what is read into one tensor."""
+    """Lets torch's reader put what it reads into one tensor."""
 
     def __init__(self, target: Tensor):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part = self._target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(dim, start, length)
-        return part
+        return _part(self._target, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass
