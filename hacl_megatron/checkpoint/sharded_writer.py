@@ -19,19 +19,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.storage import WriteResult
 
 from hacl_megatron.checkpoint.file_blocks import BlockWriter, bytes_of
 from hacl_megatron.checkpoint.hf_names import FUSED_NORMS, NameTable, ReadRows, Rule
+from hacl_megatron.checkpoint.sharded_metadata import StoredChunk, StoredTensor, prepare_to_write, write_metadata
 from hacl_megatron.checkpoint.tensor_records import frame
 
 MAX_PIECES = 8
@@ -83,10 +74,8 @@ def stored_name(ours: str) -> tuple[str, int | None]:
     return match[1] + rest, int(match[2])
 
 
-def plan_chunks(
-    table: NameTable, dtype_of: Callable[[Rule], torch.dtype], padded_vocab_size: int
-) -> tuple[list[Chunk], dict[str, TensorStorageMetadata]]:
-    """All chunks in the table's order, and the entry of each stored tensor. A tied output layer is not stored."""
+def plan_chunks(table: NameTable, dtype_of: Callable[[Rule], torch.dtype], padded_vocab_size: int) -> list[Chunk]:
+    """All chunks in the table's order. A tied output layer is not stored."""
     chunks: list[Chunk] = []
     for rule in table.rules.values():
         if table.config.language.tie_word_embeddings and rule.ours == "language_model.output_layer.weight":
@@ -101,22 +90,14 @@ def plan_chunks(
             stack = ((), ()) if layer is None else ((layer,), (1,))
             chunks.append(Chunk(rule, piece, pieces, key, layer, dtype, stack[0] + offsets, stack[1] + sizes))
 
-    entries: dict[str, TensorStorageMetadata] = {}
-    grouped: dict[str, list[Chunk]] = {}
+    dtypes: dict[str, set[torch.dtype]] = {}
     for chunk in chunks:
-        grouped.setdefault(chunk.key, []).append(chunk)
-    for key, parts in grouped.items():
-        dtypes = {chunk.dtype for chunk in parts}
-        if len(dtypes) > 1:
-            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        dtypes.setdefault(chunk.key, set()).add(chunk.dtype)
+    for key, several in dtypes.items():
+        if len(several) > 1:
+            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in several))
             raise ValueError(f"{key}: its layers are stored as {found}; choose one with --dtype")
-        size = tuple(max(c.offsets[i] + c.sizes[i] for c in parts) for i in range(len(parts[0].sizes)))
-        entries[key] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=parts[0].dtype),
-            size=torch.Size(size),
-            chunks=[ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in parts],
-        )
-    return chunks, entries
+    return chunks
 
 
 def _num_pieces(rule: Rule, whole: tuple[int, ...], dim: int, dtype: torch.dtype) -> int:
@@ -135,7 +116,6 @@ def _num_pieces(rule: Rule, whole: tuple[int, ...], dim: int, dtype: torch.dtype
 def write_sharded(
     folder: Path,
     chunks: list[Chunk],
-    entries: dict[str, TensorStorageMetadata],
     read: ReadRows,
     *,
     padded_vocab_size: int,
@@ -146,10 +126,10 @@ def write_sharded(
 
     A worker holds one chunk and the slices that it is made of; of a tensor cut by columns, the whole.
     """
-    shares, positions = _split(chunks, max(1, workers)), _positions(chunks)
+    shares = _split(chunks, max(1, workers))
     failures: list[BaseException] = []
 
-    def write(number: int) -> list[WriteResult]:
+    def write(number: int) -> list[StoredChunk]:
         name, end, written = f"__{number}_0.distcp", 0, []
         try:
             with BlockWriter(folder / name) as file:
@@ -158,8 +138,7 @@ def write_sharded(
                         return []
                     around, start = frame(chunk.dtype, chunk.sizes), end
                     end = file.write(start, [around.before, bytes_of(values), around.after])
-                    index = MetadataIndex(chunk.key, torch.Size(chunk.offsets), positions[chunk])
-                    written.append(WriteResult(index, end - start, _StorageInfo(name, start, end - start)))
+                    written.append(StoredChunk(chunk.offsets, chunk.sizes, name, start, end - start))
                     if progress is not None:
                         progress(values.nbytes)
         except BaseException as error:
@@ -167,31 +146,23 @@ def write_sharded(
             raise
         return written
 
-    with ThreadPoolExecutor(len(shares)) as pool:
+    with ThreadPoolExecutor(len(shares) + 1) as pool:
         try:
             futures = [pool.submit(write, number) for number in range(len(shares))]
+            pool.submit(prepare_to_write)
             wait(futures)
         except BaseException as error:  # an interrupt of the user's
             failures.append(error)
             raise
     if failures:
         raise failures[0]
-    results = [future.result() for future in futures]
-    assert sum(len(written) for written in results) == len(chunks)
-    writer = FileSystemWriter(str(folder))
-    writer.set_up_storage_writer(True)
-    writer.finish(Metadata(state_dict_metadata=entries), results)
+    stored = [chunk for future in futures for chunk in future.result()]
+    tensors: dict[str, StoredTensor] = {}
+    for chunk, place in zip(chunks, stored, strict=True):
+        tensors.setdefault(chunk.key, StoredTensor(chunk.dtype, [])).chunks.append(place)
+    write_metadata(folder, tensors)
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
-
-
-def _positions(chunks: list[Chunk]) -> dict[Chunk, int]:
-    """Chunk -> its place in the list of its tensor's chunks."""
-    counts: dict[str, int] = {}
-    positions = {}
-    for chunk in chunks:
-        positions[chunk] = counts[chunk.key] = counts.get(chunk.key, -1) + 1
-    return positions
 
 
 def _read_chunks(share: list[Chunk], read: ReadRows, padded_vocab_size: int) -> Iterator[tuple[Chunk, Tensor]]:

@@ -11,7 +11,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from functools import cache
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -85,7 +85,9 @@ def find_values(record: BinaryIO) -> Values | None:
         storages = [name for name in entries if name.startswith("data/")]
         if storages != ["data/0"] or _content(record, entries["byteorder"]) != sys.byteorder.encode():
             return None
-        tensor = _tensor(record, _content(record, entries["data.pkl"]))
+        tensor = _load_meta(record, _content(record, entries["data.pkl"]))
+        if not isinstance(tensor, torch.Tensor):
+            return None
         stored = entries["data/0"]
         whole = tensor.is_contiguous() and tensor.storage_offset() == 0 and tensor.nbytes == stored.file_size
         if not whole or stored.compress_type != zipfile.ZIP_STORED:
@@ -95,15 +97,15 @@ def find_values(record: BinaryIO) -> Values | None:
         return None
 
 
-_tensors: dict[bytes, torch.Tensor] = {}
+_loaded: dict[bytes, Any] = {}
 
 
-def _tensor(record: BinaryIO, pickled: bytes) -> torch.Tensor:
-    """The tensor without its values."""
-    if pickled not in _tensors:
+def _load_meta(record: BinaryIO, pickled: bytes) -> Any:
+    """What the record holds, a tensor without its values."""
+    if pickled not in _loaded:
         record.seek(0)
-        _tensors[pickled] = torch.load(record, map_location="meta", weights_only=True)
-    return _tensors[pickled]
+        _loaded[pickled] = torch.load(record, map_location="meta", weights_only=True)
+    return _loaded[pickled]
 
 
 def _offset(record: BinaryIO, entry: zipfile.ZipInfo) -> int:

@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -120,21 +119,14 @@ def timed(command: list[object], source: Path) -> tuple[float, float]:
     """Seconds of a command and a sync, and the peak of its anonymous bytes."""
     drop_pages(source)
     peak, start = 0, time.perf_counter()
-    log = tempfile.TemporaryFile("w+")
-    process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log)
-
-    def sample() -> None:
-        nonlocal peak
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log)
         while process.poll() is None:
             peak = max(peak, anonymous_bytes(process.pid))
             time.sleep(0.01)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    sampler.join()
-    if process.returncode != 0:
-        log.seek(0)
-        raise SystemExit(f"{command} ended with status {process.returncode}\n{log.read()[-2000:]}")
+        if process.returncode != 0:
+            log.seek(0)
+            raise SystemExit(f"{command} ended with status {process.returncode}\n{log.read()[-2000:]}")
     os.sync()
     return time.perf_counter() - start, peak
 
