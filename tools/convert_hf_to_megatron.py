@@ -11,6 +11,7 @@ appears when it is complete; OUT/converted_from.json says what became of every t
 import argparse
 from pathlib import Path
 
+from hacl_megatron.checkpoint.prefetch import prefetch
 from hacl_megatron.config.console import exit_with_error
 
 
@@ -31,8 +32,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234, help="for a connector or heads that no file holds")
     parser.add_argument("--force", action="store_true", help="replace an earlier conversion at --save")
     parser.add_argument(
-        "--verify", action="store_true", help="then run both models on a random batch and compare their logits"
-    )
+        "--verify", action="store_true", help="then run both models on a random batch and compare their logits; holds "
+        "both in fp32 (8 bytes a parameter: some 60 GB for a 7B)"
+    )  # fmt: skip
     args = parser.parse_args()
     if args.language_model and not args.vision_tower:
         parser.error("--language-model needs --vision-tower, the folder of a CLIP model")
@@ -40,6 +42,8 @@ def parse() -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> None:
+    folder = args.hf_path or args.language_model
+    prefetch(folder)
     from tqdm import tqdm
 
     from hacl_megatron.checkpoint.freed_memory import keep_freed_memory
@@ -50,7 +54,6 @@ def convert(args: argparse.Namespace) -> None:
     from hacl_megatron.model.fresh import fresh_parts
 
     keep_freed_memory()
-    folder = args.hf_path or args.language_model
     dtype = DTYPES[args.dtype] if args.dtype else None
     config = read_model_config(folder, args.vision_tower)
     sources = open_sources(folder, config, adapter=args.pretrain_mm_mlp_adapter, vision_tower=args.vision_tower)

@@ -15,8 +15,6 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import CLIPVisionConfig, LlamaConfig
-
 from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, VisionConfig
 
 TOWER_FOLDER = "vision_tower"
@@ -147,6 +145,8 @@ def _language_config(values: dict[str, Any], where: Path, tie: bool | None) -> L
         "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
         "attention_dropout": (0, 0.0, None), "quantization_config": (None,),
     })  # fmt: skip
+    from transformers import LlamaConfig  # a second that an export need not spend
+
     parsed = _parse(LlamaConfig, {key: value for key, value in values.items() if not key.startswith("rope_")}, where)
     rotary_base, rope_scaling = _rotary(values, where)
     heads, groups = parsed.num_attention_heads, parsed.num_key_value_heads
@@ -201,6 +201,8 @@ def _vision_config(values: dict[str, Any], where: Path) -> VisionConfig:
     _refuse_unless(where, {"vision_config.model_type": values.get("model_type", "clip_vision_model")}, {
         "vision_config.model_type": ("clip_vision_model",),
     })  # fmt: skip
+    from transformers import CLIPVisionConfig
+
     parsed = _parse(CLIPVisionConfig, values, where)
     if parsed.hidden_act not in ("quick_gelu", "gelu"):
         raise ValueError(

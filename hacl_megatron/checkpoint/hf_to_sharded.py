@@ -5,6 +5,7 @@ run_config.yaml, hf_assets/ (tokenizer, processor, carried.safetensors) ──�
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def convert_to_sharded(
         return tensor[rows] if tensor.dim() == 1 else tensor[rows, columns]
 
     padded = padded_vocab_size(config.language.vocab_size, ParallelFlags())
-    chunks, entries = plan_chunks(table, dtype_of, padded)
+    chunks = plan_chunks(table, dtype_of, padded)
     total = sum(chunk.num_bytes for chunk in chunks)
     with fresh_folder(save, total, force=force, why_not=why_no_conversion) as partial:
         checkpoint = iteration_folder(partial, 0)
@@ -111,7 +112,6 @@ def convert_to_sharded(
         write_sharded(
             checkpoint,
             chunks,
-            entries,
             read,
             padded_vocab_size=padded,
             workers=workers,
@@ -120,7 +120,7 @@ def convert_to_sharded(
         report = {"files": sources.files, "fresh": names, "ignored": sources.ignored}
         (partial / SOURCE_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_atomically(partial / LATEST_FILE, "0\n")
-    num_parameters = sum(entry.size.numel() for entry in entries.values())
+    num_parameters = sum(math.prod(chunk.sizes) for chunk in chunks)
     return ConversionReport(
         checkpoint=iteration_folder(save, 0),
         num_parameters=num_parameters,

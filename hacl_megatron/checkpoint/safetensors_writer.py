@@ -7,12 +7,13 @@ given beforehand.
 
 import json
 import math
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from hacl_megatron.checkpoint.file_blocks import BlockWriter, bytes_of
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -38,10 +39,10 @@ class SafetensorsWriter:
         self.num_bytes = len(self._prefix) + end
 
     def __enter__(self) -> "SafetensorsWriter":
-        self._file = open(self._path, "wb")
-        self._file.write(self._prefix)
+        self._file = BlockWriter(self._path).__enter__()
+        self._file.write(0, [self._prefix])
         self._pool = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
+        self._last: Future[int] | None = None
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -49,14 +50,9 @@ class SafetensorsWriter:
         dtype, shape = self._tensors[name]
         assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), f"{name}: {tensor.dtype} {tuple(tensor.shape)}"
         self._pending.remove(name)
-        # Bytes through uint8, since numpy knows no bfloat16.
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        content = bytes_of(tensor.detach().cpu().contiguous())
         self._wait()
-        self._last = self._pool.submit(self._put, len(self._prefix) + self._offsets[name], content)
-
-    def _put(self, offset: int, content: memoryview) -> None:
-        self._file.seek(offset)
-        self._file.write(content)
+        self._last = self._pool.submit(self._file.write, len(self._prefix) + self._offsets[name], [content])
 
     def _wait(self) -> None:
         if self._last is not None:
@@ -68,8 +64,9 @@ class SafetensorsWriter:
             if kind is None:
                 self._wait()
                 assert not self._pending, f"{self._path}: never written: {sorted(self._pending)[:5]}"
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        except BaseException as failure:
+            kind = type(failure)
+            raise
         finally:
             self._pool.shutdown()
-            self._file.close()
+            self._file.__exit__(kind, error, traceback)

@@ -8,40 +8,28 @@ the layout that wrote the checkpoint. Vocabulary padding is cut off.
 """
 
 import io
+import math
 import pickle
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from hacl_megatron.checkpoint.file_blocks import bytes_of, read_block
 from hacl_megatron.checkpoint.hf_config import one_line
 from hacl_megatron.checkpoint.hf_names import FUSED_NORMS, NameTable, nearest
 from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
+from hacl_megatron.checkpoint.sharded_metadata import StoredChunk, read_metadata
+from hacl_megatron.checkpoint.tensor_records import Record, find_values
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.run import RunConfig, from_yaml
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT_LAYER = "language_model.output_layer.weight"
 _STACKED = re.compile(r"(.*\.layers\.)(\d+)\.(.*)")
-_METADATA_CLASSES = {
-    "torch": {"Size", "strided"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-}  # fmt: skip
-"""All that a `.metadata` may name, beside torch's dtypes."""
 
 
 def locate_checkpoint(folder: str | Path) -> Path:
@@ -79,14 +67,7 @@ class ShardedReader:
         self.folder = Path(folder)
         self.model_config = model_config or read_run_config(self.folder).architecture
         self.table = NameTable(self.model_config)
-        self._metadata = _read_metadata(self.folder)
-        self._tensors = {
-            key: entry
-            for key, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self._reader = FileSystemReader(str(self.folder))
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._tensors, self._other_names = read_metadata(self.folder)
         self._check()
 
     def names(self) -> list[str]:
@@ -99,7 +80,7 @@ class ShardedReader:
         return self.table.rules[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[self._stored(name)[0]].properties.dtype
+        return self._tensors[self._stored(name)[0]].dtype
 
     @property
     def num_bytes(self) -> int:
@@ -115,30 +96,57 @@ class ShardedReader:
     def other_names(self) -> list[str]:
         """What the checkpoint holds beside the model's parameters: optimiser state, random states."""
         ours = {self._stored(name)[0] for name in self.names()}
-        return [key for key in self._metadata.state_dict_metadata if key not in ours]
+        return [key for key in self._tensors if key not in ours] + self._other_names
 
     def read(self, name: str) -> Tensor:
         """One parameter, whole and unsharded, in the dtype of the checkpoint; only its own chunks are read."""
         key, layer = self._stored(name)
         entry, shape = self._tensors[key], self.shape(name)
-        offsets, sizes = torch.Size([0] * len(shape)), torch.Size(shape)
+        # A stacked parameter is one row of what is stored.
+        offsets, sizes = (0,) * len(shape), shape
         if layer is not None:
-            offsets, sizes = torch.Size([layer, *offsets]), torch.Size([1, *sizes])
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
-        items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(offsets, sizes)])
-        covered = sum(item.lengths.numel() for item in items)
+            offsets, sizes = (layer, *offsets), (1, *sizes)
+        target, covered = torch.empty(sizes, dtype=entry.dtype), 0
+        for chunk in entry.chunks:
+            first = [max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True)]
+            last = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)]
+            lengths = [max(0, b - a) for a, b in zip(first, last, strict=True)]
+            if not math.prod(lengths):
+                continue
+            from_chunk = [a - b for a, b in zip(first, chunk.offsets, strict=True)]
+            into = _part(target, [a - b for a, b in zip(first, offsets, strict=True)], lengths)
+            try:
+                self._read_part(chunk, from_chunk, into)
+            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+                raise ValueError(
+                    f"{self.folder}: {name} cannot be read from {chunk.file} ({one_line(error)}); a file is missing or "
+                    "cut, take another iter_* folder"
+                ) from None
+            covered += into.numel()
         assert covered == target.numel(), f"{name}: chunks cover {covered} of {target.numel()} values"
-        try:
-            self._reader.read_data(LoadPlan(items), _IntoTensor(target))
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            files = sorted({self._metadata.storage_data[item.storage_index].relative_path for item in items})
-            raise ValueError(
-                f"{self.folder}: {name} cannot be read from {', '.join(files)} ({one_line(error)}); a file is missing "
-                "or cut, take another iter_* folder"
-            ) from None
         return target.view(shape)
 
     __call__ = read
+
+    def _read_part(self, chunk: StoredChunk, start: Sequence[int], into: Tensor) -> None:
+        """Fill `into` with the part of a chunk from `start` on; read in place where it is contiguous on both sides."""
+        with (self.folder / chunk.file).open("rb", buffering=0) as file:
+            record = io.BufferedReader(Record(file.fileno(), chunk.offset, chunk.length))
+            values = find_values(record)
+            if values is None or values.dtype != into.dtype:  # torch.load knows more kinds of records
+                record.seek(0)
+                content = torch.load(record, map_location="cpu", weights_only=True)
+                into.copy_(_part(content, start, into.shape))
+                return
+            # Without memory of its own, the chunk tells where the part begins and whether it is in one piece.
+            part = _part(torch.empty(values.shape, device="meta"), start, into.shape)
+            offset = chunk.offset + values.offset
+            if part.is_contiguous() and into.is_contiguous():
+                read_block(file.fileno(), offset + part.storage_offset() * into.itemsize, bytes_of(into))
+                return
+            content = torch.empty(values.shape, dtype=values.dtype)
+            read_block(file.fileno(), offset, bytes_of(content))
+            into.copy_(_part(content, start, into.shape))
 
     def _stored(self, name: str) -> tuple[str, int | None]:
         """Key in the checkpoint and row of its first dim, for a parameter of a stacked block."""
@@ -165,14 +173,14 @@ class ShardedReader:
         """Every parameter is there, in the shape that run_config.yaml makes it, and in files of the full length."""
         for name in self.names():
             key, layer = self._stored(name)
-            found, expected = tuple(self._tensors[key].size), self.shape(name)
+            found, expected = self._tensors[key].size, self.shape(name)
             found = found if layer is None else found[1:]
             padded = name in (EMBEDDING, OUTPUT_LAYER)
             if found[1:] != expected[1:] or (found[0] < expected[0] if padded else found[0] != expected[0]):
                 raise ValueError(f"{self.folder}: {name} is {list(found)}, {RUN_CONFIG_FILE} makes it {list(expected)}")
         ends: dict[str, int] = {}
-        for info in self._metadata.storage_data.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for chunk in (chunk for entry in self._tensors.values() for chunk in entry.chunks):
+            ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.offset + chunk.length)
         for file, end in ends.items():
             path = self.folder / file
             if Path(file).name != file or not path.is_file():
@@ -181,63 +189,7 @@ class ShardedReader:
                 raise ValueError(f"{path} is cut: {path.stat().st_size} bytes of at least {end}")
 
 
-class _IntoTensor(LoadPlanner):
-    """Puts what is read into one tensor."""
-
-    def __init__(self, target: Tensor):
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part = self._target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(dim, start, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
-
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator: bool = False) -> None:
-        pass
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError  # plans are made for each read
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError  # tensors alone are asked for
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds torch's checkpoint records and nothing else: `.metadata` is a pickle, and a pickle can hold any code."""
-
-    def find_class(self, module: str, name: str):
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not dtype and name not in _METADATA_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    path = folder / ".metadata"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; {folder} is no whole distributed checkpoint")
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except pickle.UnpicklingError as error:
-        if "it names" in str(error):
-            raise ValueError(
-                f"{path}: this pickle holds more than torch's checkpoint records ({one_line(error)}), and its code is "
-                "never run"
-            ) from None
-        raise ValueError(f"{path}: not a whole file ({one_line(error)}); the checkpoint is damaged") from None
-    except (EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a whole file ({one_line(error)}); the checkpoint is damaged") from None
-    if not isinstance(metadata, Metadata) or not metadata.storage_data:
-        raise ValueError(f"{path}: found a {type(metadata).__name__}, expected the records of a distributed checkpoint")
-    return metadata
+def _part(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor

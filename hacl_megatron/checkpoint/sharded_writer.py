@@ -8,28 +8,22 @@ little more than its own part. The names are megatron-core's: layers stacked alo
 under the linear layer that follows them.
 """
 
-import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from hacl_megatron.checkpoint.file_blocks import BlockWriter, bytes_of
 from hacl_megatron.checkpoint.hf_names import FUSED_NORMS, NameTable, ReadRows, Rule
+from hacl_megatron.checkpoint.sharded_metadata import StoredChunk, StoredTensor, prepare_to_write, write_metadata
+from hacl_megatron.checkpoint.tensor_records import frame
 
 MAX_PIECES = 8
 """Tensor-parallel ranks that find their own chunks; more ranks share them."""
@@ -80,10 +74,8 @@ def stored_name(ours: str) -> tuple[str, int | None]:
     return match[1] + rest, int(match[2])
 
 
-def plan_chunks(
-    table: NameTable, dtype_of: Callable[[Rule], torch.dtype], padded_vocab_size: int
-) -> tuple[list[Chunk], dict[str, TensorStorageMetadata]]:
-    """All chunks in the table's order, and the entry of each stored tensor. A tied output layer is not stored."""
+def plan_chunks(table: NameTable, dtype_of: Callable[[Rule], torch.dtype], padded_vocab_size: int) -> list[Chunk]:
+    """All chunks in the table's order. A tied output layer is not stored."""
     chunks: list[Chunk] = []
     for rule in table.rules.values():
         if table.config.language.tie_word_embeddings and rule.ours == "language_model.output_layer.weight":
@@ -98,22 +90,14 @@ def plan_chunks(
             stack = ((), ()) if layer is None else ((layer,), (1,))
             chunks.append(Chunk(rule, piece, pieces, key, layer, dtype, stack[0] + offsets, stack[1] + sizes))
 
-    entries: dict[str, TensorStorageMetadata] = {}
-    grouped: dict[str, list[Chunk]] = {}
+    dtypes: dict[str, set[torch.dtype]] = {}
     for chunk in chunks:
-        grouped.setdefault(chunk.key, []).append(chunk)
-    for key, parts in grouped.items():
-        dtypes = {chunk.dtype for chunk in parts}
-        if len(dtypes) > 1:
-            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        dtypes.setdefault(chunk.key, set()).add(chunk.dtype)
+    for key, several in dtypes.items():
+        if len(several) > 1:
+            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in several))
             raise ValueError(f"{key}: its layers are stored as {found}; choose one with --dtype")
-        size = tuple(max(c.offsets[i] + c.sizes[i] for c in parts) for i in range(len(parts[0].sizes)))
-        entries[key] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=parts[0].dtype),
-            size=torch.Size(size),
-            chunks=[ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in parts],
-        )
-    return chunks, entries
+    return chunks
 
 
 def _num_pieces(rule: Rule, whole: tuple[int, ...], dim: int, dtype: torch.dtype) -> int:
@@ -132,7 +116,6 @@ def _num_pieces(rule: Rule, whole: tuple[int, ...], dim: int, dtype: torch.dtype
 def write_sharded(
     folder: Path,
     chunks: list[Chunk],
-    entries: dict[str, TensorStorageMetadata],
     read: ReadRows,
     *,
     padded_vocab_size: int,
@@ -141,37 +124,56 @@ def write_sharded(
 ) -> None:
     """Write the planned chunks into `folder`, one file for each worker, and what makes a checkpoint of them.
 
-    A worker holds one chunk and the slices that it is made of.
+    A worker holds one chunk and the slices that it is made of; of a tensor cut by columns, the whole.
     """
     shares = _split(chunks, max(1, workers))
-    planner = _ChunkReader(shares, entries, read, padded_vocab_size, progress)
-    # One writer, as many plans as workers: as if each were a rank, which names their files.
-    writer = FileSystemWriter(str(folder), thread_count=1, per_thread_copy_ahead=0)
-    writer.set_up_storage_writer(True)
-    plans = [writer.prepare_local_plan(plan) for plan in planner.plans]
-    plans = writer.prepare_global_plan(plans)
+    failures: list[BaseException] = []
 
-    def write(plan: SavePlan) -> list:
+    def write(number: int) -> list[StoredChunk]:
+        name, end, written = f"__{number}_0.distcp", 0, []
         try:
-            return writer.write_data(plan, planner).wait()
+            with BlockWriter(folder / name) as file:
+                for chunk, values in _read_chunks(shares[number], read, padded_vocab_size):
+                    if failures:  # of another worker
+                        return []
+                    around, start = frame(chunk.dtype, chunk.sizes), end
+                    end = file.write(start, [around.before, bytes_of(values), around.after])
+                    written.append(StoredChunk(chunk.offsets, chunk.sizes, name, start, end - start))
+                    if progress is not None:
+                        progress(values.nbytes)
         except BaseException as error:
-            planner.failure = planner.failure or error
+            failures.append(error)
             raise
+        return written
 
-    with ThreadPoolExecutor(len(plans)) as pool:
+    with ThreadPoolExecutor(len(shares) + 1) as pool:
         try:
-            futures = [pool.submit(write, plan) for plan in plans]
+            futures = [pool.submit(write, number) for number in range(len(shares))]
+            pool.submit(prepare_to_write)
             wait(futures)
         except BaseException as error:  # an interrupt of the user's
-            planner.failure = error
+            failures.append(error)
             raise
-    if planner.failure is not None:
-        raise planner.failure
-    results = [future.result() for future in futures]
-    assert sum(len(written) for written in results) == len(chunks)
-    writer.finish(Metadata(state_dict_metadata=entries), results)
+    if failures:
+        raise failures[0]
+    stored = [chunk for future in futures for chunk in future.result()]
+    tensors: dict[str, StoredTensor] = {}
+    for chunk, place in zip(chunks, stored, strict=True):
+        tensors.setdefault(chunk.key, StoredTensor(chunk.dtype, [])).chunks.append(place)
+    write_metadata(folder, tensors)
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
+
+
+def _read_chunks(share: list[Chunk], read: ReadRows, padded_vocab_size: int) -> Iterator[tuple[Chunk, Tensor]]:
+    """Each chunk and its values, read when its turn has come."""
+    for rule, chunks in groupby(share, lambda chunk: chunk.rule):
+        whole: Tensor | None = None
+        if rule.partition == "row":  # columns lie scattered in the file: one read serves all pieces
+            whole = read(rule.sources[0], slice(None), slice(None))
+        for chunk in chunks:
+            part = read if whole is None else lambda _, rows, columns, whole=whole: whole[rows, columns]
+            yield chunk, chunk.read(part, padded_vocab_size)
 
 
 def _split(chunks: list[Chunk], workers: int) -> list[list[Chunk]]:
@@ -185,56 +187,3 @@ def _split(chunks: list[Chunk], workers: int) -> list[list[Chunk]]:
         shares[-1].append(chunk)
         filled += chunk.num_bytes
     return shares
-
-
-class _ChunkReader(SavePlanner):
-    """Gives torch's writer each chunk when its turn has come."""
-
-    def __init__(
-        self,
-        shares: list[list[Chunk]],
-        entries: dict[str, TensorStorageMetadata],
-        read: ReadRows,
-        padded_vocab_size: int,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self._read, self._padded_vocab_size, self._progress = read, padded_vocab_size, progress
-        self.failure: BaseException | None = None
-        """Why a worker stopped; the others stop at their next chunk."""
-        self._chunks: dict[MetadataIndex, Chunk] = {}
-        self.plans = []
-        counts: dict[str, int] = {}
-        for share in shares:
-            items = []
-            for chunk in share:
-                position = counts[chunk.key] = counts.get(chunk.key, -1) + 1
-                index = MetadataIndex(chunk.key, torch.Size(chunk.offsets), position)
-                self._chunks[index] = chunk
-                data = TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)),
-                    properties=TensorProperties(dtype=chunk.dtype),
-                    size=entries[chunk.key].size,
-                )
-                items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
-            self.plans.append(SavePlan(items))
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if self.failure is not None:
-            raise self.failure
-        chunk = self._chunks[write_item.index]
-        tensor = chunk.read(self._read, self._padded_vocab_size)
-        if self._progress is not None:
-            self._progress(tensor.nbytes)
-        return tensor
-
-    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator: bool = False) -> None:
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        raise NotImplementedError  # the plans are made at once, for all workers
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        raise NotImplementedError
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan

@@ -1,9 +1,11 @@
 """Weight files of a Hugging Face folder, read slice by slice: safetensors, or `.bin` through torch's safe unpickler.
 
-Nothing is held: safetensors and zip-format `.bin` files are memory-mapped, and a read copies only the slice asked for.
+Nothing is held: safetensors are read in place, zip-format `.bin` files memory-mapped.
 """
 
 import json
+import math
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hacl_megatron.checkpoint.file_blocks import bytes_of, read_block
 from hacl_megatron.checkpoint.hf_config import one_line, read_json
 from hacl_megatron.checkpoint.safetensors_writer import DTYPE_NAMES
 
@@ -34,8 +37,8 @@ class WeightFiles:
         self._tensors: dict[str, Path] = {}
         self._open = {}
         for file in files:
-            self._open[file] = _open_pickle(file) if file.suffix in (".bin", ".pt", ".pth") else _open_safetensors(file)
-            for name in self._open[file].keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            self._open[file] = _open_pickle(file) if file.suffix in (".bin", ".pt", ".pth") else _Safetensors(file)
+            for name in self._open[file]:
                 if name in self._tensors:
                     raise ValueError(f"{file}: tensor {name} stands in {self._tensors[name]} too")
                 self._tensors[name] = file
@@ -77,12 +80,12 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor, without reading it."""
         opened = self._open[self._tensors[name]]
-        return tuple(opened[name].shape) if isinstance(opened, dict) else tuple(opened.get_slice(name).get_shape())
+        return tuple(opened[name].shape) if isinstance(opened, dict) else opened.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the stored tensor; ValueError for a type that no weight here may have (quantised ones)."""
         opened = self._open[self._tensors[name]]
-        found = opened[name].dtype if isinstance(opened, dict) else opened.get_slice(name).get_dtype()
+        found = opened[name].dtype if isinstance(opened, dict) else opened.dtype(name)
         dtype = found if isinstance(found, torch.dtype) else _SAFETENSORS_DTYPES.get(found)
         if dtype not in _SAFETENSORS_DTYPES.values():
             raise ValueError(
@@ -97,21 +100,52 @@ class WeightFiles:
         if isinstance(opened, dict):
             source = opened[name]
             return source if source.dim() == 0 else source[rows] if source.dim() == 1 else source[rows, columns]
-        if rows == columns == slice(None):
-            return opened.get_tensor(name)
-        source = opened.get_slice(name)
-        if rows.start is not None and rows.start >= rows.stop:  # safetensors refuses an empty slice
-            return opened.get_tensor(name)[:0] if not source.get_shape()[0] else source[0:1][:0]
-        return source[rows] if len(source.get_shape()) == 1 else source[rows, columns]
+        return opened.read(name, rows, columns)
 
 
-def _open_safetensors(file: Path):
-    try:
-        return safe_open(str(file), framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({one_line(error)}); it may be cut") from None
+class _Safetensors:
+    """One safetensors file: checked by its own library, read in large blocks."""
+
+    def __init__(self, file: Path):
+        try:
+            with safe_open(str(file), framework="pt", device="cpu"):  # refuses whatever is not whole
+                pass
+            self._file = file.open("rb", buffering=0)
+            length = int.from_bytes(self._file.read(8), "little")
+            header = json.loads(self._file.read(length))
+        except FileNotFoundError:
+            raise ValueError(f"{file}: no such file") from None
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({one_line(error)}); it may be cut") from None
+        self._path, self._start = file, 8 + length
+        self._facts = {name: facts for name, facts in header.items() if name != "__metadata__"}
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._facts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._facts[name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        """As the file spells it."""
+        return self._facts[name]["dtype"]
+
+    def read(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """Of a slice of the columns, whole rows are read first."""
+        shape, dtype = self.shape(name), _SAFETENSORS_DTYPES[self.dtype(name)]
+        start = 0
+        if shape:
+            first, last, _ = rows.indices(shape[0])
+            start, shape = first * math.prod(shape[1:]), (max(last - first, 0), *shape[1:])
+        tensor = torch.empty(shape, dtype=dtype)
+        offset = self._start + self._facts[name]["data_offsets"][0] + start * dtype.itemsize
+        try:
+            read_block(self._file.fileno(), offset, bytes_of(tensor))
+        except (EOFError, OSError) as error:
+            raise ValueError(f"{self._path}: {name} cannot be read ({one_line(error)}); the file may be cut") from None
+        return tensor if len(shape) < 2 or columns == slice(None) else tensor[:, columns]
 
 
 def _open_pickle(file: Path) -> dict[str, Tensor]:
