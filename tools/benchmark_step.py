@@ -18,6 +18,7 @@ its level before, when all that the first step freed has been handed back to the
 import argparse
 import shlex
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -90,12 +91,16 @@ def benchmark(args: argparse.Namespace) -> None:
             peaks = {}
             if not args.no_memory:
                 peaks = {name: measure_memory(work, name, variants.get(name, Variant())) for name in times}
-            rows = sum(lengths.dialogues) + sum(lengths.captions) + sum(lengths.hallucinated)
-            print(f"\n{context} context, {args.stage}: {rows:,} tokens and {len(texts)} images a step, without padding")
+            tokens = sum(lengths.dialogues) + sum(lengths.captions) + sum(lengths.hallucinated)
+            print(
+                f"\n{context} context, {args.stage}: {tokens:,} tokens and {len(texts)} images a step, without padding"
+            )
             _print_flops(flops)
             for name, found in profiles.items():
                 _print_profile(name, *found, sum(flops[name].values()))
-            table += [_row(context, name, times, peaks, flops) for name in times]
+            rows = [_row(context, name, times, peaks, flops) for name in times]
+            print("\n".join(rows), file=sys.stderr)  # whoever waits for the next context, or gives up, has these
+            table += rows
     header = ("image context", "step", "s", "plain / this", "in CPU s", "bound", "of the bound", "GFLOP")
     header += ("peak MiB", "of plain's")
     print(f"\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
