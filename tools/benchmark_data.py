@@ -213,7 +213,7 @@ def baseline_steps(args: argparse.Namespace, dataset: PillowDataset) -> Iterator
 def our_steps(args: argparse.Namespace, tokenizer) -> Iterator:
     """`PackedBatch`es by our StepLoader, endless."""
     from hacl_megatron.config.flags import DataFlags
-    from hacl_megatron.data.loader import build_loader
+    from hacl_megatron.data.loader import MicroBatching, build_loader
 
     flags = DataFlags(
         data_path=[args.data_path],
@@ -231,13 +231,13 @@ def our_steps(args: argparse.Namespace, tokenizer) -> Iterator:
         image_context="image",
         seed=args.seed,
         global_batch_size=args.micro_batch_size,
-        micro_batch_size=args.micro_batch_size,
+        micro_batching=MicroBatching(micro_batch_size=args.micro_batch_size),
         data_parallel_rank=0,
         data_parallel_size=1,
         pad_multiple=1,
     ) as loader:
         for step in loader:
-            yield from step.micro_batches
+            yield from (batch.main for batch in step.micro_batches)
 
 
 def images_per_second(steps: Iterator, args: argparse.Namespace) -> float:

@@ -23,6 +23,7 @@ from PIL import Image
 from hacl_megatron.data.conversation import EncodedSample, EncodingSettings, UnusableSample
 from hacl_megatron.data.conversation import encode as encode_sample
 from hacl_megatron.data.images import MAX_JPEG_SCANS, ImageDecoder
+from hacl_megatron.data.loader import MicroBatching
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.tokenizer import load_tokenizer
 from tests.data import test_images
@@ -275,14 +276,14 @@ def test_every_damaged_file_of_a_run_is_listed_with_its_reason(tmp_path, backend
         flags={"image_backend": backend, "max_image_pixels": MAX_PIXELS},
         contrastive_paths=[],
         global_batch_size=len(records),
-        micro_batch_size=len(records),
+        micro_batching=MicroBatching(micro_batch_size=len(records)),
     )
     unusable = {index for index, (_, data) in enumerate(files) if pillows_verdict(data) is None} | {len(files)}
     assert {bad.sample_id for bad in step.bad_samples} == unusable
     for bad in step.bad_samples:
         assert bad.reason and bad.source == str(tmp_path / "images" / records[bad.sample_id]["image"])
         assert bad.name == f"train-{bad.sample_id}"
-    (batch,) = step.micro_batches
+    batch = step.micro_batches[0].main
     distinct = {data for index, (_, data) in enumerate(files) if index not in unusable}
     assert batch.num_pairs == len(records) - len(unusable) and batch.num_images in (batch.num_pairs, len(distinct))
 
