@@ -42,6 +42,7 @@ setup(
         "pyyaml>=6.0",  # configuration files
         "tqdm>=4.66",  # progress bars
         "numpy>=1.26",  # image arrays
+        "pyarrow>=15",  # the memory-mapped manifest of the training data
         *dali(),  # JPEG bytes to pixels, on GPU and CPU
     ],
     extras_require={
@@ -57,6 +58,7 @@ setup(
             "pytest-timeout>=2.3",  # a hung rank fails its test instead of the CI
             "hypothesis>=6.100",  # properties of the sampler and the packer
             "matplotlib>=3.9",
+            "webdataset>=1.0",  # reads the tar shards as other programs do
             "ruff>=0.9",  # format and lint
             "import-linter>=2.1",  # holds the layering
         ],

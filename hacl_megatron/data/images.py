@@ -192,6 +192,16 @@ class ImageDecoder:
                     pixel_values[index] = item
         return DecodedImages(pixel_values=pixel_values, reasons=reasons)
 
+    def measure(self, data: bytes, *, decode: bool) -> tuple[int, int]:
+        """Width and height of an image file, and with `decode` the certainty that all of it can be decoded.
+
+        Any thread may call it. Raises UnusableImage where `decode` would give a reason.
+        """
+        file = self._inspect(data)
+        if decode:
+            self._load(file)
+        return file.width, file.height
+
     def close(self) -> None:
         """Ends the threads and frees DALI's buffers."""
         self._threads.shutdown(cancel_futures=True)
