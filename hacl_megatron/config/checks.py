@@ -14,7 +14,7 @@ from typing import Any
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import notify
-from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.config.flags import MANIFEST_FILE, ParallelFlags
 from hacl_megatron.config.parser import GROUPS
 from hacl_megatron.config.run import RunConfig
 
@@ -57,7 +57,7 @@ LIMITS: dict[str, tuple[float, float]] = {
         (
             "tensor_model_parallel_size", "pipeline_model_parallel_size", "decoder_first_pipeline_num_layers",
             "decoder_last_pipeline_num_layers", "make_vocab_size_divisible_by", "distributed_timeout_minutes",
-            "model_max_length", "num_workers", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
+            "model_max_length", "num_workers", "io_threads", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
             "micro_batch_size", "global_batch_size", "train_iters", "exit_interval", "eval_iters", "log_interval",
         ),
         (1, _FINITE),
@@ -65,7 +65,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         (
             "contrastive_weight", "lr", "min_lr", "connector_lr", "heads_lr", "weight_decay", "clip_grad",
-            "eval_interval", "save_interval",
+            "eval_interval", "save_interval", "shuffle_block",
         ),
         (0, _FINITE),
     ),
@@ -318,7 +318,18 @@ def _check_inputs(config: RunConfig) -> None:
     _require(bool(data.data_path), "--data-path is empty", "give one or more LLaVA JSON files")
     for name in ("data_path", "contrastive_data_path", "valid_data_path"):
         for path in getattr(data, name):
-            _require(os.path.isfile(path), f"{_dashed(name)} {path}: no such file", "expected a LLaVA JSON file")
+            _require(
+                os.path.isfile(path) or os.path.isfile(os.path.join(path, MANIFEST_FILE)),
+                f"{_dashed(name)} {path}: no such file, or a folder without {MANIFEST_FILE}",
+                "expected a LLaVA JSON file or a folder of tools/prepare_data.py",
+            )
+    _require(
+        len(data.data_weights) in (0, len(data.data_path)),
+        f"--data-weights has {len(data.data_weights)} numbers for {len(data.data_path)} of --data-path",
+        "give one for each",
+    )
+    for weight in data.data_weights:
+        _require(0 < weight < math.inf, f"--data-weights has {weight}", "expected numbers above 0; leave the file out")
     _require(
         os.path.isdir(data.image_folder),
         f"--image-folder {data.image_folder}: no such folder",

@@ -23,8 +23,6 @@ from hacl_megatron.data.store import StoredImage
 
 FORMAT = 1
 """Raised when files written before can no longer be read."""
-MANIFEST_FILE = "manifest.arrow"
-"""Name in a prepared folder."""
 SHARDS_FOLDER = "shards"
 """Folder beside the manifest that holds its tar shards."""
 SHARD_NAME = re.compile(r"images-\d{6}\.tar")

@@ -16,7 +16,8 @@ import tempfile
 from collections.abc import Iterator
 
 from hacl_megatron.config.console import notify
-from hacl_megatron.data.arrow_manifest import FORMAT, MANIFEST_FILE, ArrowManifest
+from hacl_megatron.config.flags import MANIFEST_FILE
+from hacl_megatron.data.arrow_manifest import FORMAT, ArrowManifest
 from hacl_megatron.data.prepare import build_parts, merge_parts, remove_folder
 
 CACHE_FOLDER = ".hacl_megatron_cache"

@@ -1,8 +1,8 @@
 """Reads optimiser steps ahead in a background thread: from sample ids to packed micro-batches.
 
     Sampler ─ids→ split_for_rank ─┬ Manifest ─→ encode ───────────────┐
-                                  └ FolderStore ─bytes→ ImageDecoder ─┴→ pack ─→ StepBatches ─queue→ next(loader)
-             (threads: `num_workers` read files, as many decode; one draws, encodes and packs)
+                                  └ ReadAhead ──bytes→ ImageDecoder ──┴→ pack ─→ StepBatches ─queue→ next(loader)
+             (threads: `io_threads` read files, `num_workers` decode; one draws, encodes and packs)
 
 A sample that cannot be used leaves an empty slot in its micro-batch and a `BadSample` with the step; nothing else
 of the step changes. The sampler's state travels with its step, so a checkpoint never sees what was read ahead.
@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,8 +26,9 @@ from hacl_megatron.data.conversation import EncodedSample, EncodingSettings, Unu
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
 from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.packing import PackSlot, pack
+from hacl_megatron.data.read_ahead import ReadAhead
 from hacl_megatron.data.sampler import Sampler, split_for_rank
-from hacl_megatron.data.store import FolderStore, UnusableImage, image_key
+from hacl_megatron.data.store import ImageStore, UnusableImage
 from hacl_megatron.data.tokenizer import Tokenizer
 
 CLOSE_TIMEOUT_S = 30
@@ -59,7 +60,7 @@ class StepMaker:
         manifests: the ordinary samples, then the contrastive ones; the sampler's ids count through both.
         sampler: what is drawn, at which global batch size.
         pad_multiple: every pack's number of rows is a multiple of it.
-        num_workers: threads that read files.
+        io_threads: threads that read files, this step's and the next one's.
 
     Raises ValueError when the global batch does not divide into the ranks' micro-batches.
     """
@@ -69,7 +70,7 @@ class StepMaker:
         *,
         manifests: Sequence[Manifest],
         sampler: Sampler,
-        store: FolderStore,
+        store: ImageStore,
         decoder: ImageDecoder,
         tokenizer: Tokenizer,
         settings: EncodingSettings,
@@ -77,9 +78,8 @@ class StepMaker:
         data_parallel_rank: int,
         data_parallel_size: int,
         pad_multiple: int,
-        num_workers: int,
+        io_threads: int,
     ) -> None:
-        self.manifests = list(manifests)
         self.sampler = sampler
         self.store = store
         self.decoder = decoder
@@ -92,12 +92,13 @@ class StepMaker:
             "data_parallel_size": data_parallel_size,
         }
         split_for_rank(range(sampler.global_batch_size), **self._split)  # complain now, not in the thread
-        self._readers = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="image-reader")
+        self._files = ReadAhead(manifests, store, io_threads)
 
     def make(self) -> StepBatches:
         """The next step's micro-batches on this rank."""
         global_batch = self.sampler.next_batch()
         data_state = self.sampler.state_dict()
+        self._files.want([*self._mine(global_batch), *self._mine(self.sampler.peek(len(global_batch)))])
         micro_batches = [
             [self._draw(sample_id) for _, sample_id in micro_batch]
             for micro_batch in split_for_rank(global_batch, **self._split)
@@ -121,24 +122,18 @@ class StepMaker:
         """Ends the threads. No `make` may be under way."""
         self.cancel()
         self.decoder.close()
+        self.store.close()
 
     def cancel(self) -> None:
         """Makes a `make` that is under way in another thread fail soon."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._files.cancel()
+
+    def _mine(self, global_batch: Sequence[tuple[int, int]]) -> list[int]:
+        """The sample ids that this rank takes of a global batch, in the order it draws them."""
+        return [sample_id for batch in split_for_rank(global_batch, **self._split) for _, sample_id in batch]
 
     def _draw(self, sample_id: int) -> _Drawn:
-        index = sample_id
-        for manifest in self.manifests:
-            if index < len(manifest):
-                break
-            index -= len(manifest)
-        sample = manifest[index]
-        file = None if sample.image is None else self._readers.submit(self._read, sample.image)
-        return _Drawn(sample_id, sample, file)
-
-    def _read(self, name: str) -> tuple[bytes, int]:
-        data = self.store.read(name)
-        return data, image_key(data)
+        return _Drawn(sample_id, *self._files.take(sample_id))
 
     def _decode(self, step: list[_Drawn]) -> tuple[torch.Tensor, dict[int, int]]:
         """float32 [I, 3, S, S], each distinct image of the step once, and the place of each image's key in it."""
@@ -162,7 +157,7 @@ class StepMaker:
         return decoded.pixel_values, {key: place for place, key in enumerate(files)}
 
     def _source(self, drawn: _Drawn) -> str:
-        return str(self.store.root / drawn.sample.image)
+        return self.store.source(drawn.sample.image, drawn.sample.stored)
 
     def _pack(self, micro_batch: list[_Drawn], pixel_values: torch.Tensor, places: dict[int, int]) -> Any:
         slots = [
@@ -296,14 +291,33 @@ def build_loader(
     data_state: dict[str, Any] | None = None,
     decode_device: Literal["cpu", "mixed"] = "cpu",
 ) -> StepLoader:
-    """The loader of one data-parallel rank over LLaVA JSON files, going on from `data_state` if there is one.
+    """The loader of one data-parallel rank over LLaVA JSON files or prepared folders, going on from `data_state`.
 
+    Mixture, groups and blocks of `data` hold where samples are shuffled: validation reads the files in their order.
     `decode_device="mixed"` lets DALI, where it is the back end, decode on the current CUDA device; pixels come back to
     the host all the same.
     Raises ValueError for whatever is wrong with files, folder, sizes, state or back end, before any thread starts.
     """
-    manifests = [Manifest.read(paths, version=data.version) for paths in (data_paths, contrastive_paths)]
-    sampler = Sampler(*map(len, manifests), seed=seed, global_batch_size=global_batch_size, shuffle=shuffle)
+    manifests = [
+        Manifest.read(paths, version=data.version, cache_dir=data.data_cache_dir)
+        for paths in (data_paths, contrastive_paths)
+    ]
+    ordering: dict[str, Any] = {}
+    if shuffle:
+        ordering = {
+            "source_sizes": manifests[0].samples_per_file,
+            "weights": data.data_weights,
+            "modality_lengths": manifests[0].modality_lengths() if data.group_by_modality_length else None,
+            "shuffle_block": data.shuffle_block,
+        }
+    sampler = Sampler(
+        *map(len, manifests),
+        seed=seed,
+        global_batch_size=global_batch_size,
+        shuffle=shuffle,
+        digests=tuple(manifest.digest for manifest in manifests),
+        **ordering,
+    )
     if data_state is not None:
         sampler.load_state_dict(data_state)
     backend = resolve_backend(data.image_backend)
@@ -314,7 +328,7 @@ def build_loader(
     maker = StepMaker(
         manifests=manifests,
         sampler=sampler,
-        store=FolderStore(data.image_folder),
+        store=ImageStore(data.image_folder),
         decoder=ImageDecoder(
             model.image,
             aspect_ratio=data.image_aspect_ratio,
@@ -335,7 +349,7 @@ def build_loader(
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
         pad_multiple=pad_multiple,
-        num_workers=data.num_workers,
+        io_threads=data.io_threads,
     )
     return StepLoader(
         maker.make,

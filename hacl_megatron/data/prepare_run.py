@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from hacl_megatron.config.architecture import ImageConfig
-from hacl_megatron.data.arrow_manifest import MANIFEST_FILE, ArrowManifest, Measures
+from hacl_megatron.config.flags import MANIFEST_FILE
+from hacl_megatron.data.arrow_manifest import ArrowManifest, Measures
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
 from hacl_megatron.data.prepare import build_parts, merge_parts, remove_folder
