@@ -71,7 +71,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     ),
     "max_bad_fraction": (0, 1),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lr_warmup_fraction"), (0, below(1))),
-    **dict.fromkeys(("adam_eps", "num_train_epochs", "exit_duration_in_mins"), (above(0), _FINITE)),
+    **dict.fromkeys(("adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights"), (above(0), _FINITE)),
     "initial_temperature": TEMPERATURE_RANGE,
     "seed": (0, 2**32 - 1),
 }  # fmt: skip
@@ -200,8 +200,9 @@ def _check_limits(config: RunConfig) -> None:
     for group in GROUPS:
         flags.update(vars(getattr(config, group)))
     for name, (low, high) in LIMITS.items():
-        value = flags[name]
-        if value is None or low <= value <= high:  # not a number fails too
+        values = flags[name] if isinstance(flags[name], list) else [flags[name]]
+        value = next((value for value in values if not (value is None or low <= value <= high)), None)
+        if value is None:  # none is outside; what is no number would be
             continue
         if high == _FINITE:
             expected = f"more than {low:.0f}" if low == above(0) else f"at least {low}"
@@ -328,8 +329,6 @@ def _check_inputs(config: RunConfig) -> None:
         f"--data-weights has {len(data.data_weights)} numbers for {len(data.data_path)} of --data-path",
         "give one for each",
     )
-    for weight in data.data_weights:
-        _require(0 < weight < math.inf, f"--data-weights has {weight}", "expected numbers above 0; leave the file out")
     _require(
         os.path.isdir(data.image_folder),
         f"--image-folder {data.image_folder}: no such folder",
