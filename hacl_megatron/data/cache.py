@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 
 from hacl_megatron.config.console import notify
@@ -52,8 +53,7 @@ def _open_json(path: str, cache_dir: str | None) -> ArrowManifest:
     for folder in (*folders, _temporary_folder()):
         file = os.path.join(folder, name)
         try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            _refuse_others_folder(folder)
+            _make_folder(folder)
             with _locked(f"{file}.lock"):
                 with contextlib.suppress(ValueError):
                     return ArrowManifest(file)  # another process has prepared it while this one waited
@@ -89,12 +89,12 @@ def _temporary_folder() -> str:
     return os.path.join(tempfile.gettempdir(), f"hacl_megatron-{os.geteuid()}")
 
 
-def _refuse_others_folder(folder: str) -> None:
-    """Raises OSError where the temporary folder, whose name anyone can guess, belongs to someone else."""
-    if folder == _temporary_folder():
-        state = os.lstat(folder)
-        if state.st_uid != os.geteuid() or os.path.islink(folder):
-            raise PermissionError(errno.EACCES, "the folder belongs to another user", folder)
+def _make_folder(folder: str) -> None:
+    """Raises OSError also where the temporary folder, whose name anyone can guess, belongs to someone else."""
+    ours = folder == _temporary_folder()
+    os.makedirs(folder, mode=0o700 if ours else 0o777, exist_ok=True)
+    if ours and (os.path.islink(folder) or os.lstat(folder).st_uid != os.geteuid()):
+        raise PermissionError(errno.EACCES, "the folder belongs to another user", folder)
 
 
 @contextlib.contextmanager
@@ -129,11 +129,20 @@ def _build(path: str, output: str) -> None:
     _remove_older(output)
 
 
+ABANDONED_SECONDS = 3600
+"""A work folder that was not touched for so long belongs to a process that was killed."""
+
+
 def _remove_older(output: str) -> None:
-    """Removes what was prepared from earlier states of the same file."""
+    """Removes what was prepared, wholly or in part, from earlier states of the same file."""
     folder, name = os.path.split(output)
     stem = name.rpartition("-")[0]
     for other in os.listdir(folder):
-        if other != name and other.startswith(f"{stem}-") and other.endswith(".arrow"):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(folder, other))
+        path = os.path.join(folder, other)
+        with contextlib.suppress(OSError):
+            if other == name or not other.startswith(f"{stem}-"):
+                continue
+            if other.endswith(".arrow"):
+                os.unlink(path)
+            elif ".parts-" in other and time.time() - os.stat(path).st_mtime > ABANDONED_SECONDS:
+                remove_folder(path)

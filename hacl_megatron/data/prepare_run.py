@@ -149,7 +149,7 @@ class _Images:
         self._decode = settings.verify_images
         # `square` has no bound on padding: whether an image may be padded is for the run to say.
         self._decoder = ImageDecoder(
-            ImageConfig(), aspect_ratio="square", backend="pillow", max_image_pixels=settings.max_image_pixels
+            ImageConfig(size=336), aspect_ratio="square", backend="pillow", max_image_pixels=settings.max_image_pixels
         )
         self._known: dict[str, tuple[int | None, int | None, str | None]] = {}
 

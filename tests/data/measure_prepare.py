@@ -16,7 +16,10 @@ import time
 from pathlib import Path
 
 import psutil
+from PIL import Image
 
+from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.sampler import Sampler
 from tests.data.tiny_tokenizer import WORDS, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +98,36 @@ print(f"open {opened:.2f} s, RssAnon {imported - bare:.0f} MB by imports beyond 
       f"manifest and sampler, a random sample {each * 1e6:.0f} us, first epoch's order included")
 """
 
+FIRST = """
+import re, sys, time
+def anon(): return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
+from tests.data.test_loader import MODEL
+from hacl_megatron.config.flags import DataFlags
+from hacl_megatron.data.loader import build_loader
+from hacl_megatron.data.tokenizer import load_tokenizer
+folder, prepared = sys.argv[1:]
+tokenizer = load_tokenizer(f"{folder}/tokenizer")
+before, start = anon(), time.perf_counter()
+with build_loader(
+    data_paths=[prepared], contrastive_paths=[], data=DataFlags(image_folder=f"{folder}/images", prefetch_steps=1),
+    model=MODEL, tokenizer=tokenizer, image_context="image", seed=1, global_batch_size=32, micro_batch_size=32,
+    data_parallel_rank=0, data_parallel_size=1, pad_multiple=1,
+) as loader:
+    step = next(loader)
+    print(f"first batch of 32 after {time.perf_counter() - start:.2f} s, {len(step.bad_samples)} bad samples, "
+          f"RssAnon {anon() - before:.0f} MB by loader, decoder and batch")
+"""
+
+
+def write_first_images(folder: Path, prepared: Path) -> None:
+    """The 640 x 480 photographs (noise) of the first 64 samples that a run of seed 1 draws."""
+    manifest = Manifest.read([str(prepared)], version="v1")
+    for _, index in Sampler(len(manifest), 0, seed=1, global_batch_size=64).next_batch():
+        if manifest[index].image:
+            path = folder / "images" / manifest[index].image
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((640, 480), 60).convert("RGB").save(path)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,6 +147,8 @@ def main() -> None:
     run("prepare", [*tool, "--output", str(prepared)])
     run("prepare, token lengths", [*tool, "--output", str(args.folder / "tokens"), "--tokenizer", tokenizer])
     print(run("open and draw 20 x 256", [sys.executable, "-c", OPEN, str(prepared)]), end="")
+    write_first_images(args.folder, prepared)
+    print(run("first batch", [sys.executable, "-c", FIRST, str(args.folder), str(prepared)]), end="")
 
 
 if __name__ == "__main__":
