@@ -85,16 +85,17 @@ bare = anon()
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.sampler import Sampler
 imported = anon()
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 manifest = Manifest.read([sys.argv[1]], version="v1")
 digest = manifest.digest
-opened = time.perf_counter() - start
+opened, cpu = time.perf_counter() - start, time.process_time() - cpu
 sampler = Sampler(len(manifest), 0, seed=1, global_batch_size=256)
 start = time.perf_counter()
 for _ in range(20):
     for _, index in sampler.next_batch(): manifest[index]
 each = (time.perf_counter() - start) / 20 / 256
-print(f"open {opened:.2f} s, RssAnon {imported - bare:.0f} MB by imports beyond torch, {anon() - imported:.0f} MB by "
+print(f"open {opened:.2f} s (CPU {cpu:.2f} s)")
+print(f"RssAnon {imported - bare:.0f} MB by imports beyond torch, {anon() - imported:.0f} MB by "
       f"manifest and sampler, a random sample {each * 1e6:.0f} us, first epoch's order included")
 """
 
@@ -107,14 +108,15 @@ from hacl_megatron.data.loader import build_loader
 from hacl_megatron.data.tokenizer import load_tokenizer
 folder, prepared = sys.argv[1:]
 tokenizer = load_tokenizer(f"{folder}/tokenizer")
-before, start = anon(), time.perf_counter()
+before, start, cpu = anon(), time.perf_counter(), time.process_time()
 with build_loader(
     data_paths=[prepared], contrastive_paths=[], data=DataFlags(image_folder=f"{folder}/images", prefetch_steps=1),
     model=MODEL, tokenizer=tokenizer, image_context="image", seed=1, global_batch_size=32, micro_batch_size=32,
     data_parallel_rank=0, data_parallel_size=1, pad_multiple=1,
 ) as loader:
     step = next(loader)
-    print(f"first batch of 32 after {time.perf_counter() - start:.2f} s, {len(step.bad_samples)} bad samples, "
+    print(f"first batch of 32 after {time.perf_counter() - start:.2f} s (CPU "
+          f"{time.process_time() - cpu:.2f} s), {len(step.bad_samples)} bad samples, "
           f"RssAnon {anon() - before:.0f} MB by loader, decoder and batch")
 """
 
