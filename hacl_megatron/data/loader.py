@@ -122,7 +122,6 @@ class StepMaker:
         """Ends the threads. No `make` may be under way."""
         self.cancel()
         self.decoder.close()
-        self.store.close()
 
     def cancel(self) -> None:
         """Makes a `make` that is under way in another thread fail soon."""
