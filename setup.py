@@ -47,6 +47,7 @@ setup(
         "tqdm>=4.66",  # progress bars
         "numpy>=1.26",  # image arrays
         "jinja2>=3.1",  # the page of tools/inspect_data.py, every text escaped
+        "pyarrow>=15",  # the memory-mapped manifest of the training data
         *dali(),  # JPEG bytes to pixels, on GPU and CPU
     ],
     extras_require={
@@ -67,6 +68,7 @@ setup(
             "openai>=2.0",  # --method llm against a local server
             "inflect>=7.5",  # oracle for the plurals and articles of the word lists
             "textblob>=0.20",
+            "webdataset>=1.0",  # reads the tar shards as other programs do
             "ruff>=0.9",  # format and lint
             "import-linter>=2.1",  # holds the layering
         ],

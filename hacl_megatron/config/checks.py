@@ -14,7 +14,7 @@ from typing import Any
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import notify
-from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.config.flags import MANIFEST_FILE, ParallelFlags
 from hacl_megatron.config.parser import GROUPS
 from hacl_megatron.config.run import RunConfig
 
@@ -58,7 +58,7 @@ LIMITS: dict[str, tuple[float, float]] = {
         (
             "tensor_model_parallel_size", "pipeline_model_parallel_size", "decoder_first_pipeline_num_layers",
             "decoder_last_pipeline_num_layers", "make_vocab_size_divisible_by", "distributed_timeout_minutes",
-            "model_max_length", "num_workers", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
+            "model_max_length", "num_workers", "io_threads", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
             "micro_batch_size", "micro_batch_tokens", "queue_size", "global_batch_size", "train_iters",
             "exit_interval", "eval_iters", "log_interval",
         ),
@@ -67,13 +67,13 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         (
             "contrastive_weight", "lr", "min_lr", "connector_lr", "heads_lr", "weight_decay", "clip_grad",
-            "eval_interval", "save_interval",
+            "eval_interval", "save_interval", "shuffle_block",
         ),
         (0, _FINITE),
     ),
     "max_bad_fraction": (0, 1),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lr_warmup_fraction"), (0, below(1))),
-    **dict.fromkeys(("adam_eps", "num_train_epochs", "exit_duration_in_mins"), (above(0), _FINITE)),
+    **dict.fromkeys(("adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights"), (above(0), _FINITE)),
     "initial_temperature": TEMPERATURE_RANGE,
     "seed": (0, 2**32 - 1),
 }  # fmt: skip
@@ -202,8 +202,9 @@ def _check_limits(config: RunConfig) -> None:
     for group in GROUPS:
         flags.update(vars(getattr(config, group)))
     for name, (low, high) in LIMITS.items():
-        value = flags[name]
-        if value is None or low <= value <= high:  # not a number fails too
+        values = flags[name] if isinstance(flags[name], list) else [flags[name]]
+        value = next((value for value in values if not (value is None or low <= value <= high)), None)
+        if value is None:  # none is outside; what is no number would be
             continue
         if high == _FINITE:
             expected = f"more than {low:.0f}" if low == above(0) else f"at least {low}"
@@ -320,7 +321,16 @@ def _check_inputs(config: RunConfig) -> None:
     _require(bool(data.data_path), "--data-path is empty", "give one or more LLaVA JSON files")
     for name in ("data_path", "contrastive_data_path", "valid_data_path"):
         for path in getattr(data, name):
-            _require(os.path.isfile(path), f"{_dashed(name)} {path}: no such file", "expected a LLaVA JSON file")
+            _require(
+                os.path.isfile(path) or os.path.isfile(os.path.join(path, MANIFEST_FILE)),
+                f"{_dashed(name)} {path}: no such file, or a folder without {MANIFEST_FILE}",
+                "expected a LLaVA JSON file or a folder of tools/prepare_data.py",
+            )
+    _require(
+        len(data.data_weights) in (0, len(data.data_path)),
+        f"--data-weights has {len(data.data_weights)} numbers for {len(data.data_path)} of --data-path",
+        "give one for each",
+    )
     _require(
         os.path.isdir(data.image_folder),
         f"--image-folder {data.image_folder}: no such folder",

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 # ruff: noqa: RUF009 -- `flag` returns a dataclass field
 
+MANIFEST_FILE = "manifest.arrow"
+"""Says that a folder holds prepared data (tools/prepare_data.py), which `--data-path` then takes."""
+
 
 def flag(default: Any, help: str) -> Any:
     """A dataclass field with its help text; lists get a fresh copy per instance."""
@@ -84,12 +87,31 @@ class DataFlags:
 
     _argument_group_name = "data"
 
-    data_path: list[str] = flag([], "LLaVA JSON file(s): id, image, conversations; text and 'Hallucination caption'.")
+    data_path: list[str] = flag(
+        [], "LLaVA JSON file(s) (id, image, conversations; text and 'Hallucination caption'), or folders that "
+        "tools/prepare_data.py made of them. A raw file is prepared into a cache when it is first used."
+    )  # fmt: skip
+    data_weights: list[float] = flag(
+        [], "How often an epoch draws the samples of each --data-path: 2 twice, 0.5 every other epoch. Default: once."
+    )  # fmt: skip
     contrastive_data_path: list[str] = flag(
         [], "LLaVA JSON file(s) of contrastive samples, spread evenly through the epoch beside --data-path."
     )  # fmt: skip
     valid_data_path: list[str] = flag([], "LLaVA JSON file(s) for validation.")
-    image_folder: str = flag(".", "Folder that the image names in the JSON files are relative to.")
+    data_cache_dir: str | None = flag(
+        None, "Where raw JSON is kept prepared. Default: .hacl_megatron_cache beside the file, else "
+        "~/.cache/hacl_megatron, else the temporary folder."
+    )  # fmt: skip
+    group_by_modality_length: bool = flag(
+        False, "Fill each global batch with samples that all have an image, or all have none, the longest first."
+    )  # fmt: skip
+    shuffle_block: int = flag(
+        0, "Shuffle blocks of this many consecutive samples, eight blocks at a time, for images that do not fit a "
+        "node's cache. 0 shuffles all samples."
+    )  # fmt: skip
+    image_folder: str = flag(
+        ".", "Folder that the image names in the JSON files are relative to; not needed for prepared shards."
+    )  # fmt: skip
     version: Literal["plain", "v1"] = flag("v1", "Conversation template: plain for pretrain, v1 (Vicuna) for finetune.")
     image_aspect_ratio: Literal["pad", "square"] = flag(
         "pad", "pad: fill to a square with the mean colour, then resize. square: shortest edge, then centre crop."
@@ -98,7 +120,8 @@ class DataFlags:
     image_backend: Literal["auto", "dali", "pillow"] = flag(
         "auto", "Decoder and resizer. auto: DALI where it is installed, else Pillow."
     )  # fmt: skip
-    num_workers: int = flag(2, "Threads that read and decode images.")
+    num_workers: int = flag(2, "Threads that decode images.")
+    io_threads: int = flag(8, "Threads that read image files ahead; more of them hide slower storage.")
     prefetch_steps: int = flag(2, "Optimiser steps whose batches are prepared ahead.")
     max_bad_fraction: float = flag(0.01, "Stop the run when more than this share of the samples drawn is unusable.")
     max_image_pixels: int = flag(178_956_970, "Refuse to decode an image with more pixels (decompression bombs).")

@@ -108,9 +108,7 @@ class FlagParser(HfArgumentParser):
             raise ValueError(f"{where}: {name!r} has no value; give one, or remove the line for the default {default}")
         is_list = get_origin(HINTS[name]) is list
         items = value if is_list and isinstance(value, list) else [value]
-        wants_text = (
-            is_list or get_origin(HINTS[name]) is Literal or str in getattr(HINTS[name], "__args__", [HINTS[name]])
-        )
+        wants_text = get_origin(HINTS[name]) is Literal or str in getattr(HINTS[name], "__args__", [HINTS[name]])
         parsed = []
         for item in items:
             if isinstance(item, list | dict) or item is None:

@@ -195,6 +195,16 @@ class ImageDecoder:
         reasons = self._threads.map(lambda part: self._decode_part(images[part], outputs[part]), parts)
         return DecodedImages(pixel_values=pixel_values, reasons=[reason for part in reasons for reason in part])
 
+    def measure(self, data: bytes, *, decode: bool) -> tuple[int, int]:
+        """Width and height of an image file, and with `decode` the certainty that all of it can be decoded.
+
+        Any thread may call it. Raises UnusableImage where `decode` would give a reason.
+        """
+        file = self._inspect(data)
+        if decode:
+            self._load(file)
+        return file.width, file.height
+
     def close(self) -> None:
         """Ends the threads and frees DALI's buffers."""
         self._threads.shutdown(cancel_futures=True)

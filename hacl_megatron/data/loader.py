@@ -1,8 +1,8 @@
 """Reads optimiser steps ahead in a background thread: from sample ids to packed micro-batches.
 
-    Sampler ─ids→ Manifest ─→ encode ─→ assignment ─this rank's→ FolderStore ─bytes→ ImageDecoder ─→ pack ─→ StepBatches
-                                                                                              ─queue→ next(loader)
-             (threads: `num_workers` read files, as many decode; one draws, encodes and packs)
+    Sampler ─ids→ Manifest ─→ encode ─→ assignment ─┬ ReadAhead ─bytes→ ImageDecoder ─┬→ pack ─→ StepBatches
+                                                    └─────────── this rank's ─────────┘       ─queue→ next(loader)
+             (threads: `io_threads` read files, `num_workers` decode; one draws, encodes and packs)
 
 A sample that cannot be used leaves an empty slot in its micro-batch and a `BadSample` with the step; nothing else
 of the step changes. The sampler's state travels with its step, so a checkpoint never sees what was read ahead.
@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,8 +27,9 @@ from hacl_megatron.data.conversation import EncodedSample, EncodingSettings, Unu
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
 from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
+from hacl_megatron.data.read_ahead import ReadAhead
 from hacl_megatron.data.sampler import Sampler
-from hacl_megatron.data.store import FolderStore, UnusableImage, image_key
+from hacl_megatron.data.store import ImageStore, UnusableImage
 from hacl_megatron.data.tokenizer import Tokenizer
 
 CLOSE_TIMEOUT_S = 30
@@ -73,7 +74,7 @@ class StepMaker:
         manifests: the ordinary samples, then the contrastive ones; the sampler's ids count through both.
         sampler: what is drawn, at which global batch size.
         pad_multiple: every pack's number of rows is a multiple of it.
-        num_workers: threads that read files.
+        io_threads: threads that read files, this step's and the next one's.
 
     Raises ValueError when the global batch does not divide into the ranks' micro-batches.
     """
@@ -83,7 +84,7 @@ class StepMaker:
         *,
         manifests: Sequence[Manifest],
         sampler: Sampler,
-        store: FolderStore,
+        store: ImageStore,
         decoder: ImageDecoder,
         tokenizer: Tokenizer,
         settings: EncodingSettings,
@@ -91,9 +92,8 @@ class StepMaker:
         data_parallel_rank: int,
         data_parallel_size: int,
         pad_multiple: int,
-        num_workers: int,
+        io_threads: int,
     ) -> None:
-        self.manifests = list(manifests)
         self.sampler = sampler
         self.store = store
         self.decoder = decoder
@@ -105,13 +105,19 @@ class StepMaker:
         self.data_parallel_size = data_parallel_size
         if micro_batching.micro_batch_tokens is None:
             self._assign([1] * sampler.global_batch_size)  # complain now, not in the thread
-        self._readers = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="image-reader")
+        self._files = ReadAhead(manifests, store, io_threads)
+        self._planned: tuple[list[tuple[int, int]], list[list[_Drawn]]] = ([], [])
 
     def make(self) -> StepBatches:
         """The next step's micro-batches on this rank."""
         global_batch = self.sampler.next_batch()
         data_state = self.sampler.state_dict()
-        micro_batches = self._share(global_batch)
+        planned_for, micro_batches = self._planned
+        if planned_for != global_batch:
+            micro_batches = self._share(global_batch)
+        # The next step's files are read while this one's images are decoded.
+        upcoming = self.sampler.peek(len(global_batch))
+        self._planned = (upcoming, self._share(upcoming))
         step = [drawn for micro_batch in micro_batches for drawn in micro_batch]
         plan = self.micro_batching.plan(len(micro_batches))
         pixels = self._decode(step)
@@ -130,7 +136,7 @@ class StepMaker:
 
     def cancel(self) -> None:
         """Makes a `make` that is under way in another thread fail soon."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._files.cancel()
 
     def _share(self, global_batch: list[tuple[int, int]]) -> list[list[_Drawn]]:
         """This rank's samples of the global batch by micro-batch, encoded, their files being read."""
@@ -138,7 +144,7 @@ class StepMaker:
         several = len(global_batch) > settings.micro_batch_size
         if settings.micro_batch_tokens is not None or (settings.balance and several):
             # Every rank needs every sample's length, so it encodes them all; it reads the images of its own alone.
-            drawn = [self._draw(sample_id) for _, sample_id in global_batch]
+            drawn = [_Drawn(sample_id, self._files.sample(sample_id)) for _, sample_id in global_batch]
             for item in drawn:
                 self._encode(item)
             parts = Parts(images=settings.plan(1).main.images)
@@ -146,13 +152,14 @@ class StepMaker:
             micro_batches = [[drawn[at] for at in micro_batch] for micro_batch in shares]
             for micro_batch in micro_batches:
                 for item in micro_batch:
-                    self._start_reading(item)
+                    item.file = self._files.read(item.sample)
             return micro_batches
         shares = self._assign([1] * len(global_batch))
-        micro_batches = [[self._draw(global_batch[at][1]) for at in micro_batch] for micro_batch in shares]
+        ids = [[global_batch[at][1] for at in micro_batch] for micro_batch in shares]
+        micro_batches = [[_Drawn(at, self._files.sample(at)) for at in micro_batch] for micro_batch in ids]
         own = [item for micro_batch in micro_batches for item in micro_batch]
         for item in own:
-            self._start_reading(item)
+            item.file = self._files.read(item.sample)
         for item in own:  # while the readers read
             self._encode(item)
         return micro_batches
@@ -168,27 +175,11 @@ class StepMaker:
             ranks = in_order(len(costs), micro_batch_size=settings.micro_batch_size, data_parallel_size=size)
         return ranks[self.data_parallel_rank]
 
-    def _draw(self, sample_id: int) -> _Drawn:
-        index = sample_id
-        for manifest in self.manifests:
-            if index < len(manifest):
-                break
-            index -= len(manifest)
-        return _Drawn(sample_id, manifest[index])
-
     def _encode(self, drawn: _Drawn) -> None:
         try:
             drawn.encoded = encode(drawn.sample, self.tokenizer, self.settings)
         except UnusableSample as error:
             drawn.refuse(drawn.sample.source, error)
-
-    def _start_reading(self, drawn: _Drawn) -> None:
-        if drawn.sample.image is not None:
-            drawn.file = self._readers.submit(self._read, drawn.sample.image)
-
-    def _read(self, name: str) -> tuple[bytes, int]:
-        data = self.store.read(name)
-        return data, image_key(data)
 
     def _decode(self, step: list[_Drawn]) -> tuple[torch.Tensor, dict[int, int]]:
         """float32 [I, 3, S, S], each distinct image of the step once, and the place of each image's key in it."""
@@ -212,7 +203,7 @@ class StepMaker:
         return decoded.pixel_values, {key: place for place, key in enumerate(files)}
 
     def _source(self, drawn: _Drawn) -> str:
-        return str(self.store.root / drawn.sample.image)
+        return self.store.source(drawn.sample.image, drawn.sample.stored)
 
     def _pack(
         self, micro_batch: list[_Drawn], plan: PackPlan, pixel_values: torch.Tensor, places: dict[int, int]
@@ -356,14 +347,33 @@ def build_loader(
     data_state: dict[str, Any] | None = None,
     decode_device: Literal["cpu", "mixed"] = "cpu",
 ) -> StepLoader:
-    """The loader of one data-parallel rank over LLaVA JSON files, going on from `data_state` if there is one.
+    """The loader of one data-parallel rank over LLaVA JSON files or prepared folders, going on from `data_state`.
 
+    Mixture, groups and blocks of `data` hold where samples are shuffled: validation reads the files in their order.
     `decode_device="mixed"` lets DALI, where it is the back end, decode on the current CUDA device; pixels come back to
     the host all the same.
     Raises ValueError for whatever is wrong with files, folder, sizes, state or back end, before any thread starts.
     """
-    manifests = [Manifest.read(paths, version=data.version) for paths in (data_paths, contrastive_paths)]
-    sampler = Sampler(*map(len, manifests), seed=seed, global_batch_size=global_batch_size, shuffle=shuffle)
+    manifests = [
+        Manifest.read(paths, version=data.version, cache_dir=data.data_cache_dir)
+        for paths in (data_paths, contrastive_paths)
+    ]
+    ordering: dict[str, Any] = {}
+    if shuffle:
+        ordering = {
+            "source_sizes": manifests[0].samples_per_file,
+            "weights": data.data_weights,
+            "modality_lengths": manifests[0].modality_lengths() if data.group_by_modality_length else None,
+            "shuffle_block": data.shuffle_block,
+        }
+    sampler = Sampler(
+        *map(len, manifests),
+        seed=seed,
+        global_batch_size=global_batch_size,
+        shuffle=shuffle,
+        digests=tuple(manifest.digest for manifest in manifests),
+        **ordering,
+    )
     if data_state is not None:
         sampler.load_state_dict(data_state)
     backend = resolve_backend(data.image_backend)
@@ -374,7 +384,7 @@ def build_loader(
     maker = StepMaker(
         manifests=manifests,
         sampler=sampler,
-        store=FolderStore(data.image_folder),
+        store=ImageStore(data.image_folder),
         decoder=ImageDecoder(
             model.image,
             aspect_ratio=data.image_aspect_ratio,
@@ -395,7 +405,7 @@ def build_loader(
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
         pad_multiple=pad_multiple,
-        num_workers=data.num_workers,
+        io_threads=data.io_threads,
     )
     return StepLoader(
         maker.make,

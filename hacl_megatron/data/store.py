@@ -1,13 +1,17 @@
-"""Where image bytes come from: a folder, read by the names that LLaVA's JSON gives.
+"""Where image bytes come from: a folder, read by the names that LLaVA's JSON gives, or tar shards, read by place.
 
-    name ("train2014/COCO_x.jpg") ─FolderStore.read→ bytes ─image_key→ int64 that tells equal images
+    name ("train2014/COCO_x.jpg") ──FolderStore.read──┐
+    shard, offset, size ─────────────ShardReader.read─┴→ bytes ─image_key→ int64 that tells equal images
 
-A name comes from a user's file, so it is not trusted to stay inside the folder.
+A name comes from a user's file, so it is not trusted to stay inside the folder. A shard is never unpacked: its bytes
+are read where the manifest says, and whatever its member headers name is not looked at.
 """
 
 import hashlib
 import os
 import stat
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -62,3 +66,104 @@ class FolderStore:
         if not data:
             raise UnusableImage("the file is empty")
         return data
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """Place of an image in a tar shard."""
+
+    path: str
+    """The shard."""
+    offset: int
+    """First byte."""
+    size: int
+    """Bytes."""
+
+
+MAX_OPEN_SHARDS = 256
+"""Shards that stay open; more are opened for each read, well below the usual limit of 1024 open files."""
+
+
+class ShardReader:
+    """Random access to the images of tar shards. Threads may share it: reads carry their own position."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, stored: StoredImage) -> bytes:
+        """The image's bytes. Raises UnusableImage when the shard does not hold them."""
+        try:
+            file, keep = self._open(stored.path)
+            try:
+                room = os.fstat(file).st_size - stored.offset
+                if stored.offset < 0 or stored.size < 1 or stored.size > room:
+                    raise UnusableImage(
+                        f"bytes {stored.offset} to {stored.offset + stored.size} are not in the shard: it is cut off "
+                        "or not the one the manifest was made with"
+                    )
+                return _read_at(file, stored)
+            finally:
+                if not keep:
+                    os.close(file)
+        except OSError as error:
+            raise UnusableImage(f"the shard cannot be read: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        """Closes the shards. No `read` may be under way."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _open(self, path: str) -> tuple[int, bool]:
+        """The shard's descriptor, and whether it stays open."""
+        with self._lock:
+            if path in self._files:
+                return self._files[path], True
+        # A link could lead anywhere, a pipe would block for ever.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise UnusableImage("the shard is not a regular file")
+        with self._lock:
+            if path in self._files or len(self._files) >= MAX_OPEN_SHARDS:
+                return file, False
+            self._files[path] = file
+            return file, True
+
+
+def _read_at(file: int, stored: StoredImage) -> bytes:
+    pieces, at, end = [], stored.offset, stored.offset + stored.size
+    while at < end:
+        piece = os.pread(file, end - at, at)
+        if not piece:
+            raise UnusableImage("the shard ended while it was read")
+        pieces.append(piece)
+        at += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class ImageStore:
+    """Images by sample: out of a tar shard where the manifest knows a place, else out of the image folder.
+
+    Raises ValueError when `root` is no folder.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.folder = FolderStore(root)
+        self._shards = ShardReader()
+
+    def fetch(self, image: str, stored: StoredImage | None) -> bytes:
+        """All bytes of an image file. Raises UnusableImage when there is none to read."""
+        return self.folder.read(image) if stored is None else self._shards.read(stored)
+
+    def source(self, image: str, stored: StoredImage | None) -> str:
+        """What to name in a complaint about the image."""
+        return str(self.folder.root / image) if stored is None else f"{stored.path}: {image}"
+
+    def close(self) -> None:
+        """Closes the shards. No `fetch` may be under way."""
+        self._shards.close()

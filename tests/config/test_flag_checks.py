@@ -27,8 +27,9 @@ def base(tmp_path: Path) -> RunConfig:
     """A run with nothing wrong, beside files for others to point at."""
     for name in ("train.json", "valid.json", "mm_projector.bin"):
         (tmp_path / name).write_text("[]")
-    for name in ("images", "llava", "empty", "resumable"):
+    for name in ("images", "llava", "empty", "resumable", "prepared"):
         (tmp_path / name).mkdir()
+    (tmp_path / "prepared" / "manifest.arrow").write_text("")
     (tmp_path / "resumable" / LATEST_FILE).write_text("10")
     return changed(
         RunConfig(),
@@ -237,6 +238,11 @@ COMBINATIONS = {
         {"data_path": ["{}/train.json", "{}/valid.json"]},
     ),
     "a folder as data": ({"data_path": ["{}/images"]}, "no such file", {}),
+    "weights for other files": (
+        {"data_weights": [1.0, 2.0]}, "2 numbers for 1 of --data-path",
+        {"data_weights": [1.0, 0.5], "data_path": ["{}/train.json", "{}/prepared"]},
+    ),
+    "a weight of nothing": ({"data_weights": [0.0]}, "--data-weights is 0.0", {"data_weights": [0.01]}),
     "missing contrastive data": (
         {"contrastive_data_path": ["{}/gone.json"]}, "--contrastive-data-path",
         {"contrastive_data_path": ["{}/valid.json"]},

@@ -1,0 +1,49 @@
+"""Prepares LLaVA JSON for training: one memory-mapped manifest, with checked images and tar shards if you like.
+
+    python tools/prepare_data.py --input A.json [B.jsonl ...] --output OUT [--image-folder DIR]
+        [--tokenizer DIR --version v1] [--verify-images] [--write-shards]
+
+OUT is then a `--data-path`. Records whose id and content were met before are dropped; the same id with other content
+becomes `id#2`, `id#3`, ... Killed half-way, the same command goes on where it stood.
+"""
+
+import argparse
+import os
+
+from hacl_megatron.config.console import exit_with_error
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="LLaVA JSON or JSONL files")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the manifest and the shards")
+    parser.add_argument("--image-folder", metavar="DIR", help="folder that image names are relative to")
+    parser.add_argument("--tokenizer", metavar="DIR", help="also count the token lengths under this tokenizer")
+    parser.add_argument("--version", choices=("plain", "v1"), default="v1", help="template of the token lengths")
+    parser.add_argument("--verify-images", action="store_true", help="decode every image; list the unusable ones")
+    parser.add_argument("--write-shards", action="store_true", help="pack the images into WebDataset tar shards")
+    parser.add_argument("--images-per-shard", type=int, default=4096, help="images of one shard")
+    parser.add_argument("--keep-duplicates", action="store_true", help="keep every record and its id as it is")
+    parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="threads")
+    parser.add_argument("--max-image-pixels", type=int, default=178_956_970, help="larger images are unusable")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    # The tool's own threads share the work out; the tokenizer's threads inside each would only get in their way.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from hacl_megatron.data.prepare_run import PrepareSettings, run_prepare
+
+    values = vars(args)
+    report = run_prepare(PrepareSettings(inputs=values.pop("input"), **values))
+    for label, value in report.items():
+        text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
+        print(f"{label}: {text}")
+    print(f"written to {args.output}; train with --data-path {args.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except (ValueError, OSError) as error:
+        exit_with_error(error)
