@@ -96,7 +96,7 @@ def inspect(args: argparse.Namespace) -> None:
     from hacl_megatron.data.images import ImageDecoder, resolve_backend
     from hacl_megatron.data.manifest import Manifest
     from hacl_megatron.data.show import show
-    from hacl_megatron.data.store import FolderStore
+    from hacl_megatron.data.store import ImageStore
     from hacl_megatron.data.tokenizer import load_tokenizer
 
     manifest = Manifest.read(args.data_path, version=args.version)
@@ -104,7 +104,7 @@ def inspect(args: argparse.Namespace) -> None:
     image, visual_tokens, folder = sizes_and_tokenizer(args)
     tokenizer, store, backend = (
         load_tokenizer(folder),
-        FolderStore(args.image_folder),
+        ImageStore(args.image_folder),
         resolve_backend(args.image_backend),
     )
     settings = EncodingSettings(

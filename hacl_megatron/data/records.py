@@ -96,6 +96,8 @@ def _json_lines(path: str, file: Any, window_bytes: int) -> Iterator[tuple[int, 
                 f"{path}: broken JSON in line {number}, column {error.colno} ({error.msg}); expected one "
                 "object a line, repair or remove the line"
             ) from error
+        except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
+            raise ValueError(f"{path}: unreadable JSON in line {number} ({error}); repair or remove the line") from None
 
 
 def _not_utf8(path: str, byte: int) -> ValueError:
@@ -198,6 +200,8 @@ def _decode(window: _Window) -> tuple[int, Any]:
             cut = error.pos >= len(window.text) - LONGEST_TOKEN or error.msg.startswith("Unterminated string")
             if window.ended or not cut:
                 raise window.broken(error.msg, error.pos) from error
+        except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
+            raise window.broken(str(error), window.at) from None
         if cut and not window.ended:
             window.more()
             continue

@@ -194,4 +194,3 @@ class Sampler:
             stream = {_ORDINARY: _ORDINARY_BLOCKS, _CONTRASTIVE: _CONTRASTIVE_BLOCKS}.get(stream, stream)
             return self._words.block_permutation(epoch, stream, size, self._identity["shuffle_block"])
         return self._words.permutation(epoch, stream, size)
-

@@ -1,7 +1,7 @@
 """What the model will see of a sample, as plain records that a page can print (tools/inspect_data.py).
 
     Sample ─┬ encode ─→ segments ─→ Segment of Token (text, position, target or not)
-            ├ FolderStore ─→ ImageDecoder ─→ pixels ─de-normalised→ PNG
+            ├ ImageStore ──→ ImageDecoder ─→ pixels ─de-normalised→ PNG
             └ captions ─difflib→ Word (same, left out, written in)
 
 Everything goes through the trainer's own readers, templates and decoder; nothing is computed a second time here.
@@ -24,7 +24,7 @@ from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
-from hacl_megatron.data.store import FolderStore, UnusableImage
+from hacl_megatron.data.store import ImageStore, UnusableImage
 from hacl_megatron.data.tokenizer import Tokenizer
 
 
@@ -80,13 +80,13 @@ class ShownSample:
 
 
 def show(
-    sample: Sample, *, store: FolderStore, decoder: ImageDecoder, tokenizer: Tokenizer, settings: EncodingSettings
+    sample: Sample, *, store: ImageStore, decoder: ImageDecoder, tokenizer: Tokenizer, settings: EncodingSettings
 ) -> ShownSample:
     """The sample as the loader would take it, with the reasons if it would not."""
     shown = ShownSample(sample=sample)
     if sample.image is not None:
         try:
-            _show_image(shown, store.read(sample.image), decoder)
+            _show_image(shown, store.fetch(sample.image, sample.stored), decoder)
         except UnusableImage as error:
             shown.reasons.append(str(error))
     try:

@@ -58,7 +58,7 @@ def test_balanced_is_more_even_than_the_order():
         of_ranks = [sum(costs[item] for micro_batch in rank for item in micro_batch) for rank in ranks]
         spread[name] = (max(sums) / min(sums), max(of_ranks) / min(of_ranks))
     assert spread["in order"][0] > 2
-    assert spread["balanced"][0] < 1.5 and spread["balanced"][1] < 1.02, spread
+    assert spread["balanced"][0] < 1.5 and spread["balanced"][1] < 1.05, spread
 
 
 @given(
