@@ -4,6 +4,7 @@ Shape legend: T packed rows, T' = T or, under sequence parallelism, T / tensor-p
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from megatron.core import tensor_parallel
@@ -15,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hacl_megatron.config.architecture import LanguageConfig
-from hacl_megatron.platform.attention import PackedSegments
+from hacl_megatron.platform.attention import PackedSegments, rotates_itself
 from hacl_megatron.platform.last_layer import without_sequence_parallel
 from hacl_megatron.platform.specs import language_layer_spec
 
@@ -105,7 +106,11 @@ class LlamaStage(LanguageModule):
         Returns [T', 1, H], on the last stage [Q, 1, H]: the read rows, gathered under sequence parallelism.
         """
         angles = position_ids.float().unsqueeze(1) * self.inverse_frequencies  # [T, head_dim / 2]
-        rotary = torch.cat((angles, angles), dim=-1)[:, None, None, :]  # [T, 1, 1, head_dim]
+        if rotates_itself(angles.device):
+            rotary = None
+            segments = replace(segments, rotary=(angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)))
+        else:
+            rotary = torch.cat((angles, angles), dim=-1)[:, None, None, :]  # [T, 1, 1, head_dim]
         return self.decoder(
             hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=segments
         )

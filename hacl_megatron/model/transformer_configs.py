@@ -42,8 +42,8 @@ def language_transformer_config(
         variable_seq_lengths=True,  # packs differ in length from micro-batch to micro-batch
         moe_token_dispatcher_type="alltoall",  # megatron-core asks for it beside variable lengths; there is no MoE
         use_cpu_initialization=not on_gpu,
+        bias_activation_fusion=True,  # on the CPU: `platform.host_kernels.swiglu`
         # Fusions that need CUDA, or torch.compile, which costs minutes on a CPU and gains nothing there.
-        bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from hacl_megatron.batch import PackedBatch, SegmentLengths
 from hacl_megatron.platform.accelerators import attention_kernel
+from hacl_megatron.platform.host_kernels import has_segment_attention, rotate, segment_attention
 
 
 @dataclass
@@ -43,8 +44,13 @@ class PackedSegments(PackedSeqParams):
     """int64: rows that the last layer is to compute, ascending (`PackedBatch.read_rows`); None: all."""
     read_lengths: tuple[int, ...] = ()
     """How many of them each segment has, on the host."""
+    query_rows: Tensor | None = None
+    """int64: rows that the queries stand on; None: all."""
     branches: "Branches | None" = None
     """None where no image shares a prefix."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines [T, 1, d / 2] for attention that rotates queries and keys itself, as it does on the CPU; None:
+    megatron-core's layers have rotated them."""
 
     def of_read_rows(self) -> "PackedSegments":
         """The same segments, with the read rows for queries."""
@@ -59,6 +65,7 @@ class PackedSegments(PackedSeqParams):
             cu_seqlens_q=counts.cumsum(0, dtype=torch.int32),
             max_seqlen_q=max(self.read_lengths),
             query_lengths=self.read_lengths,
+            query_rows=self.read_rows,
             branches=branches,
         )
 
@@ -91,8 +98,15 @@ def packed_segments(batch: PackedBatch, lengths: SegmentLengths, *, read_rows_on
     )  # fmt: skip
 
 
+def rotates_itself(device: torch.device) -> bool:
+    """Whether `PackedAttention` rotates on `device`; elsewhere megatron-core's layers do."""
+    return device.type == "cpu"
+
+
 def sdpa_per_segment(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, scale: float | None) -> Tensor:
     """Causal attention, one SDPA call per segment. q [Q, h, d], k and v [T, g, d]; returns [Q, h, d]."""
+    if has_segment_attention(q, k):
+        return segment_attention(q, k, v, segments.query_lengths, segments.lengths, scale)
     q_parts, k_parts, v_parts = q.split(segments.query_lengths), k.split(segments.lengths), v.split(segments.lengths)
     outputs = []
     for q_, k_, v_ in zip(q_parts, k_parts, v_parts, strict=True):
@@ -235,7 +249,13 @@ class PackedAttention(torch.nn.Module):
             )
             return out.permute(2, 0, 1, 3).flatten(2)
         kernel = _KERNELS[attention_kernel(query.device, query.dtype)]
-        qkv = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if packed_seq_params.rotary is not None:
+            cos, sin = (angles.to(query.dtype) for angles in packed_seq_params.rotary)
+            read = packed_seq_params.query_rows
+            asking = (cos, sin) if read is None else (cos.index_select(0, read), sin.index_select(0, read))
+            query, key = rotate(query, *asking), rotate(key, cos, sin)
+        qkv = query, key, value
         out = kernel(*qkv, packed_seq_params, self.softmax_scale)
         if packed_seq_params.branches is not None:
             out = _attend_to_branches(kernel, out, *qkv, packed_seq_params, self.softmax_scale)

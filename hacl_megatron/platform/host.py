@@ -12,6 +12,8 @@ import functools
 import torch
 import torch.utils._device
 
+from hacl_megatron.platform.host_kernels import swiglu
+
 _FACTORIES = (
     "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "eye",
     "rand", "randn", "randint", "randperm",
@@ -105,6 +107,21 @@ def install() -> None:
     torch.nn.Module.cuda = lambda self, device=None: self
     torch.Tensor.type = _host_type(torch.Tensor.type)
     _host_random_states()
+    _host_activation()
+
+
+def _host_activation() -> None:
+    """megatron-core's fused SwiGLU is compiled by torch.compile, for minutes; the CPU has one of its own."""
+    from megatron.core.transformer import mlp
+
+    fused = mlp.bias_swiglu_impl
+
+    def bias_swiglu(both, bias, fp8_input_store=False, cpu_offload_input=False):
+        if bias is None and not fp8_input_store:
+            return swiglu(both)
+        return fused(both, bias, fp8_input_store, cpu_offload_input)
+
+    mlp.bias_swiglu_impl = bias_swiglu
 
 
 def _host_random_states() -> None:

@@ -31,7 +31,7 @@ class LastLayer(TransformerLayer):
         self,
         hidden_states: Tensor,
         *_unused: Any,
-        rotary_pos_emb: Tensor,
+        rotary_pos_emb: Tensor | None,
         packed_seq_params: PackedSegments,
         **_unused_too: Any,
     ) -> tuple[Tensor, None]:
@@ -57,13 +57,14 @@ class LastSelfAttention(SelfAttention):
     """Keys and values of all rows, queries of those that are read."""
 
     def forward(
-        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: PackedSegments
+        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, packed_seq_params: PackedSegments
     ) -> tuple[Tensor, Tensor | None]:
         read = packed_seq_params.read_rows
         query, key, value = self._project(hidden_states, read)
-        key = apply_rotary_pos_emb(key, rotary_pos_emb, config=self.config)
-        read_emb = rotary_pos_emb if read is None else rotary_pos_emb.index_select(0, read)
-        query = apply_rotary_pos_emb(query, read_emb, config=self.config)
+        if rotary_pos_emb is not None:
+            key = apply_rotary_pos_emb(key, rotary_pos_emb, config=self.config)
+            read_emb = rotary_pos_emb if read is None else rotary_pos_emb.index_select(0, read)
+            query = apply_rotary_pos_emb(query, read_emb, config=self.config)
         context = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params.of_read_rows())
         return self.linear_proj(context)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hacl_megatron.platform.host_kernels import rms_norm
+
 
 class _Norm(torch.nn.Module):
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused) -> None:
@@ -22,7 +24,7 @@ class RMSNorm(_Norm):
     """x * weight / rms(x) over the last dim, in the input's dtype (LLaMA)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(_Norm):
