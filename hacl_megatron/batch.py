@@ -195,6 +195,11 @@ class Parts:
     texts: bool = True
     """Captions and hallucinated captions."""
 
+    @property
+    def has_pairs(self) -> bool:
+        """Without images and texts the samples count as dialogues alone."""
+        return self.images != "none" or self.texts
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackPlan:

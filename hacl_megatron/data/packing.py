@@ -67,7 +67,7 @@ def pack(
             (positions,) = np.nonzero(encoded.labels[1:] != IGNORE)
             targets.append(positions + begin)
             target_ids.append(encoded.labels[1:][positions])
-        if encoded.image_segment is not None:
+        if encoded.image_segment is not None and parts.has_pairs:
             image_keys.append(slot.image_key)
             if parts.images == "branch" and begin is not None and _starts_with_context(encoded):
                 image_eos.append(rows.append_branch(encoded.image_segment, begin))
@@ -75,7 +75,7 @@ def pack(
                 image_eos.append(rows.append(encoded.image_segment, image) + len(encoded.image_segment) - 1)
         image += encoded.has_image
 
-    pairs = [encoded for _, encoded in good if encoded.image_segment is not None]
+    pairs = [encoded for _, encoded in good if encoded.image_segment is not None] if parts.has_pairs else []
     hallucinated = [(owner, segment) for owner, pair in enumerate(pairs) for segment in pair.hallucinated_segments]
     caption_eos, hallucinated_eos, texts_at = [], [], rows.length
     if parts.texts:

@@ -1,9 +1,10 @@
 """Which parts of a micro-batch run ahead of the main pass, and which of those it need not repeat.
 
-LLM frozen     texts run ahead once: no trained parameter is on their way but the text head's, so their EOS states are
-               kept, and the main pass holds dialogues and images alone
-global pool    with negatives from several micro-batches, images and texts run ahead too, for the embeddings that the
-               loss needs before any of them can get a gradient (gradient caching, Gao et al. 2021)
+weight 0       dialogues alone: plain LLaVA
+LLM frozen     texts run ahead once: no trained parameter is on their way but the text head's, so their EOS states
+               are kept, and the main pass holds dialogues and images alone
+global pool    with negatives from several micro-batches, images and texts run ahead too, for the embeddings that
+               the loss needs before any of them can get a gradient (gradient caching, Gao et al. 2021)
 """
 
 from hacl_megatron.batch import PackPlan, Parts
@@ -17,13 +18,11 @@ def pool_spans_micro_batches(config: RunConfig, num_micro_batches: int) -> bool:
 
 def pack_plan(config: RunConfig, num_micro_batches: int, *, with_gradients: bool) -> PackPlan:
     """The packs of each micro-batch of a step with `num_micro_batches`; `with_gradients` is False for validation."""
+    if config.objective.contrastive_weight == 0:  # LLaVA's own training: nothing would come of the pairs
+        return PackPlan(main=Parts(images="none", texts=False))
     images = "branch" if config.objective.contrastive_image_context == "prompt" else "segment"
     texts_are_constant = config.model.freeze_LM
-    caches_gradients = (
-        with_gradients
-        and pool_spans_micro_batches(config, num_micro_batches)
-        and config.objective.contrastive_weight > 0
-    )
+    caches_gradients = with_gradients and pool_spans_micro_batches(config, num_micro_batches)
     if caches_gradients and has_dropout(config):
         # Both passes must draw the same masks, so they must run the same rows.
         everything = Parts(images=images)

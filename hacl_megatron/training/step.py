@@ -142,7 +142,7 @@ class Step:
         # Read the lengths back before the first micro-batch runs, so that the schedule itself never waits for the host.
         lengths = [SegmentLengths.of(batch.main) for batch in micro_batches]
         spans = pool_spans_micro_batches(self.config, len(micro_batches))
-        caches = spans and not forward_only and self.config.objective.contrastive_weight > 0
+        caches = spans and not forward_only and micro_batches[0].ahead is not None
 
         states = random_states() if caches and has_dropout(self.config) else None
         features = self._kept_tower_features(micro_batches)

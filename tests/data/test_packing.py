@@ -112,6 +112,8 @@ def test_parts_leave_kinds_of_segments_out_and_keep_what_pairs_are_known_by():
     assert rest.caption_eos_rows.tolist() == [] and rest.num_text_rows == 0
     assert rest.image_keys.tolist() == texts.image_keys.tolist() == [1000]
     assert rest.caption_keys.tolist() == texts.caption_keys.tolist() == [rows_key(rows(BOS, CAT, EOS))]
+    dialogues = pack(slots, pixels(1), visual_tokens=2, pad_multiple=1, parts=Parts(images="none", texts=False))
+    assert dialogues.num_pairs == 0 and dialogues.hallucinated_owner.tolist() == [] and dialogues.num_targets == 4
     no_parts = Parts(dialogues=False, images="none", texts=False)
     nothing = pack(slots, pixels(0), visual_tokens=2, pad_multiple=4, parts=no_parts)
     assert nothing.num_rows == nothing.num_padding_rows == 4 and nothing.read_rows.tolist() == [3]
