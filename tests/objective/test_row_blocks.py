@@ -5,16 +5,14 @@ placed by the block's rows instead of the rank's, a gradient scaled by the other
 gradients made where none are wanted, masks or copies of the size of the whole matrix.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from hacl_megatron.objective.contrastive import contrastive_loss
 from hacl_megatron.objective.negatives import PairEmbeddings
 from hacl_megatron.objective.row_blocks import BLOCK_BYTES, Columns, _blocks, _Plan, softmax_loss_sum
+from tests.memory import peak_bytes
 from tests.objective.open_clip_oracle import clip_loss
 
 KINDS = ("image", "caption", "hallucinated")
@@ -139,19 +137,6 @@ def test_backward_runs_once() -> None:
         terms.image_to_text_sum.backward()
 
 
-def _peak_bytes(step: Callable[[], object]) -> int:
-    """Most that torch's CPU allocator held at once for `step`, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    del result
-    return highest
-
-
 def test_memory_is_a_twentieth_of_the_plain_forms() -> None:
     """512 rows, 8,192 pairs, 8,192 hallucinated captions; blocks of 2 MiB, as the whole would be no burden here.
 
@@ -178,16 +163,16 @@ def test_memory_is_a_twentieth_of_the_plain_forms() -> None:
         for leaf in leaves:
             leaf.grad = None
 
-    plain_peak = _peak_bytes(plain) - gradient_bytes
+    plain_peak = peak_bytes(plain) - gradient_bytes
     assert plain_peak > 512 * 16384 * 4 * 2  # similarities and softmax at least: the count sees them
     for mode in ("own", "all", "none"):
         discard()
-        peak = _peak_bytes(lambda mode=mode: blocks(mode).backward())
+        peak = peak_bytes(lambda mode=mode: blocks(mode).backward())
         # A mask of the whole matrix would be 4 MiB.
         assert peak - gradient_bytes <= block_bytes <= 0.05 * plain_peak, (mode, peak, gradient_bytes, plain_peak)
     discard()
     with torch.no_grad():
-        assert _peak_bytes(blocks) <= block_bytes
+        assert peak_bytes(blocks) <= block_bytes
         assert not blocks().requires_grad
 
 

@@ -15,6 +15,8 @@ from hacl_megatron.config.run import parse_run_config, with_architecture
 from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.train import build_trainer, open_loader, resolve_architecture
+from hacl_megatron.training.loop import Trainer
+from tests.memory import peak_bytes
 
 SAMPLES = 16
 """Of the global batch."""
@@ -41,14 +43,8 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
     The model is built once and every case starts from its first weights.
     """
     root = Path(folder)
-    config = parse_run_config(["--config", str(root / f"{stage}.yaml"), "--train-iters", "1", *flags])
-    checked = check_flags(config, dist.get_world_size())
-    config = with_architecture(config, resolve_architecture(config, None))
-    device = start_platform("cpu")
-    trainer = build_trainer(config, config.architecture, checked, None, device)
-    if trainer.loader is not None:
-        trainer.loader.close()
-    tokenizer = load_tokenizer(config.model.pretrained_checkpoint) if trainer.loader is not None else None
+    trainer, tokenizer = _trainer(root, stage, flags)
+    config, checked = trainer.config, trainer.layout
     for case in cases:
         config.objective.hallucination_negatives = case.hallucination_negatives
         config.objective.contrastive_image_context = case.context
@@ -72,6 +68,41 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
             root / f"{stage}_{layout}_{case.name()}_{dist.get_rank()}.pt",
         )
     parallel_state.destroy_model_parallel()
+
+
+def _trainer(folder: Path, stage: str, flags: list[str]) -> tuple[Trainer, Any]:
+    """A trainer without a loader, and the tokenizer where data is read."""
+    config = parse_run_config(["--config", str(folder / f"{stage}.yaml"), "--train-iters", "1", *flags])
+    layout = check_flags(config, dist.get_world_size())
+    config = with_architecture(config, resolve_architecture(config, None))
+    trainer = build_trainer(config, config.architecture, layout, None, start_platform("cpu"))
+    if trainer.loader is None:
+        return trainer, None
+    trainer.loader.close()
+    return trainer, load_tokenizer(config.model.pretrained_checkpoint)
+
+
+def peaks(folder: str, stage: str, counts: list[int], samples: int) -> dict[int, int]:
+    """Peak bytes of a step of so many micro-batches with `samples` each, all of the same samples, on one rank."""
+    trainer, tokenizer = _trainer(Path(folder), stage, ["--micro-batch-size", str(samples)])
+    layout = replace(trainer.layout, micro_batch_size=samples, global_batch_size=2 * samples, num_micro_batches=2)
+    config = trainer.config
+    loader = open_loader(config, config.architecture, layout, trainer.trainee.groups, tokenizer)
+    (batch, _), _ = trainer._receive(next(loader))
+    loader.close()
+    assert batch.ahead is not None and batch.ahead.image_eos_rows.numel() > 0, "gradients are cached"
+    found = {}
+    for count in counts:
+        micro_batches = [batch] * count
+        counted = trainer.step.count(micro_batches)
+
+        def run(micro_batches=micro_batches, counted=counted) -> None:
+            trainer.step.forward_backward(micro_batches, counted)
+
+        run()
+        found[count] = peak_bytes(run)
+    parallel_state.destroy_model_parallel()
+    return found
 
 
 def _shards(module) -> list[tuple[str, tuple, tuple, torch.Tensor]]:
