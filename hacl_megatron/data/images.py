@@ -202,7 +202,7 @@ class ImageDecoder:
         """
         file = self._inspect(data)
         if decode:
-            self._load(file)
+            self._levels_by_pillow(file)
         return file.width, file.height
 
     def close(self) -> None:

@@ -104,15 +104,15 @@ import re, sys, time
 def anon(): return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
 from tests.data.test_loader import MODEL
 from hacl_megatron.config.flags import DataFlags
-from hacl_megatron.data.loader import build_loader
+from hacl_megatron.data.loader import MicroBatching, build_loader
 from hacl_megatron.data.tokenizer import load_tokenizer
 folder, prepared = sys.argv[1:]
 tokenizer = load_tokenizer(f"{folder}/tokenizer")
 before, start, cpu = anon(), time.perf_counter(), time.process_time()
 with build_loader(
     data_paths=[prepared], contrastive_paths=[], data=DataFlags(image_folder=f"{folder}/images", prefetch_steps=1),
-    model=MODEL, tokenizer=tokenizer, image_context="image", seed=1, global_batch_size=32, micro_batch_size=32,
-    data_parallel_rank=0, data_parallel_size=1, pad_multiple=1,
+    model=MODEL, tokenizer=tokenizer, image_context="image", seed=1, global_batch_size=32,
+    micro_batching=MicroBatching(micro_batch_size=32), data_parallel_rank=0, data_parallel_size=1, pad_multiple=1,
 ) as loader:
     step = next(loader)
     print(f"first batch of 32 after {time.perf_counter() - start:.2f} s (CPU "

@@ -394,7 +394,7 @@ def tokenizers(tmp_path_factory) -> dict:
     return {"t": load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=True))}
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_damaged_records_cost_their_file_or_themselves_and_nothing_else(tmp_path, tokenizers):
     """Half are changed as JSON values, half as bytes; one damaged record among whole ones."""
     total: dict[str, int] = {}

@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 
 from hacl_megatron.data.images import ImageDecoder
+from hacl_megatron.data.loader import MicroBatching
 from hacl_megatron.data.prepare_run import PrepareSettings, run_prepare
 from hacl_megatron.data.store import ImageStore
-from tests.data.test_loader import NUM_CONTRASTIVE, NUM_SAMPLES, assert_same_batch, dataset, draw, loader_of, sample
+from tests.data.test_loader import (
+    NUM_CONTRASTIVE,
+    NUM_SAMPLES,
+    assert_same_batch,
+    dataset,
+    draw,
+    loader_of,
+    mains,
+    sample,
+)
 
 __all__ = ["dataset"]  # the fixture
 
@@ -40,11 +50,11 @@ def test_shards_give_the_very_steps_that_the_folder_gives(dataset):
     shards = draw(9, dataset, **paths)
     for one, other in zip(folder, shards, strict=True):
         assert one.data_state == other.data_state and not other.bad_samples
-        for batch, theirs in zip(one.micro_batches, other.micro_batches, strict=True):
+        for batch, theirs in zip(mains(one), mains(other), strict=True):
             assert_same_batch(batch, theirs)
     # And so a run goes on from the one with the other.
     (step,) = draw(1, dataset, **paths, data_state=json.loads(json.dumps(folder[4].data_state)))
-    assert_same_batch(step.micro_batches[0], folder[5].micro_batches[0])
+    assert_same_batch(mains(step)[0], mains(folder[5])[0])
 
 
 def test_a_shard_that_lost_its_end_costs_its_samples_alone(dataset):
@@ -59,7 +69,7 @@ def test_a_shard_that_lost_its_end_costs_its_samples_alone(dataset):
 
 
 def ids_of(steps) -> list[int]:
-    return [i for step in steps for batch in step.micro_batches for i in batch.sample_ids.tolist()]
+    return [i for step in steps for batch in mains(step) for i in batch.sample_ids.tolist()]
 
 
 def test_weights_groups_and_blocks_reach_the_sampler(dataset):
@@ -124,24 +134,21 @@ def test_files_of_the_next_step_are_read_while_this_one_is_decoded(dataset, monk
     assert not missing
 
 
-def test_slow_reads_do_not_starve_the_step(dataset, monkeypatch):
-    """10 ms a read, 16 reads a step, 60 ms of training: one reader needs 160 ms a step, sixteen hide all of them."""
-    fetch = ImageStore.fetch
+def test_as_many_files_are_read_at_a_time_as_the_flag_says(dataset, monkeypatch):
+    """Every read waits until that many are under way: for ever, if there are never so many."""
+    fetch, now, under_way, most = ImageStore.fetch, threading.Condition(), [], []
 
     def slow(self, image, stored):
-        time.sleep(0.010)
+        with now:
+            under_way.append(image)
+            most.append(len(under_way))
+            now.notify_all()
+            now.wait_for(lambda: max(most) >= 4, timeout=20)
+        time.sleep(0.005)  # for a fifth to come
+        with now:
+            under_way.remove(image)
         return fetch(self, image, stored)
 
     monkeypatch.setattr(ImageStore, "fetch", slow)
-    waits = {}
-    for readers in (1, 16):
-        flags = {"io_threads": readers, "image_backend": "pillow"}
-        with loader_of(dataset, flags=flags, global_batch_size=16, micro_batch_size=4) as loader:
-            for _ in range(3):  # what was prepared before training began
-                next(loader)
-            before = loader.wait_seconds
-            for _ in range(8):
-                time.sleep(0.060)
-                next(loader)
-            waits[readers] = loader.wait_seconds - before
-    assert waits[16] < waits[1] / 2, waits
+    draw(2, dataset, flags={"io_threads": 4}, global_batch_size=16, micro_batching=MicroBatching(micro_batch_size=4))
+    assert max(most) == 4

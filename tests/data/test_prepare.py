@@ -24,6 +24,7 @@ from hacl_megatron.data.prepare_run import PrepareSettings, run_prepare
 from hacl_megatron.data.store import ImageStore, StoredImage, UnusableImage
 from hacl_megatron.data.tokenizer import load_tokenizer
 from tests.data.tiny_tokenizer import write_tokenizer
+from tests.distributed import _context
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,13 +185,11 @@ def tool(source: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-KILLED = """
-import sys
-from hacl_megatron.data import prepare
-from hacl_megatron.data.prepare_run import PrepareSettings, run_prepare
-prepare.CHUNK_SAMPLES = 64
-run_prepare(PrepareSettings(inputs=[sys.argv[1]], output=sys.argv[2], tokenizer=sys.argv[3]))
-"""
+def prepare_in_small_parts(*options: str) -> None:
+    """Runs in a process of its own, which will be killed."""
+    prepare.CHUNK_SAMPLES = 64
+    source, output, tokenizer = options
+    run_prepare(PrepareSettings(inputs=[source], output=output, tokenizer=tokenizer, progress_bar=False))
 
 
 def test_a_killed_start_goes_on_and_ends_like_an_undisturbed_one(source, monkeypatch):
@@ -199,16 +198,17 @@ def test_a_killed_start_goes_on_and_ends_like_an_undisturbed_one(source, monkeyp
     total = -(-len(many) // 64)
     (source / "a.json").write_text(json.dumps(many))
     tokenizer = str(source / "tokenizer")
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(source / "a.json"), str(source / "out"), tokenizer],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    # A process of the tests' fork server, which has paid the imports.
+    options = (str(source / "a.json"), str(source / "out"), tokenizer)
+    child = _context.Process(target=prepare_in_small_parts, args=options)
+    child.start()
     work = source / "out" / ".partial"
     end = time.monotonic() + 120
-    while len(list(work.glob("*.arrow"))) < 5 and child.poll() is None and time.monotonic() < end:
+    while len(list(work.glob("*.arrow"))) < 5 and child.is_alive() and time.monotonic() < end:
         time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     before = sorted(work.glob("*.arrow"))
     assert 5 <= len(before) < total and not (source / "out" / "manifest.arrow").exists()
     before[0].write_bytes(before[0].read_bytes()[:1000])  # as a power cut may leave it
