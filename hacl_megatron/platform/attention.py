@@ -44,6 +44,8 @@ class PackedSegments(PackedSeqParams):
     """int64: rows that the last layer is to compute, ascending (`PackedBatch.read_rows`); None: all."""
     read_lengths: tuple[int, ...] = ()
     """How many of them each segment has, on the host."""
+    read_borders: Tensor | None = None
+    """int32 [S + 1]: borders of the segments among them."""
     query_rows: Tensor | None = None
     """int64: rows that the queries stand on; None: all."""
     branches: "Branches | None" = None
@@ -56,13 +58,12 @@ class PackedSegments(PackedSeqParams):
         """The same segments, with the read rows for queries."""
         if self.read_rows is None:
             return self
-        counts = torch.tensor((0, *self.read_lengths), dtype=torch.int32, device=self.cu_seqlens_kv.device)
         branches = self.branches
         if branches is not None:
             branches = replace(branches, queries=torch.searchsorted(self.read_rows, branches.queries))
         return replace(
             self,
-            cu_seqlens_q=counts.cumsum(0, dtype=torch.int32),
+            cu_seqlens_q=self.read_borders,
             max_seqlen_q=max(self.read_lengths),
             query_lengths=self.read_lengths,
             query_rows=self.read_rows,
@@ -80,6 +81,8 @@ class Branches:
     """int64 [sum of lengths]: packed rows that each sees, branch after branch."""
     lengths: tuple[int, ...]
     """[n]: how many rows each sees, on the host."""
+    borders: Tensor
+    """int32 [n + 1]: where each one's rows begin and end among `context_rows`."""
 
 
 def packed_segments(batch: PackedBatch, lengths: SegmentLengths, *, read_rows_only: bool = True) -> PackedSegments:
@@ -90,12 +93,20 @@ def packed_segments(batch: PackedBatch, lengths: SegmentLengths, *, read_rows_on
     longest = max(lengths.segments)
     branches = None
     if lengths.branches:
-        branches = Branches(batch.branch_rows, batch.branch_context_rows, lengths.branches)
+        branches = Branches(
+            batch.branch_rows, batch.branch_context_rows, lengths.branches, _borders(batch.branch_lengths)
+        )
     return PackedSegments(
         qkv_format="sbhd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=longest, max_seqlen_kv=longest, lengths=lengths.segments, query_lengths=lengths.segments,
-        read_rows=batch.read_rows if read_rows_only else None, read_lengths=lengths.read, branches=branches,
+        read_rows=batch.read_rows if read_rows_only else None, read_lengths=lengths.read,
+        read_borders=_borders(batch.read_lengths), branches=branches,
     )  # fmt: skip
+
+
+def _borders(lengths: Tensor) -> Tensor:
+    """int32 [n] -> int32 [n + 1], on the lengths' device and without waiting for it."""
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def rotates_itself(device: torch.device) -> bool:
@@ -134,11 +145,10 @@ def _attend_to_branches(
 ) -> Tensor:
     """`out` [Q, h, d] with the branches' rows replaced by attention of one query each over its context rows."""
     branches = segments.branches
-    rows = torch.tensor((0, *branches.lengths), dtype=torch.int32, device=q.device).cumsum(0, dtype=torch.int32)
     one_query_each = replace(
         segments,
         cu_seqlens_q=torch.arange(len(branches.lengths) + 1, dtype=torch.int32, device=q.device),
-        cu_seqlens_kv=rows,
+        cu_seqlens_kv=branches.borders,
         max_seqlen_q=1,
         max_seqlen_kv=max(branches.lengths),
         query_lengths=(1,) * len(branches.lengths),

@@ -9,7 +9,17 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from hacl_megatron.platform.accelerators import attention_kernel, find_accelerators
 from hacl_megatron.platform.attention import PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
-from tests.platform.segment_cases import LENGTHS, borders, causal_within_segments, dense_attention, draw, with_gradients
+from tests.platform.segment_cases import (
+    LENGTHS,
+    READ,
+    borders,
+    causal_within_segments,
+    dense_attention,
+    draw,
+    rows_at_the_ends,
+    with_gradients,
+    with_read_rows,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -51,6 +61,22 @@ def test_bf16_values_and_gradients_are_near_dense_fp32(kernel, heads, lengths, s
         assert ours_.dtype == torch.bfloat16 and ours_.shape == dense_.shape
         error, allowance = (ours_ - dense_).abs().max().item(), (rough_ - dense_).abs().max().item()
         assert error <= 3 * allowance + floor, (name, error, allowance, floor)
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("lengths", READ)
+def test_bf16_queries_from_the_ends_of_segments_alone(kernel, lengths):
+    """The last layer's: causal is aligned at the end of a segment."""
+    read, lengths = READ[lengths], LENGTHS[lengths]
+    rows = rows_at_the_ends(lengths, read).cuda()
+    segments = with_read_rows(borders(lengths, "cuda"), rows, read).of_read_rows()
+    half = draw(sum(lengths), 4, 4, 64, dtype=torch.bfloat16, device="cuda")
+    exact = [tensor.detach().float().requires_grad_() for tensor in half]
+    allowed = causal_within_segments(lengths).cuda()
+    ours = with_gradients(lambda q, k, v: kernel(q[rows], k, v, segments, None), half)
+    dense = with_gradients(lambda q, k, v: dense_attention(q, k, v, allowed)[rows], exact)
+    for ours_, dense_ in zip(ours, dense, strict=True):
+        torch.testing.assert_close(ours_.float(), dense_, rtol=0.05, atol=0.02 * dense_.abs().max().item())
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)

@@ -1,5 +1,8 @@
 """Packed attention inputs for the tests, and the dense masked attention that they are compared with."""
 
+import itertools
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,20 @@ def borders(lengths: tuple[int, ...], device: str = "cpu") -> PackedSegments:
         qkv_format="sbhd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths), lengths=lengths, query_lengths=lengths,
     )  # fmt: skip
+
+
+READ = {"odd": (3, 1, 33, 0, 1, 6), "one": (5,), "all of length 1": (1, 0, 0, 1)}
+"""Rows at the end of each segment of `LENGTHS` that ask."""
+
+
+def rows_at_the_ends(lengths: tuple[int, ...], read: tuple[int, ...]) -> Tensor:
+    ends = itertools.accumulate(lengths)
+    return torch.cat([torch.arange(end - count, end) for end, count in zip(ends, read, strict=True)])
+
+
+def with_read_rows(segments: PackedSegments, rows: Tensor, read: tuple[int, ...]) -> PackedSegments:
+    read_borders = torch.tensor([0, *read]).cumsum(0).to(rows.device, torch.int32)
+    return replace(segments, read_rows=rows, read_lengths=read, read_borders=read_borders)
 
 
 def draw(

@@ -2,7 +2,6 @@
 
 import importlib.util
 import inspect
-import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +16,17 @@ from hacl_megatron.platform import attention
 from hacl_megatron.platform.accelerators import find_accelerators
 from hacl_megatron.platform.attention import Branches, PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
 from tests.platform import varlen_signatures
-from tests.platform.segment_cases import LENGTHS, borders, causal_within_segments, dense_attention, draw, with_gradients
+from tests.platform.segment_cases import (
+    LENGTHS,
+    READ,
+    borders,
+    causal_within_segments,
+    dense_attention,
+    draw,
+    rows_at_the_ends,
+    with_gradients,
+    with_read_rows,
+)
 
 HEADS = {"multi-head": (4, 4), "grouped": (6, 2)}
 CLOSE = dict(rtol=1e-12, atol=1e-12)  # everything runs in float64
@@ -52,19 +61,14 @@ def test_values_and_gradients_are_those_of_masked_dense_attention(kernel, heads,
         torch.testing.assert_close(ours_, dense_, **CLOSE)
 
 
-READ = {"odd": (3, 1, 33, 0, 1, 6), "one": (5,), "all of length 1": (1, 0, 0, 1)}
-"""Rows at the end of each segment of `LENGTHS` that ask."""
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("lengths", READ)
 def test_queries_from_the_ends_of_segments_alone(kernel, heads, lengths):
     """The last layer's: what they get, and what they give back to keys and values, is what dense attention has."""
     read, lengths = READ[lengths], LENGTHS[lengths]
-    ends = itertools.accumulate(lengths)
-    rows = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, read, strict=True)])
-    segments = replace(borders(lengths), read_rows=rows, read_lengths=read).of_read_rows()
+    rows = rows_at_the_ends(lengths, read)
+    segments = with_read_rows(borders(lengths), rows, read).of_read_rows()
     tensors = draw(sum(lengths), *HEADS[heads], width=8)
     ours = with_gradients(lambda q, k, v: KERNELS[kernel](q[rows], k, v, segments, None), tensors)
     allowed = causal_within_segments(lengths)
@@ -80,15 +84,17 @@ def test_branches_see_the_prefix_that_they_share_and_themselves(kernel, last_lay
     third."""
     lengths, read = LENGTHS["odd"], READ["odd"]
     context = [*range(5), 7, *range(8, 20), 43]
-    branches = Branches(queries=torch.tensor([7, 43]), context_rows=torch.tensor(context), lengths=(6, 13))
+    branches = Branches(
+        queries=torch.tensor([7, 43]), context_rows=torch.tensor(context), lengths=(6, 13),
+        borders=torch.tensor([0, 6, 19], dtype=torch.int32),
+    )  # fmt: skip
     segments = replace(borders(lengths), branches=branches)
     allowed = causal_within_segments(lengths)
     allowed[7, :5] = allowed[43, 8:20] = True
     rows = torch.arange(sum(lengths))
     if last_layer:
-        ends = itertools.accumulate(lengths)
-        rows = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, read, strict=True)])
-        segments = replace(segments, read_rows=rows, read_lengths=read).of_read_rows()
+        rows = rows_at_the_ends(lengths, read)
+        segments = with_read_rows(segments, rows, read).of_read_rows()
     monkeypatch.setitem(attention._KERNELS, "sdpa", KERNELS[kernel])
     tensors = draw(sum(lengths), 6, 2, width=8)
 
