@@ -203,6 +203,43 @@ def test_model_loads_in_transformers_and_generates(data, model):
     assert out.shape[1] == length + 4
 
 
+def test_finetune_keeps_its_labels(data, model):
+    """LLaVA's v1 rule counts rounds on Vicuna's vocabulary, and drops all labels where the count is wrong."""
+    from hacl_megatron.data.conversation import IGNORE, EncodingSettings, encode
+    from hacl_megatron.data.manifest import Manifest
+    from hacl_megatron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(model))
+    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=16)
+    rounds = set()
+    for sample in Manifest.read([str(data / "finetune.json")], version="v1"):
+        encoded = encode(sample, tokenizer, settings)
+        assert not encoded.tokenization_mismatch, sample.conversations
+        answers = [value for role, value in sample.conversations if role == "gpt"]
+        targets = encoded.labels[encoded.labels != IGNORE].tolist()
+        assert tokenizer.decode(targets).split() == " ".join(answers).split()
+        assert targets.count(tokenizer.eos_id) == len(answers)
+        rounds.add((sample.image is not None, len(answers)))
+    assert rounds >= {(True, 1), (True, 2), (True, 3), (False, 1)}
+
+
+def test_told_scenes_say_in_words_what_the_picture_shows(data, model):
+    from make_model import told_scenes
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    scenes = [json.loads(line) for line in (data / "scenes.jsonl").read_text().splitlines()]
+    samples = read(data, "pretrain.json")
+    told = told_scenes(data, tokenizer)
+    assert len(told) == 2 * len(samples)
+    for scene, sample, one in zip(scenes, samples, told, strict=False):
+        words = {word.lstrip("▁") for word in tokenizer.convert_ids_to_tokens(one.notes[one.notes > 0].tolist())}
+        shown = {thing[key] for thing in scene["things"] for key in ("colour", "shape", "size")}
+        assert words >= shown | {scene["facts"]["background"]} and len(words - shown) <= 3  # background, and where
+        assert tokenizer.decode(one.text) == sample["text"] + "\n"
+        assert abs(sum(one.recall.values()) - 1) < 1e-6
+
+
 def test_model_is_trained_and_keeps_its_random_connector(data, model):
     """Three steps move tower and language model away from where the seed puts them, and nothing else."""
     from make_model import build, train_tokenizer
