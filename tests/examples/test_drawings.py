@@ -73,7 +73,7 @@ def test_drawing_depends_on_the_seed_alone(data, tmp_path):
 @pytest.mark.parametrize(("name", "twins"), [("pretrain.json", 1), ("contrastive.json", 2), ("valid.json", 1)])
 def test_captions_are_true_and_twins_false(data, name, twins):
     """A caption states facts of its scene, its twin the same words but for the recorded wrong facts."""
-    from draw import OPENINGS, holds, sentence
+    from draw import OPENINGS, holds, sentence, true_sentences
 
     scenes = {}
     for line in (data / "scenes.jsonl").read_text().splitlines():
@@ -85,6 +85,8 @@ def test_captions_are_true_and_twins_false(data, name, twins):
     for sample in samples:
         facts = sample["facts"]
         assert holds(facts, scenes[sample["image"]])
+        true = true_sentences(scenes[sample["image"]])
+        assert sample["text"] in true and true.isdisjoint(as_list(sample.get("Hallucination caption", [])))
         (opening,) = (opening for opening in OPENINGS if sentence(facts, opening) == sample["text"])
         captions = as_list(sample.get("Hallucination caption", []))
         changes = as_list(sample.get("hallucinated facts", []))
