@@ -145,3 +145,18 @@ def test_run_sh_runs_what_is_tested_here() -> None:
     ):
         assert word in text
     assert shlex.split(text.splitlines()[0]) == ["#!/usr/bin/env", "bash"]
+
+
+@pytest.mark.parametrize("pool", ["micro-batch", "global-batch", "queue"])
+def test_pools_sh_trains_with_each_pool(finished: Path, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very flags of pools.sh are accepted, and split the step into four micro-batches."""
+    text = (QUICKSTART / "pools.sh").read_text()
+    assert subprocess.run(["bash", "-n", str(QUICKSTART / "pools.sh")]).returncode == 0
+    assert f" {pool}" in text.split("for pool in")[1].split(";")[0]
+    flags = text.split("--device cpu")[1].split("\n  [")[0].replace("\\\n", " ")
+    flags = flags.replace("$pool", pool).replace("$out", "output/quickstart/pools")
+    flags = flags.replace("examples/quickstart", str(QUICKSTART))
+    monkeypatch.chdir(finished.parents[1])
+    config = parse_run_config(shlex.split(flags))
+    assert config.objective.contrastive_negatives == pool and config.objective.queue_size == 512
+    assert check_flags(config, world_size=2).num_micro_batches == 4
