@@ -18,6 +18,7 @@ Written to --output:
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -236,6 +237,18 @@ def sentence(facts: Facts, opening: str = "") -> str:
         opening = "There are "
     text = opening + text + "."
     return text[0].upper() + text[1:]
+
+
+def true_sentences(scene: Facts) -> set[str]:
+    """Every caption that `choose_stated` and an opening could make of the scene, and some with more sizes."""
+    sentences = set()
+    for view in (scene, seen_from_the_other(scene)):
+        optional = [key for key in ("size", "other size", "place", "background") if key in view]
+        for kept in itertools.product((True, False), repeat=len(optional)):
+            left_out = {key for key, keep in zip(optional, kept, strict=True) if not keep}
+            stated = {key: value for key, value in view.items() if key not in left_out}
+            sentences |= {sentence(stated, opening) for opening in OPENINGS}
+    return sentences
 
 
 def hallucinate(rng: random.Random, stated: Facts, scene: Facts) -> Facts:

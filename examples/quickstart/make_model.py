@@ -8,7 +8,8 @@ we, within about a minute and a half on two cores:
     tokenizer        LLaMA's kind (BPE, byte fallback), trained on the drawn sentences
     vision tower     a CLIP ViT that learns what every patch shows (colour, shape, size, where, background) from
                      hidden state -2, which is what LLaVA reads
-    language model   a LLaMA that learns the sentences by next-token prediction, at the same time on the other core
+    language model   a LLaMA that learns the sentences by next-token prediction, and to put into a sentence what it was
+                     told before, at the same time on the other core
 
 The connector stays random: pretrain trains it, and the contrastive heads, from nothing.
 """
@@ -24,6 +25,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -80,14 +82,16 @@ def train_tokenizer(sentences: list[str]) -> LlamaTokenizerFast:
     """A BPE with byte fallback in LLaMA's pipeline; ids 0-2 are <unk>, <s>, </s>, the last two <image>, <pad>.
 
     A space is prepended and spaces become '▁', as LLaMA does. The training text is cut into words and signs, so
-    that no merge crosses them and 'star' is the same token before a full stop.
+    that no merge crosses them and 'star' is the same token before a full stop. The space before USER is cut off too,
+    so that '▁USER' is one piece more than 'USER', as in Vicuna's vocabulary: LLaVA's v1 template counts on it, and
+    ignores all labels of a dialogue of several rounds otherwise.
     """
     specials = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=specials + byte_tokens, show_progress=False)
     learner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     text = (f"▁{word}" for line in [*sentences, VICUNA_PROMPT] for word in line.split())
-    learner.train_from_iterator((piece for word in text for piece in re.findall(r"▁?\w+|\W", word)), trainer)
+    learner.train_from_iterator((piece for word in text for piece in re.findall(r"▁(?=USER)|▁?\w+|\W", word)), trainer)
 
     trained = json.loads(learner.to_str())["model"]
     merges = [tuple(pair) for pair in trained["merges"]]
@@ -268,8 +272,7 @@ def language_documents(
 
     def add(text: str, facts: Facts, end: str = "</s>") -> None:
         documents.append(tokenizer(text + end).input_ids)
-        words = recalled_words(facts).items()
-        recalls.append({tokenizer(word, add_special_tokens=False).input_ids[0]: weight for word, weight in words})
+        recalls.append(recalled_tokens(facts, tokenizer))
 
     for name in ("pretrain.json", "contrastive.json"):
         for sample in json.loads((data / name).read_text()):
@@ -287,38 +290,121 @@ def language_documents(
     return documents, recalls
 
 
-def train_language_model(
-    model: nn.Module, data: Path, tokenizer: LlamaTokenizerFast, steps: int, seed: int
-) -> tuple[float, float]:
-    """Next-token prediction, in place; returns the last (loss in nats a token, recall loss above its minimum).
+def recalled_tokens(facts: Facts, tokenizer: LlamaTokenizerFast) -> dict[int, float]:
+    """`recalled_words` by token id, with weights that sum to 1."""
+    words = recalled_words(facts)
+    return {
+        tokenizer(word, add_special_tokens=False).input_ids[0]: weight / sum(words.values())
+        for word, weight in words.items()
+    }
+
+
+@dataclass(frozen=True)
+class Told:
+    """A scene told in words instead of pixels, and what may follow."""
+
+    notes: Tensor
+    """[P, A] int64: token ids of the words that hold at each of the P places, 0 where there is nothing to say."""
+    text: list[int]
+    """Token ids of a true sentence about the scene, with its end."""
+    recall: dict[int, float]
+    """`recalled_tokens` of all that is true."""
+
+
+def told_scenes(data: Path, tokenizer: LlamaTokenizerFast) -> list[Told]:
+    """The scenes of pretrain.json and contrastive.json, as notes on the grid that the vision tower cuts them into."""
+    words = torch.zeros(len(ATTRIBUTES), 1 + max(len(values) for values in ATTRIBUTES.values()), dtype=torch.long)
+    for row, values in enumerate(ATTRIBUTES.values()):
+        for column, value in enumerate(values):
+            words[row, 1 + column] = tokenizer(value, add_special_tokens=False).input_ids[0]
+    scenes = {}
+    for line in (data / "scenes.jsonl").read_text().splitlines():
+        scene = json.loads(line)
+        labels = patch_labels(scene, IMAGE_SIZE // PATCH_SIZE)
+        scenes[scene["image"]] = words.gather(1, labels).T, recalled_tokens(scene["facts"], tokenizer)
+    told = []
+    for name, end in (("pretrain.json", "\n"), ("contrastive.json", "</s>")):
+        for sample in json.loads((data / name).read_text()):
+            notes, recall = scenes[sample["image"]]
+            text = tokenizer(sample["text"] + end, add_special_tokens=False).input_ids
+            told.append(Told(notes=notes, text=text, recall=recall))
+    return told
+
+
+class LanguageTask(nn.Module):
+    """What the language model learns from: sentences, and sentences behind notes.
+
+    A large language model can put into a sentence what stands before it, so that LLaVA's connector only has to write
+    what the image shows in the language model's own words. A tiny one that has read sentences alone has no use for
+    what stands before; so this one is told scenes in notes: places that hold a few words each, as the mean of their
+    embeddings.
 
     HACL reads the state at </s>. In a large model it holds what was read; a tiny one has no reason to keep that, so
-    this one is given one: the state at </s> predicts the words that the sentence has stated.
+    this one is given one: the state at </s> predicts the words that the sentence, or the notes, have stated.
     """
+
+    def __init__(self, model: LlavaForConditionalGeneration, pad: int) -> None:
+        super().__init__()
+        self.language_model, self.lm_head = model.model.language_model, model.lm_head
+        self.pad = pad
+
+    def padded(self, rows: list[list[int]]) -> Tensor:
+        """[B, L] token ids; padded behind, where causal rows never see it."""
+        longest = max(map(len, rows))
+        return torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
+
+    def recall_loss(self, logits: Tensor, recalls: list[dict[int, float]]) -> Tensor:
+        """Cross entropy of logits [B, vocabulary] with the words to recall, above its minimum; none: left out."""
+        wanted = torch.zeros_like(logits)
+        for row, words in enumerate(recalls):
+            wanted[row, list(words)] = torch.tensor(list(words.values()))
+        apart = (torch.xlogy(wanted, wanted) - wanted * logits.log_softmax(-1)).sum(-1)
+        return apart[wanted.sum(-1) > 0].mean()
+
+    def read(self, documents: list[list[int]], recalls: list[dict[int, float]]) -> tuple[Tensor, Tensor]:
+        """(loss, recall loss) of documents that end in the place to recall at."""
+        ids = self.padded(documents)
+        logits = self.lm_head(self.language_model(input_ids=ids).last_hidden_state)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=self.pad)
+        last = logits[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in documents])]
+        return loss, self.recall_loss(last, recalls)
+
+    def tell(self, told: list[Told], eos: int) -> tuple[Tensor, Tensor]:
+        """(loss of the sentences behind the notes, recall loss of </s> right behind the notes)."""
+        embed = self.language_model.embed_tokens
+        notes = torch.stack([one.notes for one in told])
+        places = (embed(notes) * (notes > 0)[..., None]).sum(2) / (notes > 0).sum(2, keepdim=True).clamp(min=1)
+        ids = self.padded([one.text for one in told])
+        bos = embed(torch.ones(len(told), 1, dtype=torch.long))
+        rows = torch.cat([bos, places, embed(ids)], dim=1)
+        logits = self.lm_head(self.language_model(inputs_embeds=rows).last_hidden_state[:, places.shape[1] : -1])
+        loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=self.pad)
+        rows = torch.cat([places, embed(torch.full((len(told), 1), eos))], dim=1)  # as HACL reads an image
+        last = self.lm_head(self.language_model(inputs_embeds=rows).last_hidden_state[:, -1])
+        return loss, self.recall_loss(last, [one.recall for one in told])
+
+
+def train_language_model(
+    model: LlavaForConditionalGeneration, data: Path, tokenizer: LlamaTokenizerFast, steps: int, seed: int
+) -> dict[str, float]:
+    """Next-token prediction, in place; returns the last values of what `LanguageTask` says."""
     documents, recalls = language_documents(data, tokenizer, seed)
-    pad = tokenizer.pad_token_id
-    index = list(batches(len(documents), 64, steps, seed))
-    history = []
+    scenes = told_scenes(data, tokenizer)
+    task = LanguageTask(model, tokenizer.pad_token_id)
+    read, told = list(batches(len(documents), 48, steps, seed)), list(batches(len(scenes), 24, steps, seed))
+    history: list[dict[str, float]] = []
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        chosen = index[step].tolist()
-        lengths = [len(documents[k]) for k in chosen]
-        ids = torch.tensor([documents[k] + [pad] * (max(lengths) - len(documents[k])) for k in chosen])
-        wanted = torch.zeros(len(chosen), model.config.text_config.vocab_size)
-        for row, k in enumerate(chosen):
-            for token, weight in recalls[k].items():
-                wanted[row, token] = weight / sum(recalls[k].values())
-        hidden = model.model.language_model(input_ids=ids).last_hidden_state  # padded behind: causal rows never see it
-        logits = model.lm_head(hidden)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad)
-        last = logits[torch.arange(len(chosen)), torch.tensor(lengths) - 1].log_softmax(-1)
-        recall = (torch.xlogy(wanted, wanted) - wanted * last).sum(-1)[wanted.sum(-1) > 0].mean()
-        history.append((loss.item(), recall.item()))
-        return loss + 2 * recall, {"loss": loss.item(), "recall": recall.item()}
+        chosen = read[step].tolist()
+        loss, recall = task.read([documents[k] for k in chosen], [recalls[k] for k in chosen])
+        told_loss, told_recall = task.tell([scenes[k] for k in told[step].tolist()], tokenizer.eos_token_id)
+        values = {"loss": loss, "recall": recall, "told": told_loss, "told recall": told_recall}
+        history.append({name: value.item() for name, value in values.items()})
+        return loss + 2 * recall + told_loss + told_recall, history[-1]
 
-    fit(language_parts(model), loss_of, steps, 4e-3, "language model", line=1)
-    recent = history[-10:] or [(float("nan"), float("nan"))]
-    return sum(loss for loss, _ in recent) / len(recent), sum(recall for _, recall in recent) / len(recent)
+    fit(task, loss_of, steps, 4e-3, "language model", line=1)
+    recent = history[-10:]
+    return {name: sum(row[name] for row in recent) / len(recent) for name in recent[0]} if recent else {}
 
 
 def build(tokenizer: LlamaTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
@@ -364,15 +450,15 @@ def one_thread_each() -> None:
     torch.set_num_threads(min(4, max(1, (os.cpu_count() or 1) // 2)))
 
 
-def language_worker(data: Path, steps: int, seed: int) -> tuple[bytes, float, float]:
-    """A process of its own: (trained weights of `language_parts`, loss, recall)."""
+def language_worker(data: Path, steps: int, seed: int) -> tuple[bytes, dict[str, float]]:
+    """A process of its own: (trained weights of `language_parts`, what `train_language_model` reached)."""
     one_thread_each()
     tokenizer = train_tokenizer((data / "corpus.txt").read_text().splitlines())
     model = build(tokenizer, seed)
-    loss, recall = train_language_model(model, data, tokenizer, steps, seed)
+    reached = train_language_model(model, data, tokenizer, steps, seed)
     buffer = io.BytesIO()
     torch.save(language_parts(model).state_dict(), buffer)
-    return buffer.getvalue(), loss, recall
+    return buffer.getvalue(), reached
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
@@ -410,11 +496,14 @@ def make_model(data: Path, output: Path, tower_steps: int, language_steps: int, 
         reading = pool.submit(language_worker, data, language_steps, seed) if language_steps else None
         accuracy = train_tower(model.model.vision_tower, data, tower_steps, seed)
         if reading is not None:
-            weights, loss, recall = reading.result()
+            weights, reached = reading.result()
             language_parts(model).load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
     print(f"vision tower: colour and shape right in {accuracy:.0%} of the held-out drawings' patches (chance: 2%)")
     if reading is not None:
-        print(f"language model: {loss:.2f} nats a token; {recall:.3f} nats from recalling every word at </s>")
+        print(
+            "language model: {loss:.2f} nats a token, {told:.2f} behind notes; {recall:.3f} nats from recalling every "
+            "word at </s>, {told recall:.3f} behind notes".format(**reached)
+        )
     save(model, make_processor(tokenizer), output)
     number = sum(weight.numel() for weight in model.parameters())
     print(f"{output}: a LLaVA of {number / 1e6:.1f} million parameters, made in {time.monotonic() - start:.0f} s")

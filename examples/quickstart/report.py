@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from draw import true_sentences
+from make_model import VICUNA_PROMPT
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,7 +35,10 @@ ROWS = (
 )
 CURVES = ("lm loss", "contrastive loss", "retrieval accuracy i2t", "hallucination accuracy")
 GOAL = 0.8
+PROMPT = VICUNA_PROMPT.removesuffix(" ASSISTANT:")
+"""What precedes the image's EOS with finetune.yaml: see `represent`."""
 NUM_IMAGES = 4
+NUM_DESCRIBED = 64
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,23 @@ def padded_to_square(image: Image.Image, mean: list[float]) -> Image.Image:
     return square
 
 
-@torch.no_grad()
-def score_pairs(hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path) -> list[PairScore]:
-    """v·t and v·u of each sample, by transformers on an exported folder with `hacl_heads.safetensors`.
+@dataclass(frozen=True)
+class Represented:
+    """Global representations of N image-caption pairs: unit rows, float32 [N, D]."""
 
-    A global representation is the last hidden state, after the final norm, at an EOS token: behind the image's tokens
-    alone, or behind BOS and a text.
+    images: Tensor
+    captions: Tensor
+    hallucinated: Tensor
+    """Of each caption's (first) hallucinated twin."""
+
+
+@torch.no_grad()
+def represent(hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path, prompt: str | None) -> Represented:
+    """v, t and u of each sample, by transformers on an exported folder with `hacl_heads.safetensors`.
+
+    A global representation is the last hidden state, after the final norm, at an EOS token: behind the image's tokens,
+    or behind BOS and a text. What precedes the image is nothing with `--contrastive-image-context image`; with
+    `prompt` it is BOS and the template's text, "" in stage 1 and `PROMPT` in stage 2.
     """
     model = LlavaForConditionalGeneration.from_pretrained(hf_dir).eval()
     processor = AutoProcessor.from_pretrained(hf_dir)
@@ -74,42 +90,65 @@ def score_pairs(hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path)
     tokenizer, images = processor.tokenizer, processor.image_processor
     visual_tokens = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
 
-    def unit(hidden: Tensor, head: str) -> Tensor:
-        return F.normalize(F.linear(hidden, heads[f"{head}.weight"], heads[f"{head}.bias"]).float(), dim=-1)
+    def text_ids(text: str) -> list[int]:
+        return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-    def at_eos(token_ids: list[int], **inputs: Tensor) -> Tensor:
+    def at_eos(token_ids: list[int], head: str, **inputs: Tensor) -> Tensor:
         ids = torch.tensor([[*token_ids, tokenizer.eos_token_id]])
-        return model.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).last_hidden_state[0, -1]
+        state = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).last_hidden_state[0, -1]
+        return F.normalize(F.linear(state, heads[f"{head}.weight"], heads[f"{head}.bias"]).float(), dim=-1)
 
-    def text(caption: str) -> Tensor:
-        ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
-        return unit(at_eos([tokenizer.bos_token_id, *ids]), "text_projector")
-
-    scores = []
+    context = [] if prompt is None else text_ids(prompt)
+    context += [model.config.image_token_id] * visual_tokens
+    rows = []
     for sample in samples:
         image = padded_to_square(Image.open(image_folder / sample["image"]).convert("RGB"), images.image_mean)
         pixels = images(images=image, return_tensors="pt")["pixel_values"]
-        v = unit(at_eos([model.config.image_token_id] * visual_tokens, pixel_values=pixels), "vision_projector")
         twin = sample["Hallucination caption"]
         twin = twin if isinstance(twin, str) else twin[0]
-        scores.append(PairScore(caption=float(v @ text(sample["text"])), hallucinated=float(v @ text(twin))))
-    return scores
+        v = at_eos(context, "vision_projector", pixel_values=pixels)
+        rows.append((v, *(at_eos(text_ids(text), "text_projector") for text in (sample["text"], twin))))
+    return Represented(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def score_pairs(hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path, prompt: str | None) -> list[PairScore]:
+    """v·t and v·u of each sample: see `represent`."""
+    pairs = represent(hf_dir, samples, image_folder, prompt)
+    right, wrong = ((pairs.images * texts).sum(-1).tolist() for texts in (pairs.captions, pairs.hallucinated))
+    return [PairScore(caption=t, hallucinated=u) for t, u in zip(right, wrong, strict=True)]
+
+
+def retrieval_accuracy(pairs: Represented, captions: list[str], among: int = 64) -> float:
+    """Share of the images that find their caption, or one that equals it, among each `among` pairs in turn."""
+    right = 0
+    for start in range(0, len(captions), among):
+        group = slice(start, start + among)
+        nearest = (pairs.images[group] @ pairs.captions[group].T).argmax(-1).tolist()
+        right += sum(captions[start + k] == captions[start + best] for k, best in enumerate(nearest))
+    return right / len(captions)
 
 
 @torch.no_grad()
-def describe(hf_dir: Path, sample: dict[str, Any], image_folder: Path) -> str:
-    """What the exported model answers, greedily, when asked to describe an image; by transformers alone."""
+def describe(hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path) -> list[str]:
+    """What the exported model answers, greedily, when asked to describe each image; by transformers alone."""
     model = LlavaForConditionalGeneration.from_pretrained(hf_dir).eval()
     processor = AutoProcessor.from_pretrained(hf_dir)
     request = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Write a short caption."}]}]
     prompt = processor.apply_chat_template(request, add_generation_prompt=True).removeprefix(
         processor.tokenizer.bos_token  # the tokenizer adds it again
     )
-    image = Image.open(image_folder / sample["image"]).convert("RGB")
-    image = padded_to_square(image, processor.image_processor.image_mean)
-    inputs = processor(text=prompt, images=image, return_tensors="pt")
-    answer = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    mean = processor.image_processor.image_mean
+    images = [padded_to_square(Image.open(image_folder / one["image"]).convert("RGB"), mean) for one in samples]
+    inputs = processor(text=[prompt] * len(images), images=images, return_tensors="pt")
+    answers = model.generate(**inputs, max_new_tokens=40, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return [processor.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+
+
+def true_of(answers: list[str], samples: list[dict[str, Any]], data: Path) -> list[bool]:
+    """Whether each answer is one of the sentences that are true of its sample's scene."""
+    scenes = map(json.loads, (data / "scenes.jsonl").read_text(encoding="utf-8").splitlines())
+    facts = {scene["image"]: scene["facts"] for scene in scenes}
+    return [answer in true_sentences(facts[sample["image"]]) for answer, sample in zip(answers, samples, strict=True)]
 
 
 def print_table(stages: list[tuple[str, list[dict[str, float]]]]) -> None:
@@ -173,17 +212,19 @@ def main() -> None:
 
     pairs = json.loads((output / "data" / "valid.json").read_text(encoding="utf-8"))
     samples, image_folder = pairs[:: len(pairs) // NUM_IMAGES][:NUM_IMAGES], output / "data" / "images"
-    scores = score_pairs(output / "export", samples, image_folder)
-    spoken = describe(output / "export", samples[0], image_folder)
+    scores = score_pairs(output / "export", samples, image_folder, PROMPT)
+    described = pairs[:NUM_DESCRIBED]
+    spoken = describe(output / "export", described, image_folder)
+    true = true_of(spoken, described, output / "data")
     draw(stages, samples, scores, image_folder, output / "report.png")
 
     before, after = stages[0][1][0]["contrastive loss"], last(stages[0][1], "contrastive loss validation")
     accuracy = last(stages[1][1], "hallucination accuracy validation")
     print(f"Contrastive loss {before:.2f} -> {after:.2f} after pretrain (goal: at most {before / 2:.2f}).")
     print(f"Hallucination accuracy {accuracy:.2f} on held-out pairs (goal: {GOAL}; guessing gives 0.50).")
-    print(f"\nThe exported model says of {samples[0]['image']}: {spoken}")
-    print(f"Its caption is:                              {samples[0]['text']}")
-    print("(A few hundred steps teach it to tell right from wrong; describing takes longer training.)")
+    print(f"Asked to describe {len(true)} held-out images, the exported model says something true of {sum(true)}:")
+    for sample, answer, is_true in list(zip(described, spoken, true, strict=True))[:NUM_IMAGES]:
+        print(f"  {sample['image']}  {'true ' if is_true else 'wrong'}  {answer}   [caption: {sample['text']}]")
     print(f"\nCurves and scored images: {output / 'report.png'}")
     print(f"All curves:               tensorboard --logdir {output}")
     print(f"The trained model:        {output / 'export'} (transformers' LlavaForConditionalGeneration)")

@@ -73,7 +73,7 @@ def test_drawing_depends_on_the_seed_alone(data, tmp_path):
 @pytest.mark.parametrize(("name", "twins"), [("pretrain.json", 1), ("contrastive.json", 2), ("valid.json", 1)])
 def test_captions_are_true_and_twins_false(data, name, twins):
     """A caption states facts of its scene, its twin the same words but for the recorded wrong facts."""
-    from draw import OPENINGS, holds, sentence
+    from draw import OPENINGS, holds, sentence, true_sentences
 
     scenes = {}
     for line in (data / "scenes.jsonl").read_text().splitlines():
@@ -85,6 +85,8 @@ def test_captions_are_true_and_twins_false(data, name, twins):
     for sample in samples:
         facts = sample["facts"]
         assert holds(facts, scenes[sample["image"]])
+        true = true_sentences(scenes[sample["image"]])
+        assert sample["text"] in true and true.isdisjoint(as_list(sample.get("Hallucination caption", [])))
         (opening,) = (opening for opening in OPENINGS if sentence(facts, opening) == sample["text"])
         captions = as_list(sample.get("Hallucination caption", []))
         changes = as_list(sample.get("hallucinated facts", []))
@@ -201,6 +203,43 @@ def test_model_loads_in_transformers_and_generates(data, model):
     length = inputs.input_ids.shape[1]
     out = llava.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert out.shape[1] == length + 4
+
+
+def test_finetune_keeps_its_labels(data, model):
+    """LLaVA's v1 rule counts rounds on Vicuna's vocabulary, and drops all labels where the count is wrong."""
+    from hacl_megatron.data.conversation import IGNORE, EncodingSettings, encode
+    from hacl_megatron.data.manifest import Manifest
+    from hacl_megatron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(model))
+    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=16)
+    rounds = set()
+    for sample in Manifest.read([str(data / "finetune.json")], version="v1"):
+        encoded = encode(sample, tokenizer, settings)
+        assert not encoded.tokenization_mismatch, sample.conversations
+        answers = [value for role, value in sample.conversations if role == "gpt"]
+        targets = encoded.labels[encoded.labels != IGNORE].tolist()
+        assert tokenizer.decode(targets).split() == " ".join(answers).split()
+        assert targets.count(tokenizer.eos_id) == len(answers)
+        rounds.add((sample.image is not None, len(answers)))
+    assert rounds >= {(True, 1), (True, 2), (True, 3), (False, 1)}
+
+
+def test_told_scenes_say_in_words_what_the_picture_shows(data, model):
+    from make_model import told_scenes
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    scenes = [json.loads(line) for line in (data / "scenes.jsonl").read_text().splitlines()]
+    samples = read(data, "pretrain.json")
+    told = told_scenes(data, tokenizer)
+    assert len(told) == 2 * len(samples)
+    for scene, sample, one in zip(scenes, samples, told, strict=False):
+        words = {word.lstrip("▁") for word in tokenizer.convert_ids_to_tokens(one.notes[one.notes > 0].tolist())}
+        shown = {thing[key] for thing in scene["things"] for key in ("colour", "shape", "size")}
+        assert words >= shown | {scene["facts"]["background"]} and len(words - shown) <= 3  # background, and where
+        assert tokenizer.decode(one.text) == sample["text"] + "\n"
+        assert abs(sum(one.recall.values()) - 1) < 1e-6
 
 
 def test_model_is_trained_and_keeps_its_random_connector(data, model):

@@ -97,15 +97,17 @@ def test_export_scores_as_the_trainer_and_the_report_says_so(finished: Path) -> 
 
     sys.path.insert(0, str(QUICKSTART))
     try:
-        from report import score_pairs
+        from report import PROMPT, represent, retrieval_accuracy
     finally:
         sys.path.remove(str(QUICKSTART))
     samples = json.loads((finished / "data" / "valid.json").read_text())
-    scores = score_pairs(finished / "export", samples, finished / "data" / "images")
-    margin = sum(score.caption - score.hallucinated for score in scores) / len(scores)
-    ours = metrics(finished / "finetune")[-1]["hallucination margin validation"]
+    pairs = represent(finished / "export", samples, finished / "data" / "images", PROMPT)
+    margin = float((pairs.images * (pairs.captions - pairs.hallucinated)).sum(-1).mean())
+    ours = metrics(finished / "finetune")[-1]
     # The images differ a little: DALI's resize there, transformers' here.
-    assert abs(margin - ours) < 0.02, (margin, ours)
+    assert abs(margin - ours["hallucination margin validation"]) < 0.002
+    found = retrieval_accuracy(pairs, [sample["text"] for sample in samples])
+    assert abs(found - ours["retrieval accuracy i2t validation"]) <= 2 / 64
 
     report = script("report.py", "--output", str(finished), cwd=folder)
     assert re.search(r"Hallucination accuracy 0\.\d\d on held-out pairs", report.stdout), report.stdout + report.stderr
@@ -143,3 +145,18 @@ def test_run_sh_runs_what_is_tested_here() -> None:
     ):
         assert word in text
     assert shlex.split(text.splitlines()[0]) == ["#!/usr/bin/env", "bash"]
+
+
+@pytest.mark.parametrize("pool", ["micro-batch", "global-batch", "queue"])
+def test_pools_sh_trains_with_each_pool(finished: Path, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very flags of pools.sh are accepted, and split the step into four micro-batches."""
+    text = (QUICKSTART / "pools.sh").read_text()
+    assert subprocess.run(["bash", "-n", str(QUICKSTART / "pools.sh")]).returncode == 0
+    assert f" {pool}" in text.split("for pool in")[1].split(";")[0]
+    flags = text.split("--device cpu")[1].split("\n  [")[0].replace("\\\n", " ")
+    flags = flags.replace("$pool", pool).replace("$out", "output/quickstart/pools")
+    flags = flags.replace("examples/quickstart", str(QUICKSTART))
+    monkeypatch.chdir(finished.parents[1])
+    config = parse_run_config(shlex.split(flags))
+    assert config.objective.contrastive_negatives == pool and config.objective.queue_size == 512
+    assert check_flags(config, world_size=2).num_micro_batches == 4
