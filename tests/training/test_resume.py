@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -204,7 +205,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
         time.sleep(0.001)
@@ -239,10 +240,13 @@ def killed(finished: Path) -> dict[str, Path]:
         lines = saves["sigterm"] / "metrics.jsonl"
         wait_for(lambda: lines.exists() and lines.read_text().count("\n") > 2, processes["sigterm"], logs["sigterm"])
         processes["sigterm"].send_signal(signal.SIGTERM)
-        processes["sigterm"].wait(60)
+        processes["sigterm"].wait(120)
     finally:
         for process in processes.values():
             if process.poll() is None:
+                # torchrun's children have sessions of their own
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
                 os.killpg(process.pid, signal.SIGKILL)
 
     for name, layout in (("sigkill", "tp1"), ("sigterm", "dp2-dist")):
