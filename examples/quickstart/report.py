@@ -35,7 +35,7 @@ ROWS = (
 )
 CURVES = ("lm loss", "contrastive loss", "retrieval accuracy i2t", "hallucination accuracy")
 GOAL = 0.8
-PROMPT = VICUNA_PROMPT.removesuffix(" ASSISTANT:")
+PROMPT = VICUNA_PROMPT.removesuffix("ASSISTANT:")
 """What precedes the image's EOS with finetune.yaml: see `represent`."""
 NUM_IMAGES = 4
 NUM_DESCRIBED = 64
