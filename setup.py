@@ -42,6 +42,7 @@ setup(
         "pyyaml>=6.0",  # configuration files
         "tqdm>=4.66",  # progress bars
         "numpy>=1.26",  # image arrays
+        "tabulate>=0.9",  # the tables of tools/plan_run.py and --dry-run
         *dali(),  # JPEG bytes to pixels, on GPU and CPU
     ],
     extras_require={

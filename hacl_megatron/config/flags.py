@@ -115,6 +115,7 @@ class ObjectiveFlags:
         "global-batch", "Pool of negatives: one micro-batch of all data-parallel ranks, every pair of the optimiser "
         "step, or the step's pairs and a queue of earlier ones."
     )  # fmt: skip
+    queue_size: int = flag(16_384, "Earlier pairs that --contrastive-negatives queue holds.")
     hallucination_negatives: Literal["own", "all", "none"] = flag(
         "all", "Hallucinated captions in a pair's denominator: its own (the paper), every one in the pool (the "
         "released code), or none (plain contrastive)."
@@ -166,6 +167,14 @@ class TrainingFlags:
     eval_iters: int = flag(10, "Batches of a validation.")
     seed: int = flag(1234, "Seeds parameters, data order and every random choice about a sample.")
     print_config: bool = flag(False, "Print the whole resolved configuration and stop.")
+    dry_run: bool = flag(
+        False, "Build parts of the model without memory, data, weights or other processes, say what would be trained, "
+        "and stop: shows on a laptop whether a cluster's configuration can be built."
+    )  # fmt: skip
+    world_size: int | None = flag(None, "With --dry-run: processes of the run that is tried.")
+    dry_run_rank: int | None = flag(
+        None, "With --dry-run: build this rank's part alone. Default: one rank of each kind of pipeline stage."
+    )  # fmt: skip
 
 
 @dataclass
