@@ -5,8 +5,10 @@ optimiser and the schedule. Nothing takes memory, nothing is loaded, no collecti
 or this trainer refuses is refused on a laptop, seconds after it was written down.
 """
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -40,8 +42,8 @@ def dry_run(config: RunConfig, architecture: ModelConfig, layout: Layout, *, ran
     counts = {one: _build(config, architecture, layout, one) for one in ranks}
     lines = [
         f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} = {layout.world_size} processes, "
-        f"{layout.global_batch_size} samples a step in {layout.num_micro_batches} micro-batches of "
-        f"{layout.micro_batch_size}",
+        f"{layout.global_batch_size} samples a step, micro-batches {layout.num_micro_batches} x "
+        f"{layout.micro_batch_size} a replica",
         _table(counts, config, architecture, layout),
         _trained(counts),
         *_memory(config, architecture, layout),
@@ -63,7 +65,7 @@ def _one_of_each_kind(config: RunConfig, architecture: ModelConfig, layout: Layo
 
 def _build(config: RunConfig, architecture: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[int, int]]:
     """(trained, frozen) parameters of this rank, by part."""
-    with _as_rank(rank, layout.world_size):
+    with _as_rank(rank, layout.world_size), _refusals_in_one_line(rank):
         groups = setup.initialize_parallelism(config, layout)
         module = setup.build_module(config, architecture, layout, groups, META)
         setup.build_trainee(module, config, groups, META, config.training.train_iters or 1)
@@ -72,6 +74,20 @@ def _build(config: RunConfig, architecture: ModelConfig, layout: Layout, rank: i
             assert parameter.device == META, name
             counts.setdefault(name.partition(".")[0], [0, 0])[not parameter.requires_grad] += parameter.numel()
     return {part: (counts[part][0], counts[part][1]) for part in PARTS if part in counts}
+
+
+@contextmanager
+def _refusals_in_one_line(rank: int) -> Iterator[None]:
+    """What megatron-core refuses, as this project's errors are; it raises these four kinds, often without a message."""
+    try:
+        yield
+    except (ValueError, AssertionError, RuntimeError, NotImplementedError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = str(error) or f"{type(error).__name__}, {frame.line}"
+        raise ValueError(
+            f"rank {rank} cannot be built: {reason} ({Path(frame.filename).name}, line {frame.lineno}); change the "
+            "flag or the transformer:, ddp: or optimizer: section that this is about"
+        ) from error
 
 
 @contextmanager
@@ -130,6 +146,6 @@ def _memory(config: RunConfig, architecture: ModelConfig, layout: Layout) -> lis
         fitting = [name for name, gpu in GPUS.items() if plan.memory <= gpu.memory]
         return [f"memory: {need}; fits {', '.join(fitting)}"]
     return [
-        f"warning: {need} is more than the {largest.memory / GIB:.0f} GiB of {name}; python tools/plan_run.py --suggest "
-        "shows layouts that fit"
+        f"warning: {need} is more than the {largest.memory / GIB:.0f} GiB of {name}; see layouts that fit with "
+        "python tools/plan_run.py --suggest"
     ]

@@ -130,6 +130,9 @@ def stage_activations(
     logits = logits_peak = 0.0
     if is_first:
         kept += _front(config, model, pack, e)
+        if recompute.granularity == "full" or kernels.fused_norm or e == FP32:
+            # The first layer's input is kept as it is, and under sequence parallelism it is a view of all rows.
+            kept += rows * (1 - 1 / shard) * language.hidden_size * e
         vision = model.vision
         working = max(working, pack.images * (vision.num_patches + 1) * e * (4 * vision.ffn_hidden_size / tp))
     if is_last:

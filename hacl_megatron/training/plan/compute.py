@@ -14,7 +14,7 @@ from hacl_megatron.training.flops import vision_flops
 from hacl_megatron.training.plan.activations import recompute_of
 from hacl_megatron.training.plan.hardware import Cluster
 from hacl_megatron.training.plan.parameters import PlannedParameter, layers_by_stage
-from hacl_megatron.training.plan.state import FP32
+from hacl_megatron.training.plan.state import FP32, StateBytes
 from hacl_megatron.training.plan.workload import STEP, PackShape, StepRules
 
 
@@ -45,6 +45,8 @@ class StepTime:
     """Seconds of one optimiser step, by what it is spent on (the slowest stage)."""
 
     compute: float
+    weights: float
+    """Reading the weights in every pass and adding up their gradients, once a micro-batch: what small ones cost."""
     tensor_parallel: float
     pipeline: float
     """Sending between stages."""
@@ -131,7 +133,7 @@ def step_time(
     cluster: Cluster,
     flops: list[StageFlops],
     sent: list[SentBytes],
-    optimizer_bytes: float,
+    states: list[StateBytes],
 ) -> StepTime:
     """1F1B: the slowest stage runs every micro-batch, and waits for stages - 1 of them besides.
 
@@ -149,7 +151,11 @@ def step_time(
     compute = [one.hardware * layout.num_micro_batches / layout.tp / peak for one in flops]
     tensor = [seconds(one.tensor_parallel, layout.tp) for one in sent]
     pipeline = [seconds(one.pipeline, layout.tp * layout.dp * 2) for one in sent]
-    busy = [sum(times) for times in zip(compute, tensor, pipeline, strict=True)]
+    passes = 2 + (recompute_of(config).granularity == "full")
+    weights = [
+        layout.num_micro_batches * (passes * one.weights + 2 * one.gradients) / gpu.memory_bandwidth for one in states
+    ]
+    busy = [sum(times) for times in zip(compute, weights, tensor, pipeline, strict=True)]
     slowest = max(range(layout.pp), key=busy.__getitem__)
     bubble = busy[slowest] * (layout.pp - 1) / layout.num_micro_batches
     data = max(seconds(one.data_parallel, layout.tp * layout.dp) for one in sent)
@@ -159,10 +165,11 @@ def step_time(
         data -= min(hidden, one_micro_batch)
     return StepTime(
         compute=compute[slowest],
+        weights=weights[slowest],
         tensor_parallel=tensor[slowest],
         pipeline=pipeline[slowest],
         bubble=bubble,
         data_parallel=data,
         contrastive=seconds(sent[-1].contrastive, layout.tp * layout.dp),
-        optimizer=2 * optimizer_bytes / gpu.memory_bandwidth,
+        optimizer=max(2 * one.optimizer for one in states) / gpu.memory_bandwidth,
     )

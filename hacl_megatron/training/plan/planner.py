@@ -114,13 +114,13 @@ def make_plan(config: RunConfig, model: ModelConfig, layout: Layout, cluster: Cl
     pack = pack_shape(config, model, samples, layout.micro_batch_size)
     layers = layers_by_stage(config.parallel, model.language.num_layers)
     stages = []
-    optimizer_bytes = 0
+    states = []
     for index in range(layout.pp):
         parameters = stage_parameters(config, model, index)
         state = state_bytes(parameters, config, layout, stage=index)
         activations = stage_activations(config, model, pack, index)
         in_flight = min(layout.num_micro_batches, layout.pp - index)
-        optimizer_bytes = max(optimizer_bytes, state.optimizer)
+        states.append(state)
         stages.append(
             Stage(
                 layers=layers[index],
@@ -152,7 +152,7 @@ def make_plan(config: RunConfig, model: ModelConfig, layout: Layout, cluster: Cl
         parts=count_by_part(whole),
         stages=stages,
         time=step_time(
-            config, layout, cluster, [s.flops for s in stages], [s.sent for s in stages], optimizer_bytes
+            config, layout, cluster, [s.flops for s in stages], [s.sent for s in stages], states
         ),
         weights_checkpoint=sum(p.num_bytes for p in whole),
         optimizer_checkpoint=trained * optimizer_checkpoint_bytes_each(config),

@@ -60,15 +60,16 @@ def ranking(plans: Sequence[Plan], count: int = 8) -> str:
     section = (
         f"transformer: {{{', '.join(f'{k}: {v}' for k, v in recompute.items())}}}" if recompute else "no recompute"
     )
-    return f"{title}\n{tabulate(rows, head, disable_numparse=True, stralign='right')}\nThe first: {' '.join(flags)}, {section}"
+    table = tabulate(rows, head, disable_numparse=True, stralign="right")
+    return f"{title}\n{table}\nThe first: {' '.join(flags)}, {section}"
 
 
 def _head(plan: Plan) -> str:
     layout, nodes = plan.layout, plan.layout.world_size / plan.cluster.gpus_per_node
     return (
-        f"{layout.world_size} x {plan.cluster.gpu_name} ({nodes:g} nodes): tensor x pipeline x data parallel "
-        f"{layout.tp} x {layout.pp} x {layout.dp}, {layout.global_batch_size} samples a step in "
-        f"{layout.num_micro_batches} micro-batches of {layout.micro_batch_size}, recompute "
+        f"{layout.world_size} x {plan.cluster.gpu_name} ({nodes:g} node{'s' * (nodes != 1)}): tensor x pipeline x data parallel "
+        f"{layout.tp} x {layout.pp} x {layout.dp}, {layout.global_batch_size} samples a step, "
+        f"micro-batches {layout.num_micro_batches} x {layout.micro_batch_size}, recompute "
         f"{recompute_of(plan.config).label}, {'bf16' if plan.config.model.bf16 else 'fp32'}"
     )
 
@@ -137,11 +138,12 @@ def _time(plan: Plan) -> str:
         rows, ("seconds a step", "estimate", ""), disable_numparse=True, colalign=("left", "right", "right")
     )
     per_gpu = plan.model_flops / time.total / plan.layout.world_size / 1e12
+    nodes = plan.layout.world_size / plan.cluster.gpus_per_node
+    images = plan.samples_per_second * plan.samples.image_share / nodes
     lines = [
         table,
         f"{plan.model_flops:.3g} model FLOPs a step, {per_gpu:.0f} TFLOP/s a GPU; {plan.samples_per_second:.1f} "
-        f"samples/s, {plan.samples_per_second * plan.samples.image_share * plan.cluster.gpus_per_node / plan.layout.world_size:.0f} "
-        "images/s to decode a node",
+        f"samples/s, {images:.0f} images/s to decode a node",
     ]
     if plan.iterations is None:
         lines.append("run: length unknown; give --num-samples, the entries of --data-path")
@@ -170,10 +172,10 @@ def _assumptions(plan: Plan) -> str:
     samples, cluster = plan.samples, plan.cluster
     unknown = [name for name in ("fp8", "cpu_offloading") if plan.config.transformer.get(name)]
     lines = [
-        f"assumed of the data (averages): {samples.text_tokens:g} text rows a dialogue, {samples.target_tokens:g} of them "
+        f"assumed of the data (averages): {samples.text_tokens:g} text rows a dialogue, {samples.target_tokens:g} "
         f"targets, an image in {samples.image_share:.0%}, pairs {samples.pair_share:.0%}, captions of "
         f"{samples.caption_tokens:g} rows, {samples.hallucinated_per_pair:g} hallucinated a pair; "
-        f"{plan.pack.rows:,.0f} rows a micro-batch",
+        f"{plan.pack.rows:,.0f} rows a micro-batch ({_rows(plan)})",
         f"assumed of the machine: {cluster.compute_efficiency:.0%} of the peak FLOP/s in matrix products, "
         f"{cluster.bandwidth_efficiency:.0%} of the links' bandwidth, {cluster.reserve / GIB:g} GiB reserve; "
         "data are never waited for; no saving, no validation",
@@ -181,6 +183,12 @@ def _assumptions(plan: Plan) -> str:
     if unknown:
         lines.append(f"not in the estimates: {', '.join(unknown)}")
     return "\n".join(lines)
+
+
+def _rows(plan: Plan) -> str:
+    kinds = ("dialogues", "image + EOS", "captions")
+    shares = [part.rows / plan.pack.rows for part in plan.pack.segments]
+    return ", ".join(f"{kind} {share:.0%}" for kind, share in zip(kinds, shares, strict=True) if share)
 
 
 def _hours(seconds: float | None) -> str:

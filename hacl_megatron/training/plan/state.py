@@ -45,7 +45,7 @@ def state_bytes(
 ) -> StateBytes:
     """Exact bytes on data-parallel rank `dp_rank` of a stage with these `parameters`.
 
-    Ranks differ by what of the padding falls into their slice; rank 0 never has less than another's by more than that.
+    With the distributed optimiser these ranks differ by the padding that falls into their slices.
     """
     distributed = config.parallel.use_distributed_optimizer
     moments, master = _optimizer_bytes_each(config)

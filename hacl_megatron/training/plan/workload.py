@@ -23,6 +23,8 @@ class StepRules:
     """With `--contrastive-image-context prompt` the image's EOS stands behind the dialogue's image: no second pass."""
     last_layer_read_rows_only: bool = False
     """The last layer's queries, output and MLP run for the rows that the LM head or the contrastive heads read."""
+    drops_unused_pairs: bool = False
+    """With `--contrastive-weight 0` pairs are not run at all, not even for the metrics."""
 
 
 STEP = StepRules()
@@ -120,6 +122,8 @@ def pack_shape(
     """The average micro-batch of `micro_batch_size` samples (see `data.packing` for the order of its segments)."""
     visual = model.vision.num_patches
     images, pairs = samples.image_share * micro_batch_size, samples.pair_share * micro_batch_size
+    if rules.drops_unused_pairs and config.objective.contrastive_weight == 0:
+        pairs = 0.0
     hallucinated = pairs * samples.hallucinated_per_pair
     dialogue = min(samples.text_tokens + samples.image_share * visual, config.data.model_max_length)
     prefix = 0
