@@ -374,7 +374,7 @@ def test_seventy_billion_parameters():
     """68,976,648,192 is what transformers counts in Llama-2 70B."""
     config = from_yaml(yaml.safe_dump(seventy_billion()), "70b")
     config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size = 8, 4
-    config.parallel.sequence_parallel = True
+    config.parallel.sequence_parallel, config.training.micro_batch_size = True, 1
     plan = plan_of(config, 1024)
     assert plan.parts["language_model"] == (68_976_648_192, 0)
     assert plan.fits

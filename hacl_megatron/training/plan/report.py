@@ -67,9 +67,9 @@ def ranking(plans: Sequence[Plan], count: int = 8) -> str:
 def _head(plan: Plan) -> str:
     layout, nodes = plan.layout, plan.layout.world_size / plan.cluster.gpus_per_node
     return (
-        f"{layout.world_size} x {plan.cluster.gpu_name} ({nodes:g} node{'s' * (nodes != 1)}): tensor x pipeline x data parallel "
-        f"{layout.tp} x {layout.pp} x {layout.dp}, {layout.global_batch_size} samples a step, "
-        f"micro-batches {layout.num_micro_batches} x {layout.micro_batch_size}, recompute "
+        f"{layout.world_size} x {plan.cluster.gpu_name} ({nodes:g} node{'s' * (nodes != 1)}): "
+        f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp}, "
+        f"{layout.global_batch_size} samples a step, micro-batches {layout.num_micro_batches} x {layout.micro_batch_size}, recompute "
         f"{recompute_of(plan.config).label}, {'bf16' if plan.config.model.bf16 else 'fp32'}"
     )
 
