@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, check_architecture, check_flags
-from hacl_megatron.config.console import exit_with_error, is_first_rank
+from hacl_megatron.config.console import exit_with_error, is_first_rank, notify
 from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config, to_yaml, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
 
@@ -116,7 +116,7 @@ def _dry_run(config: RunConfig) -> None:
     layout = check_flags(config, world_size, files=False)
     config = with_architecture(config, planned_architecture(config))
     check_architecture(config, config.architecture, layout)
-    print(dry_run(config, config.architecture, layout, rank=training.dry_run_rank))
+    notify(dry_run(config, config.architecture, layout, rank=training.dry_run_rank))
 
 
 def _refuse_dry_run_flags(config: RunConfig) -> None:

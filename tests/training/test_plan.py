@@ -32,6 +32,9 @@ EXAMPLES = REPOSITORY / "examples" / "llava_1_5"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = make_inputs(tmp_path_factory.mktemp("plan"))
     make_inputs(inputs / "tied", tie=True)
+    ddp = {"grad_reduce_in_fp32": False, "bucket_size": 9_000, "pad_buckets_for_high_nccl_busbw": True}
+    lean = {**yaml.safe_load((inputs / "finetune.yaml").read_text()), "ddp": ddp}
+    (inputs / "lean.yaml").write_text(yaml.safe_dump(lean))
     return inputs
 
 
@@ -61,6 +64,7 @@ def states(folder: Path) -> dict[str, list[dict]]:
             cases += [
                 ("tied", "finetune", layout, extra) for layout in ("pp2", "dp2-dist") for extra in ([], ["--bf16"])
             ]
+            cases += [("", "lean", layout, ["--bf16", *OVERLAP]) for layout in ("dp2-dist", "pp2")]
         commands = [command(folder / where, stage, layout, *extra) for where, stage, layout, extra in cases]
         ranks = run_distributed(state_on_this_rank, world_size, commands)
         for number, (where, stage, layout, extra) in enumerate(cases):
@@ -69,7 +73,7 @@ def states(folder: Path) -> dict[str, list[dict]]:
 
 
 def test_planned_parameters_are_the_models(states):
-    assert len(states) == 32
+    assert len(states) == 34
     for run, ranks in states.items():
         for rank in ranks:
             assert rank["planned parameters"] == rank["parameters"], run
@@ -84,6 +88,8 @@ def test_bytes_of_weights_gradients_and_optimizer_are_exact(states):
     assert first["finetune dp2-dist"].optimizer < 0.6 * first["finetune dp2"].optimizer
     assert first["finetune tp1 --bf16"].weights < 0.6 * first["finetune tp1-dist"].weights
     assert first["pretrain tp1"].gradients < 0.2 * first["finetune tp1"].gradients
+    in_bf16 = first["lean dp2-dist --bf16 --overlap-grad-reduce"]
+    assert in_bf16.gradients > 4 * 65536 * 2, "several buckets of 2^16 gradients each"
     assert states["pretrain pp2"][0]["state"].gradients != states["pretrain pp2"][1]["state"].gradients
 
 
@@ -335,6 +341,10 @@ def test_tool_takes_flags_over_the_file_and_says_when_a_run_does_not_fit(capsys)
     assert code == 0 and "4 x 1 x 4" in text
     code, text = run_tool(capsys, *file, "--tensor-model-parallel-size", "5")
     assert code == 2 and text.count("\n") == 1 and "16" not in text and "multiple of 5" in text
+    code, text = run_tool(capsys, *file, "--data-path", "mine.json", "--bf16", "false")
+    assert code == 1 and "length unknown; give --num-samples" in text and ", fp32" in text
+    code, text = run_tool(capsys, *file, "--data-path", "mine.json", "--num-samples", "1280")
+    assert "run: 10 iterations" in text and "published" not in text
     code, text = run_tool(capsys, *file, "--no-such-flag", "1")
     assert code == 2 and "--no-such-flag" in text
 

@@ -19,6 +19,12 @@ _PUBLISHED_HOURS = {
 }
 """Hours on 8 A100 by template, hidden size and layers: README of haotian-liu/LLaVA (DeepSpeed ZeRO-2 and ZeRO-3)."""
 
+_NOT_MODELLED = (
+    "fp8", "fp8_param_gather", "cpu_offloading", "distribute_saved_activations", "optimizer_cpu_offload",
+    "use_precision_aware_optimizer", "nccl_ub",
+)  # fmt: skip
+"""Fields of megatron-core's configurations that change memory in ways that `state` and `activations` do not know."""
+
 
 def report(plan: Plan) -> str:
     """Everything about one plan."""
@@ -66,11 +72,13 @@ def ranking(plans: Sequence[Plan], count: int = 8) -> str:
 
 def _head(plan: Plan) -> str:
     layout, nodes = plan.layout, plan.layout.world_size / plan.cluster.gpus_per_node
+    precision = "bf16" if plan.config.model.bf16 else "fp32"
+    micro_batches = f"{layout.num_micro_batches} x {layout.micro_batch_size}"
     return (
         f"{layout.world_size} x {plan.cluster.gpu_name} ({nodes:g} node{'s' * (nodes != 1)}): "
         f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp}, "
-        f"{layout.global_batch_size} samples a step, micro-batches {layout.num_micro_batches} x {layout.micro_batch_size}, recompute "
-        f"{recompute_of(plan.config).label}, {'bf16' if plan.config.model.bf16 else 'fp32'}"
+        f"{layout.global_batch_size} samples a step, micro-batches {micro_batches}, "
+        f"recompute {recompute_of(plan.config).label}, {precision}"
     )
 
 
@@ -170,7 +178,8 @@ def _checkpoints(plan: Plan) -> str:
 
 def _assumptions(plan: Plan) -> str:
     samples, cluster = plan.samples, plan.cluster
-    unknown = [name for name in ("fp8", "cpu_offloading") if plan.config.transformer.get(name)]
+    overrides = {**plan.config.transformer, **plan.config.ddp, **plan.config.optimizer_overrides}
+    unknown = [name for name in _NOT_MODELLED if overrides.get(name)]
     lines = [
         f"assumed of the data (averages): {samples.text_tokens:g} text rows a dialogue, {samples.target_tokens:g} "
         f"targets, an image in {samples.image_share:.0%}, pairs {samples.pair_share:.0%}, captions of "
@@ -181,7 +190,7 @@ def _assumptions(plan: Plan) -> str:
         "data are never waited for; no saving, no validation",
     ]
     if unknown:
-        lines.append(f"not in the estimates: {', '.join(unknown)}")
+        lines.append(f"not in the plan, although the file sets it: {', '.join(unknown)}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from hacl_megatron.config.checks import Layout
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.config.sections import megatron_fields
 from hacl_megatron.training.plan.parameters import PlannedParameter
 
 FP32 = 4
@@ -48,7 +47,6 @@ def state_bytes(
     With the distributed optimiser these ranks differ by the padding that falls into their slices.
     """
     distributed = config.parallel.use_distributed_optimizer
-    moments, master = _optimizer_bytes_each(config)
     weights = sum(p.num_bytes for p in parameters if not p.trained)
     gradients = optimizer = 0
     for bytes_each in sorted({p.bytes_each for p in parameters if p.trained}):
@@ -58,7 +56,7 @@ def state_bytes(
         gradients += numel * _gradient_bytes_each(config, bytes_each)
         weights += (numel if distributed else sum(p.numel for p in members)) * bytes_each
         owned = sum(_owned(bucket, layout.dp, dp_rank) if distributed else _used(bucket) for bucket in buckets)
-        optimizer += owned * (moments + (master if bytes_each < FP32 else 0))
+        optimizer += owned * (2 + (bytes_each < FP32)) * FP32  # moments, master copy
     return StateBytes(weights=weights, gradients=gradients, optimizer=optimizer)
 
 
@@ -72,18 +70,6 @@ def optimizer_checkpoint_bytes_each(config: RunConfig) -> int:
 
 def _gradient_bytes_each(config: RunConfig, bytes_each: int) -> int:
     return FP32 if config.ddp.get("grad_reduce_in_fp32", True) else bytes_each
-
-
-def _optimizer_bytes_each(config: RunConfig) -> tuple[int, int]:
-    """(both moments, master copy) of one parameter."""
-    fields = megatron_fields("optimizer", config.optimizer_overrides)
-    if not fields.get("use_precision_aware_optimizer"):
-        return 2 * FP32, FP32
-
-    def size(name: str) -> int:
-        return fields[name].itemsize if name in fields else FP32
-
-    return size("exp_avg_dtype") + size("exp_avg_sq_dtype"), size("main_params_dtype")
 
 
 def _buckets(members: Sequence[PlannedParameter], config: RunConfig, dp: int, stage: int) -> list[_Bucket]:
