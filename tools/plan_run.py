@@ -41,6 +41,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     data.add_argument("--image-share", type=float, help="share of the samples with an image")
     data.add_argument("--text-tokens", type=float, help="tokens of a dialogue beside the image's")
     data.add_argument("--target-tokens", type=float, help="tokens of a dialogue that are trained on")
+    data.add_argument("--question-tokens", type=float, help="tokens of a dialogue's text before its first answer")
     data.add_argument("--pair-share", type=float, help="share of the samples that are image-caption pairs")
     data.add_argument("--caption-tokens", type=float, help="tokens of a caption, BOS and EOS included")
     data.add_argument("--hallucinated-per-pair", type=float, help="hallucinated captions of a pair")

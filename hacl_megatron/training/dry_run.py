@@ -42,13 +42,18 @@ def dry_run(config: RunConfig, architecture: ModelConfig, layout: Layout, *, ran
     counts = {one: _build(config, architecture, layout, one) for one in ranks}
     lines = [
         f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} = {layout.world_size} processes, "
-        f"{layout.global_batch_size} samples a step, micro-batches {layout.num_micro_batches} x "
-        f"{layout.micro_batch_size} a replica",
+        f"{layout.global_batch_size} samples a step, micro-batches {_micro_batches(config, layout)} a replica",
         _table(counts, config, architecture, layout),
         _trained(counts),
         *_memory(config, architecture, layout),
     ]
     return "\n".join(lines)
+
+
+def _micro_batches(config: RunConfig, layout: Layout) -> str:
+    if layout.num_micro_batches is None:
+        return f"of up to {config.training.micro_batch_tokens:,} rows"
+    return f"{layout.num_micro_batches} x {layout.micro_batch_size}"
 
 
 def _one_of_each_kind(config: RunConfig, architecture: ModelConfig, layout: Layout) -> list[int]:

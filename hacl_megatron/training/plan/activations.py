@@ -1,19 +1,22 @@
 """What autograd keeps of one micro-batch until its backward pass: the one place that knows, op by op.
 
-Everything is bytes on one rank. e is the bytes of an activation (2 in bf16), T the rows that autograd follows, H, F the
-hidden and feed-forward width, q and k the widths of all query and key heads of this tensor-parallel rank. A LLaMA layer
-keeps, for each row (`trained` terms only where the LLM trains: a frozen matrix product keeps nothing):
+Everything is bytes on one rank. e is the bytes of an activation (2 in bf16), T the rows of the main pack (what runs
+ahead keeps nothing but its outputs), H, F the hidden and feed-forward width, d a head's, q and k the widths of all
+query and key heads of this tensor-parallel rank. A LLaMA layer keeps, for each row (`trained` terms only where the LLM
+trains: a frozen matrix product keeps nothing):
 
     norms, twice           input (eH; without a fused kernel in fp32, and trained the normalised rows too), 1/rms
     qkv product            trained: its input, eH
-    rotary                 cosines and sines of queries and keys: 4 e head_dim
-    attention              the product's rows e(q + 2k), rotated queries and keys e(q + k), output eq, log-sum-exp
+    rotary                 cosines and sines of queries and keys: 4ed; where attention rotates itself, halves of both: ed
+    attention              rotated queries and keys e(q + k), the values (in the product's rows e(q + 2k), of which they
+                           are a view, unless the kernel copies them: ek), output eq, log-sum-exp
     output product         trained: its input (the attention's output itself, or the copy of it that SDPA needs)
     gate and up product    trained: its input, eH
-    SwiGLU                 its input 2eF (without a fused kernel another 2eF)
+    SwiGLU                 its input 2eF (without a fused kernel the activated gate too, eF)
     down product           trained: its input, eF
 
-Sequence parallelism divides the norms and the inputs of the first product of each half by the tensor-parallel size.
+Sequence parallelism divides the norms and the inputs of the first product of each half by the tensor-parallel size. The
+last layer runs on gathered rows, and behind keys and values for the read rows alone.
 """
 
 import math
@@ -24,7 +27,7 @@ from hacl_megatron.config.checks import padded_vocab_size
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.model.connector import connector_depth
 from hacl_megatron.training.plan.parameters import layers_by_stage
-from hacl_megatron.training.plan.workload import STEP, PackShape, StepRules
+from hacl_megatron.training.plan.workload import MicroBatchShape, PackShape
 
 FP32, INT64 = 4, 8
 
@@ -36,13 +39,27 @@ class Kernels:
     fused_norm: bool
     """The norm keeps its input as it is, not an fp32 copy."""
     fused_swiglu: bool
-    """megatron-core's `bias_activation_fusion`."""
+    """megatron-core's `bias_activation_fusion`, or the host's own."""
     packed_attention: bool
-    """One varlen kernel, whose output the next product takes as it is; else SDPA per segment and a copy."""
+    """One kernel for all segments, whose output the next product takes as it is; else SDPA per segment and a copy."""
+    copies_values: bool
+    """Attention copies the values, so that the product of all three can be let go."""
+    rotates_itself: bool
+    """Attention rotates queries and keys, with one table of angles for all layers."""
 
 
-GPU = Kernels(fused_norm=True, fused_swiglu=True, packed_attention=True)
-CPU = Kernels(fused_norm=False, fused_swiglu=False, packed_attention=False)
+GPU = Kernels(
+    fused_norm=True, fused_swiglu=True, packed_attention=True, copies_values=False, rotates_itself=False
+)  # fmt: skip
+
+
+def cpu_kernels(config: RunConfig, model: ModelConfig) -> Kernels:
+    """`platform.host_kernels`' own kernels take fp32 alone, its attention no grouped queries."""
+    own, language = not config.model.bf16, model.language
+    attention = own and language.num_query_groups == language.num_attention_heads
+    return Kernels(
+        fused_norm=own, fused_swiglu=own, packed_attention=attention, copies_values=attention, rotates_itself=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,45 +104,44 @@ class ActivationBytes:
 
 
 def stage_activations(
-    config: RunConfig,
-    model: ModelConfig,
-    pack: PackShape,
-    stage: int,
-    *,
-    kernels: Kernels = GPU,
-    rules: StepRules = STEP,
+    config: RunConfig, model: ModelConfig, micro_batch: MicroBatchShape, stage: int, *, kernels: Kernels = GPU
 ) -> ActivationBytes:
     """Activations of one micro-batch on every rank of pipeline stage `stage`."""
+    pack = micro_batch.main
     stages, tp = config.parallel.pipeline_model_parallel_size, config.parallel.tensor_model_parallel_size
     shard = tp if config.parallel.sequence_parallel else 1
     e = 2 if config.model.bf16 else 4
     trained = not config.model.freeze_LM
-    language, rows = model.language, pack.autograd_rows
+    language, rows = model.language, pack.rows
     recompute = recompute_of(config)
     layers = layers_by_stage(config.parallel, language.num_layers)[stage]
     is_first, is_last = stage == 0, stage == stages - 1
 
-    def layer(query_rows: float, recompute: Recompute = recompute) -> float:
+    def layer(index: int, recompute: Recompute = recompute) -> float:
+        last = is_last and index == layers - 1
         return llama_layer(
-            model, rows, query_rows, bytes_each=e, tp=tp, shard=shard, trained=trained, kernels=kernels,
-            recompute=recompute,
+            model, pack, bytes_each=e, tp=tp, shard=1 if last else shard, trained=trained, kernels=kernels,
+            recompute=recompute, reads=last,
         )  # fmt: skip
 
-    full = layer(rows, Recompute())
+    whole = [layer(index, Recompute()) for index in range(layers)]
     if recompute.granularity == "full":
         checkpoint = rows / shard * language.hidden_size * e
         if recompute.method == "block":
             recomputed = min(recompute.num_layers, layers)
-            checkpoints, whole, at_once = recomputed, layers - recomputed, min(1, recomputed)
+            kept = recomputed * checkpoint + sum(whole[recomputed:])
+            again = max(whole[:recomputed], default=0.0)
         else:
-            at_once = min(recompute.num_layers, layers)
-            checkpoints, whole = math.ceil(layers / recompute.num_layers), 0
-        kept = checkpoints * checkpoint + whole * full + FP32 * rows * language.head_dim
-        again = at_once * full
+            together = min(recompute.num_layers, layers)
+            kept = math.ceil(layers / together) * checkpoint
+            again = max(sum(whole[start : start + together]) for start in range(0, layers, together))
+        if not kernels.rotates_itself:
+            kept += FP32 * rows * language.head_dim
     else:
-        read = rules.last_layer_read_rows_only and is_last
-        kept = (layers - 1) * layer(rows) + layer(min(pack.read_rows, rows) if read else rows)
-        again = full - layer(rows)
+        kept = sum(layer(index) for index in range(layers))
+        again = max(all_of_it - layer(index) for index, all_of_it in enumerate(whole))
+    if kernels.rotates_itself and e == FP32 and recompute.granularity != "full":
+        kept += FP32 * rows * language.head_dim  # the layers' table of angles
     working = again + rows * e * (3 * language.ffn_hidden_size / tp + 2 * language.hidden_size)
     logits = logits_peak = 0.0
     if is_first:
@@ -136,10 +152,10 @@ def stage_activations(
         vision = model.vision
         working = max(working, pack.images * (vision.num_patches + 1) * e * (4 * vision.ffn_hidden_size / tp))
     if is_last:
-        kept += rows / shard * _norm(language.hidden_size, e, trained, kernels)
-        kept += INT64 * (pack.target_rows + pack.eos_rows)
+        kept += pack.read_rows * _norm(language.hidden_size, e, trained, kernels)
+        kept += INT64 * (pack.target_rows + micro_batch.eos_rows)
         kept += pack.target_rows * (e * language.hidden_size * trained + INT64 + 1)
-        kept += pack.eos_rows * (e * language.hidden_size + FP32 * (model.projection_size + 3))
+        kept += micro_batch.eos_rows * (e * language.hidden_size + FP32 * (model.projection_size + 3))
         columns = pack.target_rows * padded_vocab_size(language.vocab_size, config.parallel) / tp
         logits, logits_peak = FP32 * columns, 2 * e * columns
     return ActivationBytes(kept=kept, logits=logits, logits_peak=logits_peak, working=working)
@@ -147,8 +163,7 @@ def stage_activations(
 
 def llama_layer(
     model: ModelConfig,
-    rows: float,
-    query_rows: float,
+    pack: PackShape,
     *,
     bytes_each: int,
     tp: int,
@@ -156,28 +171,56 @@ def llama_layer(
     trained: bool,
     kernels: Kernels,
     recompute: Recompute,
+    reads: bool,
 ) -> float:
-    """Bytes that one layer keeps of `rows` rows, of which `query_rows` go on behind the keys and values."""
+    """Bytes that one layer keeps of a pack; `reads`: it is the last, which goes on with the read rows alone."""
     language, e = model.language, bytes_each
-    hidden, ffn = language.hidden_size, language.ffn_hidden_size / tp
-    query = language.head_dim * language.num_attention_heads / tp
-    key = language.head_dim * language.num_query_groups / tp
+    hidden, ffn, head = language.hidden_size, language.ffn_hidden_size / tp, language.head_dim
+    query = head * language.num_attention_heads / tp
+    key = head * language.num_query_groups / tp
+    rows, asking = pack.rows, pack.read_rows if reads else pack.rows
     norm = _norm(hidden, e, trained, kernels) / shard
+    product_input = e * hidden / shard * trained
     selected = recompute.modules if recompute.granularity == "selective" else ()
-    product_input = 0 if not trained or "layernorm" in selected else e * hidden / shard
 
-    in_front = norm + product_input + 2 * e * language.head_dim + e * (query + 2 * key) + e * key
-    behind = 2 * e * language.head_dim + e * query  # rotated queries
-    attention_output = e * query + FP32 * language.num_attention_heads / tp
-    if "core_attn" in selected:
-        attention_output = e * query if trained and kernels.packed_attention else 0
-    behind += attention_output
-    if trained and not kernels.packed_attention:
-        behind += e * query
-    mlp = (2 if kernels.fused_swiglu else 4) * e * ffn + e * ffn * trained
+    kept = rows * norm + asking * norm
+    if reads or "layernorm" not in selected:
+        kept += rows * product_input
+    if "layernorm" not in selected:
+        kept += asking * product_input
+    if reads:
+        kept += asking * product_input  # the read rows of that input, copied
+        if language.num_query_groups > tp:
+            kept += e * hidden * (query + 2 * key)  # the product's weight, cut into queries' and the others' rows
+
+    again = "core_attn" in selected and not reads
+    projected = rows * e * (2 * key if reads else query + 2 * key)
+    if again and kernels.rotates_itself:
+        kept += projected
+    else:
+        kept += rows * e * key if kernels.copies_values else projected
+        kept += e * (asking * query + rows * key)  # rotated
+        kept += _angles(rows, asking, e * head, kernels, reads, e)
+    if not again:
+        kept += asking * (e * query + FP32 * language.num_attention_heads / tp)
+        kept += e * (pack.branches * query + pack.context_rows * 2 * key)
+        if reads and not kernels.packed_attention:
+            kept += e * sum(part.count * part.read * part.length for part in pack.segments if 1 < part.read < part.length)
+    if trained and (again or pack.branches or not kernels.packed_attention):
+        kept += asking * e * query  # the output product's input, where it is not the kernel's output itself
+
+    mlp = (2 if kernels.fused_swiglu else 3) * e * ffn + e * ffn * trained
     if "mlp" in selected:
         mlp = e * hidden / shard * (not trained)  # the checkpoint keeps the MLP's input, which else only training does
-    return rows * in_front + query_rows * (behind + norm + product_input + mlp)
+    return kept + asking * mlp
+
+
+def _angles(rows: float, asking: float, width: float, kernels: Kernels, reads: bool, e: int) -> float:
+    """Bytes of cosines and sines; `width`: bytes of one row of a head."""
+    if not kernels.rotates_itself:
+        return 2 * width * (rows + asking)
+    # In fp32 the layers share one table.
+    return width * ((e < FP32) * rows + reads * asking)
 
 
 def _norm(hidden: int, e: int, trained: bool, kernels: Kernels) -> float:

@@ -1,21 +1,21 @@
 """FLOPs, bytes sent and seconds of one optimiser step: estimates.
 
 FLOPs are counted as `training.flops` does (2 per multiply-add of matrix products; forward once, input gradients once,
-weight gradients once where they train) but by pipeline stage, and with recomputation beside them. Rank order is
+weight gradients once where they train) but by pipeline stage, and with what is computed twice beside them. Rank order is
 megatron-core's: tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages.
 """
 
 from dataclasses import dataclass
 
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import Layout, padded_vocab_size
+from hacl_megatron.config.checks import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.training.flops import vision_flops
 from hacl_megatron.training.plan.activations import recompute_of
 from hacl_megatron.training.plan.hardware import Cluster
 from hacl_megatron.training.plan.parameters import PlannedParameter, layers_by_stage
 from hacl_megatron.training.plan.state import FP32, StateBytes
-from hacl_megatron.training.plan.workload import STEP, PackShape, StepRules
+from hacl_megatron.training.plan.workload import MicroBatchShape, Segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,12 @@ class StageFlops:
     """FLOPs of one micro-batch on one pipeline stage, over all its tensor-parallel ranks."""
 
     model: float
-    recomputed: float
+    repeated: float
+    """Forward passes of recomputed layers, and what gradient caching runs ahead of the main pass."""
 
     @property
     def hardware(self) -> float:
-        return self.model + self.recomputed
+        return self.model + self.repeated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,46 +62,62 @@ class StepTime:
         return sum(vars(self).values())
 
 
-def stage_flops(
-    config: RunConfig, model: ModelConfig, pack: PackShape, stage: int, rules: StepRules = STEP
-) -> StageFlops:
+def stage_flops(config: RunConfig, model: ModelConfig, micro_batch: MicroBatchShape, stage: int) -> StageFlops:
     language, parallel = model.language, config.parallel
     stages = parallel.pipeline_model_parallel_size
     layers = layers_by_stage(parallel, language.num_layers)[stage]
-    is_last, width = stage == stages - 1, language.head_dim * language.num_attention_heads
+    is_first, is_last = stage == 0, stage == stages - 1
+    passes = 2 if config.model.freeze_LM else 3
+    main, recompute = micro_batch.main, recompute_of(config)
+    last = layers - 1 if is_last else None
+
+    def of_layers(segments: tuple[Segments, ...], passes: int, first: int = 0, end: int = layers) -> float:
+        return sum(_layer_flops(model, segments, passes, reads=index == last) for index in range(first, end))
+
+    total = of_layers(main.segments, passes)
+    repeated = 0.0
+    if recompute.granularity == "full":
+        end = min(recompute.num_layers, layers) if recompute.method == "block" else layers
+        repeated += of_layers(main.segments, 1, end=end)
+    if micro_batch.ahead is not None:
+        twice = micro_batch.runs_twice
+        once = tuple(part for part in micro_batch.ahead.segments if part not in twice)
+        total += of_layers(once, 1)
+        repeated += of_layers(twice, 1)
+    if is_first:
+        tower_trained = not config.model.freeze_ViT
+        total += vision_flops(model, 1, trained=tower_trained) * main.images
+        if tower_trained and micro_batch.ahead is not None and micro_batch.ahead.image_rows:
+            forward = (vision_flops(model, 1, trained=True) - vision_flops(model, 1, trained=False)) / 2
+            repeated += forward * main.images
+    if is_last:
+        total += 2 * main.target_rows * language.hidden_size * language.vocab_size * passes
+    return StageFlops(model=total, repeated=repeated)
+
+
+def _layer_flops(model: ModelConfig, segments: tuple[Segments, ...], passes: int, *, reads: bool) -> float:
+    """One layer over `segments`; `reads`: the last, which goes on with the read rows alone behind keys and values.
+
+    Scores and values of attention cost the backward pass twice the forward, whatever trains.
+    """
+    language = model.language
+    width = language.head_dim * language.num_attention_heads
     keys = 2 * language.hidden_size * language.head_dim * language.num_query_groups
     rest = 2 * language.hidden_size * width + 3 * language.hidden_size * language.ffn_hidden_size
-    trained = not config.model.freeze_LM
-    total = forward_again = 0.0
-    recompute = recompute_of(config)
-    recomputed_layers = 0
-    if recompute.granularity == "full":
-        recomputed_layers = min(recompute.num_layers, layers) if recompute.method == "block" else layers
-    for part in pack.segments:
-        passes = 1 + part.autograd * (1 + trained)
-        attention_passes = 3 if part.autograd else 1
-        read_share = 1.0
-        if rules.last_layer_read_rows_only and is_last and pack.rows:
-            read_share = pack.read_rows / pack.rows
-        attention = 2 * part.count * part.length**2 * width  # causal: half of the square, twice for scores and values
-        for share, times in ((1.0, layers - 1), (read_share, 1)):
-            linear = 2 * part.rows * (keys + share * rest)
-            total += times * (linear * passes + share * attention * attention_passes)
-        if part.autograd:
-            forward_again += recomputed_layers * (2 * part.rows * (keys + rest) + attention)
-    if stage == 0:
-        total += vision_flops(model, 1, trained=not config.model.freeze_ViT) * pack.images
-    if is_last:
-        vocab = padded_vocab_size(language.vocab_size, parallel)
-        total += 2 * pack.target_rows * language.hidden_size * vocab * (2 + trained)
-    return StageFlops(model=total, recomputed=forward_again)
+    linear = seen = 0.0
+    for part in segments:
+        asking = part.read if reads else part.length
+        linear += part.count * (part.length * keys + asking * rest)
+        # The last query sees its whole segment, the one before it a row less; a branch sees its context besides.
+        seen += part.count * (asking * (part.length - (asking - 1) / 2) + part.context)
+    return 2 * passes * linear + 4 * width * seen * (3 if passes > 1 else 1)
 
 
 def sent_bytes(
     config: RunConfig,
     model: ModelConfig,
     layout: Layout,
-    pack: PackShape,
+    micro_batch: MicroBatchShape,
     stage: int,
     parameters: list[PlannedParameter],
 ) -> SentBytes:
@@ -108,21 +125,21 @@ def sent_bytes(
     e = 2 if config.model.bf16 else 4
     tp, dp, hidden = layout.tp, layout.dp, model.language.hidden_size
     layers = layers_by_stage(config.parallel, model.language.num_layers)[stage]
-    rows = pack.rows * e * hidden
+    rows = micro_batch.main.rows * e * hidden
+    ahead = micro_batch.ahead.rows * e * hidden if micro_batch.ahead is not None else 0.0
     # Each layer: one all-reduce (or a gather and a scatter) behind attention and MLP, forward and backward each.
     passes = 2 + (recompute_of(config).granularity == "full")
-    reductions = layers * 2 * passes
-    tensor = reductions * 2 * rows * (tp - 1) / tp * layout.num_micro_batches
-    neighbours = (stage > 0) + (stage < layout.pp - 1)
+    tensor = layers * 2 * 2 * (passes * rows + ahead) * (tp - 1) / tp * layout.num_micro_batches
+    to_next, to_previous = stage < layout.pp - 1, stage > 0
     shard = tp if config.parallel.sequence_parallel else 1
-    pipeline = neighbours * rows / shard * layout.num_micro_batches  # one sends forward, the other backward
+    pipeline = ((to_next + to_previous) * rows + to_next * ahead) / shard * layout.num_micro_batches
     trained = [p for p in parameters if p.trained]
     gradients = sum(p.numel for p in trained) * FP32
     gathered = sum(p.num_bytes for p in trained) if config.parallel.use_distributed_optimizer else gradients
     data = (gradients + gathered) * (dp - 1) / dp
     contrastive = 0.0
     if stage == layout.pp - 1:
-        pool = pack.eos_rows * layout.num_micro_batches * dp * model.projection_size * FP32
+        pool = micro_batch.eos_rows * layout.num_micro_batches * dp * model.projection_size * FP32
         contrastive = 2 * pool * (dp - 1) / dp  # embeddings forward, their gradients backward
     return SentBytes(tensor_parallel=tensor, pipeline=pipeline, data_parallel=data, contrastive=contrastive)
 
@@ -134,6 +151,8 @@ def step_time(
     flops: list[StageFlops],
     sent: list[SentBytes],
     states: list[StateBytes],
+    *,
+    runs_ahead: bool,
 ) -> StepTime:
     """1F1B: the slowest stage runs every micro-batch, and waits for stages - 1 of them besides.
 
@@ -151,7 +170,7 @@ def step_time(
     compute = [one.hardware * layout.num_micro_batches / layout.tp / peak for one in flops]
     tensor = [seconds(one.tensor_parallel, layout.tp) for one in sent]
     pipeline = [seconds(one.pipeline, layout.tp * layout.dp * 2) for one in sent]
-    passes = 2 + (recompute_of(config).granularity == "full")
+    passes = 2 + (recompute_of(config).granularity == "full") + runs_ahead
     weights = [
         layout.num_micro_batches * (passes * one.weights + 2 * one.gradients) / gpu.memory_bandwidth for one in states
     ]

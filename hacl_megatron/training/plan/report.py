@@ -9,7 +9,7 @@ from hacl_megatron.training.plan.activations import recompute_of
 from hacl_megatron.training.plan.hardware import GIB
 from hacl_megatron.training.plan.parameters import PARTS
 from hacl_megatron.training.plan.planner import Plan, StageMemory
-from hacl_megatron.training.plan.workload import PUBLISHED_SAMPLES
+from hacl_megatron.training.plan.workload import PUBLISHED_SAMPLES, PackShape
 
 _PUBLISHED_HOURS = {
     ("plain", 4096, 32): ("7B", "pretrain", 3.5),
@@ -42,7 +42,7 @@ def ranking(plans: Sequence[Plan], count: int = 8) -> str:
             plan.layout.tp,
             plan.layout.pp,
             plan.layout.dp,
-            plan.layout.micro_batch_size,
+            f"{plan.samples_per_micro_batch:.4g}",
             plan.layout.num_micro_batches,
             recompute_of(plan.config).label,
             f"{plan.memory / GIB:.1f}",
@@ -73,7 +73,9 @@ def ranking(plans: Sequence[Plan], count: int = 8) -> str:
 def _head(plan: Plan) -> str:
     layout, nodes = plan.layout, plan.layout.world_size / plan.cluster.gpus_per_node
     precision = "bf16" if plan.config.model.bf16 else "fp32"
-    micro_batches = f"{layout.num_micro_batches} x {layout.micro_batch_size}"
+    micro_batches = f"{layout.num_micro_batches} x {plan.samples_per_micro_batch:.4g}"
+    if (tokens := plan.config.training.micro_batch_tokens) is not None:
+        micro_batches += f" (on average, of up to {tokens:,} rows)"
     return (
         f"{layout.world_size} x {plan.cluster.gpu_name} ({nodes:g} node{'s' * (nodes != 1)}): "
         f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp}, "
@@ -148,9 +150,11 @@ def _time(plan: Plan) -> str:
     per_gpu = plan.model_flops / time.total / plan.layout.world_size / 1e12
     nodes = plan.layout.world_size / plan.cluster.gpus_per_node
     images = plan.samples_per_second * plan.samples.image_share / nodes
+    repeated = sum(stage.flops.repeated for stage in plan.stages) / sum(stage.flops.hardware for stage in plan.stages)
+    again = f" ({repeated:.0%} of the work is done twice)" if repeated else ""
     lines = [
         table,
-        f"{plan.model_flops:.3g} model FLOPs a step, {per_gpu:.0f} TFLOP/s a GPU; {plan.samples_per_second:.1f} "
+        f"{plan.model_flops:.3g} model FLOPs a step, {per_gpu:.0f} TFLOP/s a GPU{again}; {plan.samples_per_second:.1f} "
         f"samples/s, {images:.0f} images/s to decode a node",
     ]
     if plan.iterations is None:
@@ -183,8 +187,9 @@ def _assumptions(plan: Plan) -> str:
     lines = [
         f"assumed of the data (averages): {samples.text_tokens:g} text rows a dialogue, {samples.target_tokens:g} "
         f"targets, an image in {samples.image_share:.0%}, pairs {samples.pair_share:.0%}, captions of "
-        f"{samples.caption_tokens:g} rows, {samples.hallucinated_per_pair:g} hallucinated a pair; "
-        f"{plan.pack.rows:,.0f} rows a micro-batch ({_rows(plan)})",
+        f"{samples.caption_tokens:g} rows, {samples.hallucinated_per_pair:g} hallucinated a pair",
+        f"a micro-batch: {_pack('with gradients', plan.micro_batch.main)}"
+        + (f"; {_pack('ahead of it, forward only', plan.micro_batch.ahead)}" if plan.micro_batch.ahead else ""),
         f"assumed of the machine: {cluster.compute_efficiency:.0%} of the peak FLOP/s in matrix products, "
         f"{cluster.bandwidth_efficiency:.0%} of the links' bandwidth, {cluster.reserve / GIB:g} GiB reserve; "
         "data are never waited for; no saving, no validation",
@@ -194,10 +199,10 @@ def _assumptions(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _rows(plan: Plan) -> str:
-    kinds = ("dialogues", "image + EOS", "captions")
-    shares = [part.rows / plan.pack.rows for part in plan.pack.segments]
-    return ", ".join(f"{kind} {share:.0%}" for kind, share in zip(kinds, shares, strict=True) if share)
+def _pack(label: str, pack: PackShape) -> str:
+    names = {"dialogue": "dialogues", "image": "image + EOS", "text": "captions"}
+    parts = [f"{names[part.kind]} {part.rows / pack.rows:.0%}" for part in pack.segments]
+    return f"{pack.rows:,.0f} rows {label} ({', '.join(parts)})"
 
 
 def _hours(seconds: float | None) -> str:

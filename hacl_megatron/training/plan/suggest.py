@@ -52,6 +52,7 @@ def _candidates(config: RunConfig, model: ModelConfig, world_size: int, gpus_per
                     parallel.decoder_first_pipeline_num_layers = parallel.decoder_last_pipeline_num_layers = None
                     candidate.training.global_batch_size = batch
                     candidate.training.micro_batch_size = micro_batch_size
+                    candidate.training.micro_batch_tokens = None
                     others = {k: v for k, v in config.transformer.items() if not k.startswith("recompute_")}
                     candidate.transformer = {**others, **recompute}
                     yield candidate
