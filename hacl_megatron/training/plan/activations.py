@@ -205,7 +205,9 @@ def llama_layer(
         kept += asking * (e * query + FP32 * language.num_attention_heads / tp)
         kept += e * (pack.branches * query + pack.context_rows * 2 * key)
         if reads and not kernels.packed_attention:
-            kept += e * sum(part.count * part.read * part.length for part in pack.segments if 1 < part.read < part.length)
+            kept += e * sum(
+                part.count * part.read * part.length for part in pack.segments if 1 < part.read < part.length
+            )
     if trained and (again or pack.branches or not kernels.packed_attention):
         kept += asking * e * query  # the output product's input, where it is not the kernel's output itself
 
