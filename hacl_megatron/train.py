@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, check_architecture, check_flags
-from hacl_megatron.config.console import exit_with_error, is_first_rank
+from hacl_megatron.config.console import exit_with_error, is_first_rank, notify
 from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config, to_yaml, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
 
@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str]) -> None:
     """Train as the flags say."""
     config = parse_run_config(argv)
+    if config.training.dry_run:
+        _dry_run(config)
+        return
+    _refuse_dry_run_flags(config)
     layout = check_flags(config, world_size_from_environment())
     resume_from = _checkpoint_to_resume(config)
     config = with_architecture(config, resolve_architecture(config, resume_from))
@@ -88,6 +92,41 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
         return found
     assert config.architecture is not None  # check_flags has asked for one of the three
     return config.architecture
+
+
+def planned_architecture(config: RunConfig) -> ModelConfig:
+    """As `resolve_architecture`, but the YAML's `model:` section is enough where the weights are not here yet."""
+    resume_from = _checkpoint_to_resume(config)
+    folders = [config.model.pretrained_checkpoint, config.model.vision_tower]
+    missing = [folder for folder in folders if folder is not None and not Path(folder).is_dir()]
+    if resume_from is None and (missing or config.model.pretrained_checkpoint is None):
+        if config.architecture is None:
+            found = f"{missing[0]}: no such folder" if missing else "there is no --pretrained-checkpoint"
+            raise ValueError(
+                f"{found}, and the --config file has no `model:` section; give one of them, for the model's sizes"
+            )
+        return config.architecture
+    return resolve_architecture(config, resume_from)
+
+
+def _dry_run(config: RunConfig) -> None:
+    from hacl_megatron.training.dry_run import dry_run
+
+    training = config.training
+    world_size = training.world_size or world_size_from_environment()
+    layout = check_flags(config, world_size, files=False)
+    config = with_architecture(config, planned_architecture(config))
+    check_architecture(config, config.architecture, layout)
+    notify(dry_run(config, config.architecture, layout, rank=training.dry_run_rank))
+
+
+def _refuse_dry_run_flags(config: RunConfig) -> None:
+    for name in ("world_size", "dry_run_rank"):
+        if getattr(config.training, name) is not None:
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} is given without --dry-run; a run takes its processes from torchrun: leave it out"
+            )
 
 
 def _refuse_other_connector(asked: str | None, found: ModelConfig, checkpoint: Path) -> None:

@@ -60,14 +60,14 @@ LIMITS: dict[str, tuple[float, float]] = {
             "decoder_last_pipeline_num_layers", "make_vocab_size_divisible_by", "distributed_timeout_minutes",
             "model_max_length", "num_workers", "io_threads", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
             "micro_batch_size", "micro_batch_tokens", "queue_size", "global_batch_size", "train_iters",
-            "exit_interval", "eval_iters", "log_interval",
+            "exit_interval", "eval_iters", "log_interval", "world_size",
         ),
         (1, _FINITE),
     ),
     **dict.fromkeys(
         (
             "contrastive_weight", "lr", "min_lr", "connector_lr", "heads_lr", "weight_decay", "clip_grad",
-            "eval_interval", "save_interval", "shuffle_block",
+            "eval_interval", "save_interval", "shuffle_block", "dry_run_rank",
         ),
         (0, _FINITE),
     ),
@@ -80,8 +80,10 @@ LIMITS: dict[str, tuple[float, float]] = {
 """Smallest and largest value of every number among the flags; None, where a flag takes it, is always well."""
 
 
-def check_flags(config: RunConfig, world_size: int) -> Layout:
+def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> Layout:
     """Check everything that the flags alone decide, and divide the processes and the batch.
+
+    Without `files` (a plan, a dry run) data, weights and output folders need not be there.
 
     Two settings are changed in place, each with a line for the user: sequence parallelism over a single tensor-parallel
     rank is switched off, and bf16 switches the distributed optimiser on.
@@ -99,8 +101,9 @@ def check_flags(config: RunConfig, world_size: int) -> Layout:
     _check_length(config)
     _check_rates(config)
     _check_contrast(config)
-    _check_inputs(config)
-    _check_outputs(config)
+    if files:
+        _check_inputs(config)
+        _check_outputs(config)
     if config.model.mm_projector_type is not None:
         check_projector_type(config.model.mm_projector_type)
     if config.parallel.sequence_parallel and layout.tp == 1:

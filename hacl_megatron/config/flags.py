@@ -198,6 +198,14 @@ class TrainingFlags:
     eval_iters: int = flag(10, "Batches of a validation.")
     seed: int = flag(1234, "Seeds parameters, data order and every random choice about a sample.")
     print_config: bool = flag(False, "Print the whole resolved configuration and stop.")
+    dry_run: bool = flag(
+        False, "Build parts of the model without memory, data, weights or other processes, say what would be trained, "
+        "and stop: shows on a laptop whether a cluster's configuration can be built."
+    )  # fmt: skip
+    world_size: int | None = flag(None, "With --dry-run: processes of the run that is tried.")
+    dry_run_rank: int | None = flag(
+        None, "With --dry-run: build this rank's part alone. Default: one rank of each kind of pipeline stage."
+    )  # fmt: skip
 
 
 @dataclass

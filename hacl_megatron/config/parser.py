@@ -30,7 +30,7 @@ assert tuple(GROUPS.values()) == flags.FLAG_GROUPS
 HINTS: dict[str, Any] = {name: hint for group in GROUPS.values() for name, hint in get_type_hints(group).items()}
 """Type of every flag."""
 
-COMMAND_LINE_ONLY = ("print_config",)
+COMMAND_LINE_ONLY = ("print_config", "dry_run", "world_size", "dry_run_rank")
 """Flags that ask for an action instead of describing a run; no file holds them."""
 
 

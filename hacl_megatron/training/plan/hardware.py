@@ -1,0 +1,56 @@
+"""GPUs that runs are planned for, and how much of what they promise a run is taken to get."""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """From NVIDIA's data sheets; memory as the driver shows it. Bandwidths are bytes a second, in one direction."""
+
+    memory: float
+    """Bytes."""
+    bf16_flops: float
+    """Dense matrix products a second, bf16."""
+    fp32_flops: float
+    """The same in fp32 without TF32."""
+    memory_bandwidth: float
+    node_bandwidth: float
+    """NVLink of one GPU."""
+    network_bandwidth: float
+    """A GPU's share of its node's network: one HDR (A100) or NDR (H100) port each, as in DGX systems."""
+
+
+GPUS = {
+    "h100-80g": Gpu(
+        memory=79.1 * GIB, bf16_flops=989e12, fp32_flops=67e12, memory_bandwidth=3.35e12, node_bandwidth=450e9,
+        network_bandwidth=50e9,
+    ),
+    "a100-80g": Gpu(
+        memory=79.1 * GIB, bf16_flops=312e12, fp32_flops=19.5e12, memory_bandwidth=2.04e12, node_bandwidth=300e9,
+        network_bandwidth=25e9,
+    ),
+    "a100-40g": Gpu(
+        memory=39.4 * GIB, bf16_flops=312e12, fp32_flops=19.5e12, memory_bandwidth=1.56e12, node_bandwidth=300e9,
+        network_bandwidth=25e9,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Where the run would go, and what part of its promise is expected."""
+
+    gpu_name: str
+    gpus_per_node: int
+    compute_efficiency: float = 0.5
+    """Share of the peak that matrix products reach, recomputed ones counted. README: 0.47 and 0.52 on one H100."""
+    bandwidth_efficiency: float = 0.7
+    """Share of a link's bandwidth that collectives reach."""
+    reserve: float = 2 * GIB
+    """Bytes kept for the CUDA context, NCCL's buffers and fragmentation."""
+
+    @property
+    def gpu(self) -> Gpu:
+        return GPUS[self.gpu_name]

@@ -1,0 +1,208 @@
+"""How many rows one micro-batch has, of which kind, in which pass they run and which of them the last layer reads.
+
+Packs follow `training.packs`, their segments `data.packing`. No data is read: the lengths are averages (`Samples`),
+printed with the plan and changed by flags.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from hacl_megatron.batch import Parts
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.checks import Layout
+from hacl_megatron.config.run import RunConfig
+from hacl_megatron.training.packs import pack_plan
+
+PUBLISHED_SAMPLES = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298}
+"""Entries of LLaVA-1.5's two published files, so that a run can be planned before they are downloaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Averages over the samples of a run: assumptions, unless they were given."""
+
+    num_samples: int | None
+    """Samples of one epoch; None: unknown."""
+    image_share: float
+    """Share of the samples with an image."""
+    text_tokens: float
+    """Rows of a dialogue beside its image."""
+    target_tokens: float
+    """Rows of a dialogue with a target."""
+    question_tokens: float
+    """Rows of a dialogue's text in front of its first target; the last layer runs for the rest."""
+    pair_share: float
+    """Share of the samples that are an image-caption pair."""
+    caption_tokens: float
+    """Rows of a caption's segment, BOS and EOS included; a hallucinated one is as long."""
+    hallucinated_per_pair: float
+
+
+def assumed_samples(config: RunConfig) -> Samples:
+    """What LLaVA-1.5's data looks like, by template; `num_samples` from the names of its published files.
+
+    plain: one short caption an image, every sample a pair. v1: dialogues of several turns, the first answer behind
+    some 55 rows of system prompt and question, 40,688 of 665,298 without an image; pairs are what
+    `--contrastive-data-path` mixes in, taken to be as many.
+    """
+    names = [Path(path).name for path in config.data.data_path]
+    known = [PUBLISHED_SAMPLES.get(name) for name in names]
+    total = sum(known) if known and None not in known else None
+    hallucinated = 1.0 if config.objective.contrastive_weight > 0 else 0.0
+    if config.data.version == "plain":
+        return Samples(
+            num_samples=total, image_share=1.0, text_tokens=20, target_tokens=19, question_tokens=0, pair_share=1.0,
+            caption_tokens=20, hallucinated_per_pair=hallucinated,
+        )  # fmt: skip
+    return Samples(
+        num_samples=total, image_share=0.94, text_tokens=330, target_tokens=150, question_tokens=55,
+        pair_share=0.5 if config.data.contrastive_data_path else 0.0, caption_tokens=20,
+        hallucinated_per_pair=hallucinated,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """`count` segments of `length` rows."""
+
+    kind: Literal["dialogue", "image", "text", "padding"]
+    count: float
+    length: float
+    read: float
+    """Rows at the end of each that the last layer runs for."""
+    context: float = 0
+    """For branches (see `hacl_megatron.batch`), segments of one row: how many rows each attends to."""
+
+    @property
+    def rows(self) -> float:
+        return self.length * self.count
+
+    @property
+    def read_rows(self) -> float:
+        return self.read * self.count
+
+    @property
+    def branches(self) -> float:
+        return self.count if self.context else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackShape:
+    """One pack, in averages (or exactly, made from a real one)."""
+
+    segments: tuple[Segments, ...]
+    images: float
+    """Images that the vision tower sees."""
+    image_rows: float
+    """Rows that take an image feature."""
+    target_rows: float
+
+    def of_kind(self, kind: str) -> tuple[Segments, ...]:
+        return tuple(part for part in self.segments if part.kind == kind)
+
+    @property
+    def rows(self) -> float:
+        return sum(part.rows for part in self.segments)
+
+    @property
+    def read_rows(self) -> float:
+        return sum(part.read_rows for part in self.segments)
+
+    @property
+    def branches(self) -> float:
+        return sum(part.branches for part in self.segments)
+
+    @property
+    def context_rows(self) -> float:
+        """Rows that the branches attend to."""
+        return sum(part.branches * part.context for part in self.segments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchShape:
+    """The packs of a micro-batch, and its pairs."""
+
+    main: PackShape
+    """What runs with gradients."""
+    ahead: PackShape | None
+    """What runs before, forward only."""
+    pairs: float
+    hallucinated: float
+
+    @property
+    def eos_rows(self) -> float:
+        """Rows that the heads see."""
+        return 2 * self.pairs + self.hallucinated
+
+    @property
+    def runs_twice(self) -> tuple[Segments, ...]:
+        """Segments of `ahead` that the main pass repeats: the price of gradient caching."""
+        if self.ahead is None:
+            return ()
+        if self.main.of_kind("text"):
+            return self.ahead.segments
+        return tuple(part for part in self.ahead.segments if part.kind != "text")
+
+    @property
+    def keeps_tower_features(self) -> bool:
+        """Images run twice, and a frozen tower's features are kept in between."""
+        return self.ahead is not None and self.ahead.image_rows > 0
+
+
+def num_micro_batches(config: RunConfig, model: ModelConfig, layout: Layout, samples: Samples) -> int:
+    """Micro-batches of one replica in one step; with `--micro-batch-tokens`, as many as the average step takes."""
+    if layout.num_micro_batches is not None:
+        return layout.num_micro_batches
+    parts = replace(pack_plan(config, 1, with_gradients=True).main, texts=config.objective.contrastive_weight > 0)
+    rows = _pack_shape(config, model, samples, layout.global_batch_size / layout.dp, parts).rows
+    return max(1, math.ceil(rows / config.training.micro_batch_tokens))
+
+
+def micro_batch_shape(
+    config: RunConfig, model: ModelConfig, samples: Samples, micro_batch_size: float, num_micro_batches: int
+) -> MicroBatchShape:
+    """The average micro-batch of `micro_batch_size` samples in a step of `num_micro_batches`."""
+    plan = pack_plan(config, num_micro_batches, with_gradients=True)
+    ahead = None
+    if plan.ahead is not None:
+        ahead = _pack_shape(config, model, samples, micro_batch_size, plan.ahead)
+    pairs = samples.pair_share * micro_batch_size if plan.main.has_pairs else 0.0
+    return MicroBatchShape(
+        main=_pack_shape(config, model, samples, micro_batch_size, plan.main),
+        ahead=ahead,
+        pairs=pairs,
+        hallucinated=pairs * samples.hallucinated_per_pair,
+    )
+
+
+def _pack_shape(
+    config: RunConfig, model: ModelConfig, samples: Samples, micro_batch_size: float, parts: Parts
+) -> PackShape:
+    visual = model.vision.num_patches
+    images, pairs = samples.image_share * micro_batch_size, samples.pair_share * micro_batch_size
+    prefix = 0
+    if config.objective.contrastive_image_context == "prompt":
+        prefix = 1 if config.data.version == "plain" else 40  # BOS, or the system prompt and `USER: ` behind it
+    segments, image_rows = [], 0.0
+    if parts.dialogues:
+        length = min(samples.text_tokens + samples.image_share * visual, config.data.model_max_length)
+        read = min(max(samples.text_tokens - samples.question_tokens, samples.target_tokens), length)
+        segments.append(Segments(kind="dialogue", count=micro_batch_size, length=length, read=read))
+        image_rows += visual * images
+    context = prefix + visual + 1
+    if parts.images == "branch":
+        segments.append(Segments(kind="image", count=pairs, length=1, read=1, context=context))
+    elif parts.images == "segment":
+        segments.append(Segments(kind="image", count=pairs, length=context, read=1))
+        image_rows += visual * pairs
+    if parts.texts:
+        texts = pairs * (1 + samples.hallucinated_per_pair)
+        segments.append(Segments(kind="text", count=texts, length=samples.caption_tokens, read=1))
+    return PackShape(
+        segments=tuple(part for part in segments if part.count),
+        images=images,
+        image_rows=image_rows,
+        target_rows=samples.target_tokens * micro_batch_size if parts.dialogues else 0.0,
+    )

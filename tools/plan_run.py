@@ -1,0 +1,106 @@
+"""Says what a run will need before any GPU is asked for: parameters, memory, traffic, time, checkpoints.
+
+    python tools/plan_run.py --config FILE.yaml --nodes 2 --gpu a100-80g [--suggest] [--flag value ...]
+
+Every flag of the trainer can be given and beats the file. No weights and no data are needed where the file has a
+`model:` section. Bytes of weights, gradients and optimiser state are exact; the rest are estimates, from assumptions
+that are printed and can be changed. The exit status is 1 if the run does not fit.
+"""
+
+import argparse
+from dataclasses import replace
+
+from hacl_megatron.config.console import exit_with_error
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    from hacl_megatron.training.plan.hardware import GIB, GPUS, Cluster
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--nodes", type=_positive(int), default=1, help="default: 1")
+    parser.add_argument("--gpus-per-node", type=_positive(int), default=8, help="default: 8")
+    parser.add_argument("--gpu", choices=GPUS, default="h100-80g", help="default: h100-80g")
+    parser.add_argument("--suggest", action="store_true", help="also rank the layouts of these GPUs that fit")
+    machine = parser.add_argument_group("assumed of the machine")
+    machine.add_argument(
+        "--compute-efficiency", type=_positive(float), default=Cluster.compute_efficiency,
+        help="share of the peak FLOP/s that matrix products reach; default: %(default)s",
+    )  # fmt: skip
+    machine.add_argument(
+        "--bandwidth-efficiency", type=_positive(float), default=Cluster.bandwidth_efficiency,
+        help="share of the links' bandwidth that collectives reach; default: %(default)s",
+    )  # fmt: skip
+    machine.add_argument(
+        "--reserve-gib", type=_positive(float), default=Cluster.reserve / GIB,
+        help="GiB for CUDA's context, NCCL and fragmentation; default: %(default)s",
+    )  # fmt: skip
+    data = parser.add_argument_group("assumed of the data (averages); defaults: LLaVA-1.5's, by --version")
+    data.add_argument("--num-samples", type=_positive(int), help="entries of the data files")
+    data.add_argument("--image-share", type=float, help="share of the samples with an image")
+    data.add_argument("--text-tokens", type=float, help="tokens of a dialogue beside the image's")
+    data.add_argument("--target-tokens", type=float, help="tokens of a dialogue that are trained on")
+    data.add_argument("--question-tokens", type=float, help="tokens of a dialogue's text before its first answer")
+    data.add_argument("--pair-share", type=float, help="share of the samples that are image-caption pairs")
+    data.add_argument("--caption-tokens", type=float, help="tokens of a caption, BOS and EOS included")
+    data.add_argument("--hallucinated-per-pair", type=float, help="hallucinated captions of a pair")
+    return parser.parse_known_args()
+
+
+def _positive(kind: type):
+    def convert(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+        return value
+
+    return convert
+
+
+def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
+    from hacl_megatron.config.checks import check_architecture, check_flags
+    from hacl_megatron.config.run import parse_run_config, with_architecture
+    from hacl_megatron.train import planned_architecture
+    from hacl_megatron.training.plan.hardware import GIB, Cluster
+    from hacl_megatron.training.plan.planner import make_plan
+    from hacl_megatron.training.plan.report import ranking, report
+    from hacl_megatron.training.plan.suggest import suggest_layouts
+    from hacl_megatron.training.plan.workload import Samples, assumed_samples
+
+    config = parse_run_config(flags)
+    config = with_architecture(config, planned_architecture(config))
+    world_size = args.nodes * args.gpus_per_node
+    cluster = Cluster(
+        gpu_name=args.gpu,
+        gpus_per_node=args.gpus_per_node,
+        compute_efficiency=args.compute_efficiency,
+        bandwidth_efficiency=args.bandwidth_efficiency,
+        reserve=args.reserve_gib * GIB,
+    )
+    given = {name: getattr(args, name) for name in vars(assumed_samples(config)) if getattr(args, name) is not None}
+    samples: Samples = replace(assumed_samples(config), **given)
+    fits = True
+    try:
+        layout = check_flags(config, world_size, files=False)
+        check_architecture(config, config.architecture, layout)
+    except ValueError as error:
+        if not args.suggest:
+            raise
+        print(f"as the file has it: {error}\n")
+    else:
+        plan = make_plan(config, config.architecture, layout, cluster, samples)
+        fits = plan.fits
+        print(report(plan))
+    if args.suggest:
+        found = suggest_layouts(config, config.architecture, world_size, cluster, samples)
+        fits = bool(found)
+        print(f"\n{ranking(found)}")
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(plan_run(*parse()))
+    except (ValueError, OSError) as error:
+        exit_with_error(error)
