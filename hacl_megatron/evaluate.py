@@ -124,7 +124,6 @@ def saved_config(load: Path) -> tuple[Path, RunConfig]:
         )
     architecture = read_model_config(load)
     data = DataFlags(image_aspect_ratio=architecture.extra.get("image_aspect_ratio") or "pad")
-    data.model_max_length = min(data.model_max_length, architecture.language.max_position_embeddings)
     return load, with_architecture(RunConfig(model=ModelFlags(bf16=True), data=data), architecture)
 
 
@@ -143,7 +142,9 @@ def evaluation_config(args: argparse.Namespace, load: Path) -> tuple[Path, RunCo
         make_vocab_size_divisible_by=saved.parallel.make_vocab_size_divisible_by,
         device=args.device,
     )
-    data = replace(saved.data, image_folder=str(args.image_folder))
+    # Converted weights come with the flag's default, which a small model may not reach.
+    length = min(saved.data.model_max_length, saved.architecture.language.max_position_embeddings)
+    data = replace(saved.data, image_folder=str(args.image_folder), model_max_length=length)
     for name in ("version", "image_backend", "model_max_length"):
         if getattr(args, name) is not None:
             setattr(data, name, getattr(args, name))
