@@ -1,5 +1,5 @@
 """Likelihoods and embeddings by transformers alone, on an exported folder; nothing of the package but its tokenizer
-and pixels (which have tests of their own)."""
+(which has tests of its own)."""
 
 import json
 from functools import cached_property
@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from hacl_megatron.checkpoint.hf_config import read_model_config
-from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.tokenizer import load_tokenizer
 
 V1 = (
@@ -29,6 +28,7 @@ class Oracle:
     def __init__(self, export: Path, images: Path) -> None:
         self.export, self.images = export, images
         self.model = LlavaForConditionalGeneration.from_pretrained(export, dtype=torch.float32).eval()
+        self.processor = AutoProcessor.from_pretrained(export).image_processor
         self.tokenizer = load_tokenizer(str(export))
         self.visual = self.model.config.image_seq_length
 
@@ -37,10 +37,8 @@ class Oracle:
         return load_file(self.export / "hacl_heads.safetensors")
 
     def pixels(self, name: str) -> Tensor:
-        decoder = ImageDecoder(read_model_config(self.export).image, aspect_ratio="pad", backend="pillow")
-        pixels = decoder.decode([(self.images / name).read_bytes()]).pixel_values
-        decoder.close()
-        return pixels
+        with Image.open(self.images / name) as image:
+            return self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
     def log_likelihood(self, name: str, question: str, answer: str, template: tuple[str, str, str] = V1) -> Tensor:
