@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.evaluation.arguments import add_data_arguments, add_layout_arguments
 
 TASKS = ("pope", "chair", "amber", "mmhal")
 
@@ -74,19 +75,12 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
                        "contrastive embeddings; yesno: POPE's --questions, the likelier of Yes and No")  # fmt: skip
     group.add_argument("--data-path", nargs="+", type=Path, metavar="F.json", help="preference, retrieval: LLaVA JSON "
                        "with `text` and `Hallucination caption`")  # fmt: skip
-    group.add_argument("--image-folder", type=Path, metavar="DIR", help="folder that image names are relative to")
     group.add_argument("--limit", type=int, metavar="N", help="take the first N samples of --data-path alone")
     group.add_argument(
         "--pool-size", type=int, metavar="N", help="retrieval: look for each pair among N (default: all)"
     )
-    group.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    group.add_argument("--sequence-parallel", action="store_true")
-    group.add_argument("--decoder-first-pipeline-num-layers", type=int)
-    group.add_argument("--decoder-last-pipeline-num-layers", type=int)
-    group.add_argument("--version", choices=("plain", "v1"), help="template (default: the run's own; yesno: v1)")
-    group.add_argument("--model-max-length", type=int, help="default: the run's own")
-    group.add_argument("--image-backend", choices=("auto", "dali", "pillow"), help="default: the run's own")
+    add_layout_arguments(group)
+    add_data_arguments(group)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from hacl_megatron.data.tokenizer import load_tokenizer
 
 V1 = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions. USER: ",
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: ",
     "\n{question} ASSISTANT:",
     " {answer}</s>",
 )

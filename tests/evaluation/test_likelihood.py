@@ -192,9 +192,7 @@ def test_plain_template_and_export_for_load(folder: Path, oracle: Oracle) -> Non
         assert record["caption"]["num_tokens"] == len(expected)
         assert record["caption"]["log_likelihood"] == pytest.approx(float(expected.sum()), abs=TOLERANCE)
     # yes and no are v1 whatever the run's template is, and the export's weights are the checkpoint's
-    for one, other in zip(
-        records(folder / "plain.json", "yesno"), records(folder / "tp1.json", "yesno"), strict=True
-    ):
+    for one, other in zip(records(folder / "plain.json", "yesno"), records(folder / "tp1.json", "yesno"), strict=True):
         np.testing.assert_allclose(numbers(one), numbers(other), atol=TOLERANCE, rtol=0)
 
 
