@@ -1,13 +1,13 @@
 """Evaluations without generation: the same at every layout as transformers on the export; resumed; with a bad image."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from hacl_megatron.evaluation.preference import CAPTION_QUESTION
 from hacl_megatron.evaluation.task_run import from_text
@@ -47,7 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pope_questions(folder / "questions.json", names, NUM_SAMPLES + 3)
     for size in (1, 2):
         wanted = [layout for layout, (processes, *_) in LAYOUTS.items() if processes == size]
-        run_distributed(evaluate_all, size, [command(folder, folder / "save", layout) for layout in wanted])
+        commands = [command(folder, folder / "save", layout) for layout in wanted]
+        if size == 1:
+            commands.append(
+                command(folder, folder / "export", "tp1", "--version", "plain", "--limit", "4", name="plain")
+            )
+        run_distributed(evaluate_all, size, commands)
     return folder
 
 
@@ -181,8 +186,6 @@ def test_embeddings_are_those_of_transformers(folder: Path, oracle: Oracle) -> N
 
 def test_plain_template_and_export_for_load(folder: Path, oracle: Oracle) -> None:
     """An export can be evaluated as it is; the plain template leaves the question out."""
-    extra = ["--version", "plain", "--limit", "4"]
-    run_distributed(evaluate_all, 1, [command(folder, folder / "export", "tp1", *extra, name="plain")])
     samples = json.loads((folder / "data" / "contrastive.json").read_text())
     found = records(folder / "plain.json", "preference")
     assert [record["key"] for record in found] == [0, 1, 3]
@@ -215,7 +218,9 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(folder: Path, tmp_path: Pa
     marked = json.loads(lines[0])
     marked["caption"]["log_likelihood"] = -1234.5
     journal.write_text("\n".join([json.dumps(marked), *lines[1:], '{"key": 9, "cut']))
-    run_distributed(evaluate_all, 1, [arguments])
+    (tmp_path / "other.json").write_text((folder / "data" / "contrastive.json").read_text() + "\n")
+    other = [str(tmp_path / "other.json") if part.endswith("contrastive.json") else part for part in arguments]
+    run_distributed(go_on, 1, arguments, other, [*arguments, "--pool-size", "1"])
     whole = records(folder / "tp1.json", "preference")
     found = records(tmp_path / "killed.json", "preference")
     assert [record["key"] for record in found] == [record["key"] for record in whole]
@@ -224,14 +229,13 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(folder: Path, tmp_path: Pa
         np.testing.assert_allclose(numbers(one), numbers(other), atol=TOLERANCE)
     assert (tmp_path / "killed.json").is_file()
 
-    shutil.copy(folder / "source" / "tokenizer.model", tmp_path)  # anything but the data the records were made of
-    (tmp_path / "other.json").write_text((folder / "data" / "contrastive.json").read_text() + "\n")
-    other = [str(tmp_path / "other.json") if part.endswith("contrastive.json") else part for part in arguments]
-    run_distributed(refused, 1, other)
 
-
-def refused(arguments: list[str]) -> None:
-    assert run_tool("evaluate", *arguments) == 2
+def go_on(arguments: list[str], *refused: list[str]) -> None:
+    """Finish an evaluation, and see that the `refused` ones (other data for the same records) are not begun."""
+    assert run_tool("evaluate", *arguments) == 0
+    for other in refused:
+        assert run_tool("evaluate", *other) == 2
+        parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,6 @@ def refused(arguments: list[str]) -> None:
         (["--load", "nowhere"], "found no checkpoint"),
         (["--tensor-model-parallel-size", "3"], "cannot be divided"),
         (["--dtype", "float16"], "float16"),
-        (["--pool-size", "1"], "--pool-size 1"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--task", "pope"], "leave --task"),
     ],
@@ -255,8 +258,5 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capfd, change: list
                      "--image-folder", str(tmp_path)]  # fmt: skip
     else:
         arguments = [*command(folder, folder / "save", "tp1", name="mistake"), *change]
-    if "--pool-size" in change:
-        run_distributed(refused, 1, arguments)
-        return
     assert run_tool("evaluate", *arguments) == 2
     assert words in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""tools/plot_representations.py: numbers as transformers' states give them, at every layout; pictures with three kinds."""
+"""tools/plot_representations.py: numbers as transformers' states give them, at every layout; what pictures show."""
 
 import json
 from itertools import pairwise
@@ -111,7 +111,6 @@ def test_pictures_and_tensorboard(folder: Path) -> None:
         for half in halves:  # before, after
             red, green, blue = half[..., 0], half[..., 1], half[..., 2]
             for one, *others in ((red, green, blue), (green, red, blue), (blue, red, green)):
-                assert all((one > other + 30).sum() >= 0 for other in others)
                 assert ((one > others[0] + 30) & (one > others[1] + 30)).sum() > 100
         assert len(events.Images(f"representations/{space}")) == 1
         gaps = events.Scalars(f"representations/{space}/modality gap")
