@@ -60,6 +60,7 @@ setup(
         "llm": ["openai>=2.0"],  # --method llm of tools/generate_hallucinations.py: retries, back-off, time-outs
         "wandb": ["wandb>=0.18"],  # --wandb-project
         "quickstart": ["matplotlib>=3.9"],  # the report's plots
+        "plots": ["scikit-learn>=1.5", "matplotlib>=3.9"],  # tools/plot_representations.py: PCA, t-SNE; pictures
         "evaluate": ["textblob>=0.20"],  # CHAIR, AMBER: singulars as published, a tagger without downloads; brings NLTK
         "test": [
             "pytest>=8.3",
@@ -70,6 +71,7 @@ setup(
             "inflect>=7.5",  # oracle for the plurals and articles of the word lists
             "textblob>=0.20",
             "webdataset>=1.0",  # reads the tar shards as other programs do
+            "scikit-learn>=1.5",  # representation plots, and an oracle of recall
             "ruff>=0.9",  # format and lint
             "import-linter>=2.1",  # holds the layering
         ],

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parent
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of the trainer; a user's mistake ends it with one line and exit code 2."""
-    _quiet_libraries()
+    quiet_libraries()
     try:
         run(sys.argv[1:] if argv is None else argv)
     except (ValueError, RuntimeError) as error:
@@ -187,6 +187,9 @@ def build_trainer(
             make_valid_loader = partial(
                 open_loader, config, architecture, layout, groups, tokenizer, for_validation=True
             )
+    evaluate_tasks = None
+    if config.training.eval_tasks:
+        evaluate_tasks = open_tasks(config, layout, trainee, tokenizer, device)
     hf_model = architecture if _starts_from_hf(config, resume_from) else None
     log = None
     if dist.get_rank() == 0:
@@ -215,6 +218,7 @@ def build_trainer(
         data_state=data_state or {},
         loader=loader,
         make_valid_loader=make_valid_loader,
+        evaluate_tasks=evaluate_tasks,
         num_samples=num_samples,
         train_iters=train_iters,
         log=log,
@@ -235,6 +239,7 @@ def open_loader(
 ):
     """The loader over the training data, from `data_state` on, or over the validation data from its start."""
     from hacl_megatron.data.loader import MicroBatching, build_loader
+    from hacl_megatron.training import setup
     from hacl_megatron.training.packs import pack_plan
 
     balance = config.training.balance_micro_batches
@@ -255,17 +260,53 @@ def open_loader(
         ),
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=layout.dp,
-        pad_multiple=_pad_multiple(config, layout),
+        pad_multiple=setup.pad_multiple(config),
         shuffle=not for_validation,
         data_state=data_state,
         decode_device="mixed" if torch.cuda.is_available() and config.parallel.device != "cpu" else "cpu",
     )
 
 
-def _pad_multiple(config: RunConfig, layout: Layout) -> int:
-    """Packs are padded to a multiple of this: what sequence parallelism splits, and the 32 rows of FP8 products."""
-    rows = layout.tp if config.parallel.sequence_parallel else 1
-    return rows * 32 if config.transformer.get("fp8") else rows
+def open_tasks(config: RunConfig, layout: Layout, trainee: Any, tokenizer: Any, device: torch.device):
+    """`--eval-tasks` over the samples that a validation sees; `tokenizer` is there on the ranks that read data."""
+    from hacl_megatron.data.conversation import EncodingSettings
+    from hacl_megatron.data.manifest import Manifest
+    from hacl_megatron.evaluate import item_reader
+    from hacl_megatron.evaluation.task_run import TaskRunner
+    from hacl_megatron.evaluation.validation_tasks import ValidationTasks, manifest_tasks
+    from hacl_megatron.training.forward import ForwardOnly
+
+    training, data, architecture = config.training, config.data, config.architecture
+    forward = ForwardOnly(
+        trainee.module,
+        trainee.model,
+        groups=trainee.groups,
+        image_size=architecture.vision.image_size,
+        device=device,
+    )
+    make_runner = partial(
+        TaskRunner,
+        forward,
+        groups=trainee.groups,
+        vocab_size=architecture.language.vocab_size,
+        batch_size=layout.micro_batch_size,
+    )
+    if tokenizer is None:
+        return ValidationTasks(dict.fromkeys(training.eval_tasks), make_runner, None)
+    settings = EncodingSettings(
+        version=data.version,
+        model_max_length=data.model_max_length,
+        visual_tokens=architecture.vision.num_patches,
+        image_context=config.objective.contrastive_image_context,
+    )
+    tasks = manifest_tasks(
+        training.eval_tasks,
+        Manifest.read(data.valid_data_path, version=data.version),
+        tokenizer,
+        settings,
+        limit=training.eval_iters * layout.global_batch_size,
+    )
+    return ValidationTasks(tasks, make_runner, partial(item_reader, config))
 
 
 def _no_loader() -> None:
@@ -323,7 +364,7 @@ def _is_for_the_user(error: BaseException) -> bool:
     return isinstance(error, ValueError) and Path(frames[-1].filename).is_relative_to(PACKAGE)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Hide what megatron-core says on import about libraries that a machine need not have."""
     import logging
 

@@ -1,18 +1,22 @@
 """Evaluates a model, or scores answers that are there already.
 
+    python tools/evaluate.py --load CKPT --tasks preference retrieval --data-path F --image-folder DIR --output F.json
+    python tools/evaluate.py --load CKPT --tasks yesno --questions F --image-folder DIR --output F.json
     python tools/evaluate.py --hf EXPORT --task pope --questions F --images DIR --output F.json
     python tools/evaluate.py --task pope  --questions F   --answers F  --output F.json
     python tools/evaluate.py --task amber --annotations F --answers F  --output F.json
     python tools/evaluate.py --task chair --objects F     --captions F --output F.json
 
 Answers are read and written in the benchmarks' own formats. With --hf, answers are generated first; the same command
-goes on where a killed one stopped. Without a GPU it runs on the CPU, in fp32.
+goes on where a killed one stopped. With --load nothing is generated: likelihoods and embeddings are compared, under
+torchrun at any layout. Without a GPU it runs on the CPU, in fp32.
 """
 
 import argparse
 from pathlib import Path
 
 from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.evaluation.arguments import add_data_arguments, add_layout_arguments
 
 TASKS = ("pope", "chair", "amber", "mmhal")
 
@@ -22,6 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="F.json", help="results file to write")
     add_benchmark_arguments(parser)
     add_generation_arguments(parser)
+    add_checkpoint_arguments(parser)
     return parser.parse_args()
 
 
@@ -52,16 +57,47 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-beams", type=int, default=1, help="1: greedy")
     group.add_argument("--max-new-tokens", type=int, help="longest answer (default: the benchmark's)")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    group.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on the CPU float32"
-    )
+    group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on the CPU and "
+                       "for --load of a run in fp32 float32")  # fmt: skip
     group.add_argument("--num-shards", type=int, default=1, help="processes that share the questions")
     group.add_argument("--shard-index", type=int, default=0, help="which of them this one is, from 0")
 
 
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "likelihoods and embeddings", "Nothing is generated. Also takes --questions, --prompt-suffix, --batch-size, "
+        "--device and --dtype."
+    )  # fmt: skip
+    group.add_argument("--load", type=Path, metavar="CKPT", help="SAVE folder of a run, one of its iter_* folders, or "
+                       "a Hugging Face LLaVA")  # fmt: skip
+    group.add_argument("--tasks", nargs="+", choices=("preference", "retrieval", "yesno"), help="preference: is a "
+                       "caption likelier than its hallucinated twins; retrieval: image to caption and back, by the "
+                       "contrastive embeddings; yesno: POPE's --questions, the likelier of Yes and No")  # fmt: skip
+    group.add_argument("--data-path", nargs="+", type=Path, metavar="F.json", help="preference, retrieval: LLaVA JSON "
+                       "with `text` and `Hallucination caption`")  # fmt: skip
+    group.add_argument("--limit", type=int, metavar="N", help="take the first N samples of --data-path alone")
+    group.add_argument(
+        "--pool-size", type=int, metavar="N", help="retrieval: look for each pair among N (default: all)"
+    )
+    add_layout_arguments(group)
+    add_data_arguments(group)
+
+
 def evaluate(args: argparse.Namespace) -> None:
+    if args.load is not None:
+        if args.task is not None or args.hf is not None:
+            raise ValueError("--load goes with --tasks; leave --task and --hf out, or --load")
+        from hacl_megatron.train import quiet_libraries
+
+        quiet_libraries()
+        from hacl_megatron.evaluate import evaluate_checkpoint
+
+        evaluate_checkpoint(args)
+        return
+    if args.tasks is not None:
+        raise ValueError("--tasks compares likelihoods of a checkpoint; give it by --load")
     if args.task is None:
-        raise ValueError(f"nothing to evaluate: give --task ({', '.join(TASKS)})")
+        raise ValueError(f"nothing to evaluate: give --task ({', '.join(TASKS)}), or --load and --tasks")
     from hacl_megatron.evaluation.benchmark_run import evaluate_benchmark
 
     evaluate_benchmark(args)

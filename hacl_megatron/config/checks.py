@@ -21,6 +21,9 @@ from hacl_megatron.config.run import RunConfig
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 """Says that a folder holds a checkpoint of this trainer, as in Megatron-LM."""
 
+EVAL_TASKS = ("preference", "retrieval")
+"""What `--eval-tasks` may name."""
+
 TEMPERATURE_RANGE = (0.001, 0.5)
 """Bounds that the learned temperature is kept in."""
 
@@ -269,6 +272,14 @@ def _check_length(config: RunConfig) -> None:
         training.eval_interval == 0 or bool(config.data.valid_data_path),
         f"--eval-interval is {training.eval_interval}, but there is nothing to validate on",
         "give --valid-data-path, or --eval-interval 0",
+    )
+    for task in training.eval_tasks:
+        _require(task in EVAL_TASKS, f"--eval-tasks {task} is unknown", f"expected {' or '.join(EVAL_TASKS)}")
+    training.eval_tasks = list(dict.fromkeys(training.eval_tasks))
+    _require(
+        not training.eval_tasks or training.eval_interval > 0,
+        "--eval-tasks is given, but --eval-interval is 0",
+        "say how often to validate, or leave it out",
     )
 
 

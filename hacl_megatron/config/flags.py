@@ -196,6 +196,10 @@ class TrainingFlags:
     exit_duration_in_mins: float | None = flag(None, "Save and stop after this many minutes.")
     eval_interval: int = flag(0, "Validate every so many iterations; 0 never does.")
     eval_iters: int = flag(10, "Batches of a validation.")
+    eval_tasks: list[str] = flag(
+        [], "Also evaluate at each validation, on its samples: preference (is a caption likelier than its hallucinated "
+        "twins), retrieval (image to caption and back)."
+    )  # fmt: skip
     seed: int = flag(1234, "Seeds parameters, data order and every random choice about a sample.")
     print_config: bool = flag(False, "Print the whole resolved configuration and stop.")
     dry_run: bool = flag(

@@ -15,6 +15,15 @@ _TAKES_GROUP = "tp_group" in inspect.signature(tensor_parallel.vocab_parallel_cr
 def generation_loss_sum(logits: Tensor, target_ids: Tensor, *, vocab_size: int, tp_group: ProcessGroup) -> Tensor:
     """Sum over target rows of their cross entropy; the trainer divides by the target tokens of the global batch.
 
+    Takes what `generation_losses` takes. Returns fp32 [], the same on every rank of `tp_group`. K = 0 gives a zero with
+    a gradient path.
+    """
+    return generation_losses(logits, target_ids, vocab_size=vocab_size, tp_group=tp_group).sum()
+
+
+def generation_losses(logits: Tensor, target_ids: Tensor, *, vocab_size: int, tp_group: ProcessGroup) -> Tensor:
+    """Cross entropy of each target row: minus the log-likelihood of its token.
+
     Args:
         logits: [K, padded vocabulary / tensor-parallel size], this rank's columns for the K target rows, any
             floating dtype; left as they are.
@@ -25,14 +34,14 @@ def generation_loss_sum(logits: Tensor, target_ids: Tensor, *, vocab_size: int, 
         tp_group: tensor-parallel group. With megatron-core 0.16 it must be the one of `parallel_state`.
 
     Returns:
-        fp32 [], the same on every rank of `tp_group`. K = 0 gives a zero with a gradient path.
+        fp32 [K], the same on every rank of `tp_group`, with a gradient path even for K = 0.
     """
     assert logits.dim() == 2 and target_ids.shape == logits.shape[:1], (logits.shape, target_ids.shape)
     num_columns = logits.shape[1]
     first_column = tp_group.rank() * num_columns
     assert num_columns * tp_group.size() >= vocab_size, (num_columns, tp_group.size(), vocab_size)
     if logits.shape[0] == 0:  # the same on every tensor-parallel rank, so that all of them skip the collectives
-        return logits.float().sum()
+        return logits.float().sum(dim=1)
 
     # A copy even of fp32 logits: below, here and in megatron-core, it is overwritten in place.
     scores = logits.to(torch.float32, copy=True)
@@ -42,9 +51,7 @@ def generation_loss_sum(logits: Tensor, target_ids: Tensor, *, vocab_size: int, 
         # rank 0 always holds real columns. So exp() gives plain zeros, and no inf - inf.
         scores[:, num_real:] = float("-inf")
     if _TAKES_GROUP:
-        losses = tensor_parallel.vocab_parallel_cross_entropy(scores, target_ids, tp_group=tp_group)
-    else:
-        known = parallel_state.get_tensor_model_parallel_group()
-        assert torch.distributed.get_process_group_ranks(known) == torch.distributed.get_process_group_ranks(tp_group)
-        losses = tensor_parallel.vocab_parallel_cross_entropy(scores, target_ids)
-    return losses.sum()
+        return tensor_parallel.vocab_parallel_cross_entropy(scores, target_ids, tp_group=tp_group)
+    known = parallel_state.get_tensor_model_parallel_group()
+    assert torch.distributed.get_process_group_ranks(known) == torch.distributed.get_process_group_ranks(tp_group)
+    return tensor_parallel.vocab_parallel_cross_entropy(scores, target_ids)

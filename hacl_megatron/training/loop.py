@@ -43,6 +43,7 @@ class Trainer:
         loader: on the rank of each replica that reads data, None on the others.
         make_valid_loader: gives a loader that starts at the first validation sample (None on the ranks that do not
             read data); None to never validate.
+        evaluate_tasks: `--eval-tasks`: more scalars of each validation, on the rank with the log.
         log: on one rank alone.
         write_assets: puts tokenizer and processor files into a folder of each checkpoint.
     """
@@ -58,6 +59,7 @@ class Trainer:
         data_state: dict[str, Any],
         loader: StepLoader | None,
         make_valid_loader: Callable[[], StepLoader | None] | None,
+        evaluate_tasks: Callable[[], dict[str, float]] | None,
         num_samples: int,
         train_iters: int,
         log: MetricsLog | None,
@@ -72,6 +74,7 @@ class Trainer:
         self.data_state = data_state
         self.loader = loader
         self.make_valid_loader = make_valid_loader
+        self.evaluate_tasks = evaluate_tasks
         self.num_samples = num_samples
         self.train_iters = train_iters
         self.log = log
@@ -318,6 +321,8 @@ class Trainer:
             if loader is not None:
                 loader.close()
         means = _mean_losses(totals)
+        if self.evaluate_tasks is not None:
+            means |= self.evaluate_tasks()
         self._say(f"validation at {self.progress.iteration}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
         return {f"{tag} validation": value for tag, value in means.items()}
 

@@ -54,6 +54,13 @@ class Trainee:
             self.model.start_param_sync(force_sync=True)
 
 
+def pad_multiple(config: RunConfig) -> int:
+    """Packs are padded to a multiple of this: what sequence parallelism splits, and the 32 rows of FP8 products."""
+    parallel = config.parallel
+    rows = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return rows * 32 if config.transformer.get("fp8") else rows
+
+
 def initialize_parallelism(config: RunConfig, layout: Layout) -> ProcessGroupCollection:
     """Create megatron-core's process groups and seed every rank's generators."""
     parallel_state.initialize_model_parallel(

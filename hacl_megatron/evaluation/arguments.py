@@ -1,0 +1,21 @@
+"""Flags that the tools over a checkpoint share: its layout over processes, and how it sees its data."""
+
+from argparse import _ArgumentGroup as ArgumentGroup
+from pathlib import Path
+
+
+def add_layout_arguments(group: ArgumentGroup) -> None:
+    """Megatron-LM's flags; under torchrun."""
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    group.add_argument("--sequence-parallel", action="store_true")
+    group.add_argument("--decoder-first-pipeline-num-layers", type=int)
+    group.add_argument("--decoder-last-pipeline-num-layers", type=int)
+
+
+def add_data_arguments(group: ArgumentGroup) -> None:
+    """What may differ from the run that left the checkpoint."""
+    group.add_argument("--image-folder", type=Path, metavar="DIR", help="folder that image names are relative to")
+    group.add_argument("--version", choices=("plain", "v1"), help="template (default: the run's own)")
+    group.add_argument("--model-max-length", type=int, help="default: the run's own")
+    group.add_argument("--image-backend", choices=("auto", "dali", "pillow"), help="default: the run's own")
