@@ -54,6 +54,7 @@ def run(argv: Sequence[str]) -> None:
             stack.callback(trainer.loader.close)
         if trainer.log is not None:
             stack.callback(trainer.log.close)
+        stack.callback(trainer.close)
         trainer.train()
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
     from megatron.core import parallel_state
