@@ -9,7 +9,6 @@ or frozen otherwise, finds what is the same and writes what is not. Nothing dele
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,22 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hacl_megatron.checkpoint.integrity import FILES_FILE, damage, read_files, write_files
+from hacl_megatron.checkpoint.integrity import FILES_FILE, FROZEN_FOLDER, damage, read_files, write_files
 from hacl_megatron.checkpoint.local_parts import Part
 from hacl_megatron.checkpoint.part_files import StoredPart
 
-FROZEN_FOLDER = "frozen"
-_REFERENCE = re.compile(r"\.\./frozen/[0-9a-f]{16}/[^/\\]+")
 _BLOCK = 1 << 22
 """Values that are hashed at once; each takes 16 bytes meanwhile."""
 
 Sums = dict[str, tuple[tuple[int, ...], str, int]]
 """Key -> shape of the whole tensor, dtype, sum over what was seen of it."""
-
-
-def may_be_file_of_checkpoint(name: str) -> bool:
-    """Whether an index may name this file: one in the checkpoint's own folder, or one of a frozen part beside it."""
-    return Path(name).name == name or _REFERENCE.fullmatch(name) is not None
 
 
 def value_sums(parts: Iterable[Part]) -> Sums:
@@ -56,7 +48,7 @@ def digest_of(all_sums: Iterable[Sums]) -> str:
 
 
 def folder_name(save: Path, digest: str) -> str:
-    """Where the part with this digest is or may be put: a folder that was damaged since is left to those who name it."""
+    """Where the part with this digest is or may be put: a folder damaged since then is left to those who name it."""
     name = digest
     while (save / FROZEN_FOLDER / name).exists() and references(save, name) is None:
         name = hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -82,7 +74,11 @@ def finish_frozen(partial: Path, digest: str, parts: list[StoredPart]) -> None:
 def _sum(values: Tensor, offsets: tuple[int, ...]) -> int:
     """Sum over all values of bits x weight(index in dim 0) x weight(index in dim 1) x …, with odd weights, so that
     every single change of a value shows."""
-    bits = values.detach().contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
+    bits = (
+        values.detach()
+        .contiguous()
+        .view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
+    )
     columns = values.shape[-1] if values.dim() else 1
     rows = bits.reshape(-1, columns)
     last = _weights(values.dim() - 1, offsets[-1] if offsets else 0, columns, rows.device)

@@ -6,11 +6,20 @@ the folder too, so that a look at each file's length finds what a full disk, a k
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 FILES_FILE = "files.json"
+FROZEN_FOLDER = "frozen"
+"""In a SAVE folder: weights that do not train, which all its checkpoints share (`frozen`)."""
+_REFERENCE = re.compile(r"\.\./" + FROZEN_FOLDER + r"/[0-9a-f]{16}/[^/\\]+")
+
+
+def may_be_file_of_checkpoint(name: str) -> bool:
+    """Whether an index may name this file: one in the checkpoint's own folder, or one of a frozen part beside it."""
+    return Path(name).name == name or _REFERENCE.fullmatch(name) is not None
 
 
 def write_files(folder: Path, names: Iterable[str], **more: Any) -> None:

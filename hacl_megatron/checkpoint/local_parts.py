@@ -82,7 +82,9 @@ def frozen_keys(weights: dict[str, Any]) -> frozenset[str]:
     return frozenset(frozen - trained)
 
 
-def flat_blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+def flat_blocks(
+    shape: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
     """Rectangles that elements `start` to `stop` (not included) of a row-major tensor make up, in order.
 
     Yields (offsets, sizes, first element counted from `start`), at most 2 x dims - 1 times: for [4, 3] and 2..10 these

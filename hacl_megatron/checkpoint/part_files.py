@@ -97,7 +97,9 @@ def write_index(folder: Path, parts: Iterable[StoredPart], name: str = ".metadat
         first = group[0]
         if first.dtype is None:
             entries[key] = BytesStorageMetadata()
-            results += [WriteResult(MetadataIndex(key), p.length, _StorageInfo(p.file, p.offset, p.length)) for p in group]
+            results += [
+                WriteResult(MetadataIndex(key), p.length, _StorageInfo(p.file, p.offset, p.length)) for p in group
+            ]
             continue
         size = torch.Size(first.global_shape)
         covered = sum(torch.Size(part.sizes).numel() for part in group)

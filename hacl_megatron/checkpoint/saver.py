@@ -4,8 +4,8 @@
     background:          frozen part, once ─ files of all ranks ─ index, sizes ─ rename ─ latest ─ old ones deleted
 
 The ranks' background threads talk over a gloo group of their own, so that nothing of the training's traffic is touched.
-Each phase ends with every rank knowing whether it went well everywhere: a save is whole or is not there, and a full disk
-ends the save, not the run.
+Each phase ends with every rank knowing whether it went well everywhere: a save is whole or is not there, and a full
+disk ends the save, not the run.
 """
 
 import os
@@ -24,14 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hacl_megatron.checkpoint.frozen import (
-    FROZEN_FOLDER,
     digest_of,
     finish_frozen,
     folder_name,
     references,
     value_sums,
 )
-from hacl_megatron.checkpoint.integrity import sync_folder, write_files
+from hacl_megatron.checkpoint.integrity import FROZEN_FOLDER, sync_folder, write_files
 from hacl_megatron.checkpoint.local_parts import Part, local_parts, serialized
 from hacl_megatron.checkpoint.part_files import StoredPart, write_index, write_parts
 from hacl_megatron.checkpoint.retain import prune
@@ -242,6 +241,7 @@ class CheckpointSaver:
         (partial / RUN_CONFIG_FILE).write_text(job.run_config, encoding="utf-8")
         job.write_assets(partial / ASSETS_FOLDER)
         inside = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+        inside.remove(RUN_CONFIG_FILE)  # a text that people edit
         write_files(partial, [*inside, *outside])
         # Saved again, an iteration's old folder steps aside: deleting it takes long, and "latest" may name it.
         replaced = final.with_name(final.name + ".replaced.partial")
@@ -261,7 +261,7 @@ class CheckpointSaver:
         final = iteration_folder(self._save, job.iteration)
         return final.with_name(final.name + ".partial")
 
-    # ------------------------------------------------------------------------------------------------- between the ranks
+    # ------------------------------------------------------------------------------------------------ between the ranks
 
     def _on_rank_0(self, work: Callable[..., _Result], *arguments: Any) -> _Result | None:
         return work(*arguments) if dist.get_rank() == 0 else None

@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from hacl_megatron.checkpoint.carried import CARRIED_FILE, write_carried
 from hacl_megatron.checkpoint.hf_import import open_sources
 from hacl_megatron.config.architecture import ModelConfig

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from hacl_megatron.checkpoint.hf_config import one_line
 from hacl_megatron.checkpoint.hf_names import FUSED_NORMS, NameTable, nearest
+from hacl_megatron.checkpoint.integrity import may_be_file_of_checkpoint
 from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.run import RunConfig, from_yaml
@@ -175,7 +176,7 @@ class ShardedReader:
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         for file, end in ends.items():
             path = self.folder / file
-            if Path(file).name != file or not path.is_file():
+            if not may_be_file_of_checkpoint(file) or not path.is_file():
                 raise ValueError(f"{self.folder}: file {file} of the checkpoint is missing")
             if path.stat().st_size < end:
                 raise ValueError(f"{path} is cut: {path.stat().st_size} bytes of at least {end}")

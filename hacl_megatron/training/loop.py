@@ -240,8 +240,8 @@ class Trainer:
         self._say_notes()
         if finish and (error := self.saver.wait()) is not None:
             raise TrainingStopped(
-                f"iteration {self.progress.iteration} could not be saved to {self.config.checkpoint.save} ({error}): make "
-                "room and resume with --load from the last checkpoint that is there"
+                f"iteration {self.progress.iteration} could not be saved to {self.config.checkpoint.save} ({error}): "
+                "make room and resume with --load from the last checkpoint that is there"
             )
 
     def _start_save(self, *, asynchronous: bool | None) -> None:

@@ -2,8 +2,8 @@
 
 megatron-core's optimiser holds, on each data-parallel rank, a run of consecutive values of each parameter: fp32 master
 weights and two moments. A run is a few rectangles of the parameter, and a rectangle has a place in the global tensor.
-So nothing is gathered, no rank holds more than its own 12 bytes a value, and every layout finds what it needs. The names
-are those of megatron-core's `fully_reshardable` format, whose checkpoints are read too.
+So nothing is gathered, no rank holds more than its own 12 bytes a value, and every layout finds what it needs. The
+names are those of megatron-core's `fully_reshardable` format, whose checkpoints are read too.
 """
 
 from collections.abc import Iterator

@@ -48,7 +48,9 @@ def run_state(trainee: Trainee, progress: Progress, data_state: dict[str, Any]) 
             "optimizer_shards": shards_to_save(optimizer_parts(trainee.optimizer), weights),
         }
     else:
-        optimizer = {"optimizer": trainee.optimizer.sharded_state_dict(weights, is_loading=False, metadata=state_metadata())}
+        optimizer = {
+            "optimizer": trainee.optimizer.sharded_state_dict(weights, is_loading=False, metadata=state_metadata())
+        }
     return {
         "model": weights,
         **optimizer,
