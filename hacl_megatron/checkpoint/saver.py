@@ -300,7 +300,11 @@ def _make_fresh(folder: Path) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f' ({os.fspath(error.filename)})' if error.filename else ''}"
+    # torch.save reports a full disk as a file of the wrong length; the reason stands behind that.
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.strerror:
+            return f"{behind.strerror}{f' ({os.fspath(behind.filename)})' if behind.filename else ''}"
+        behind = behind.__cause__ or behind.__context__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

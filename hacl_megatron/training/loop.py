@@ -284,10 +284,13 @@ class Trainer:
         for sample in samples[:3]:
             self._say(f"bad sample {sample.name}: {sample.source}: {sample.reason}")
         if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("a", encoding="utf-8") as file:
-                for sample in samples:
-                    file.write(json.dumps({"iteration": self.progress.iteration, **asdict(sample)}) + "\n")
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("a", encoding="utf-8") as file:
+                    for sample in samples:
+                        file.write(json.dumps({"iteration": self.progress.iteration, **asdict(sample)}) + "\n")
+            except OSError as error:  # a full disk is no reason to end a run
+                self._say(f"{len(samples)} bad samples are not in {target}: {error}")
 
     def _output(self, name: str) -> Path | None:
         return Path(self.config.checkpoint.save) / name if self.config.checkpoint.save else None
