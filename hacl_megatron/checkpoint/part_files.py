@@ -115,12 +115,8 @@ def write_index(folder: Path, parts: Iterable[StoredPart], name: str = ".metadat
             results.append(WriteResult(index, part.length, _StorageInfo(part.file, part.offset, part.length)))
     writer = FileSystemWriter(str(folder))
     writer.set_up_storage_writer(True)
-    if name == ".metadata":
-        writer.finish(Metadata(state_dict_metadata=entries), [results])
-        return
-    # The writer knows one name alone.
     writer.finish(Metadata(state_dict_metadata=entries), [results])
-    os.replace(folder / ".metadata", folder / name)
+    os.replace(folder / ".metadata", folder / name)  # the writer knows one name alone
 
 
 def _write_item(index: MetadataIndex, part: Part) -> WriteItem:

@@ -183,6 +183,11 @@ class CheckpointSaver:
     def _run(self, job: _Job) -> None:
         started = time.perf_counter()
         try:
+            # A new thread begins on the first GPU, whichever is this rank's.
+            if gpu := next(
+                (p.values.device for p in job.frozen if isinstance(p.values, Tensor) and p.values.is_cuda), None
+            ):
+                torch.cuda.set_device(gpu)
             self._write(job)
         except Exception as error:
             # An error of the group itself too: a rank is gone.
@@ -238,7 +243,7 @@ class CheckpointSaver:
         write_index(partial, stored)
         (partial / "common.pt").write_bytes(job.common)
         (partial / "metadata.json").write_text(_FORMAT, encoding="utf-8")
-        (partial / RUN_CONFIG_FILE).write_text(job.run_config, encoding="utf-8")
+        write_atomically(partial / RUN_CONFIG_FILE, job.run_config)
         job.write_assets(partial / ASSETS_FOLDER)
         inside = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         inside.remove(RUN_CONFIG_FILE)  # a text that people edit

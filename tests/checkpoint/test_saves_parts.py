@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_offered(tmp_path
         assert chosen == whole and str(newest) in note and str(whole) in note
     (whole / ".metadata").unlink()
     (tmp_path / "iter_0000010" / "__0_0.distcp").unlink()
-    with pytest.raises(ValueError, match="no older checkpoint in .* is whole"):
+    with pytest.raises(ValueError, match=r"no older checkpoint in .* is whole"):
         choose_checkpoint(tmp_path, fallback=True)
 
 
