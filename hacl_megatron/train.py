@@ -51,13 +51,21 @@ def run(argv: Sequence[str]) -> None:
             print(to_yaml(config), end="")
         return
     joined_already = dist.is_initialized()
+    from hacl_megatron.checkpoint.choose import agree_on_checkpoint
+
     device = start_platform(config.parallel.device, config.parallel.distributed_timeout_minutes)
+    note = None
+    if config.checkpoint.load is not None:
+        resume_from, note = agree_on_checkpoint(Path(config.checkpoint.load), fallback=config.checkpoint.load_fallback)
     trainer = build_trainer(config, architecture, layout, resume_from, device)
+    if note is not None and trainer.log is not None:
+        trainer.log.say(note)
     with contextlib.ExitStack() as stack:
         if trainer.loader is not None:
             stack.callback(trainer.loader.close)
         if trainer.log is not None:
             stack.callback(trainer.log.close)
+        stack.callback(trainer.close)
         trainer.train()
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
     from megatron.core import parallel_state
@@ -314,10 +322,19 @@ def _no_loader() -> None:
 
 
 def _checkpoint_to_resume(config: RunConfig) -> Path | None:
+    """What `--load` names; its files are looked at later, by one rank for all."""
+    from hacl_megatron.checkpoint.choose import choose_checkpoint
     from hacl_megatron.checkpoint.sharded import find_checkpoint
 
     load = config.checkpoint.load
-    return find_checkpoint(Path(load)) if load is not None else None
+    if load is None:
+        return None
+    try:
+        return find_checkpoint(Path(load))
+    except ValueError:
+        if not config.checkpoint.load_fallback:
+            raise
+        return choose_checkpoint(Path(load), fallback=True)[0]
 
 
 def _architecture_in(run_config: Path) -> ModelConfig:

@@ -3,20 +3,19 @@
     SAVE/iter_0000100/                         torch_dist shards, common.pt, metadata.json
     SAVE/iter_0000100/run_config.yaml          the resolved configuration; the model can be rebuilt from it alone
     SAVE/iter_0000100/hf_assets/               tokenizer and image-processor files, carried.safetensors
+    SAVE/iter_0000100/files.json               sizes of all files (`integrity`)
+    SAVE/frozen/0123456789abcdef/              weights that do not train, once for all iterations (`frozen`)
     SAVE/latest_checkpointed_iteration.txt     written last: a killed save never becomes the latest
 
-A save goes to `iter_0000100.partial/` and is renamed when it is complete on every rank.
+A save goes to `iter_0000100.partial/` and is renamed when it is complete on every rank (`saver`).
 """
 
 import os
-import queue
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from hacl_megatron.checkpoint.carried import CARRIED_FILE, write_carried
 from hacl_megatron.checkpoint.hf_import import open_sources
@@ -108,49 +107,22 @@ def save_checkpoint(
     run_config: str,
     write_assets: Callable[[Path], None],
 ) -> Path:
-    """Write one checkpoint; every rank calls it with its own part. Returns the finished folder.
+    """Write one checkpoint, whole, here and now; every rank calls it with its own part. Returns the finished folder.
 
-    Args:
-        state: gives this rank's sharded state dict.
-        run_config: text of `run_config.yaml`.
-        write_assets: puts tokenizer and image-processor files into the folder that it is given (`copy_assets`).
+    Args: see `saver.CheckpointSaver.save`.
+
+    Raises:
+        OSError: it could not be written.
     """
-    from megatron.core import dist_checkpointing
+    from hacl_megatron.checkpoint.saver import CheckpointSaver
 
-    final = iteration_folder(save, iteration)
-    partial = final.with_name(final.name + ".partial")
-    if dist.get_rank() == 0:
-        for left_behind in save.glob("iter_*.partial"):  # by a save that was killed
-            shutil.rmtree(left_behind, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    _collect_write_results_here()
-    dist_checkpointing.save(state(), str(partial))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (partial / RUN_CONFIG_FILE).write_text(run_config, encoding="utf-8")
-        write_assets(partial / ASSETS_FOLDER)
-        # Saved again, an iteration's old folder steps aside: deleting it takes long, and "latest" may name it.
-        replaced = final.with_name(final.name + ".replaced.partial")
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        write_atomically(save / LATEST_FILE, f"{iteration}\n")
-        shutil.rmtree(replaced, ignore_errors=True)
-    dist.barrier()
-    return final
-
-
-def _collect_write_results_here() -> None:
-    """Spare every rank a process that megatron-core would start at its first save.
-
-    It would pass the results of an asynchronous write on; a synchronous one reads its own. Starting it costs 3 s and
-    400 MB a rank, and it outlives a rank that is killed.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
+    saver = CheckpointSaver(save, asynchronous=False)
+    saver.save(iteration, state, run_config=run_config, write_assets=write_assets)
+    error = saver.wait()
+    saver.close()
+    if error is not None:
+        raise OSError(f"checkpoint {iteration_folder(save, iteration)} could not be written: {error}")
+    return iteration_folder(save, iteration)
 
 
 def load_checkpoint(state: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from hacl_megatron.checkpoint.file_blocks import bytes_of, read_block
 from hacl_megatron.checkpoint.hf_config import one_line
 from hacl_megatron.checkpoint.hf_names import FUSED_NORMS, NameTable, nearest
+from hacl_megatron.checkpoint.integrity import may_be_file_of_checkpoint
 from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
 from hacl_megatron.checkpoint.sharded_metadata import StoredChunk, read_metadata
 from hacl_megatron.checkpoint.tensor_records import Record, find_values
@@ -183,7 +184,7 @@ class ShardedReader:
             ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.offset + chunk.length)
         for file, end in ends.items():
             path = self.folder / file
-            if Path(file).name != file or not path.is_file():
+            if not may_be_file_of_checkpoint(file) or not path.is_file():
                 raise ValueError(f"{self.folder}: file {file} of the checkpoint is missing")
             if path.stat().st_size < end:
                 raise ValueError(f"{path} is cut: {path.stat().st_size} bytes of at least {end}")

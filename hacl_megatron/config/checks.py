@@ -63,7 +63,7 @@ LIMITS: dict[str, tuple[float, float]] = {
             "decoder_last_pipeline_num_layers", "make_vocab_size_divisible_by", "distributed_timeout_minutes",
             "model_max_length", "num_workers", "io_threads", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
             "micro_batch_size", "micro_batch_tokens", "queue_size", "global_batch_size", "train_iters",
-            "exit_interval", "eval_iters", "log_interval", "world_size",
+            "exit_interval", "eval_iters", "log_interval", "world_size", "save_retain", "save_keep_interval",
         ),
         (1, _FINITE),
     ),
@@ -377,19 +377,27 @@ def _check_inputs(config: RunConfig) -> None:
 
 
 def _resumes(config: RunConfig) -> bool:
-    return config.checkpoint.load is not None and os.path.isfile(os.path.join(config.checkpoint.load, LATEST_FILE))
+    """Whether --load names a SAVE folder with a checkpoint in it, or one of its iter_* folders."""
+    load = config.checkpoint.load
+    return load is not None and any(os.path.isfile(os.path.join(load, f)) for f in (LATEST_FILE, "run_config.yaml"))
 
 
 def _check_outputs(config: RunConfig) -> None:
     checkpoint, training, logging = config.checkpoint, config.training, config.logging
     for name, wanted in (
         ("save_interval", checkpoint.save_interval > 0),
+        ("save_retain", checkpoint.save_retain is not None),
         ("exit_interval", training.exit_interval is not None),
         ("exit_duration_in_mins", training.exit_duration_in_mins is not None),
     ):
         _require(
             not wanted or bool(checkpoint.save), f"{_dashed(name)} is given without a folder to save to", "add --save"
         )
+    _require(
+        checkpoint.save_keep_interval is None or checkpoint.save_retain is not None,
+        f"--save-keep-interval {checkpoint.save_keep_interval} is given, but without --save-retain nothing is deleted",
+        "add --save-retain, or leave it out",
+    )
     holds_a_run = checkpoint.save is not None and (Path(checkpoint.save) / LATEST_FILE).is_file()
     _require(
         not holds_a_run or _resumes(config),

@@ -223,6 +223,16 @@ class CheckpointFlags:
         None, "Resume everything from this folder when it holds a checkpoint; wins over --pretrained-checkpoint."
     )  # fmt: skip
     save_interval: int = flag(0, "Save every so many iterations; 0 saves at the end alone.")
+    async_save: bool = flag(
+        True, "Train on while a checkpoint is written; each rank keeps a copy of what it writes in host memory."
+    )  # fmt: skip
+    save_retain: int | None = flag(None, "Keep this many newest checkpoints and delete older ones. Default: keep all.")
+    save_keep_interval: int | None = flag(
+        None, "With --save-retain: never delete a checkpoint whose iteration this divides."
+    )  # fmt: skip
+    load_fallback: bool = flag(
+        False, "When the newest checkpoint in --load is damaged, resume from the newest one that is whole."
+    )  # fmt: skip
 
 
 @dataclass

@@ -8,6 +8,7 @@ NAMES_ELSEWHERE = {
     "output_dir": "save",
     "resume_from_checkpoint": "load",
     "save_steps": "save_interval",
+    "save_total_limit": "save_retain",
     "logging_steps": "log_interval",
     "logging_dir": "tensorboard_dir",
     "max_steps": "train_iters",

@@ -14,7 +14,9 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from hacl_megatron.batch import BadSample, MicroBatch, StepBatches
-from hacl_megatron.checkpoint.sharded import save_checkpoint
+from hacl_megatron.checkpoint.local_parts import frozen_keys
+from hacl_megatron.checkpoint.saver import CheckpointSaver
+from hacl_megatron.checkpoint.sharded import state_metadata
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout
 from hacl_megatron.config.run import RunConfig, to_yaml
@@ -30,6 +32,10 @@ from hacl_megatron.training.step import GlobalCounts, Step, StepMetrics, UpdateR
 
 _BAD_FRACTION_MIN_SAMPLES = 1000
 """The bad share is judged from here on (or from one epoch of a smaller set): one of the first ten is not 10 %."""
+
+
+_LAST_SAVE_SECONDS = 60
+"""How long a run that fails waits for a checkpoint that is being written."""
 
 
 class TrainingStopped(RuntimeError):
@@ -91,6 +97,10 @@ class Trainer:
             device=device,
         )
         self._saved_at = progress.iteration
+        self._stall = 0.0
+        """Seconds that the last save kept this rank from training, until they are logged."""
+        self.saver = self._make_saver()
+        self._frozen = frozen_keys(trainee.module.sharded_state_dict(metadata=state_metadata()))
 
     # ---------------------------------------------------------------- the loop
 
@@ -110,6 +120,8 @@ class Trainer:
             scalars = self._scalars(metrics, result, micro_batches, time.perf_counter() - started, waited)
             self._advance(step_batches, result)
             stop = self._end_of_step(step_batches)
+            if self._stall:
+                scalars["save-stall-seconds"], self._stall = self._stall, 0.0
             scalars |= {
                 "bad-samples": self.progress.bad_samples,
                 "tokenization-mismatches": self.progress.tokenization_mismatches,
@@ -122,7 +134,7 @@ class Trainer:
                 self._save()
             stop = stop or self._planned_exit()
             self._give_up_if_hopeless()
-        self._save()
+        self._save(finish=True)
         if stop is not None:
             self._say(f"stopped after iteration {self.progress.iteration}: {stop}")
 
@@ -186,7 +198,7 @@ class Trainer:
         progress, limit = self.progress, self.config.data.max_bad_fraction
         judged = progress.drawn_samples >= min(_BAD_FRACTION_MIN_SAMPLES, self.num_samples)
         if judged and progress.bad_samples > limit * progress.drawn_samples:
-            self._save()
+            self._save(finish=True)
             raise TrainingStopped(
                 f"{progress.bad_samples} of {progress.drawn_samples} samples were unusable, more than "
                 f"--max-bad-fraction {limit}: see {self._output('bad_samples.jsonl')}, mend the data or raise the limit"
@@ -195,7 +207,7 @@ class Trainer:
         if skips > self.config.optimizer.max_skipped_steps:
             progress.consecutive_skips = 0  # whoever resumes has changed something
             self._saved_at = -1  # save again, with the count reset
-            self._save()
+            self._save(finish=True)
             raise TrainingStopped(
                 f"loss or gradients were not finite in {skips} steps in a row, more than "
                 f"--max-skipped-steps {self.config.optimizer.max_skipped_steps}: lower --lr, or look at the data"
@@ -203,20 +215,61 @@ class Trainer:
 
     # ---------------------------------------------------------------- what a run leaves behind
 
-    def _save(self) -> None:
-        save = self.config.checkpoint.save
-        if save is None or self._saved_at == self.progress.iteration:
+    def _make_saver(self) -> CheckpointSaver | None:
+        checkpoint, groups = self.config.checkpoint, self.trainee.groups
+        if checkpoint.save is None:
+            return None
+        return CheckpointSaver(
+            Path(checkpoint.save),
+            asynchronous=checkpoint.async_save,
+            newest=checkpoint.save_retain,
+            every=checkpoint.save_keep_interval,
+            replica=groups.dp.rank(),
+            num_replicas=groups.dp.size(),
+        )
+
+    def _save(self, *, finish: bool = False) -> None:
+        """Save this iteration unless that was done. With `finish` it is on disk afterwards, or the run ends saying why.
+
+        A save that fails otherwise is reported, and the next one is tried when it is due.
+        """
+        if self.saver is None:
             return
+        if self._saved_at != self.progress.iteration:
+            self._start_save(asynchronous=None if not finish else False)
+        if finish and self.saver.wait() is not None:
+            self._say_notes()
+            self._start_save(asynchronous=False)  # once more: it may have been a moment's
+        self._say_notes()
+        if finish and (error := self.saver.wait()) is not None:
+            raise TrainingStopped(
+                f"iteration {self.progress.iteration} could not be saved to {self.config.checkpoint.save} ({error}): "
+                "make room and resume with --load from the last checkpoint that is there"
+            )
+
+    def _start_save(self, *, asynchronous: bool | None) -> None:
+        started = time.perf_counter()
         self.trainee.gather_parameters()
-        save_checkpoint(
-            lambda: run_state(self.trainee, self.progress, self._data_state_of_run()),
-            Path(save),
+        self.saver.save(
             self.progress.iteration,
+            lambda: run_state(self.trainee, self.progress, self._data_state_of_run()),
+            frozen=self._frozen,
             run_config=to_yaml(self.config),
             write_assets=self.write_assets,
+            asynchronous=asynchronous,
         )
         self._saved_at = self.progress.iteration
-        self._say(f"saved iteration {self.progress.iteration} to {save}")
+        self._stall += time.perf_counter() - started
+
+    def _say_notes(self) -> None:
+        for note in self.saver.notes() if self.saver is not None else ():
+            self._say(note)
+
+    def close(self) -> None:
+        """Let what is being saved reach the disk, for a while: after a failure the other ranks may be gone."""
+        if self.saver is not None:
+            self.saver.close(_LAST_SAVE_SECONDS)
+            self._say_notes()
 
     def _data_state_of_run(self) -> dict[str, Any]:
         # Only ranks that read data have seen it move on; megatron-core wants the same on every rank.
@@ -234,10 +287,13 @@ class Trainer:
         for sample in samples[:3]:
             self._say(f"bad sample {sample.name}: {sample.source}: {sample.reason}")
         if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("a", encoding="utf-8") as file:
-                for sample in samples:
-                    file.write(json.dumps({"iteration": self.progress.iteration, **asdict(sample)}) + "\n")
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("a", encoding="utf-8") as file:
+                    for sample in samples:
+                        file.write(json.dumps({"iteration": self.progress.iteration, **asdict(sample)}) + "\n")
+            except OSError as error:  # a full disk is no reason to end a run
+                self._say(f"{len(samples)} bad samples are not in {target}: {error}")
 
     def _output(self, name: str) -> Path | None:
         return Path(self.config.checkpoint.save) / name if self.config.checkpoint.save else None
@@ -249,6 +305,7 @@ class Trainer:
     # ---------------------------------------------------------------- numbers
 
     def _report(self, scalars: dict[str, float]) -> None:
+        self._say_notes()
         if self.log is None:
             return
         self.log.advance()

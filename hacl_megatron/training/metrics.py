@@ -3,6 +3,7 @@
 Only one rank builds a `MetricsLog`; the tags are DESIGN's, Megatron-LM's where it has the thing.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -56,6 +57,8 @@ class MetricsLog:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._writer = self._file = self._wandb = None
+        self._tensorboard_dir = tensorboard_dir
+        self._could_write = True
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -85,12 +88,10 @@ class MetricsLog:
     def log(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Write the finite scalars of `iteration` everywhere."""
         finite = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
-        if self._writer is not None:
-            for tag, value in finite.items():
-                self._writer.add_scalar(tag, value, iteration)
-        if self._file is not None:
-            self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
-            self._file.flush()
+        problems = [*self._to_tensorboard(iteration, finite), *self._to_jsonl(iteration, finite)]
+        if problems and self._could_write:  # once, until it goes well again
+            self.say(f"metrics cannot be written, the run goes on without: {'; '.join(problems)}")
+        self._could_write = not problems
         if self._wandb is not None:
             self._wandb.log(finite, step=iteration)
         line = terminal_line(scalars)
@@ -98,6 +99,32 @@ class MetricsLog:
             print(f"iteration {iteration}/{self._last} | {line}", flush=True)
         elif line:
             self._bar.set_postfix_str(line)
+
+    def _to_tensorboard(self, iteration: int, scalars: Mapping[str, float]) -> list[str]:
+        """What went wrong, if anything: a full disk is no reason to end a run."""
+        if self._tensorboard_dir is None:
+            return []
+        try:
+            if self._writer is None:  # its thread ended on a full disk
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self._tensorboard_dir))
+            for tag, value in scalars.items():
+                self._writer.add_scalar(tag, value, iteration)
+        except OSError as error:
+            self._writer = None
+            return [str(error)]
+        return []
+
+    def _to_jsonl(self, iteration: int, scalars: Mapping[str, float]) -> list[str]:
+        if self._file is None:
+            return []
+        try:
+            self._file.write(json.dumps({"iteration": iteration, **scalars}) + "\n")
+            self._file.flush()  # what a full disk refuses stays in the buffer for the next time
+        except OSError as error:
+            return [str(error)]
+        return []
 
     def say(self, text: str) -> None:
         """A line for the user that does not disturb the progress bar."""
@@ -111,7 +138,8 @@ class MetricsLog:
         self._bar.close()
         for sink in (self._writer, self._file):
             if sink is not None:
-                sink.close()
+                with contextlib.suppress(OSError):  # a full disk, which was said
+                    sink.close()
         if self._wandb is not None:
             self._wandb.finish()
 

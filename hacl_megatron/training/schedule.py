@@ -50,7 +50,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         config, [model], config_overrides=_group_overrides(flags), use_gloo_process_groups=False
     )
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         part.init_state_fn(part.optimizer, config)  # so that a run whose every step was skipped can be saved
         part.optimizer.register_step_post_hook(_clamp_temperature)
     return optimizer
@@ -71,7 +71,7 @@ def _group_overrides(flags: OptimizerFlags) -> dict[ParamKey, dict[str, Any]]:
     return overrides
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """megatron-core's optimisers around a torch optimiser each; none on a rank without trained parameters."""
     return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
 
@@ -129,7 +129,7 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
 
 
 def _groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
-    return [group for part in _parts(optimizer) for group in part.optimizer.param_groups]
+    return [group for part in optimizer_parts(optimizer) for group in part.optimizer.param_groups]
 
 
 def _inner_state(state: dict[str, Any]) -> dict[str, Any]:

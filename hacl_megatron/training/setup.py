@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from hacl_megatron.checkpoint.choose import agree_on_checkpoint
 from hacl_megatron.checkpoint.hf_import import load_adapter, load_hf_weights
 from hacl_megatron.checkpoint.sharded import find_checkpoint, load_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
@@ -103,6 +104,7 @@ def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelCon
     if source is None:
         lines.append("random weights")
     elif (own := find_checkpoint(Path(source))) is not None:
+        agree_on_checkpoint(own, fallback=False, flag="--pretrained-checkpoint")  # or say which file is cut
         # Extra states are FP8 scales: Transformer Engine's alone, and of the optimiser's kind, so they start fresh.
         wanted = {
             name: part

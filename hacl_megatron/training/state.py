@@ -15,7 +15,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from hacl_megatron.checkpoint.sharded import load_checkpoint, load_common_state, state_metadata
 from hacl_megatron.platform.random_state import random_states, set_random_states
-from hacl_megatron.training.schedule import groups_kept, load_optimizer, without_groups
+from hacl_megatron.training.optimizer_shards import ShardsToLoad, shards_to_save
+from hacl_megatron.training.schedule import groups_kept, load_optimizer, optimizer_parts, without_groups
 from hacl_megatron.training.setup import Trainee
 
 
@@ -41,9 +42,18 @@ class Progress:
 def run_state(trainee: Trainee, progress: Progress, data_state: dict[str, Any]) -> dict[str, Any]:
     """The sharded state dict of the whole run, for saving."""
     weights = trainee.module.sharded_state_dict(metadata=state_metadata())
+    if trainee.optimizer.config.use_distributed_optimizer:
+        optimizer = {
+            "optimizer": trainee.optimizer.state_dict(),
+            "optimizer_shards": shards_to_save(optimizer_parts(trainee.optimizer), weights),
+        }
+    else:
+        optimizer = {
+            "optimizer": trainee.optimizer.sharded_state_dict(weights, is_loading=False, metadata=state_metadata())
+        }
     return {
         "model": weights,
-        "optimizer": trainee.optimizer.sharded_state_dict(weights, is_loading=False, metadata=state_metadata()),
+        **optimizer,
         "scheduler": trainee.scheduler.state_dict(),
         "progress": asdict(progress),
         "data_state": data_state,
@@ -87,9 +97,14 @@ def restore_run(trainee: Trainee, folder: Path) -> None:
         )
     same_layout = common["layout"] == _layout(trainee)
     weights = trainee.module.sharded_state_dict(metadata=state_metadata())
+    shards = None
     with groups_kept(trainee.optimizer):
-        optimizer = trainee.optimizer.sharded_state_dict(weights, is_loading=True, metadata=state_metadata())
-        wanted = {"model": weights, "optimizer": without_groups(optimizer)}
+        if trainee.optimizer.config.use_distributed_optimizer:
+            shards = ShardsToLoad(optimizer_parts(trainee.optimizer), weights)
+            wanted = {"model": weights, "optimizer_shards": shards.wanted}
+        else:
+            optimizer = trainee.optimizer.sharded_state_dict(weights, is_loading=True, metadata=state_metadata())
+            wanted = {"model": weights, "optimizer": without_groups(optimizer)}
         if same_layout:
             wanted["random_states"] = _sharded_random_states(trainee)
         if common.get("has_queue"):
@@ -97,6 +112,8 @@ def restore_run(trainee: Trainee, folder: Path) -> None:
         state = load_checkpoint(wanted, folder)
         trainee.module.load_state_dict(state["model"])
         load_optimizer(trainee.optimizer, state["optimizer"])
+        if shards is not None:
+            shards.take_over()
     if "queue" in state:
         trainee.queue.load_state_dict(state["queue"])
     # After the groups, so that the schedule computes each one's rate.
