@@ -4,7 +4,7 @@ import contextlib
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from math import ceil
@@ -16,27 +16,39 @@ import torch.distributed as dist
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, check_architecture, check_flags
-from hacl_megatron.config.console import exit_with_error, is_first_rank
+from hacl_megatron.config.console import exit_with_error, is_first_rank, report_crash, report_error
 from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config, to_yaml, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
+from hacl_megatron.training.status import reason_not_to_restart, write_status
 
 PACKAGE = Path(__file__).parent
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of the trainer; a user's mistake ends it with one line and exit code 2."""
+    """Entry of the trainer; a user's mistake ends it with one line and exit code 2, anything else with 1."""
     _quiet_libraries()
+    config = parse_run_config(sys.argv[1:] if argv is None else argv)
+    save = config.checkpoint.save
+    if (reason := reason_not_to_restart(save)) is not None:
+        exit_with_error(f"not tried again: {reason}")
     try:
-        run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, RuntimeError) as error:
+        train(config)
+    except Exception as error:
         if not _is_for_the_user(error):
-            raise
-        exit_with_error(error)
+            report_crash(error)
+            raise SystemExit(1) from None
+        if report_error(error):
+            write_status(save, "failed", reason=str(error))
+        raise SystemExit(2) from None
 
 
 def run(argv: Sequence[str]) -> None:
-    """Train as the flags say."""
-    config = parse_run_config(argv)
+    """Train as the flags say; raises what goes wrong."""
+    train(parse_run_config(argv))
+
+
+def train(config: RunConfig) -> None:
+    """Train as `config` says, from the newest checkpoint in `--load` on if there is one."""
     layout = check_flags(config, world_size_from_environment())
     resume_from = _checkpoint_to_resume(config)
     config = with_architecture(config, resolve_architecture(config, resume_from))
@@ -46,21 +58,33 @@ def run(argv: Sequence[str]) -> None:
         if is_first_rank():
             print(to_yaml(config), end="")
         return
+    from hacl_megatron.training.watchdog import Watchdog
+
     joined_already = dist.is_initialized()
     device = start_platform(config.parallel.device, config.parallel.distributed_timeout_minutes)
-    trainer = build_trainer(config, architecture, layout, resume_from, device)
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.parallel.hang_timeout))
+        trainer = build_trainer(config, architecture, layout, resume_from, device, watchdog.beat)
         if trainer.loader is not None:
             stack.callback(trainer.loader.close)
         if trainer.log is not None:
             stack.callback(trainer.log.close)
-        trainer.train()
+        if dist.get_rank() == 0:
+            _write_status_of(trainer, "running")
+        stopped_for = trainer.train()
+    if dist.get_rank() == 0:
+        _write_status_of(trainer, "finished" if stopped_for is None else "stopped", stopped_for)
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     if not joined_already:
         dist.destroy_process_group()
+
+
+def _write_status_of(trainer: Any, state: str, reason: str | None = None) -> None:
+    done, wanted = trainer.progress.iteration, trainer.train_iters
+    write_status(trainer.config.checkpoint.save, state, iteration=done, train_iters=wanted, reason=reason)
 
 
 def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelConfig:
@@ -109,9 +133,14 @@ def _refuse_other_sizes(asked: ModelConfig | None, found: ModelConfig, source: P
 
 
 def build_trainer(
-    config: RunConfig, architecture: ModelConfig, layout: Layout, resume_from: Path | None, device: torch.device
+    config: RunConfig,
+    architecture: ModelConfig,
+    layout: Layout,
+    resume_from: Path | None,
+    device: torch.device,
+    beat: Callable[[], None] = lambda: None,
 ):
-    """Everything a run consists of, ready to `train()`."""
+    """Everything a run consists of, ready to `train()`; it calls `beat` whenever something is done."""
     from hacl_megatron.checkpoint.sharded import copy_assets
     from hacl_megatron.data.tokenizer import load_tokenizer
     from hacl_megatron.training import setup, state
@@ -181,6 +210,7 @@ def build_trainer(
         log=log,
         write_assets=partial(copy_assets, assets, weights_of=hf_model, tokenizer=config.model.tokenizer),
         device=device,
+        beat=beat,
     )
 
 
