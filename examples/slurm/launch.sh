@@ -35,6 +35,8 @@ threads=$((cpus / (RANKS_PER_NODE > 0 ? RANKS_PER_NODE : 1)))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads < 1 ? 1 : threads > 8 ? 8 : threads))}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # tensor parallelism's overlap relies on the order
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1} NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# A store for each start of the processes: in a shared one they read what the dead ones wrote (pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-600}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export RDZV_HOST RDZV_PORT RDZV_ID
@@ -52,7 +54,7 @@ ask_to_stop() {
   if [ -z "$asked" ]; then
     echo "launch.sh: received SIG$1: the trainers finish their step, save and stop"
     # Repeated, because a trainer that is only starting up does not listen yet. srun passes USR1 on to node.sh.
-    (while kill -USR1 "$srun" 2>/dev/null; do sleep 5; done) &
+    (trap '' USR1 TERM; while kill -USR1 "$srun" 2>/dev/null; do sleep 5; done) &
   fi
   asked=$1
 }

@@ -18,7 +18,7 @@ tell_trainers() {  # by their parent, from /proc: an image need not have pkill
 telling=
 stop() {
   tell_trainers
-  [ -n "$telling" ] || (while kill -0 "$torchrun" 2>/dev/null; do sleep 5; tell_trainers; done) &
+  [ -n "$telling" ] || (trap '' USR1 TERM; while kill -0 "$torchrun" 2>/dev/null; do sleep 5; tell_trainers; done) &
   telling=yes
 }
 trap stop USR1 TERM

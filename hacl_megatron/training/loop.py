@@ -124,6 +124,7 @@ class Trainer:
             stop = stop or self._planned_exit()
             self._give_up_if_hopeless()
         self._save()
+        self.stop_requests.close()
         if self.progress.iteration >= self.train_iters:
             return None
         self._say(f"stopped after iteration {self.progress.iteration}: {stop}")

@@ -25,7 +25,7 @@ def write_status(
     """Replace the file in `save`, if there is such a folder; one rank calls it."""
     if save is None or not Path(save).is_dir():
         return
-    facts = {"state": state, "iteration": iteration, "train_iters": train_iters, "reason": reason}
+    facts = {"state": state, "iteration": iteration, "train_iters": train_iters, "reason": reason, "launch": _launch()}
     path = Path(save) / STATUS_FILE
     temporary = path.with_name(f"{STATUS_FILE}.{os.environ.get('RANK', '0')}.tmp")
     with contextlib.suppress(OSError):  # a full disk has been reported where it mattered
@@ -41,4 +41,9 @@ def reason_not_to_restart(save: str | None) -> str | None:
         facts = json.loads((Path(save) / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return facts.get("reason") if facts.get("state") == "failed" else None
+    failed_before = facts.get("state") == "failed" and facts.get("launch") == _launch()
+    return facts.get("reason") if failed_before else None
+
+
+def _launch() -> str | None:
+    return os.environ.get("TORCHELASTIC_RUN_ID")
