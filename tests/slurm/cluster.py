@@ -55,9 +55,10 @@ class Cluster:
         self.folder = folder
         self._dir = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # munge wants a path open to all
         self._dir.chmod(0o755)
+        self.conf = str(self._dir / "slurm.conf")
         self._env = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))},
-            "SLURM_CONF": str(self._dir / "slurm.conf"),
+            "SLURM_CONF": self.conf,
         }
 
     def __enter__(self) -> "Cluster":
@@ -70,7 +71,9 @@ class Cluster:
 
     def _host(self, *arguments: str, **env: str) -> None:
         command = ["bash", str(_SCRIPT), arguments[0], str(self._dir), *arguments[1:]]
-        done = subprocess.run(command, env={**self._env, **env}, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env={**self._env, **env}, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     def lose_node(self, node: str) -> None:
@@ -135,15 +138,18 @@ class Job:
         """How often a training has begun, in all starts and restarts of the job's processes."""
         return self.log().count("samples a step,")
 
-    def wait_for(self, condition: Callable[[], bool], what: str, timeout: float = 180) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout: float = 600) -> None:
         """Until `condition` holds, while the job lives."""
-        deadline = time.monotonic() + timeout
+        deadline, look = time.monotonic() + timeout, 0.0
         while not condition():
-            ended = self.state() in _DONE and not condition()
-            assert not ended and time.monotonic() < deadline, f"{what}: {self.state()}\n{self.log()[-6000:]}"
-            time.sleep(0.1)
+            now = time.monotonic()
+            if now > look:
+                ended = self.state() in _DONE and not condition()
+                assert not ended and now < deadline, f"{what}: {self.state()}\n{self.log()[-6000:]}"
+                look = now + 2
+            time.sleep(0.05)
 
-    def wait(self, timeout: float = 300) -> str:
+    def wait(self, timeout: float = 900) -> str:
         """Until the job is over; its last state."""
         self.wait_for(lambda: self.state() in _DONE, "the job's end", timeout)
         return self.state()
@@ -163,13 +169,15 @@ class Job:
                 continue
             try:
                 command = (folder / "cmdline").read_bytes().split(b"\0")
-                variables = dict(item.split(b"=", 1) for item in (folder / "environ").read_bytes().split(b"\0") if b"=" in item)
+                variables = dict(
+                    item.split(b"=", 1) for item in (folder / "environ").read_bytes().split(b"\0") if b"=" in item
+                )
             except OSError:
                 continue
-            ours = variables.get(b"SLURM_JOB_ID") == self.number.encode() and b"RANK" in variables
-            if ours and b"hacl_megatron.train" in command and b"torchrun" not in command[1]:
-                if variables.get(b"SLURM_CONF") == self.cluster._env["SLURM_CONF"].encode():
-                    yield int(folder.name), int(variables[b"RANK"])
+            here = variables.get(b"SLURM_CONF") == self.cluster.conf.encode()
+            ours = here and variables.get(b"SLURM_JOB_ID") == self.number.encode() and b"RANK" in variables
+            if ours and b"hacl_megatron.train" in command:  # torchrun itself has no rank
+                yield int(folder.name), int(variables[b"RANK"])
 
     def kill_rank(self, rank: int) -> None:
         """kill -9 of one trainer."""
