@@ -4,7 +4,7 @@ import contextlib
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from math import ceil
@@ -16,27 +16,42 @@ import torch.distributed as dist
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, check_architecture, check_flags
-from hacl_megatron.config.console import exit_with_error, is_first_rank, notify
+from hacl_megatron.config.console import exit_with_error, is_first_rank, notify, report_crash, report_error
 from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config, to_yaml, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
+from hacl_megatron.training.status import reason_not_to_restart, write_status
 
 PACKAGE = Path(__file__).parent
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of the trainer; a user's mistake ends it with one line and exit code 2."""
+    """Entry of the trainer; a user's mistake ends it with one line and exit code 2, anything else with 1."""
     quiet_libraries()
     try:
-        run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, RuntimeError) as error:
-        if not _is_for_the_user(error):
-            raise
+        config = parse_run_config(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
         exit_with_error(error)
+    save = config.checkpoint.save
+    if (reason := reason_not_to_restart(save)) is not None:
+        exit_with_error(f"not tried again: {reason}")
+    try:
+        train(config)
+    except Exception as error:
+        if not _is_for_the_user(error):
+            report_crash(error)
+            raise SystemExit(1) from None
+        if report_error(error):
+            write_status(save, "failed", reason=str(error))
+        raise SystemExit(2) from None
 
 
 def run(argv: Sequence[str]) -> None:
-    """Train as the flags say."""
-    config = parse_run_config(argv)
+    """Train as the flags say; raises what goes wrong."""
+    train(parse_run_config(argv))
+
+
+def train(config: RunConfig) -> None:
+    """Train as `config` says, from the newest checkpoint in `--load` on if there is one."""
     if config.training.dry_run:
         _dry_run(config)
         return
@@ -50,6 +65,8 @@ def run(argv: Sequence[str]) -> None:
         if is_first_rank():
             print(to_yaml(config), end="")
         return
+    from hacl_megatron.training.watchdog import Watchdog
+
     joined_already = dist.is_initialized()
     from hacl_megatron.checkpoint.choose import agree_on_checkpoint
 
@@ -57,22 +74,32 @@ def run(argv: Sequence[str]) -> None:
     note = None
     if config.checkpoint.load is not None:
         resume_from, note = agree_on_checkpoint(Path(config.checkpoint.load), fallback=config.checkpoint.load_fallback)
-    trainer = build_trainer(config, architecture, layout, resume_from, device)
-    if note is not None and trainer.log is not None:
-        trainer.log.say(note)
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.parallel.hang_timeout))
+        trainer = build_trainer(config, architecture, layout, resume_from, device, watchdog.beat)
         if trainer.loader is not None:
             stack.callback(trainer.loader.close)
         if trainer.log is not None:
             stack.callback(trainer.log.close)
         stack.callback(trainer.close)
-        trainer.train()
+        if note is not None and trainer.log is not None:
+            trainer.log.say(note)
+        if dist.get_rank() == 0:
+            _write_status_of(trainer, "running")
+        stopped_for = trainer.train()
+    if dist.get_rank() == 0:
+        _write_status_of(trainer, "finished" if stopped_for is None else "stopped", stopped_for)
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     if not joined_already:
         dist.destroy_process_group()
+
+
+def _write_status_of(trainer: Any, state: str, reason: str | None = None) -> None:
+    done, wanted = trainer.progress.iteration, trainer.train_iters
+    write_status(trainer.config.checkpoint.save, state, iteration=done, train_iters=wanted, reason=reason)
 
 
 def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelConfig:
@@ -156,9 +183,14 @@ def _refuse_other_sizes(asked: ModelConfig | None, found: ModelConfig, source: P
 
 
 def build_trainer(
-    config: RunConfig, architecture: ModelConfig, layout: Layout, resume_from: Path | None, device: torch.device
+    config: RunConfig,
+    architecture: ModelConfig,
+    layout: Layout,
+    resume_from: Path | None,
+    device: torch.device,
+    beat: Callable[[], None] = lambda: None,
 ):
-    """Everything a run consists of, ready to `train()`."""
+    """Everything a run consists of, ready to `train()`; it calls `beat` whenever something is done."""
     from hacl_megatron.checkpoint.sharded import copy_assets
     from hacl_megatron.data.tokenizer import load_tokenizer
     from hacl_megatron.training import setup, state
@@ -232,6 +264,7 @@ def build_trainer(
         log=log,
         write_assets=partial(copy_assets, assets, weights_of=hf_model, tokenizer=config.model.tokenizer),
         device=device,
+        beat=beat,
     )
 
 

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Every test, from nothing but Python and pip:  bash tests/run.sh [pytest arguments]
+#   bash tests/run.sh --slurm [--full]   instead: jobs on a real Slurm on this host (tests/slurm; as root, with apt's slurmctld,
+#                                        slurmd, slurm-client and munge), 4 minutes; --full: half an hour
 # PYTHON=python3.12 picks another interpreter (and with it megatron-core 0.19.x); each has its own virtual environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/install_venv.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # tests start several processes; more threads only get in each other's way
+[ "${1:-}" != --slurm ] || set -- tests/slurm "$@"
 exec "$VENV/bin/python" -m pytest "$@"

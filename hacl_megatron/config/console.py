@@ -1,11 +1,15 @@
 """One line to the user from a program that runs as thousands of processes.
 
-The rank is read from what the launcher set (torchrun, or srun alone), since nothing here may wait for
-`torch.distributed`: a wrong flag is reported before any process group exists.
+The rank is read from what the launcher set (torchrun, or srun alone), since nothing here may wait for a process group:
+a wrong flag is reported before there is one. torchrun's store, which is there from the start, tells who spoke first.
 """
 
+import itertools
 import os
+import re
+import socket
 import sys
+import traceback
 from typing import NoReturn
 
 
@@ -26,10 +30,70 @@ def notify(line: str) -> None:
 
 
 def exit_with_error(error: ValueError | str) -> NoReturn:
-    """Leave with status 2 and one line on stderr, no traceback.
-
-    One process of every node speaks, because a missing file may be missing on one node alone.
-    """
-    if _first("LOCAL_RANK", "SLURM_LOCALID"):
-        print(f"hacl_megatron: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    """Leave with status 2 and one line on stderr, no traceback; see `report_error` for who speaks."""
+    report_error(error)
     raise SystemExit(2)
+
+
+def report_error(error: BaseException | str) -> bool:
+    """Say a user's mistake in one line on stderr; returns whether this process was the one to speak.
+
+    Of a run's ranks the first to find it speaks, whichever it is (a file may be missing on one node alone), and names
+    itself. Ranks that find the same are silent; a rank that finds something else is heard too.
+    """
+    line = " ".join(str(error).split())
+    speaks = _is_news(line)
+    if speaks:
+        print(f"hacl_megatron: error: {line}{_named(' ({})')}", file=sys.stderr, flush=True)
+    return speaks
+
+
+def report_crash(error: BaseException) -> bool:
+    """Print the traceback of an exception that nobody expected, as `report_error`; what follows from it is not heard.
+
+    A rank that dies takes its connections with it, so that every other rank fails in its next collective.
+    """
+    last = f"{type(error).__name__}: {error}"
+    is_consequence = re.search(r"gloo|nccl|connection|socket|broken pipe|DistNetwork|DistBackend|DistStore", last, re.I)
+    speaks = _is_news(last, heard_later=not is_consequence)
+    if speaks:
+        text = "".join(traceback.format_exception(error)).rstrip()
+        print(f"hacl_megatron: failed{_named(': {}')}\n{text}", file=sys.stderr, flush=True)
+    return speaks
+
+
+def rank_and_node() -> str:
+    """`rank 3 on n2`, for messages."""
+    return f"rank {os.environ.get('RANK', '0')} on {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}"
+
+
+def _named(form: str) -> str:
+    return form.format(rank_and_node()) if _num_ranks() > 1 else ""
+
+
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_news(text: str, *, heard_later: bool = True) -> bool:
+    """Whether no other rank has said `text` before (or, with `heard_later` off, anything)."""
+    if _num_ranks() == 1 or "MASTER_PORT" not in os.environ:
+        return _first("LOCAL_RANK", "SLURM_LOCALID")
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    # torchrun counts the starts of its processes; a process that fails several times is a test's.
+    key = f"hacl_megatron/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_reports)}"
+    own = f"{os.environ['RANK']} {text}"
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
+        )
+        first = store.compare_set(key, "", own).decode()
+    except Exception:  # the store went with its process; better said twice than never
+        return heard_later
+    return first == own or (heard_later and first.split(" ", 1)[1] != text)
+
+
+_reports = itertools.count()

@@ -79,6 +79,10 @@ class ParallelFlags:
     )  # fmt: skip
     device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: CUDA if there is a device, else CPU and gloo.")
     distributed_timeout_minutes: int = flag(30, "How long a collective may wait for the other ranks.")
+    hang_timeout: float = flag(
+        1800.0, "Seconds without a finished step, validation batch or save after which every rank prints its stack and "
+        "the run ends; 0 never."
+    )  # fmt: skip
 
 
 @dataclass

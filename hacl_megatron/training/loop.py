@@ -52,6 +52,7 @@ class Trainer:
         evaluate_tasks: `--eval-tasks`: more scalars of each validation, on the rank with the log.
         log: on one rank alone.
         write_assets: puts tokenizer and processor files into a folder of each checkpoint.
+        beat: called whenever something is done; the watchdog listens.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Trainer:
         log: MetricsLog | None,
         write_assets: Callable[[Path], None],
         device: torch.device,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.architecture = architecture
@@ -86,6 +88,7 @@ class Trainer:
         self.log = log
         self.write_assets = write_assets
         self.device = device
+        self.beat = beat
         self.stop_requests = StopRequests(config.training.exit_duration_in_mins)
         self.step = Step(
             trainee.model,
@@ -104,11 +107,12 @@ class Trainer:
 
     # ---------------------------------------------------------------- the loop
 
-    def train(self) -> None:
-        """Train to the last iteration, or until something asks to stop."""
+    def train(self) -> str | None:
+        """Train to the last iteration (None), or until something asks to stop (what it was)."""
         batches = iter(self.loader) if self.loader is not None else None
         stop = None
         while self.progress.iteration < self.train_iters and stop is None:
+            self.beat()
             started = time.perf_counter()
             step_batches = next(batches) if batches is not None else None
             waited = time.perf_counter() - started
@@ -135,8 +139,11 @@ class Trainer:
             stop = stop or self._planned_exit()
             self._give_up_if_hopeless()
         self._save(finish=True)
-        if stop is not None:
-            self._say(f"stopped after iteration {self.progress.iteration}: {stop}")
+        self.stop_requests.close()
+        if self.progress.iteration >= self.train_iters:
+            return None
+        self._say(f"stopped after iteration {self.progress.iteration}: {stop}")
+        return stop
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0
@@ -235,6 +242,7 @@ class Trainer:
         """
         if self.saver is None:
             return
+        self.beat()
         if self._saved_at != self.progress.iteration:
             self._start_save(asynchronous=None if not finish else False)
         if finish and self.saver.wait() is not None:
@@ -374,6 +382,7 @@ class Trainer:
             for _ in range(self.config.training.eval_iters):
                 micro_batches, counts = self._receive(next(batches) if batches is not None else None)
                 totals.append((self.step.evaluate(micro_batches, counts), counts))
+                self.beat()
         finally:
             if loader is not None:
                 loader.close()

@@ -3,6 +3,8 @@
 import signal
 import time
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopRequests:
     """Collects reasons to save and stop: SIGTERM or SIGUSR1 on any rank, or the run's own time limit.
@@ -14,8 +16,16 @@ class StopRequests:
     def __init__(self, exit_duration_in_mins: float | None) -> None:
         self._deadline = None if exit_duration_in_mins is None else time.monotonic() + 60 * exit_duration_in_mins
         self._signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in _SIGNALS:
             signal.signal(number, self._note)
+
+    def close(self) -> None:
+        """Nothing is left to stop: further signals are ignored.
+
+        Whoever asks may ask again until the process is gone, and Python restores the default, death, before it ends.
+        """
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame) -> None:
         self._signal = number

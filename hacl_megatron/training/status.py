@@ -1,0 +1,49 @@
+"""`SAVE/run_status.json`: what became of a run, for whoever started it.
+
+torchrun turns every exit code of a trainer into 0 or 1, so a batch script decides by this file whether the run is to
+be started again: `running` (or killed), `stopped` (on request, saved, not finished), `finished`, or `failed` (by a
+user's mistake or because training is hopeless; the same start would fail again).
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+STATUS_FILE = "run_status.json"
+
+
+def write_status(
+    save: str | None,
+    state: Literal["running", "stopped", "finished", "failed"],
+    *,
+    iteration: int | None = None,
+    train_iters: int | None = None,
+    reason: str | None = None,
+) -> None:
+    """Replace the file in `save`, if there is such a folder; one rank calls it."""
+    if save is None or not Path(save).is_dir():
+        return
+    facts = {"state": state, "iteration": iteration, "train_iters": train_iters, "reason": reason, "launch": _launch()}
+    path = Path(save) / STATUS_FILE
+    temporary = path.with_name(f"{STATUS_FILE}.{os.environ.get('RANK', '0')}.tmp")
+    with contextlib.suppress(OSError):  # a full disk has been reported where it mattered
+        temporary.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}, indent=1) + "\n")
+        temporary.replace(path)
+
+
+def reason_not_to_restart(save: str | None) -> str | None:
+    """Why torchrun's restart of this process is in vain; None at a first start, or if it is worth a try."""
+    if save is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    try:
+        facts = json.loads((Path(save) / STATUS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    failed_before = facts.get("state") == "failed" and facts.get("launch") == _launch()
+    return facts.get("reason") if failed_before else None
+
+
+def _launch() -> str | None:
+    return os.environ.get("TORCHELASTIC_RUN_ID")

@@ -1,0 +1,205 @@
+"""The shipped sbatch files on a real Slurm of two nodes: chained, preempted, killed, laid out anew."""
+
+import math
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.slurm.cluster import Cluster, Job
+from tests.training.runs import LOSSES, assert_same_state, common_state, layout_flags, metrics, train, weights
+
+NUMBERS = (*LOSSES, "temperature", "learning-rate", "grad-norm")
+
+
+def flags(iterations: int, layout: str = "dp4") -> list[str]:
+    return ["--device", "cpu", "--train-iters", str(iterations), *layout_flags(layout)[1]]
+
+
+def uninterrupted(cluster: Cluster, name: str, iterations: int, layout: str = "dp4") -> Path:
+    """The same run without Slurm, torchrun or any interruption."""
+    save = cluster.folder / name
+    config = str(cluster.folder / "pretrain.yaml")
+    train([["--config", config, "--save", str(save), *flags(iterations, layout)]], layout_flags(layout)[0])
+    return save
+
+
+def assert_uninterrupted(whole: Path, save: Path, iterations: int) -> None:
+    """Bitwise the run that nobody interrupted; every iteration once in metrics.jsonl, and once in TensorBoard."""
+    assert_same_state(whole, save)
+    assert common_state(save)["data_state"]["consumed_samples"] == 8 * iterations
+    expected, found = metrics(whole), metrics(save)
+    assert [row["iteration"] for row in found] == list(range(1, iterations + 1))
+    for row, other in zip(expected, found, strict=True):  # other samples would give other losses
+        assert {tag: row[tag] for tag in NUMBERS} == {tag: other[tag] for tag in NUMBERS}, row["iteration"]
+    events = EventAccumulator(str(save / "tensorboard"), size_guidance={"scalars": 0}).Reload().Scalars("lm loss")
+    assert [event.step for event in events] == list(range(1, iterations + 1))
+    assert [event.value for event in events] == pytest.approx([row["lm loss"] for row in expected])
+
+
+@pytest.mark.timeout(1800)
+def test_chain_trains_both_stages_on_two_nodes_and_exports(cluster: Cluster) -> None:
+    chain = ["bash", "examples/slurm/chain.sh", "7b", "--nodes=2", "--", *flags(3)]
+    numbers = cluster.run(*chain, **cluster.job_env("chain", 2)).split()
+    out = cluster.folder / "out"
+    saves = (out / "chain-pretrain", out / "chain", out / "chain-hf")
+    jobs = [Job(cluster, number, save) for number, save in zip(numbers, saves, strict=True)]
+    assert [job.wait() for job in jobs] == ["COMPLETED"] * 3, "".join(job.log()[-3000:] for job in jobs)
+    for job in jobs[:2]:
+        assert job.status()["state"] == "finished" and job.status()["iteration"] == 3
+        assert "1 x 1 x 4 on cpu" in job.log() and "2 nodes (n[1-2]) x 2 processes" in job.log()
+    assert f"weights from {saves[0] / 'iter_0000003'}" in jobs[1].log()
+    temperature = weights(saves[1])["heads.temperature"]
+    assert temperature != weights(saves[0])["heads.temperature"]  # stage 2 goes on
+    with safe_open(saves[2] / "hacl_heads.safetensors", "pt") as heads:
+        assert heads.get_tensor("temperature").item() == temperature.item()
+
+
+# From here on one rank a node, for a start costs a processor 10 s for each.
+
+
+def stop_once(job: Job, name: str, after: int) -> None:
+    """Let Slurm ask the job to stop some time after iteration `after`; returns when it is back in the queue."""
+    job.wait_for(lambda: job.iterations() > after, f"iteration {after}")
+    time.sleep(random.uniform(0, 0.5))
+    job.signal(name)
+    job.wait_for(lambda: job.state() in ("PENDING", "COMPLETED"), "the requeue")
+
+
+def kill_once(job: Job, rank: int, after: int, in_save: bool) -> None:
+    """kill -9 of `rank` some time after iteration `after`, with a save under way if asked; torchrun starts all again
+    from the newest complete checkpoint."""
+    job.wait_for(lambda: job.iterations() > after and rank in job.trainers(), f"iteration {after}")
+    if in_save:
+        job.wait_for(lambda: any(job.save.glob("iter_*.partial")), "a save")
+    else:
+        time.sleep(random.uniform(0, 0.5))
+    starts, latest = job.starts(), job.latest()
+    job.kill_rank(rank)
+    job.wait_for(lambda: job.starts() > starts, f"a restart after rank {rank} was killed")
+    last = [line for line in job.log().splitlines() if line.startswith("resumed iteration ")][-1]
+    assert int(last.split()[2]) >= latest, (last, latest)
+    assert int(last.split()[2]) <= job.latest()
+
+
+@pytest.mark.timeout(1800)
+def test_preempted_twice_and_killed_three_times_is_bitwise_the_uninterrupted_run(cluster: Cluster) -> None:
+    iterations = 60
+    job = cluster.pretrain("hit", *flags(iterations, "dp2"), "--save-interval", "2", ranks_per_node=1, MAX_RESTARTS="5")
+    stop_once(job, "USR1", after=3)
+    stopped = job.latest()
+    kill_once(job, rank=1, after=stopped + 2, in_save=False)
+    kill_once(job, rank=0, after=job.latest() + 1, in_save=True)
+    kill_once(job, rank=1, after=job.latest() + 1, in_save=True)
+    stop_once(job, "TERM", after=job.latest() + 1)
+    assert job.wait() == "COMPLETED", job.log()[-4000:]
+    log = job.log()
+    assert job.status()["state"] == "finished"
+    assert "received SIGUSR1" in log and num_starts(job) == 3
+    assert f"stopped after iteration {stopped}: received SIGUSR1" in log
+    assert f"resumed iteration {stopped} from" in log
+    whole = uninterrupted(cluster, "whole", iterations, "dp2")
+    assert_uninterrupted(whole, job.save, iterations)
+
+
+@pytest.mark.timeout(1800)
+def test_resubmitted_at_another_layout_goes_on_with_the_same_samples(cluster: Cluster) -> None:
+    change_layouts(cluster, "relaid", ["tp2", "tp2-pp2"], 3)
+
+
+def change_layouts(cluster: Cluster, name: str, layouts: list[str], steps: int) -> None:
+    """Train `steps` iterations at each layout in turn, over two nodes where there are two ranks."""
+    iterations = steps * len(layouts)
+    whole = uninterrupted(cluster, f"{name}-whole", iterations, "tp1")
+    for index, layout in enumerate(layouts):
+        ranks = layout_flags(layout)[0]
+        nodes = min(2, ranks)
+        stop = ["--exit-interval", str(steps)]
+        shape = {"nodes": nodes, "ranks_per_node": ranks // nodes}
+        job = cluster.pretrain(name, *flags(iterations, layout), *stop, MAX_REQUEUES="0", **shape)
+        last = index == len(layouts) - 1
+        assert job.wait() == ("COMPLETED" if last else "FAILED"), job.log()[-4000:]
+        assert job.status()["state"] == ("finished" if last else "stopped")
+        assert job.latest() == (index + 1) * steps
+        if not last:  # 75: stopped, saved, to be gone on with
+            assert "ExitCode=75:0" in cluster.run("scontrol", "show", "job", "--oneliner", job.number)
+    assert [row["iteration"] for row in metrics(job.save)] == list(range(1, iterations + 1))
+    for expected, row in zip(metrics(whole), metrics(job.save), strict=True):
+        for tag in NUMBERS:
+            assert math.isclose(expected[tag], row[tag], rel_tol=1e-4, abs_tol=1e-6), (tag, expected, row)
+
+
+# ------------------------------------------------------------------------------------------------------ the long form
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_ten_preemptions_of_every_kind_at_random_moments(cluster: Cluster) -> None:
+    iterations = 100
+    job = cluster.pretrain("ten", *flags(iterations, "dp2"), "--save-interval", "4", ranks_per_node=1)
+    kinds = ["USR1", "TERM", "requeue", "node", "USR1", "TERM", "requeue", "node", "USR1", "USR1"]
+    random.shuffle(kinds)
+    for index, kind in enumerate(kinds):
+        job.wait_for(lambda: job.state() == "RUNNING", "running")
+        if index % 3 == 0:  # at any moment of a start
+            time.sleep(random.uniform(0, 12))
+        else:
+            goal = min(job.latest() + random.randint(1, 8), iterations - 1)
+            job.wait_for(lambda goal=goal: job.iterations() >= goal, f"iteration {goal}")
+            time.sleep(random.random())
+        assert job.state() == "RUNNING", f"over before preemption {index}: {job.log()[-3000:]}"
+        starts = num_starts(job)
+        interrupt(job, kind)
+        print(f"preemption {index}: {kind} at iteration {job.iterations()}, checkpoint {job.latest()}")
+        job.wait_for(partial(requeued, job, starts), "the requeue")
+        if kind == "node":
+            cluster.return_node("n2")
+    assert job.wait() == "COMPLETED", job.log()[-4000:]
+    assert num_starts(job) == len(kinds) + 1
+    assert_uninterrupted(uninterrupted(cluster, "ten-whole", iterations, "dp2"), job.save, iterations)
+
+
+def num_starts(job: Job) -> int:
+    return job.log().count("launch.sh: job")
+
+
+def requeued(job: Job, starts: int) -> bool:
+    return job.state() == "PENDING" or num_starts(job) > starts
+
+
+def interrupt(job: Job, kind: str) -> None:
+    interruptions: dict[str, Callable[[], object]] = {
+        "USR1": partial(job.signal, "USR1"),
+        "TERM": partial(job.signal, "TERM"),
+        "requeue": partial(job.cluster.run, "scontrol", "requeue", job.number),
+        "node": partial(job.cluster.lose_node, "n2"),
+    }
+    interruptions[kind]()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_thirty_kills_of_any_rank_also_in_saves(cluster: Cluster) -> None:
+    iterations = 100
+    shape = flags(iterations, "dp2")
+    job = cluster.pretrain("thirty", *shape, "--save-interval", "1", ranks_per_node=1, MAX_RESTARTS="60")
+    in_saves = 0
+    for index in range(30):
+        in_save = index % 2 == 0
+        after = min(job.latest() + random.randint(0, 2), iterations - 2)
+        kill_once(job, random.randrange(2), after, in_save)
+        in_saves += in_save
+    assert in_saves == 15
+    assert job.wait() == "COMPLETED", job.log()[-4000:]
+    assert_uninterrupted(uninterrupted(cluster, "thirty-whole", iterations, "dp2"), job.save, iterations)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_five_changes_of_layout(cluster: Cluster) -> None:
+    change_layouts(cluster, "five", ["tp1", "tp2", "pp2-first1", "dp2", "tp2-pp2", "tp1"], 3)
