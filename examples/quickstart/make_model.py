@@ -514,7 +514,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("output/quickstart/data"), help="what draw.py wrote")
     parser.add_argument("--output", type=Path, default=Path("output/quickstart/model"))
     parser.add_argument("--tower-steps", type=int, default=2800)
-    parser.add_argument("--language-steps", type=int, default=400)
+    parser.add_argument("--language-steps", type=int, default=440)
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args()
     make_model(args.data, args.output, args.tower_steps, args.language_steps, args.seed)
