@@ -44,8 +44,8 @@ SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits this long before it may start; the default is 120 s.
-AuthInfo=socket=$dir/run/munge.socket,cred_expire=2
+# A requeued job waits this long before it may start; below 5 it is the default, 120 s.
+AuthInfo=socket=$dir/run/munge.socket,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
 SlurmctldPidFile=$dir/run/slurmctld.own-pid
@@ -92,21 +92,11 @@ stop() {
   end "$dir/run/munged.pid"
 }
 
-lose() {  # the node's daemon, its steps, and what they started, at once
-  local victims=() file
-  for file in /proc/[0-9]*/environ; do
-    if tr '\0' '\n' <"$file" 2>/dev/null | grep -qx "SLURMD_NODENAME=$node" &&
-      tr '\0' '\n' <"$file" 2>/dev/null | grep -qx "SLURM_CONF=$SLURM_CONF"; then
-      victims+=("$(basename "$(dirname "$file")")")
-    fi
-  done
-  victims+=($(for file in /proc/[0-9]*/cmdline; do
-    if tr '\0' ' ' <"$file" 2>/dev/null | grep -qE "^slurmstepd: "; then
-      tr '\0' '\n' <"$(dirname "$file")/environ" 2>/dev/null | grep -qx "SLURM_CONF=$SLURM_CONF" &&
-        [ "$(nsenter -t "$(basename "$(dirname "$file")")" -u hostname 2>/dev/null)" = "$node" ] && basename "$(dirname "$file")"
-    fi
-  done; true))
-  kill -9 "$(cat "$dir/run/$node.pid")" ${victims[@]+"${victims[@]}"} 2>/dev/null || true
+lose() {  # the node's daemon, its steps, and what they started, at once: all that shares its hostname's namespace
+  local namespace
+  namespace=$(readlink "/proc/$(cat "$dir/run/$node.pid")/ns/uts")
+  find /proc -maxdepth 3 -path '/proc/[0-9]*/ns/uts' -lname "${namespace//[/\\[}" 2>/dev/null |
+    cut -d / -f 3 | xargs -r kill -9 || true
   scontrol update nodename="$node" state=down reason=lost
 }
 
