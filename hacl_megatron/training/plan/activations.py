@@ -7,7 +7,7 @@ trains: a frozen matrix product keeps nothing):
 
     norms, twice           input (eH; without a fused kernel in fp32, and trained the normalised rows too), 1/rms
     qkv product            trained: its input, eH
-    rotary                 cosines and sines of queries and keys: 4ed; where attention rotates itself, halves of both: ed
+    rotary                 cosines and sines of queries and keys: 4ed; where attention rotates itself: ed
     attention              rotated queries and keys e(q + k), the values (in the product's rows e(q + 2k), of which they
                            are a view, unless the kernel copies them: ek), output eq, log-sum-exp
     output product         trained: its input (the attention's output itself, or the copy of it that SDPA needs)
