@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -147,7 +147,8 @@ class StepMaker:
             drawn = [_Drawn(sample_id, self._files.sample(sample_id)) for _, sample_id in global_batch]
             for item in drawn:
                 self._encode(item)
-            parts = Parts(images=settings.plan(1).main.images)
+            main = settings.plan(1).main
+            parts = replace(main, texts=main.has_pairs)  # whichever of the two packs texts are in
             shares = self._assign([num_packed_rows(item.encoded, parts) for item in drawn])
             micro_batches = [[drawn[at] for at in micro_batch] for micro_batch in shares]
             for micro_batch in micro_batches:

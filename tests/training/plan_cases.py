@@ -178,7 +178,7 @@ def kept_by_autograd(module, micro_batch: MicroBatch, vocab_size: int, set_input
     if ahead is not None:
         with torch.no_grad():
             ahead = replace(ahead, pixel_values=main.pixel_values)
-            if ahead.image_rows.numel() and module.pre_process:
+            if ahead.image_rows.numel() and module.pre_process and not module.vision_tower_is_trained:
                 features = module.tower_features(main.pixel_values)
             set_input(ahead)
             output = module(ahead, SegmentLengths.of(ahead), tower_features=features)

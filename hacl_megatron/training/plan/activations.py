@@ -7,7 +7,7 @@ trains: a frozen matrix product keeps nothing):
 
     norms, twice           input (eH; without a fused kernel in fp32, and trained the normalised rows too), 1/rms
     qkv product            trained: its input, eH
-    rotary                 cosines and sines of queries and keys: 4ed; where attention rotates, halves of both: ed
+    rotary                 cosines and sines of queries and keys: 4ed; where attention rotates itself: ed
     attention              rotated queries and keys e(q + k), the values (in the product's rows e(q + 2k), of which they
                            are a view, unless the kernel copies them: ek), output eq, log-sum-exp
     output product         trained: its input (the attention's output itself, or the copy of it that SDPA needs)
@@ -125,22 +125,25 @@ def stage_activations(
         )  # fmt: skip
 
     whole = [layer(index, Recompute()) for index in range(layers)]
+    keeps_angles = True
     if recompute.granularity == "full":
         checkpoint = rows / shard * language.hidden_size * e
         if recompute.method == "block":
             recomputed = min(recompute.num_layers, layers)
             kept = recomputed * checkpoint + sum(whole[recomputed:])
             again = max(whole[:recomputed], default=0.0)
+            keeps_angles = recomputed < layers
         else:
             together = min(recompute.num_layers, layers)
             kept = math.ceil(layers / together) * checkpoint
+            keeps_angles = False
             again = max(sum(whole[start : start + together]) for start in range(0, layers, together))
         if not kernels.rotates_itself:
             kept += FP32 * rows * language.head_dim
     else:
         kept = sum(layer(index) for index in range(layers))
         again = max(all_of_it - layer(index) for index, all_of_it in enumerate(whole))
-    if kernels.rotates_itself and e == FP32 and recompute.granularity != "full":
+    if kernels.rotates_itself and e == FP32 and keeps_angles:
         kept += FP32 * rows * language.head_dim  # the layers' table of angles
     working = again + rows * e * (3 * language.ffn_hidden_size / tp + 2 * language.hidden_size)
     logits = logits_peak = 0.0
@@ -197,6 +200,8 @@ def llama_layer(
     projected = rows * e * (2 * key if reads else query + 2 * key)
     if again and kernels.rotates_itself:
         kept += projected
+        if language.num_query_groups < language.num_attention_heads:
+            kept += rows * e * query  # grouped queries are not a view of the product
     else:
         kept += rows * e * key if kernels.copies_values else projected
         kept += e * (asking * query + rows * key)  # rotated

@@ -1,8 +1,8 @@
 """FLOPs, bytes sent and seconds of one optimiser step: estimates.
 
 FLOPs are counted as `training.flops` does (2 per multiply-add of matrix products; forward once, input gradients once,
-weight gradients once where they train) but by pipeline stage, and with what is computed twice beside them. The order of
-ranks is megatron-core's: tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages.
+weight gradients once where they train) but by pipeline stage, and with what is computed twice beside them. Rank order
+is megatron-core's: tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages.
 """
 
 from dataclasses import dataclass
