@@ -12,6 +12,7 @@
 #   MAX_REQUEUES      how often the job puts itself back into the queue (100; 0 never: exit 75 alone)
 #   SHUTDOWN_TIMEOUT  seconds that a save may take after SIGTERM (600)
 set -uo pipefail
+{  # read whole before it runs, so that an edit does not disturb a running job
 here=examples/slurm
 export RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 export MAX_RESTARTS=${MAX_RESTARTS:-3}
@@ -64,11 +65,9 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per
 srun=$!
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
-code=0
-while kill -0 "$srun" 2>/dev/null; do
-  wait "$srun"
-  code=$?
-done
+while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
+wait "$srun"  # again: a signal may have ended the one above, and bash remembers
+code=$?
 
 # ------------------------------------------------------------------------------------------------------ what it means
 state=$(sed -n 's/^ *"state": *"\([a-z]*\)".*/\1/p' "$status" 2>/dev/null)
@@ -83,3 +82,4 @@ if [ "$state" = stopped ] || { [ -n "$asked" ] && [ "$state" != failed ]; }; the
   exit 75  # EX_TEMPFAIL
 fi
 exit $((code == 0 ? 1 : code))
+}

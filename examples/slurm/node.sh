@@ -2,6 +2,7 @@
 # Each node's task of a training job: one torchrun. USR1 or TERM, from launch.sh or from Slurm, goes to the trainers as
 # USR1 and past torchrun, which would end them (TERM) or itself (USR1): they agree on a step, save, and end well.
 set -uo pipefail
+{  # read whole before it runs, so that an edit does not disturb a running job
 trap '' USR1  # inherited: torchrun ignores it, the trainers replace it by their own handler
 torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts="$MAX_RESTARTS" \
   --rdzv-backend=c10d --rdzv-endpoint="$RDZV_HOST:$RDZV_PORT" --rdzv-id="$RDZV_ID" \
@@ -22,9 +23,8 @@ stop() {
   telling=yes
 }
 trap stop USR1 TERM
-code=0
-while kill -0 "$torchrun" 2>/dev/null; do
-  wait "$torchrun"
-  code=$?
-done
+while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun"; done
+wait "$torchrun"  # again: a signal may have ended the one above, and bash remembers
+code=$?
 exit "$code"
+}
