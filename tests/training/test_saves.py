@@ -93,6 +93,8 @@ def filled_disk(folder: Path) -> list:
 
     def report_and_fill(self: Trainer, *arguments: Any) -> None:
         report(self, *arguments)
+        if torch.distributed.get_rank() != 0:
+            return
         if self.progress.iteration == 2:
             try:
                 with filler.open("wb", buffering=0) as file:
