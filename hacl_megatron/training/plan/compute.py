@@ -79,11 +79,8 @@ def stage_flops(config: RunConfig, model: ModelConfig, micro_batch: MicroBatchSh
     if recompute.granularity == "full":
         end = min(recompute.num_layers, layers) if recompute.method == "block" else layers
         repeated += of_layers(main.segments, 1, end=end)
-    if micro_batch.ahead is not None:
-        twice = micro_batch.runs_twice
-        once = tuple(part for part in micro_batch.ahead.segments if part not in twice)
-        total += of_layers(once, 1)
-        repeated += of_layers(twice, 1)
+    total += of_layers(micro_batch.runs_once_ahead, 1)
+    repeated += of_layers(micro_batch.runs_twice, 1)
     if is_first:
         tower_trained = not config.model.freeze_ViT
         total += vision_flops(model, 1, trained=tower_trained) * main.images

@@ -151,7 +151,7 @@ def _time(plan: Plan) -> str:
     nodes = plan.layout.world_size / plan.cluster.gpus_per_node
     images = plan.samples_per_second * plan.samples.image_share / nodes
     repeated = sum(stage.flops.repeated for stage in plan.stages) / sum(stage.flops.hardware for stage in plan.stages)
-    again = f" ({repeated:.0%} of the work is done twice)" if repeated else ""
+    again = f" ({repeated:.0%} of what is computed is computed again)" if repeated else ""
     lines = [
         table,
         f"{plan.model_flops:.3g} model FLOPs a step, {per_gpu:.0f} TFLOP/s a GPU{again}; {plan.samples_per_second:.1f} "

@@ -137,18 +137,17 @@ class MicroBatchShape:
         return 2 * self.pairs + self.hallucinated
 
     @property
+    def runs_once_ahead(self) -> tuple[Segments, ...]:
+        """Texts that run ahead and not again: those of a frozen LLM."""
+        return () if self.ahead is None or self.main.of_kind("text") else self.ahead.of_kind("text")
+
+    @property
     def runs_twice(self) -> tuple[Segments, ...]:
         """Segments of `ahead` that the main pass repeats: the price of gradient caching."""
         if self.ahead is None:
             return ()
-        if self.main.of_kind("text"):
-            return self.ahead.segments
-        return tuple(part for part in self.ahead.segments if part.kind != "text")
-
-    @property
-    def keeps_tower_features(self) -> bool:
-        """Images run twice, and a frozen tower's features are kept in between."""
-        return self.ahead is not None and self.ahead.image_rows > 0
+        once = (*self.runs_once_ahead, *self.ahead.of_kind("padding"))
+        return tuple(part for part in self.ahead.segments if part not in once)
 
 
 def num_micro_batches(config: RunConfig, model: ModelConfig, layout: Layout, samples: Samples) -> int:
