@@ -95,6 +95,8 @@ class Contrast:
             terms = self.terms(local, leaf, with_queue=True)
             self.share(terms, num_pairs).backward()
         pairs, hallucinated = [size for size, _ in sizes], [size for _, size in sizes]
+        if local.hallucinated.grad is None:  # no negatives of anything
+            local.hallucinated.grad = torch.zeros_like(local.hallucinated)
         per_micro_batch = zip(
             local.image.grad.split(pairs),
             local.caption.grad.split(pairs),
