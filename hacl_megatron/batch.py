@@ -48,6 +48,7 @@ A micro-batch may be cut into two packs (`MicroBatch`): one that runs ahead, for
 """
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -119,6 +120,11 @@ class PackedBatch:
     """Rows at the end of the pack that belong to no sample."""
     num_text_rows: int
     """Rows of caption and hallucinated-caption segments."""
+
+    @cached_property
+    def lengths(self) -> "SegmentLengths":
+        """Read back from an accelerator once, when it is first asked for: before the step runs."""
+        return SegmentLengths.of(self)
 
     @property
     def num_pairs(self) -> int:

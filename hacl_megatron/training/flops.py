@@ -19,8 +19,7 @@ def step_flops(
     passes = 3 if trains_language_model else 2  # the connector before it trains always
     total = vision_flops(model, sum(batch.main.num_images for batch in micro_batches), trained=trains_vision_tower)
     for batch in micro_batches:
-        lengths = SegmentLengths.of(batch.main)
-        total += language_flops(model, lengths, batch.main.num_targets, passes=passes)
+        total += language_flops(model, batch.main.lengths, batch.main.num_targets, passes=passes)
         if batch.ahead is not None and not batch.main.num_text_rows:
             total += language_flops(model, _text_lengths(batch.ahead), 0, passes=1)
     return total
@@ -28,7 +27,7 @@ def step_flops(
 
 def _text_lengths(batch: PackedBatch) -> SegmentLengths:
     """Lengths of the captions and hallucinated captions: the last segments in front of the padding."""
-    lengths = SegmentLengths.of(batch)
+    lengths = batch.lengths
     end = len(lengths.segments) - (batch.num_padding_rows > 0)
     begin = end - batch.caption_eos_rows.numel() - batch.hallucinated_eos_rows.numel()
     return SegmentLengths(segments=lengths.segments[begin:end], read=lengths.read[begin:end], branches=())

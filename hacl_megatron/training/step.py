@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hacl_megatron.batch import MicroBatch, SegmentLengths
+from hacl_megatron.batch import MicroBatch
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.contrastive import ContrastiveTerms
@@ -140,7 +140,7 @@ class Step:
 
     def _run(self, micro_batches: Sequence[MicroBatch], counts: GlobalCounts, *, forward_only: bool) -> StepMetrics:
         # Read the lengths back before the first micro-batch runs, so that the schedule itself never waits for the host.
-        lengths = [SegmentLengths.of(batch.main) for batch in micro_batches]
+        lengths = [batch.main.lengths for batch in micro_batches]
         spans = pool_spans_micro_batches(self.config, len(micro_batches))
         caches = spans and not forward_only and micro_batches[0].ahead is not None
 
@@ -195,7 +195,7 @@ class Step:
             return None
         started = time.perf_counter()
         packs = [replace(batch.ahead, pixel_values=batch.main.pixel_values) for batch in micro_batches]
-        lengths = [SegmentLengths.of(pack) for pack in packs]
+        lengths = [batch.ahead.lengths for batch in micro_batches]
 
         def forward_step(indices: Iterator[int], model: DistributedDataParallel):
             index = next(indices)
