@@ -121,8 +121,8 @@ class DataFlags:
         ".", "Folder that the image names in the JSON files are relative to; not needed for prepared shards."
     )  # fmt: skip
     version: TemplateName = flag(
-        "v1", "Conversation template: plain for pretrain, LLaVA's v1 (Vicuna) or minigpt4 (###Human: ...) for finetune. "
-        "A question without words has MiniGPT-4's first-stage prompt, none, which is plain's."
+        "v1", "Conversation template: plain for pretrain, LLaVA's v1 (Vicuna) or minigpt4 (###Human: ...) for finetune."
+        " A question without words has MiniGPT-4's first-stage prompt, none, which is plain's."
     )  # fmt: skip
     image_aspect_ratio: Literal["pad", "square"] = flag(
         "pad", "pad: fill to a square with the mean colour, then resize. square: shortest edge, then centre crop."

@@ -6,10 +6,10 @@
 
 The first two follow llava/train/train.py (`preprocess_multimodal`, `preprocess_plain`, `preprocess_v1`),
 llava/mm_utils.py (`tokenizer_image_token`) and llava/model/llava_arch.py (expansion of the image, truncation behind it)
-token for token, also where that code is odd: a message's blanks are stripped only if it holds the image tag, an empty answer loses its
-separator, and a dialogue whose rounds do not tokenize to the length of the whole loses all its labels. The third
-follows minigpt4/models/minigpt_base.py and train_configs/minigpt4_stage2_finetune.yaml: every piece around the image
-and every answer is tokenized on its own. MiniGPT-4's first stage has no prompt: its rows are `plain`'s.
+token for token, also where that code is odd: a message's blanks are stripped only if it holds the image tag, an empty
+answer loses its separator, and a dialogue whose rounds do not tokenize to the length of the whole loses all its labels.
+The third follows minigpt4/models/minigpt_base.py and train_configs/minigpt4_stage2_finetune.yaml: every piece around
+the image and every answer is tokenized on its own. MiniGPT-4's first stage has no prompt: its rows are `plain`'s.
 """
 
 import hashlib
