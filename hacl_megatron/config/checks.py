@@ -230,10 +230,14 @@ def _layout(config: RunConfig, world_size: int) -> Layout:
     micro = config.training.micro_batch_size
     batch = micro * dp if config.training.global_batch_size is None else config.training.global_batch_size
     by_tokens = config.training.micro_batch_tokens is not None
+    remedy = f"expected a multiple of {micro * dp}"
+    if batch % dp == 0:
+        divisors = (size for size in range(min(micro, batch // dp), 0, -1) if batch // dp % size == 0)
+        remedy += f", or --micro-batch-size {next(divisors)}"
     _require(
         by_tokens or batch % (micro * dp) == 0,
         f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {dp} data-parallel replicas",
-        f"expected a multiple of {micro * dp}",
+        remedy,
     )
     return Layout(
         world_size=world_size,

@@ -136,7 +136,12 @@ def test_global_batch_size(base, batch, fits):
     if fits:
         assert check_flags(config, 2).num_micro_batches == batch // 8
     else:
-        assert "expected a multiple of 8" in refused(config, 2)
+        said = refused(config, 2)
+        assert "expected a multiple of 8" in said
+        workable = {4: 2, 12: 3}.get(batch)
+        assert said.endswith(f"or --micro-batch-size {workable}" if workable else "multiple of 8")
+        if workable:
+            check_flags(changed(config, micro_batch_size=workable), 2)
 
 
 def test_bf16_switches_the_distributed_optimizer_on(base, capsys):

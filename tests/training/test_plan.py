@@ -211,9 +211,8 @@ def test_examples_have_the_published_hyper_parameters_and_fit(name):
     assert {key: flags[key] for key in expected} == expected
     plan = plan_of(config, 16 if name.startswith("hacl") else 8)
     assert plan.fits, plan.memory / GIB
-    assert (
-        plan.layout.global_batch_size == plan.layout.dp * plan.layout.micro_batch_size * plan.layout.num_micro_batches
-    )
+    samples = plan.layout.dp * plan.samples_per_micro_batch * plan.layout.num_micro_batches
+    assert samples == pytest.approx(plan.layout.global_batch_size)
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("pretrain_7b", (4096, 11008, 32)), ("pretrain_13b", (5120, 13824, 40))])
@@ -425,6 +424,21 @@ def test_tool_prints_every_part_of_a_plan(capsys):
         assert words in text, words
 
 
+@pytest.mark.parametrize(
+    ("name", "hours"),
+    [("pretrain_7b", "3.5 h"), ("pretrain_13b", "5.5 h"), ("finetune_7b", "10 h"), ("finetune_13b", "20 h")],
+)
+def test_tool_sets_its_hours_beside_the_published_ones(capsys, name, hours):
+    """On 8 GPUs; and the same file can be planned for 16, where nothing was published."""
+    file = ["--config", str(EXAMPLES / f"{name}.yaml"), "--gpu", "a100-80g"]
+    code, text = run_tool(capsys, *file)
+    ours, theirs = text.split("\nrun: ")[1].splitlines()[:2]
+    assert code == 0 and theirs.startswith("published for LLaVA-1.5") and theirs.endswith(f" {hours}")
+    assert 0.4 < float(ours.split()[-2]) / float(hours.split()[0]) < 1.1
+    code, text = run_tool(capsys, *file, "--nodes", "2", "--gpus-per-node", "8")
+    assert code == 0 and "published" not in text
+
+
 def test_tool_takes_flags_over_the_file_and_says_when_a_run_does_not_fit(capsys):
     file = ["--config", str(EXAMPLES / "finetune_7b.yaml"), "--gpu", "a100-40g"]
     code, text = run_tool(capsys, *file)
@@ -493,7 +507,7 @@ def test_memory_grows_with_what_it_should(folder: Path):
             setattr(group, name, value)
         return plan_of(config, 8)
 
-    smaller = changed(micro_batch_size=8)
+    smaller = changed(micro_batch_size=4)
     assert smaller.stages[0].memory.activations == pytest.approx(base.stages[0].memory.activations / 2, rel=1e-6)
     assert smaller.time.weights > base.time.weights and smaller.time.compute == pytest.approx(base.time.compute)
     split = changed(tensor_model_parallel_size=2, sequence_parallel=True)
