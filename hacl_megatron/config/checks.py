@@ -64,6 +64,7 @@ LIMITS: dict[str, tuple[float, float]] = {
             "model_max_length", "num_workers", "io_threads", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
             "micro_batch_size", "micro_batch_tokens", "queue_size", "global_batch_size", "train_iters",
             "exit_interval", "eval_iters", "log_interval", "world_size", "save_retain", "save_keep_interval",
+            "profile_step_start", "profile_step_end",
         ),
         (1, _FINITE),
     ),
@@ -71,6 +72,7 @@ LIMITS: dict[str, tuple[float, float]] = {
         (
             "contrastive_weight", "lr", "min_lr", "connector_lr", "heads_lr", "weight_decay", "clip_grad",
             "eval_interval", "save_interval", "shuffle_block", "dry_run_rank", "hang_timeout",
+            "profile_ranks",
         ),
         (0, _FINITE),
     ),
@@ -104,6 +106,7 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
     _check_length(config)
     _check_rates(config)
     _check_contrast(config)
+    _check_profile(config, layout)
     if files:
         _check_inputs(config)
         _check_outputs(config)
@@ -328,6 +331,40 @@ def _check_contrast(config: RunConfig) -> None:
         f"both --micro-batch-size {training.micro_batch_size} and --micro-batch-tokens are given",
         "give one of them",
     )
+
+
+def _check_profile(config: RunConfig, layout: Layout) -> None:
+    logging, length = config.logging, config.training.train_iters
+    start, end = logging.profile_step_start, logging.profile_step_end
+    for name, given, other in (("end", end, start), ("start", start, end)):
+        _require(
+            given is not None or other is None,
+            f"--profile-step-{'start' if name == 'end' else 'end'} is given alone",
+            f"add --profile-step-{name}",
+        )
+    if start is None:
+        return
+    _require(
+        start < end,
+        f"--profile-step-start {start} is not before --profile-step-end {end}",
+        "the trace holds the iterations from the one up to the other: raise the end",
+    )
+    _require(
+        length is None or start <= length,
+        f"--profile-step-start {start} is behind the last of {length} iterations",
+        "nothing would be traced: lower it",
+    )
+    _require(
+        bool(logging.tensorboard_dir or config.checkpoint.save),
+        "--profile-step-start is given without a folder to write the trace to",
+        "add --save or --tensorboard-dir",
+    )
+    for rank in logging.profile_ranks:
+        _require(
+            rank < layout.world_size,
+            f"--profile-ranks {rank}: there are {layout.world_size} processes",
+            f"expected ranks below {layout.world_size}",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -43,6 +43,7 @@ class MetricsLog:
         first_iteration: the last iteration that is kept; 0 for a fresh run.
         last_iteration: total of the progress bar.
         wandb_project: project name, or None.
+        wandb_dir: folder that keeps its files and the run's id, so that a resumed run goes on with the same curves.
         config: shown by Weights & Biases beside the curves.
     """
 
@@ -54,6 +55,7 @@ class MetricsLog:
         first_iteration: int,
         last_iteration: int,
         wandb_project: str | None = None,
+        wandb_dir: Path | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._writer = self._file = self._wandb = None
@@ -69,9 +71,7 @@ class MetricsLog:
             keep_iterations(jsonl, first_iteration)
             self._file = jsonl.open("a", encoding="utf-8")
         if wandb_project is not None:
-            import wandb
-
-            self._wandb = wandb.init(project=wandb_project, config=dict(config or {}))
+            self._wandb = _open_wandb(wandb_project, wandb_dir, dict(config or {}), goes_on=first_iteration > 0)
         self._bar = tqdm(
             total=last_iteration,
             initial=first_iteration,
@@ -142,6 +142,20 @@ class MetricsLog:
                     sink.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _open_wandb(project: str, folder: Path | None, config: dict[str, Any], *, goes_on: bool) -> Any:
+    """A Weights & Biases run; one that `goes_on` has the id that `folder` keeps."""
+    import wandb
+
+    note = None if folder is None else folder / "wandb_run_id.txt"
+    known = note.read_text(encoding="utf-8").strip() if goes_on and note is not None and note.is_file() else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(project=project, config=config, dir=folder, id=known, resume="allow" if known else None)
+    if note is not None:
+        note.write_text(f"{run.id}\n", encoding="utf-8")
+    return run
 
 
 def keep_iterations(jsonl: Path, last: int) -> None:
