@@ -6,6 +6,7 @@ Only one rank builds a `MetricsLog`; the tags are DESIGN's, Megatron-LM's where 
 import contextlib
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,38 @@ _TERMINAL = (
     ("learning-rate", "lr {:.2e}"),
     ("samples-per-second", "{:.1f} samples/s"),
 )
+
+
+# TensorBoard's page `Custom Scalars`: what belongs on one chart, a run's curve beside its validation's. The tags
+# themselves are flat, as in Megatron-LM, and stand in alphabetical order on the other pages.
+_PAGE = {
+    "Losses": {
+        "language model, a target token": ["lm loss", "lm loss validation"],
+        "contrastive": ["contrastive loss", "contrastive loss validation"],
+        "contrastive by direction": ["contrastive loss i2t", "contrastive loss t2i"],
+    },
+    "Contrast": {
+        "image finds its caption": ["retrieval accuracy i2t", "retrieval accuracy i2t validation"],
+        "caption preferred to hallucinated": ["hallucination accuracy", "hallucination accuracy validation"],
+        "margin over hallucinated": ["hallucination margin", "hallucination margin validation"],
+        "temperature": ["temperature"],
+    },
+    "Optimiser": {
+        "learning rate": ["learning-rate"],
+        "gradient norm": ["grad-norm"],
+        "parameter norm": ["params-norm"],
+        "skipped steps and unusable samples": ["skipped-steps", "bad-samples"],
+    },
+    "Speed": {
+        "samples a second": ["samples-per-second"],
+        "model TFLOP/s a GPU": ["model-tflops-per-gpu"],
+        "of a step: data wait, pass ahead; of the peak: MFU": ["data-wait-share", "ahead-share", "mfu"],
+        "slowest rank's time over the median's": ["rank-time-spread"],
+        "slowest rank": ["slowest-rank"],
+        "memory, bytes": ["mem-max-allocated-bytes", "mem-resident-bytes"],
+        "seconds": ["iteration-time", "save-stall-seconds"],
+    },
+}
 
 
 def terminal_line(scalars: Mapping[str, float]) -> str:
@@ -66,6 +99,7 @@ class MetricsLog:
 
             # purge_step hides what a run that was killed after its last checkpoint had already logged.
             self._writer = SummaryWriter(str(tensorboard_dir), purge_step=first_iteration + 1)
+            self._writer.add_custom_scalars(_custom_scalars())
         if jsonl is not None:
             jsonl.parent.mkdir(parents=True, exist_ok=True)
             keep_iterations(jsonl, first_iteration)
@@ -142,6 +176,14 @@ class MetricsLog:
                     sink.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _custom_scalars() -> dict[str, dict[str, list]]:
+    """`_PAGE` as TensorBoard has it, tags as regular expressions."""
+    return {
+        group: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}
+        for group, charts in _PAGE.items()
+    }
 
 
 def _open_wandb(project: str, folder: Path | None, config: dict[str, Any], *, goes_on: bool) -> Any:

@@ -18,7 +18,7 @@ from hacl_megatron.train import run
 from hacl_megatron.training.plan.parameters import stage_parameters
 from hacl_megatron.training.plan.state import state_bytes
 from tests.distributed import _context
-from tests.training.test_plan import EXAMPLES, seventy_billion
+from tests.training.example_plans import EXAMPLES, seventy_billion
 
 FINETUNE, PRETRAIN_13B = str(EXAMPLES / "finetune_7b.yaml"), str(EXAMPLES / "pretrain_13b.yaml")
 TP8_PP4 = ["--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4", "--sequence-parallel"]
