@@ -14,7 +14,8 @@ from typing import get_args
 
 import pytest
 
-from hacl_megatron.config.checks import LATEST_FILE, LIMITS, Layout, _check_inputs, _check_writable, check_flags
+from hacl_megatron.config.checks import LIMITS, Layout, check_flags
+from hacl_megatron.config.file_checks import LATEST_FILE, check_inputs, check_writable
 from hacl_megatron.config.parser import GROUPS, HINTS
 from hacl_megatron.config.run import RunConfig, to_yaml, with_architecture
 from tests.config.test_round_trip import MODEL
@@ -323,11 +324,11 @@ def test_folders_that_must_not_be_written_or_searched(base):
         def check() -> None:
             for name in ("read-only", "closed", "closed/run"):
                 with pytest.raises(ValueError, match="not writable"):
-                    _check_writable("save", f"{folder}/{name}")
-            _check_writable("save", f"{folder}/open/run")
+                    check_writable("save", f"{folder}/{name}")
+            check_writable("save", f"{folder}/open/run")
             closed = changed(base, image_folder=f"{folder}/closed/images", data_path=[f"{folder}/closed/a.json"])
             with pytest.raises(ValueError, match="no such file"):
-                _check_inputs(closed)
+                check_inputs(closed)
 
         if os.geteuid() != 0:
             check()
