@@ -229,6 +229,29 @@ COMBINATIONS = {
     ),
     "projector": ({"mm_projector_type": "mlp2x"}, "'mlp2x'", {"mm_projector_type": "mlp3x_gelu"}),
     "validation without data": ({"eval_interval": 5}, "give --valid-data-path", {"eval_interval": 0}),
+    "a trace without an end": (
+        {"profile_step_start": 2, "save": "{}/new"}, "add --profile-step-end",
+        {"profile_step_start": 2, "profile_step_end": 4, "save": "{}/new"},
+    ),
+    "a trace without a start": (
+        {"profile_step_end": 2, "save": "{}/new"}, "--profile-step-end is given alone; add --profile-step-start", {},
+    ),
+    "a trace of nothing": (
+        {"profile_step_start": 3, "profile_step_end": 3, "save": "{}/new"}, "3 is not before --profile-step-end 3",
+        {"profile_step_start": 3, "profile_step_end": 4, "save": "{}/new"},
+    ),
+    "a trace behind the end": (
+        {"profile_step_start": 11, "profile_step_end": 12, "save": "{}/new"}, "behind the last of 10 iterations",
+        {"profile_step_start": 10, "profile_step_end": 12, "tensorboard_dir": "{}/new"},
+    ),
+    "a trace nowhere": (
+        {"profile_step_start": 2, "profile_step_end": 4}, "add --save or --tensorboard-dir", {"profile_ranks": [7]},
+    ),
+    "a trace of a rank that is not there": (
+        {"profile_step_start": 2, "profile_step_end": 4, "save": "{}/new", "profile_ranks": [0, 1]},
+        "--profile-ranks 1: there are 1 processes; expected ranks below 1",
+        {"profile_step_start": 2, "profile_step_end": 4, "save": "{}/new", "profile_ranks": [0]},
+    ),
     "saving nowhere": (
         {"save_interval": 5}, "--save-interval is given without", {"save_interval": 5, "save": "{}/new"},
     ),
