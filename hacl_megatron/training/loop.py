@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 
 from hacl_megatron.batch import BadSample, MicroBatch, StepBatches
 from hacl_megatron.checkpoint.local_parts import frozen_keys
@@ -27,7 +25,7 @@ from hacl_megatron.training.flops import step_flops
 from hacl_megatron.training.metrics import MetricsLog
 from hacl_megatron.training.plan.hardware import peak_flops
 from hacl_megatron.training.profiling import ProfileWindow
-from hacl_megatron.training.scalars import loss_scalars, mean_losses
+from hacl_megatron.training.scalars import loss_scalars, mean_losses, params_norm
 from hacl_megatron.training.schedule import default_learning_rate
 from hacl_megatron.training.setup import Trainee
 from hacl_megatron.training.signals import StopRequests
@@ -393,19 +391,8 @@ class Trainer:
         if result.num_zeros is not None:
             scalars["num-zeros"] = result.num_zeros
         if self.config.logging.log_params_norm:
-            scalars["params-norm"] = self._params_norm()
+            scalars["params-norm"] = params_norm(self.trainee, self.device)
         return scalars
-
-    def _params_norm(self) -> float:
-        self.trainee.gather_parameters()
-        local = sum(
-            parameter.detach().float().square().sum().item()
-            for parameter in self.trainee.module.parameters()
-            if parameter.requires_grad
-            and param_is_not_shared(parameter)
-            and param_is_not_tensor_parallel_duplicate(parameter)
-        )
-        return math.sqrt(global_sums([local], group=self.trainee.groups.mp, device=self.device)[0])
 
     def _validate(self) -> dict[str, float]:
         """Mean losses over `--eval-iters` batches of the validation data, always the same ones."""

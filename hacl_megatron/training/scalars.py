@@ -3,6 +3,12 @@
 import math
 from collections.abc import Sequence
 
+import torch
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from hacl_megatron.training.exchange import global_sums
+from hacl_megatron.training.setup import Trainee
 from hacl_megatron.training.step import GlobalCounts, StepMetrics
 
 
@@ -31,3 +37,16 @@ def mean_losses(batches: Sequence[tuple[StepMetrics, GlobalCounts]]) -> dict[str
         if finite:
             means[tag] = sum(value * weight for value, weight in finite) / sum(weight for _, weight in finite)
     return means
+
+
+def params_norm(trainee: Trainee, device: torch.device) -> float:
+    """L2 norm of the trained parameters of the whole model; every rank calls it."""
+    trainee.gather_parameters()
+    local = sum(
+        parameter.detach().float().square().sum().item()
+        for parameter in trainee.module.parameters()
+        if parameter.requires_grad
+        and param_is_not_shared(parameter)
+        and param_is_not_tensor_parallel_duplicate(parameter)
+    )
+    return math.sqrt(global_sums([local], group=trainee.groups.mp, device=device)[0])

@@ -18,7 +18,7 @@ from hacl_megatron.training.step_time import OwnTime, RankNumbers, rank_scalars
 from tests.training.runs import layout_flags, make_inputs, metrics, train
 
 SLOW = 1
-SECONDS = 1.5
+SECONDS = 1.0
 
 
 def _with_slow_rank(arguments: list[str], what: type, name: str) -> None:
