@@ -58,7 +58,7 @@ setup(
             *dali(),
         ],  # Apex is detected if built from source; the index's "apex" is another project
         "llm": ["openai>=2.0"],  # --method llm of tools/generate_hallucinations.py: retries, back-off, time-outs
-        "wandb": ["wandb>=0.18"],  # --wandb-project
+        "wandb": ["wandb>=0.18"],  # --wandb-project: curves of many runs side by side, on its server or one's own
         "quickstart": ["matplotlib>=3.9"],  # the report's plots
         "plots": ["scikit-learn>=1.5", "matplotlib>=3.9"],  # tools/plot_representations.py: PCA, t-SNE; pictures
         "evaluate": ["textblob>=0.20"],  # CHAIR, AMBER: singulars as published, a tagger without downloads; brings NLTK
@@ -71,6 +71,7 @@ setup(
             "inflect>=7.5",  # oracle for the plurals and articles of the word lists
             "textblob>=0.20",
             "webdataset>=1.0",  # reads the tar shards as other programs do
+            "wandb>=0.18",  # --wandb-project, offline
             "scikit-learn>=1.5",  # representation plots, and an oracle of recall
             "ruff>=0.9",  # format and lint
             "import-linter>=2.1",  # holds the layering

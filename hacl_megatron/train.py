@@ -196,6 +196,7 @@ def build_trainer(
     from hacl_megatron.training import setup, state
     from hacl_megatron.training.loop import Trainer
     from hacl_megatron.training.metrics import MetricsLog, keep_iterations
+    from hacl_megatron.training.profiling import ProfileWindow
 
     groups = setup.initialize_parallelism(config, layout)
     progress, data_state = state.Progress(), None
@@ -231,18 +232,19 @@ def build_trainer(
     if config.training.eval_tasks:
         evaluate_tasks = open_tasks(config, layout, trainee, tokenizer, device)
     hf_model = architecture if _starts_from_hf(config, resume_from) else None
-    log = None
+    log, save = None, config.checkpoint.save
+    tensorboard = config.logging.tensorboard_dir or (f"{save}/tensorboard" if save else None)
+    tensorboard_dir = Path(tensorboard) if tensorboard else None
     if dist.get_rank() == 0:
-        save = config.checkpoint.save
         if save:
             keep_iterations(Path(save) / "bad_samples.jsonl", progress.iteration)
-        tensorboard = config.logging.tensorboard_dir or (f"{save}/tensorboard" if save else None)
         log = MetricsLog(
-            tensorboard_dir=Path(tensorboard) if tensorboard else None,
+            tensorboard_dir=tensorboard_dir,
             jsonl=Path(save) / "metrics.jsonl" if save else None,
             first_iteration=progress.iteration,
             last_iteration=train_iters,
             wandb_project=config.logging.wandb_project,
+            wandb_dir=Path(save) if save else None,
             config=asdict(config),
         )
         log.say(
@@ -263,6 +265,7 @@ def build_trainer(
         train_iters=train_iters,
         log=log,
         write_assets=partial(copy_assets, assets, weights_of=hf_model, tokenizer=config.model.tokenizer),
+        profile=ProfileWindow.of(config.logging, tensorboard_dir, dist.get_rank(), device),
         device=device,
         beat=beat,
     )

@@ -35,7 +35,7 @@ from hacl_megatron.checkpoint.local_parts import Part, local_parts, serialized
 from hacl_megatron.checkpoint.part_files import StoredPart, write_index, write_parts
 from hacl_megatron.checkpoint.retain import prune
 from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, RUN_CONFIG_FILE, iteration_folder, write_atomically
-from hacl_megatron.config.checks import LATEST_FILE
+from hacl_megatron.config.file_checks import LATEST_FILE
 
 WHOLE_INDEX = ".metadata.whole"
 """The index that a checkpoint has once its frozen files lie in its own folder (`whole.py`)."""

@@ -20,7 +20,7 @@ from typing import Any
 from hacl_megatron.checkpoint.carried import CARRIED_FILE, write_carried
 from hacl_megatron.checkpoint.hf_import import open_sources
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import LATEST_FILE
+from hacl_megatron.config.file_checks import LATEST_FILE
 
 RUN_CONFIG_FILE = "run_config.yaml"
 ASSETS_FOLDER = "hf_assets"

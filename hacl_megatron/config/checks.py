@@ -4,22 +4,19 @@
 is a ValueError of one line: what was found, what was expected, what to do.
 """
 
-import importlib.util
 import math
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import notify
-from hacl_megatron.config.flags import MANIFEST_FILE, ParallelFlags
+from hacl_megatron.config.file_checks import check_inputs, check_outputs
+from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.config.parser import GROUPS
+from hacl_megatron.config.require import dashed as _dashed
+from hacl_megatron.config.require import require as _require
 from hacl_megatron.config.run import RunConfig
-
-LATEST_FILE = "latest_checkpointed_iteration.txt"
-"""Says that a folder holds a checkpoint of this trainer, as in Megatron-LM."""
 
 EVAL_TASKS = ("preference", "retrieval")
 """What `--eval-tasks` may name."""
@@ -64,6 +61,7 @@ LIMITS: dict[str, tuple[float, float]] = {
             "model_max_length", "num_workers", "io_threads", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
             "micro_batch_size", "micro_batch_tokens", "queue_size", "global_batch_size", "train_iters",
             "exit_interval", "eval_iters", "log_interval", "world_size", "save_retain", "save_keep_interval",
+            "profile_step_start", "profile_step_end",
         ),
         (1, _FINITE),
     ),
@@ -71,6 +69,7 @@ LIMITS: dict[str, tuple[float, float]] = {
         (
             "contrastive_weight", "lr", "min_lr", "connector_lr", "heads_lr", "weight_decay", "clip_grad",
             "eval_interval", "save_interval", "shuffle_block", "dry_run_rank", "hang_timeout",
+            "profile_ranks",
         ),
         (0, _FINITE),
     ),
@@ -104,9 +103,10 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
     _check_length(config)
     _check_rates(config)
     _check_contrast(config)
+    _check_profile(config, layout)
     if files:
-        _check_inputs(config)
-        _check_outputs(config)
+        check_inputs(config)
+        check_outputs(config)
     if config.model.mm_projector_type is not None:
         check_projector_type(config.model.mm_projector_type)
     if config.parallel.sequence_parallel and layout.tp == 1:
@@ -191,15 +191,6 @@ def check_projector_type(projector_type: str) -> None:
     )
 
 
-def _require(condition: bool, found: str, remedy: str) -> None:
-    if not condition:
-        raise ValueError(f"{found}; {remedy}")
-
-
-def _dashed(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 # ---------------------------------------------------------------------------------------------------------------- flags
 
 
@@ -230,10 +221,14 @@ def _layout(config: RunConfig, world_size: int) -> Layout:
     micro = config.training.micro_batch_size
     batch = micro * dp if config.training.global_batch_size is None else config.training.global_batch_size
     by_tokens = config.training.micro_batch_tokens is not None
+    remedy = f"expected a multiple of {micro * dp}"
+    if batch % dp == 0:
+        divisors = (size for size in range(min(micro, batch // dp), 0, -1) if batch // dp % size == 0)
+        remedy += f", or --micro-batch-size {next(divisors)}"
     _require(
         by_tokens or batch % (micro * dp) == 0,
         f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {dp} data-parallel replicas",
-        f"expected a multiple of {micro * dp}",
+        remedy,
     )
     return Layout(
         world_size=world_size,
@@ -326,109 +321,38 @@ def _check_contrast(config: RunConfig) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-# os.path says False where pathlib raises, for instance below a folder that may not be searched.
-
-
-def _check_inputs(config: RunConfig) -> None:
-    model, data = config.model, config.data
-    _require(bool(data.data_path), "--data-path is empty", "give one or more LLaVA JSON files")
-    for name in ("data_path", "contrastive_data_path", "valid_data_path"):
-        for path in getattr(data, name):
-            _require(
-                os.path.isfile(path) or os.path.isfile(os.path.join(path, MANIFEST_FILE)),
-                f"{_dashed(name)} {path}: no such file, or a folder without {MANIFEST_FILE}",
-                "expected a LLaVA JSON file or a folder of tools/prepare_data.py",
-            )
-    _require(
-        len(data.data_weights) in (0, len(data.data_path)),
-        f"--data-weights has {len(data.data_weights)} numbers for {len(data.data_path)} of --data-path",
-        "give one for each",
-    )
-    _require(
-        os.path.isdir(data.image_folder),
-        f"--image-folder {data.image_folder}: no such folder",
-        "expected the folder that image names are relative to",
-    )
-    if _resumes(config):  # model, weights and tokenizer come out of --load
+def _check_profile(config: RunConfig, layout: Layout) -> None:
+    logging, length = config.logging, config.training.train_iters
+    start, end = logging.profile_step_start, logging.profile_step_end
+    for name, given, other in (("end", end, start), ("start", start, end)):
+        _require(
+            given is not None or other is None,
+            f"--profile-step-{'start' if name == 'end' else 'end'} is given alone",
+            f"add --profile-step-{name}",
+        )
+    if start is None:
         return
     _require(
-        model.pretrained_checkpoint is not None or config.architecture is not None,
-        "there is nothing to build the model from: no --pretrained-checkpoint, no `model:` section in the --config "
-        "file, no checkpoint in --load",
-        "give one of them",
+        start < end,
+        f"--profile-step-start {start} is not before --profile-step-end {end}",
+        "the trace holds the iterations from the one up to the other: raise the end",
     )
     _require(
-        model.tokenizer is not None or model.pretrained_checkpoint is not None,
-        "there is no tokenizer: neither --tokenizer nor --pretrained-checkpoint is given",
-        "give --tokenizer",
+        length is None or start <= length,
+        f"--profile-step-start {start} is behind the last of {length} iterations",
+        "nothing would be traced: lower it",
     )
-    for name in ("pretrained_checkpoint", "vision_tower", "tokenizer"):
-        path = getattr(model, name)
+    _require(
+        bool(logging.tensorboard_dir or config.checkpoint.save),
+        "--profile-step-start is given without a folder to write the trace to",
+        "add --save or --tensorboard-dir",
+    )
+    for rank in logging.profile_ranks:
         _require(
-            path is None or os.path.isdir(path), f"{_dashed(name)} {path}: no such folder", "expected a local folder"
+            rank < layout.world_size,
+            f"--profile-ranks {rank}: there are {layout.world_size} processes",
+            f"expected ranks below {layout.world_size}",
         )
-    adapter = model.pretrain_mm_mlp_adapter
-    _require(
-        adapter is None or os.path.isfile(adapter),
-        f"--pretrain-mm-mlp-adapter {adapter}: no such file",
-        "expected LLaVA's mm_projector.bin",
-    )
-
-
-def _resumes(config: RunConfig) -> bool:
-    """Whether --load names a SAVE folder with a checkpoint in it, or one of its iter_* folders."""
-    load = config.checkpoint.load
-    return load is not None and any(os.path.isfile(os.path.join(load, f)) for f in (LATEST_FILE, "run_config.yaml"))
-
-
-def _check_outputs(config: RunConfig) -> None:
-    checkpoint, training, logging = config.checkpoint, config.training, config.logging
-    for name, wanted in (
-        ("save_interval", checkpoint.save_interval > 0),
-        ("save_retain", checkpoint.save_retain is not None),
-        ("exit_interval", training.exit_interval is not None),
-        ("exit_duration_in_mins", training.exit_duration_in_mins is not None),
-    ):
-        _require(
-            not wanted or bool(checkpoint.save), f"{_dashed(name)} is given without a folder to save to", "add --save"
-        )
-    _require(
-        checkpoint.save_keep_interval is None or checkpoint.save_retain is not None,
-        f"--save-keep-interval {checkpoint.save_keep_interval} is given, but without --save-retain nothing is deleted",
-        "add --save-retain, or leave it out",
-    )
-    holds_a_run = checkpoint.save is not None and (Path(checkpoint.save) / LATEST_FILE).is_file()
-    _require(
-        not holds_a_run or _resumes(config),
-        f"--save {checkpoint.save} holds a run already, which a new one would overwrite",
-        f"add --load {checkpoint.save} to go on with it, or give another --save",
-    )
-    for name, path in (("save", checkpoint.save), ("tensorboard_dir", logging.tensorboard_dir)):
-        if path is not None:
-            _check_writable(name, path)
-    _require(
-        checkpoint.load is None or os.path.isdir(checkpoint.load) or not os.path.exists(checkpoint.load),
-        f"--load {checkpoint.load}: is no folder",
-        "expected the --save folder of an earlier run, which need not exist yet",
-    )
-    _require(
-        logging.wandb_project is None or importlib.util.find_spec("wandb") is not None,
-        "--wandb-project is given, but the package wandb is not installed",
-        "pip install wandb, or leave the flag out",
-    )
-
-
-def _check_writable(name: str, path: str) -> None:
-    """The folder, or the nearest one above it that exists, is a folder that can be written to."""
-    existing = Path(path).absolute()
-    while not os.path.exists(existing) and existing != existing.parent:
-        existing = existing.parent
-    _require(
-        path != "" and os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK),
-        f"{_dashed(name)} {path!r}: {existing} is {'not writable' if os.path.isdir(existing) else 'no folder'}",
-        "expected a folder that can be written to or created",
-    )
 
 
 # --------------------------------------------------------------------------------------------------------- architecture

@@ -257,6 +257,11 @@ class LoggingFlags:
     log_params_norm: bool = flag(False, "Also log the L2 norm of the trained parameters.")
     log_num_zeros_in_grad: bool = flag(False, "Also log how many gradient entries are zero.")
     wandb_project: str | None = flag(None, "Also log to this Weights & Biases project.")
+    profile_step_start: int | None = flag(
+        None, "First iteration of a torch.profiler trace, which Perfetto and TensorBoard open: TENSORBOARD_DIR/profile."
+    )  # fmt: skip
+    profile_step_end: int | None = flag(None, "With --profile-step-start: the iteration before which the trace ends.")
+    profile_ranks: list[int] = flag([0], "Ranks that write a trace.")
 
 
 FLAG_GROUPS = (

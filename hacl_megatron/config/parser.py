@@ -30,6 +30,9 @@ assert tuple(GROUPS.values()) == flags.FLAG_GROUPS
 HINTS: dict[str, Any] = {name: hint for group in GROUPS.values() for name, hint in get_type_hints(group).items()}
 """Type of every flag."""
 
+ALTERNATIVES = (("micro_batch_size", "micro_batch_tokens"), ("train_iters", "num_train_epochs"))
+"""Two ways to say one thing: either on the command line beats the other in the file."""
+
 COMMAND_LINE_ONLY = ("print_config", "dry_run", "world_size", "dry_run_rank")
 """Flags that ask for an action instead of describing a run; no file holds them."""
 
@@ -79,8 +82,11 @@ class FlagParser(HfArgumentParser):
             advice = f"write --{name.removeprefix('no_').replace('_', '-')} false"
         raise ValueError(f"unknown flag {flag}; {advice}")
 
-    def set_from_file(self, document: Document) -> dict[str, Any]:
+    def set_from_file(self, document: Document, argv: Sequence[str]) -> dict[str, Any]:
         """Make a file's flags the parser's defaults; returns its sections, keyed as the file has them.
+
+        Args:
+            argv: the command line beside the file.
 
         Raises:
             ValueError: naming file and line, for an unknown key or a value that its flag cannot take.
@@ -96,6 +102,11 @@ class FlagParser(HfArgumentParser):
                 values[name] = self._convert(name, value, document.where(key))
             else:
                 raise ValueError(f"{document.where(key)}: {_unknown_key(name)}")
+        given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
+        for pair in ALTERNATIVES:
+            if len(given.intersection(pair)) == 1:
+                for name in pair:
+                    values.pop(name, None)
         self.set_defaults(**values)
         return sections
 

@@ -92,7 +92,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def _assemble(argv: Sequence[str], document: Document | None) -> RunConfig:
     parser = FlagParser()
-    sections = parser.set_from_file(document) if document else {}
+    sections = parser.set_from_file(document, argv) if document else {}
     groups, _ = parser.read(argv)
 
     def checked(name: str) -> dict[str, Any]:

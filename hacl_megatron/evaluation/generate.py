@@ -24,8 +24,9 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.data.conversation import IMAGE, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
-from hacl_megatron.data.store import FolderStore, UnusableImage
+from hacl_megatron.data.store import FolderStore
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from hacl_megatron.evaluation.image_files import read_images
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -112,17 +113,7 @@ class Answerer:
 
     def _prepare(self, questions: Sequence[Question]) -> list[tuple[np.ndarray, Tensor] | str]:
         """(rows, pixels) of each question, or why there are none."""
-        names = list(dict.fromkeys(question.image for question in questions))
-        files: dict[str, bytes] = {}
-        reasons: dict[str, str] = {}
-        for name in names:
-            try:
-                files[name] = self.store.read(name)
-            except UnusableImage as error:
-                reasons[name] = str(error)
-        decoded = self.decoder.decode(list(files.values()))
-        pixels = dict(zip(files, decoded.pixel_values, strict=True))
-        reasons.update({name: why for name, why in zip(files, decoded.reasons, strict=True) if why is not None})
+        images = read_images((question.image for question in questions), self.store, self.decoder)
         prepared: list[tuple[np.ndarray, Tensor] | str] = []
         for question in questions:
             try:
@@ -130,8 +121,10 @@ class Answerer:
             except UnusableSample as error:
                 prepared.append(str(error))
                 continue
-            reason = reasons.get(question.image)
-            prepared.append((rows, pixels[question.image]) if reason is None else f"{question.image}: {reason}")
+            if (reason := images.reasons.get(question.image)) is None:
+                prepared.append((rows, images.pixel_values[images.places[question.image]]))
+            else:
+                prepared.append(f"{question.image}: {reason}")
         return prepared
 
     def _answer_batch(

@@ -17,7 +17,8 @@ from hacl_megatron.batch import PackedBatch
 from hacl_megatron.data.conversation import EncodedSample, UnusableSample
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.packing import PackSlot, pack
-from hacl_megatron.data.store import FolderStore, UnusableImage, image_key
+from hacl_megatron.data.store import FolderStore
+from hacl_megatron.evaluation.image_files import read_images
 from hacl_megatron.evaluation.task import AnswerLikelihood, ItemOutput, Task
 from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.generation import generation_losses
@@ -85,23 +86,28 @@ class ItemReader:
             except UnusableSample as error:
                 errors[key] = str(error)
         names = {key: task.image(key) for key in encoded}
-        pixels, places, image_keys, reasons = self._decode(list(dict.fromkeys(names.values())))
+        images = read_images(names.values(), self.store, self.decoder)
         for key, name in names.items():
-            if name in reasons:
-                errors[key] = f"{name}: {reasons[name]}"
+            if name in images.reasons:
+                errors[key] = f"{name}: {images.reasons[name]}"
                 del encoded[key]
         slots = [
-            PackSlot(sample_id=key, encoded=sequence, image_key=image_keys[names[key]])
+            PackSlot(sample_id=key, encoded=sequence, image_key=images.keys[names[key]])
             for key, sequences in encoded.items()
             for sequence in sequences
         ]
         batch = pack(
-            slots, pixels[:0], visual_tokens=self.visual_tokens, pad_multiple=self.pad_multiple, parts=task.parts
+            slots,
+            images.pixel_values[:0],
+            visual_tokens=self.visual_tokens,
+            pad_multiple=self.pad_multiple,
+            parts=task.parts,
         )
         # `pack` gives every sequence an image of its own; here those of an item, and items, share theirs.
-        place = torch.tensor([places[names[slot.sample_id]] for slot in slots], dtype=torch.int64)
+        place = torch.tensor([images.places[names[slot.sample_id]] for slot in slots], dtype=torch.int64)
         image, offset = batch.feature_rows // self.visual_tokens, batch.feature_rows % self.visual_tokens
-        batch = replace(batch, pixel_values=pixels, feature_rows=place[image] * self.visual_tokens + offset)
+        feature_rows = place[image] * self.visual_tokens + offset
+        batch = replace(batch, pixel_values=images.pixel_values, feature_rows=feature_rows)
         return PackedItems(
             pack=batch, sequences={key: len(sequences) for key, sequences in encoded.items()}, errors=errors
         )
@@ -109,26 +115,6 @@ class ItemReader:
     def close(self) -> None:
         """Ends the threads that decode images."""
         self.decoder.close()
-
-    def _decode(self, names: Sequence[str]) -> tuple[Tensor, dict[str, int], dict[str, int], dict[str, str]]:
-        """Pixels [I, 3, S, S] of the usable images; where each name's is among them; its key; why it is not."""
-        files: dict[str, bytes] = {}
-        reasons: dict[str, str] = {}
-        for name in names:
-            try:
-                files[name] = self.store.read(name)
-            except UnusableImage as error:
-                reasons[name] = str(error)
-        decoded = self.decoder.decode(list(files.values()))
-        good = []
-        for index, (name, reason) in enumerate(zip(files, decoded.reasons, strict=True)):
-            if reason is None:
-                good.append(index)
-            else:
-                reasons[name] = reason
-        kept = [name for name in files if name not in reasons]
-        places = {name: place for place, name in enumerate(kept)}
-        return decoded.pixel_values[good], places, {name: image_key(files[name]) for name in kept}, reasons
 
 
 def outputs_of_items(items: PackedItems, result: PackResult) -> dict[int, ItemOutput]:

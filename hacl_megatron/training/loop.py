@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 
 from hacl_megatron.batch import BadSample, MicroBatch, StepBatches
 from hacl_megatron.checkpoint.local_parts import frozen_keys
@@ -21,14 +19,19 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout
 from hacl_megatron.config.run import RunConfig, to_yaml
 from hacl_megatron.data.loader import StepLoader
+from hacl_megatron.platform.stopwatch import device_name, memory_in_use
 from hacl_megatron.training.exchange import exchange_step, global_sums
 from hacl_megatron.training.flops import step_flops
 from hacl_megatron.training.metrics import MetricsLog
+from hacl_megatron.training.plan.hardware import peak_flops
+from hacl_megatron.training.profiling import ProfileWindow
+from hacl_megatron.training.scalars import loss_scalars, mean_losses, params_norm
 from hacl_megatron.training.schedule import default_learning_rate
 from hacl_megatron.training.setup import Trainee
 from hacl_megatron.training.signals import StopRequests
 from hacl_megatron.training.state import Progress, run_state
 from hacl_megatron.training.step import GlobalCounts, Step, StepMetrics, UpdateResult
+from hacl_megatron.training.step_time import RankNumbers, rank_scalars
 
 _BAD_FRACTION_MIN_SAMPLES = 1000
 """The bad share is judged from here on (or from one epoch of a smaller set): one of the first ten is not 10 %."""
@@ -52,6 +55,7 @@ class Trainer:
         evaluate_tasks: `--eval-tasks`: more scalars of each validation, on the rank with the log.
         log: on one rank alone.
         write_assets: puts tokenizer and processor files into a folder of each checkpoint.
+        profile: the iterations that are traced on this rank.
         beat: called whenever something is done; the watchdog listens.
     """
 
@@ -71,6 +75,7 @@ class Trainer:
         train_iters: int,
         log: MetricsLog | None,
         write_assets: Callable[[Path], None],
+        profile: ProfileWindow,
         device: torch.device,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
@@ -87,6 +92,7 @@ class Trainer:
         self.train_iters = train_iters
         self.log = log
         self.write_assets = write_assets
+        self.profile = profile
         self.device = device
         self.beat = beat
         self.stop_requests = StopRequests(config.training.exit_duration_in_mins)
@@ -99,6 +105,8 @@ class Trainer:
             groups=trainee.groups,
             device=device,
         )
+        self._peak_flops = peak_flops(device_name(device), bf16=config.model.bf16)
+        self._memory_tag = memory_in_use(device)[0]
         self._saved_at = progress.iteration
         self._stall = 0.0
         """Seconds that the last save kept this rank from training, until they are logged."""
@@ -113,24 +121,29 @@ class Trainer:
         stop = None
         while self.progress.iteration < self.train_iters and stop is None:
             self.beat()
+            iteration = self.progress.iteration + 1
+            self.step.own_time.is_on = is_logged = self._is_logged(iteration)
+            self.profile.begin(iteration)
             started = time.perf_counter()
-            step_batches = next(batches) if batches is not None else None
-            waited = time.perf_counter() - started
-            micro_batches, counts = self._receive(step_batches)
-            metrics = self.step.forward_backward(micro_batches, counts)
-            result = self.step.update(
-                loss_is_finite=math.isfinite(metrics.total(self.config.objective.contrastive_weight))
-            )
-            scalars = self._scalars(metrics, result, micro_batches, time.perf_counter() - started, waited)
+            with self.profile.phase("load"):
+                step_batches = next(batches) if batches is not None else None
+                waited = time.perf_counter() - started
+                micro_batches, counts = self._receive(step_batches)
+            with self.profile.phase("forward-backward"):
+                metrics = self.step.forward_backward(micro_batches, counts)
+            with self.profile.phase("update"):
+                result = self.step.update(
+                    loss_is_finite=math.isfinite(metrics.total(self.config.objective.contrastive_weight))
+                )
+            seconds = time.perf_counter() - started
+            scalars = self._scalars(metrics, result, micro_batches, seconds) if is_logged else {}
             self._advance(step_batches, result)
-            stop = self._end_of_step(step_batches)
-            if self._stall:
-                scalars["save-stall-seconds"], self._stall = self._stall, 0.0
-            scalars |= {
-                "bad-samples": self.progress.bad_samples,
-                "tokenization-mismatches": self.progress.tokenization_mismatches,
-                "truncated-dialogues": self.progress.truncated_dialogues,
-            }
+            own = self._own_numbers(micro_batches, waited) if is_logged else None
+            stop, ranks = self._end_of_step(step_batches, own)
+            self.profile.finish()
+            if is_logged:
+                scalars |= rank_scalars(ranks, seconds, memory_tag=self._memory_tag, peak_flops=self._peak_flops)
+                scalars |= self._counters()
             if stop is None and self._due(self.config.training.eval_interval):  # whoever must stop has no time for it
                 scalars |= self._validate()
             self._report(scalars)
@@ -178,22 +191,29 @@ class Trainer:
                 f"({progress.consecutive_skips} in a row, {progress.skipped_steps} in all)"
             )
 
-    def _end_of_step(self, step_batches: StepBatches | None) -> str | None:
-        """Bring what only some ranks know to all: what became of the samples, and wishes to stop."""
+    def _end_of_step(
+        self, step_batches: StepBatches | None, own: RankNumbers | None
+    ) -> tuple[str | None, list[RankNumbers]]:
+        """Bring what only some ranks know to all: what became of the samples, wishes to stop, and in a step that is
+        logged every rank's `own` numbers."""
         reason = self.stop_requests.reason()
         data = step_batches or StepBatches(micro_batches=[], data_state={})
         local = [len(data.bad_samples), data.num_tokenization_mismatches, data.num_truncated, reason is not None]
-        num_bad, mismatches, truncated, num_reasons = global_sums(local, group=dist.group.WORLD, device=self.device)
+        if own is not None:
+            local += own.slots(dist.get_rank(), dist.get_world_size())
+        sums = global_sums(local, group=dist.group.WORLD, device=self.device)
+        num_bad, mismatches, truncated, num_reasons = sums[:4]
+        ranks = RankNumbers.of_slots(sums[4:])
         self.progress.tokenization_mismatches += int(mismatches)
         self.progress.truncated_dialogues += int(truncated)
         if num_bad:
             self.progress.bad_samples += int(num_bad)
             self._write_bad_samples(data.bad_samples)
         if not num_reasons:
-            return None
+            return None, ranks
         reasons: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(reasons, reason)
-        return next(text for text in reasons if text is not None)
+        return next(text for text in reasons if text is not None), ranks
 
     def _planned_exit(self) -> str | None:
         training = self.config.training
@@ -275,6 +295,7 @@ class Trainer:
 
     def close(self) -> None:
         """Let what is being saved reach the disk, for a while: after a failure the other ranks may be gone."""
+        self.profile.close()
         if self.saver is not None:
             self.saver.close(_LAST_SAVE_SECONDS)
             self._say_notes()
@@ -317,39 +338,52 @@ class Trainer:
         if self.log is None:
             return
         self.log.advance()
-        validated = any(tag.endswith(" validation") for tag in scalars)
-        if validated or self._due(self.config.logging.log_interval) or self.progress.iteration == self.train_iters:
+        if scalars:
             self.log.log(self.progress.iteration, scalars)
 
-    def _scalars(
-        self,
-        metrics: StepMetrics,
-        result: UpdateResult,
-        micro_batches: list[MicroBatch],
-        seconds: float,
-        waited: float,
-    ) -> dict[str, float]:
-        counts, world = metrics.counts, self.layout.world_size
+    def _is_logged(self, iteration: int) -> bool:
+        """Also with each validation, and at the end."""
+        intervals = (self.config.logging.log_interval, self.config.training.eval_interval)
+        return iteration == self.train_iters or any(interval and iteration % interval == 0 for interval in intervals)
+
+    def _own_numbers(self, micro_batches: list[MicroBatch], waited: float) -> RankNumbers:
+        """This rank's, to be compared with the others' and added up."""
         flops = step_flops(
             self.architecture,
             micro_batches,
             trains_language_model=not self.config.model.freeze_LM,
             trains_vision_tower=not self.config.model.freeze_ViT,
         )
-        # Replicas are taken to have as much to do as this one.
-        tflops = flops * self.layout.dp / seconds / world / 1e12
+        return RankNumbers(
+            flops=flops / (self.layout.tp * self.layout.pp),
+            own_seconds=self.step.own_time.take(),
+            data_wait=waited,
+            memory=memory_in_use(self.device)[1],
+        )
+
+    def _counters(self) -> dict[str, float]:
+        """What adds up over the run, and what saving cost since it was last logged."""
+        counters = {
+            "bad-samples": self.progress.bad_samples,
+            "tokenization-mismatches": self.progress.tokenization_mismatches,
+            "truncated-dialogues": self.progress.truncated_dialogues,
+        }
+        if self._stall:
+            counters["save-stall-seconds"], self._stall = self._stall, 0.0
+        return counters
+
+    def _scalars(
+        self, metrics: StepMetrics, result: UpdateResult, micro_batches: list[MicroBatch], seconds: float
+    ) -> dict[str, float]:
         scalars = {
-            **_losses(metrics),
+            **loss_scalars(metrics),
             "temperature": metrics.temperature,
             "learning-rate": default_learning_rate(self.trainee.scheduler),
             "grad-norm": result.grad_norm,
             "batch-size": self.layout.global_batch_size,
             "iteration-time": seconds,
             "samples-per-second": self.layout.global_batch_size / seconds,
-            "tokens-per-second-per-gpu": counts.rows / seconds / world,
-            "model-tflops-per-gpu": tflops,
-            "throughput": tflops,
-            "data-wait-share": waited / seconds,
+            "tokens-per-second-per-gpu": metrics.counts.rows / seconds / self.layout.world_size,
             "ahead-share": self.step.seconds_ahead / seconds,
             "micro-batches": len(micro_batches),
             "skipped-steps": self.progress.skipped_steps + (not result.applied),
@@ -357,19 +391,8 @@ class Trainer:
         if result.num_zeros is not None:
             scalars["num-zeros"] = result.num_zeros
         if self.config.logging.log_params_norm:
-            scalars["params-norm"] = self._params_norm()
+            scalars["params-norm"] = params_norm(self.trainee, self.device)
         return scalars
-
-    def _params_norm(self) -> float:
-        self.trainee.gather_parameters()
-        local = sum(
-            parameter.detach().float().square().sum().item()
-            for parameter in self.trainee.module.parameters()
-            if parameter.requires_grad
-            and param_is_not_shared(parameter)
-            and param_is_not_tensor_parallel_duplicate(parameter)
-        )
-        return math.sqrt(global_sums([local], group=self.trainee.groups.mp, device=self.device)[0])
 
     def _validate(self) -> dict[str, float]:
         """Mean losses over `--eval-iters` batches of the validation data, always the same ones."""
@@ -386,33 +409,8 @@ class Trainer:
         finally:
             if loader is not None:
                 loader.close()
-        means = _mean_losses(totals)
+        means = mean_losses(totals)
         if self.evaluate_tasks is not None:
             means |= self.evaluate_tasks()
         self._say(f"validation at {self.progress.iteration}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
         return {f"{tag} validation": value for tag, value in means.items()}
-
-
-def _losses(metrics: StepMetrics) -> dict[str, float]:
-    return {
-        "lm loss": metrics.lm_loss,
-        "contrastive loss": metrics.contrastive_loss,
-        "contrastive loss i2t": metrics.contrastive_i2t,
-        "contrastive loss t2i": metrics.contrastive_t2i,
-        "retrieval accuracy i2t": metrics.retrieval_accuracy_i2t,
-        "hallucination margin": metrics.hallucination_margin,
-        "hallucination accuracy": metrics.hallucination_accuracy,
-    }
-
-
-def _mean_losses(batches: list[tuple[StepMetrics, GlobalCounts]]) -> dict[str, float]:
-    """Means over validation batches: per target token for the language-model loss, per pair for the rest."""
-    means = {}
-    for tag in _losses(batches[0][0]):
-        weighted = [
-            (_losses(metrics)[tag], counts.targets if tag == "lm loss" else counts.pairs) for metrics, counts in batches
-        ]
-        finite = [(value, weight) for value, weight in weighted if math.isfinite(value) and weight]
-        if finite:
-            means[tag] = sum(value * weight for value, weight in finite) / sum(weight for _, weight in finite)
-    return means

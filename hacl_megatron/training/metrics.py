@@ -6,6 +6,7 @@ Only one rank builds a `MetricsLog`; the tags are DESIGN's, Megatron-LM's where 
 import contextlib
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,38 @@ _TERMINAL = (
 )
 
 
+# TensorBoard's page `Custom Scalars`: what belongs on one chart, a run's curve beside its validation's. The tags
+# themselves are flat, as in Megatron-LM, and stand in alphabetical order on the other pages.
+_PAGE = {
+    "Losses": {
+        "language model, a target token": ["lm loss", "lm loss validation"],
+        "contrastive": ["contrastive loss", "contrastive loss validation"],
+        "contrastive by direction": ["contrastive loss i2t", "contrastive loss t2i"],
+    },
+    "Contrast": {
+        "image finds its caption": ["retrieval accuracy i2t", "retrieval accuracy i2t validation"],
+        "caption preferred to hallucinated": ["hallucination accuracy", "hallucination accuracy validation"],
+        "margin over hallucinated": ["hallucination margin", "hallucination margin validation"],
+        "temperature": ["temperature"],
+    },
+    "Optimiser": {
+        "learning rate": ["learning-rate"],
+        "gradient norm": ["grad-norm"],
+        "parameter norm": ["params-norm"],
+        "skipped steps and unusable samples": ["skipped-steps", "bad-samples"],
+    },
+    "Speed": {
+        "samples a second": ["samples-per-second"],
+        "model TFLOP/s a GPU": ["model-tflops-per-gpu"],
+        "of a step: data wait, pass ahead; of the peak: MFU": ["data-wait-share", "ahead-share", "mfu"],
+        "slowest rank's time over the median's": ["rank-time-spread"],
+        "slowest rank": ["slowest-rank"],
+        "memory, bytes": ["mem-max-allocated-bytes", "mem-resident-bytes"],
+        "seconds": ["iteration-time", "save-stall-seconds"],
+    },
+}
+
+
 def terminal_line(scalars: Mapping[str, float]) -> str:
     """The chosen scalars that are there and finite, as one line."""
     parts = [form.format(scalars[tag]) for tag, form in _TERMINAL if not math.isnan(scalars.get(tag, math.nan))]
@@ -43,6 +76,7 @@ class MetricsLog:
         first_iteration: the last iteration that is kept; 0 for a fresh run.
         last_iteration: total of the progress bar.
         wandb_project: project name, or None.
+        wandb_dir: folder that keeps its files and the run's id, so that a resumed run goes on with the same curves.
         config: shown by Weights & Biases beside the curves.
     """
 
@@ -54,6 +88,7 @@ class MetricsLog:
         first_iteration: int,
         last_iteration: int,
         wandb_project: str | None = None,
+        wandb_dir: Path | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._writer = self._file = self._wandb = None
@@ -64,14 +99,13 @@ class MetricsLog:
 
             # purge_step hides what a run that was killed after its last checkpoint had already logged.
             self._writer = SummaryWriter(str(tensorboard_dir), purge_step=first_iteration + 1)
+            self._writer.add_custom_scalars(_custom_scalars())
         if jsonl is not None:
             jsonl.parent.mkdir(parents=True, exist_ok=True)
             keep_iterations(jsonl, first_iteration)
             self._file = jsonl.open("a", encoding="utf-8")
         if wandb_project is not None:
-            import wandb
-
-            self._wandb = wandb.init(project=wandb_project, config=dict(config or {}))
+            self._wandb = _open_wandb(wandb_project, wandb_dir, dict(config or {}), goes_on=first_iteration > 0)
         self._bar = tqdm(
             total=last_iteration,
             initial=first_iteration,
@@ -142,6 +176,28 @@ class MetricsLog:
                     sink.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _custom_scalars() -> dict[str, dict[str, list]]:
+    """`_PAGE` as TensorBoard has it, tags as regular expressions."""
+    return {
+        group: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}
+        for group, charts in _PAGE.items()
+    }
+
+
+def _open_wandb(project: str, folder: Path | None, config: dict[str, Any], *, goes_on: bool) -> Any:
+    """A Weights & Biases run; one that `goes_on` has the id that `folder` keeps."""
+    import wandb
+
+    note = None if folder is None else folder / "wandb_run_id.txt"
+    known = note.read_text(encoding="utf-8").strip() if goes_on and note is not None and note.is_file() else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(project=project, config=config, dir=folder, id=known, resume="allow" if known else None)
+    if note is not None:
+        note.write_text(f"{run.id}\n", encoding="utf-8")
+    return run
 
 
 def keep_iterations(jsonl: Path, last: int) -> None:

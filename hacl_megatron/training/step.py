@@ -29,6 +29,7 @@ from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings
 from hacl_megatron.training.exchange import global_sums
 from hacl_megatron.training.packs import has_dropout, pool_spans_micro_batches
+from hacl_megatron.training.step_time import OwnTime
 
 # Sums over this rank's pairs, in this order.
 _TERMS = (
@@ -109,6 +110,8 @@ class Step:
         self.groups = groups
         self.device = device
         self.is_last_stage = groups.pp.rank() == groups.pp.size() - 1
+        self.own_time = OwnTime(device)
+        model.module.config.timers = self.own_time
         self.seconds_ahead = 0.0
         """Time that the last step's forward-only pass took on this rank."""
 
@@ -159,7 +162,8 @@ class Step:
             texts = None
             if batch.ahead is not None and self.is_last_stage and not batch.main.num_text_rows:
                 texts = ahead[index].texts
-            output = model(batch.main, lengths[index], tower_features=features[index], texts=texts)
+            with self.own_time.forward():
+                output = model(batch.main, lengths[index], tower_features=features[index], texts=texts)
             return output, partial(losses.of_micro_batch, index=index)
 
         get_forward_backward_func()(
@@ -199,7 +203,8 @@ class Step:
 
         def forward_step(indices: Iterator[int], model: DistributedDataParallel):
             index = next(indices)
-            output = model(packs[index], lengths[index], tower_features=kept_features[index])
+            with self.own_time.forward():
+                output = model(packs[index], lengths[index], tower_features=kept_features[index])
             return output, _as_it_is
 
         outputs = get_forward_backward_func()(

@@ -14,7 +14,8 @@ from typing import get_args
 
 import pytest
 
-from hacl_megatron.config.checks import LATEST_FILE, LIMITS, Layout, _check_inputs, _check_writable, check_flags
+from hacl_megatron.config.checks import LIMITS, Layout, check_flags
+from hacl_megatron.config.file_checks import LATEST_FILE, check_inputs, check_writable
 from hacl_megatron.config.parser import GROUPS, HINTS
 from hacl_megatron.config.run import RunConfig, to_yaml, with_architecture
 from tests.config.test_round_trip import MODEL
@@ -136,7 +137,12 @@ def test_global_batch_size(base, batch, fits):
     if fits:
         assert check_flags(config, 2).num_micro_batches == batch // 8
     else:
-        assert "expected a multiple of 8" in refused(config, 2)
+        said = refused(config, 2)
+        assert "expected a multiple of 8" in said
+        workable = {4: 2, 12: 3}.get(batch)
+        assert said.endswith(f"or --micro-batch-size {workable}" if workable else "multiple of 8")
+        if workable:
+            check_flags(changed(config, micro_batch_size=workable), 2)
 
 
 def test_bf16_switches_the_distributed_optimizer_on(base, capsys):
@@ -223,6 +229,29 @@ COMBINATIONS = {
     ),
     "projector": ({"mm_projector_type": "mlp2x"}, "'mlp2x'", {"mm_projector_type": "mlp3x_gelu"}),
     "validation without data": ({"eval_interval": 5}, "give --valid-data-path", {"eval_interval": 0}),
+    "a trace without an end": (
+        {"profile_step_start": 2, "save": "{}/new"}, "add --profile-step-end",
+        {"profile_step_start": 2, "profile_step_end": 4, "save": "{}/new"},
+    ),
+    "a trace without a start": (
+        {"profile_step_end": 2, "save": "{}/new"}, "--profile-step-end is given alone; add --profile-step-start", {},
+    ),
+    "a trace of nothing": (
+        {"profile_step_start": 3, "profile_step_end": 3, "save": "{}/new"}, "3 is not before --profile-step-end 3",
+        {"profile_step_start": 3, "profile_step_end": 4, "save": "{}/new"},
+    ),
+    "a trace behind the end": (
+        {"profile_step_start": 11, "profile_step_end": 12, "save": "{}/new"}, "behind the last of 10 iterations",
+        {"profile_step_start": 10, "profile_step_end": 12, "tensorboard_dir": "{}/new"},
+    ),
+    "a trace nowhere": (
+        {"profile_step_start": 2, "profile_step_end": 4}, "add --save or --tensorboard-dir", {"profile_ranks": [7]},
+    ),
+    "a trace of a rank that is not there": (
+        {"profile_step_start": 2, "profile_step_end": 4, "save": "{}/new", "profile_ranks": [0, 1]},
+        "--profile-ranks 1: there are 1 processes; expected ranks below 1",
+        {"profile_step_start": 2, "profile_step_end": 4, "save": "{}/new", "profile_ranks": [0]},
+    ),
     "saving nowhere": (
         {"save_interval": 5}, "--save-interval is given without", {"save_interval": 5, "save": "{}/new"},
     ),
@@ -318,11 +347,11 @@ def test_folders_that_must_not_be_written_or_searched(base):
         def check() -> None:
             for name in ("read-only", "closed", "closed/run"):
                 with pytest.raises(ValueError, match="not writable"):
-                    _check_writable("save", f"{folder}/{name}")
-            _check_writable("save", f"{folder}/open/run")
+                    check_writable("save", f"{folder}/{name}")
+            check_writable("save", f"{folder}/open/run")
             closed = changed(base, image_folder=f"{folder}/closed/images", data_path=[f"{folder}/closed/a.json"])
             with pytest.raises(ValueError, match="no such file"):
-                _check_inputs(closed)
+                check_inputs(closed)
 
         if os.geteuid() != 0:
             check()

@@ -118,6 +118,18 @@ def test_both_spellings_of_a_flag():
         assert parse_run_config([freeze]).model.freeze_LM is True
 
 
+def test_of_two_ways_to_say_one_thing_the_command_line_takes_the_place_of_the_file(config_file):
+    path = config_file("micro-batch-tokens: 8192\nnum-train-epochs: 1\n")
+    training = parse_run_config(["--config", path, "--micro_batch_size", "4", "--train-iters=10"]).training
+    assert (training.micro_batch_size, training.micro_batch_tokens) == (4, None)
+    assert (training.train_iters, training.num_train_epochs) == (10, None)
+    path = config_file("micro-batch-size: 8\ntrain-iters: 5\n")
+    training = parse_run_config(["--config", path, "--micro-batch-tokens", "4096"]).training
+    assert (training.micro_batch_size, training.micro_batch_tokens, training.train_iters) == (1, 4096, 5)
+    training = parse_run_config(["--config", path, "--train-iters", "1", "--num-train-epochs", "2"]).training
+    assert (training.train_iters, training.num_train_epochs) == (1, 2.0)  # refused by `check_flags`
+
+
 def test_two_configurations_share_no_list():
     first = parse_run_config([])
     first.data.data_path.append("x.json")

@@ -18,9 +18,10 @@ from hacl_megatron.train import run
 from hacl_megatron.training.plan.parameters import stage_parameters
 from hacl_megatron.training.plan.state import state_bytes
 from tests.distributed import _context
-from tests.training.test_plan import EXAMPLES, seventy_billion
+from tests.training.example_plans import EXAMPLES, seventy_billion
 
 FINETUNE, PRETRAIN_13B = str(EXAMPLES / "finetune_7b.yaml"), str(EXAMPLES / "pretrain_13b.yaml")
+TP8_PP4 = ["--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4", "--sequence-parallel"]
 TP4_PP4 = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "4", "--sequence-parallel"]
 
 
@@ -67,7 +68,15 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--config", PRETRAIN_13B, "--world-size", "64", *TP4_PP4, "--dry-run-rank", "30"],
         [" 30 ", "would train: nothing on this rank"],
     ),
+    "13B as it is": (
+        ["--config", PRETRAIN_13B, "--world-size", "1024"],
+        ["4 x 1 x 256 = 1024", "256 samples a step", "8,192 rows", "fits h100-80g, a100-80g, a100-40g"],
+    ),
     "70B": (
+        ["--config", "FOLDER/70b.yaml", "--world-size", "1024", *TP8_PP4, "--micro-batch-size", "1"],
+        ["8 x 4 x 32 = 1024", " 256 ", " 768 ", "75,513,856", "33,558,529", "fits h100-80g"],
+    ),
+    "70B on one node": (
         ["--config", "FOLDER/70b.yaml", "--world-size", "8"],
         ["would train: connector, LLM, heads", "warning: ", "tools/plan_run.py --suggest"],
     ),
@@ -81,7 +90,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "batch": (
         ["--config", FINETUNE, "--world-size", "1024"],
-        ["ValueError", "--global-batch-size 128 is no multiple", "expected a multiple of 16384"],
+        ["ValueError", "--global-batch-size 128 is no multiple", "expected a multiple of 8192"],
     ),
     "rank": (
         ["--config", FINETUNE, "--world-size", "8", "--dry-run-rank", "8"],

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import pty
+import re
 import struct
 import sys
 import termios
@@ -17,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from hacl_megatron.batch import SegmentLengths
@@ -159,6 +161,21 @@ def test_tensorboard_and_jsonl_hold_the_same_numbers_under_the_documented_tags(f
             if tag != "iteration":
                 assert shown[tag][row["iteration"]] == pytest.approx(value, rel=1e-6), tag
     assert sum(len(values) for values in shown.values()) == sum(len(row) - 1 for row in rows)
+
+
+def test_tensorboard_groups_the_tags_on_a_page_of_their_own(finished) -> None:
+    """`Custom Scalars`: every chart finds a tag; of what a run may leave out only those below."""
+    accumulator = EventAccumulator(str(finished[0] / "pretrain-tp2" / "tensorboard"), size_guidance={"tensors": 0})
+    (layout,) = accumulator.Reload().Tensors("custom_scalars__config__")
+    page = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
+    assert [category.title for category in page.category] == ["Losses", "Contrast", "Optimiser", "Speed"]
+    shown = events(finished[0] / "pretrain-tp2").keys()
+    missing = set()
+    for chart in (chart for category in page.category for chart in category.chart):
+        found = {pattern: [tag for tag in shown if re.match(pattern, tag)] for pattern in chart.multiline.tag}
+        assert any(found.values()) and all(len(tags) <= 1 for tags in found.values()), chart.title
+        missing |= {pattern.strip("^$").replace("\\", "") for pattern, tags in found.items() if not tags}
+    assert missing <= {"mfu", "mem-max-allocated-bytes", "save-stall-seconds"}
 
 
 def test_scalars_agree_with_one_another(finished) -> None:
