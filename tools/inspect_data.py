@@ -81,7 +81,7 @@ def sizes_and_tokenizer(args: argparse.Namespace):
     own = find_checkpoint(folder)
     config = read_run_config(own).architecture if own is not None else read_model_config(folder)
     assets = own / ASSETS_FOLDER if own is not None else folder
-    return config.image, config.vision.num_patches, args.tokenizer or str(assets)
+    return config.image, config.visual_tokens, args.tokenizer or str(assets)
 
 
 def visible(value: object) -> object:
