@@ -203,6 +203,8 @@ def assert_same_run(expected: Path, found: Path, tags: Sequence[str]) -> None:
         # up to 2 * lr a step. So entries may differ by a few lr = 1e-3, but hardly any do.
         difference = (tensor - many[name]).abs()
         assert difference.max() <= 6e-3, name
+        if name.endswith((".key.bias", ".k_proj.bias")):  # shifts all scores alike: all of its gradient is rounding
+            continue
         assert (difference > 2e-5).float().mean() <= 0.01, (name, (difference > 2e-5).float().mean())
 
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from hacl_megatron.checkpoint.integrity import FROZEN_FOLDER
+from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml
+from hacl_megatron.train import resolve_architecture
 from tests.distributed import run_distributed
+from tests.model.hf_architecture import architecture
 from tests.tiny import tiny_blip2_config, tiny_llava_config, tiny_siglip_config
 from tests.training.gradient_cases import SAMPLES, Case, read, record
 from tests.training.runs import (
@@ -153,3 +156,24 @@ def test_gradients_are_those_of_one_process_and_one_micro_batch(recorded: Path, 
                 size = expected["gradients"][name.replace(".bias", ".weight")].norm()
             difference = float((found["gradients"][name] - gradient).norm() / size.clamp_min(1e-12))
             assert difference <= 1e-4, (case.name(), name, difference)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--vision-backend", "megatron"], ["--vision-backend is megatron", "is hf's", "leave the flag out"]),
+        (["--mm-projector-type", "qformer"], ["--mm-projector-type is qformer", "is mlp2x_gelu"]),
+        (["--vision-backend", "hf", "--mm-projector-type", "mlp2x_gelu"], []),
+    ],
+)
+def test_a_checkpoint_keeps_its_backend_and_connector(tmp_path: Path, flags: list[str], words: list[str]) -> None:
+    """Its parameters have the backend's names."""
+    clip = architecture(tiny_llava_config())
+    (tmp_path / "run_config.yaml").write_text(to_yaml(RunConfig(architecture=clip)))
+    config = parse_run_config(["--pretrained-checkpoint", str(tmp_path), "--train-iters", "1", *flags])
+    if not words:
+        assert resolve_architecture(config, None) == clip
+        return
+    with pytest.raises(ValueError) as refusal:
+        resolve_architecture(config, None)
+    assert all(word in str(refusal.value) for word in words), refusal.value

@@ -351,6 +351,12 @@ def test_flops_of_a_q_former_in_the_stages(folder: Path, extra: list[str], numbe
     forward = tower_flops(model) * (not flags.freeze_ViT) + sum(qformer_flops(model)) * bool(extra)
     of_layers = stage_flops(tiny(folder, "pp2"), model, shape_of(micro_batch), 0).repeated
     assert stages[0].repeated - of_layers == pytest.approx(forward * 2 * (number > 1), rel=1e-9)
+    config.parallel.tensor_model_parallel_size = 3
+    images = vision_flops(
+        model, 2, trained=not flags.freeze_ViT, trains_qformer=not flags.freeze_qformer
+    ) + forward * 2 * (number > 1)  # fmt: skip
+    more = stage_flops(config, model, shape_of(micro_batch), 0).repeated - stages[0].repeated
+    assert more == pytest.approx(2 * images, rel=1e-9), "on each of three ranks"
 
 
 @pytest.mark.parametrize("trains_qformer", [True, False])
