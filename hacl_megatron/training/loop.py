@@ -353,6 +353,7 @@ class Trainer:
             micro_batches,
             trains_language_model=not self.config.model.freeze_LM,
             trains_vision_tower=not self.config.model.freeze_ViT,
+            trains_qformer=not self.config.model.freeze_qformer,
         )
         return RankNumbers(
             flops=flops / (self.layout.tp * self.layout.pp),
