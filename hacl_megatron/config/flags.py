@@ -6,9 +6,13 @@ thing and LLaVA's where LLaVA has it.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 # ruff: noqa: RUF009 -- `flag` returns a dataclass field
+
+TemplateName = Literal["plain", "v1", "minigpt4"]
+"""Conversation templates (`--version`)."""
+TEMPLATE_NAMES = get_args(TemplateName)
 
 MANIFEST_FILE = "manifest.arrow"
 """Says that a folder holds prepared data (tools/prepare_data.py), which `--data-path` then takes."""
@@ -124,7 +128,10 @@ class DataFlags:
     image_folder: str = flag(
         ".", "Folder that the image names in the JSON files are relative to; not needed for prepared shards."
     )  # fmt: skip
-    version: Literal["plain", "v1"] = flag("v1", "Conversation template: plain for pretrain, v1 (Vicuna) for finetune.")
+    version: TemplateName = flag(
+        "v1", "Conversation template: plain for pretrain, LLaVA's v1 (Vicuna) or minigpt4 (###Human: ...) for finetune."
+        " A question without words has MiniGPT-4's first-stage prompt, none, which is plain's."
+    )  # fmt: skip
     image_aspect_ratio: Literal["pad", "square", "stretch"] = flag(
         "pad", "pad: fill to a square with the mean colour, then resize. square: shortest edge, then centre crop. "
         "stretch: resize to the square as BLIP-2 and MiniGPT-4 do."

@@ -1,12 +1,15 @@
-"""Samples as token rows: LLaVA-1.5's `plain` and `v1` templates, and the contrastive segments beside them.
+"""Samples as token rows: LLaVA-1.5's and MiniGPT-4's templates, and the contrastive segments beside them.
 
-    plain    <s> image* answer \\n                                          target: everything behind the image
-    v1       <s> system USER: image* \\n question ASSISTANT: answer </s> USER: ...     target: answers with their </s>
+    plain      <s> image* answer \\n                                          target: everything behind the image
+    v1         <s> system USER: image* \\n question ASSISTANT: answer </s> USER: ...   target: answers with their </s>
+    minigpt4   <s> ###Human: <Img>image*</Img> question ###Assistant: answer ###     target: answers with their ###
 
-Both follow llava/train/train.py (`preprocess_multimodal`, `preprocess_plain`, `preprocess_v1`), llava/mm_utils.py
-(`tokenizer_image_token`) and llava/model/llava_arch.py (expansion of the image, truncation behind it) token for token,
-also where that code is odd: a message's blanks are stripped only if it holds the image tag, an empty answer loses its
-separator, and a dialogue whose rounds do not tokenize to the length of the whole loses all its labels.
+The first two follow llava/train/train.py (`preprocess_multimodal`, `preprocess_plain`, `preprocess_v1`),
+llava/mm_utils.py (`tokenizer_image_token`) and llava/model/llava_arch.py (expansion of the image, truncation behind it)
+token for token, also where that code is odd: a message's blanks are stripped only if it holds the image tag, an empty
+answer loses its separator, and a dialogue whose rounds do not tokenize to the length of the whole loses all its labels.
+The third follows minigpt4/models/minigpt_base.py and train_configs/minigpt4_stage2_finetune.yaml: every piece around
+the image and every answer is tokenized on its own. MiniGPT-4's first stage has no prompt: its rows are `plain`'s.
 """
 
 import hashlib
@@ -16,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from hacl_megatron.config.flags import TemplateName
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
 from hacl_megatron.data.tokenizer import Tokenizer
 
@@ -42,7 +46,7 @@ class UnusableSample(ValueError):
 class EncodingSettings:
     """What besides the tokenizer decides how a sample becomes rows."""
 
-    version: Literal["plain", "v1"]
+    version: TemplateName
     """Conversation template (`--version`)."""
     model_max_length: int
     """Longest segment in rows, counted after the image is expanded (`--model-max-length`)."""
@@ -171,12 +175,7 @@ def encode_v1(
     where "▁USER" is two pieces and "USER" is one). Where the sum misses the dialogue's length all labels are ignored,
     unless it reaches `model_max_length`.
     """
-    turns = list(turns[1:] if turns[0][0] != "human" else turns)
-    if not turns:
-        raise UnusableSample("the dialogue has no human turn")
-    for number, (role, _) in enumerate(turns):
-        if role != ("human", "gpt")[number % 2]:
-            raise UnusableSample(f"human and gpt do not take turns: turn {number} is from {role!r}")
+    turns = _rounds(turns)
     prompt = v1_prompt(turns, tokenizer.eos_token)
 
     def tokenize(text: str) -> list[int]:
@@ -206,7 +205,66 @@ def encode_v1(
     return ids, [IGNORE] * len(ids) if mismatch else labels, mismatch
 
 
-_TEMPLATES = {"plain": encode_plain, "v1": encode_v1}
+def encode_minigpt4(
+    turns: Sequence[tuple[str, str]], tokenizer: Tokenizer, *, has_image: bool, model_max_length: int
+) -> Template:
+    """MiniGPT-4's dialogue; targets are the answers, each with the `###` that ends it (no EOS, as released).
+
+    Later rounds begin with a BOS of their own, as in its `tokenize_conversation`. A single question without words gets
+    no prompt, as in its first stage.
+    """
+    ids, labels = [tokenizer.bos_id], [IGNORE]
+    for text, is_answer in minigpt4_pieces(turns, has_image=has_image):
+        new = [IMAGE] if text == IMAGE_TAG and has_image else tokenizer.encode(text, bos=False)
+        if text.startswith(_HUMAN) and not is_answer and len(ids) > 1:
+            new = [tokenizer.bos_id, *new]
+        ids += new
+        labels += new if is_answer else [IGNORE] * len(new)
+    return ids, labels, False
+
+
+_HUMAN, _ASSISTANT, MINIGPT4_END = "###Human: ", " ###Assistant: ", "###"
+
+
+def minigpt4_pieces(turns: Sequence[tuple[str, str]], *, has_image: bool) -> list[tuple[str, bool]]:
+    """The texts that `encode_minigpt4` tokenizes each on its own, `IMAGE_TAG` among them, and whether they are targets.
+
+    Raises UnusableSample for a dialogue that does not fit the template.
+    """
+    turns = _rounds(turns)
+    if has_image and len(turns) == 2 and turns[0][1] == IMAGE_TAG:
+        if IMAGE_TAG in turns[1][1]:
+            raise UnusableSample(f"the template takes the {IMAGE_TAG} tag in a question, found it in the answer")
+        return [(IMAGE_TAG, False), (f"{turns[1][1]}\n", True)]
+    pieces: list[tuple[str, bool]] = []
+    for role, value in turns:
+        if role == "gpt":
+            if has_image and IMAGE_TAG in value:
+                raise UnusableSample(f"the template takes the {IMAGE_TAG} tag in a question, found it in an answer")
+            # Without an answer it is the prompt that an answer is to be generated for.
+            pieces += [(value + MINIGPT4_END, True)] if value else []
+        elif has_image and value.startswith(IMAGE_TAG):
+            question = value.removeprefix(IMAGE_TAG).strip()
+            pieces += [(f"{_HUMAN}<Img>", False), (IMAGE_TAG, False), (f"</Img> {question}{_ASSISTANT}", False)]
+        else:
+            pieces.append((f"{_HUMAN}{value}{_ASSISTANT}", False))
+    return pieces
+
+
+def _rounds(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The turns from the first human one on, known to alternate."""
+    turns = list(turns[1:] if turns[0][0] != "human" else turns)
+    if not turns:
+        raise UnusableSample("the dialogue has no human turn")
+    for number, (role, _) in enumerate(turns):
+        if role != ("human", "gpt")[number % 2]:
+            raise UnusableSample(f"human and gpt do not take turns: turn {number} is from {role!r}")
+    return turns
+
+
+_TEMPLATES = {"plain": encode_plain, "v1": encode_v1, "minigpt4": encode_minigpt4}
+PREFIXES = {"plain": "", "v1": f"{SYSTEM}{SEPARATOR}{ROLES['human']}: ", "minigpt4": f"{_HUMAN}<Img>"}
+"""Template -> what stands between BOS and an image in the first question."""
 
 
 def v1_prompt(turns: Sequence[tuple[str, str]], eos_token: str) -> str:
@@ -257,8 +315,7 @@ def _image_segment(dialogue: np.ndarray, tokenizer: Tokenizer, settings: Encodin
         if len(image_rows):
             prefix = dialogue[: image_rows[0]]
         else:  # the conversation does not mention its image: what would precede it in the template
-            text = "" if settings.version == "plain" else f"{SYSTEM}{SEPARATOR}{ROLES['human']}: "
-            prefix = np.asarray(tokenizer.encode(text, bos=True), dtype=np.int64)
+            prefix = np.asarray(tokenizer.encode(PREFIXES[settings.version], bos=True), dtype=np.int64)
     length = len(prefix) + settings.visual_tokens + 1
     if length > settings.model_max_length:
         raise UnusableSample(

@@ -12,14 +12,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
 from hacl_megatron.config.architecture import ImageConfig
-from hacl_megatron.config.flags import MANIFEST_FILE
+from hacl_megatron.config.flags import MANIFEST_FILE, TemplateName
 from hacl_megatron.data.arrow_manifest import ArrowManifest, Measures
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
@@ -43,7 +43,7 @@ class PrepareSettings:
     output: str
     image_folder: str | None = None
     tokenizer: str | None = None
-    version: Literal["plain", "v1"] = "v1"
+    version: TemplateName = "v1"
     """Template whose token lengths are counted."""
     verify_images: bool = False
     write_shards: bool = False

@@ -1,7 +1,7 @@
 """Yes-or-no questions in POPE's format, answered by comparing likelihoods instead of generating.
 
-The answer is the likelier of "Yes" and "No" behind the question, in the template `v1` as trained, each with the `</s>`
-that ends it. The metrics are POPE's own (`hacl_megatron.evaluation.pope`).
+The answer is the likelier of "Yes" and "No" behind the question, in the dialogue template as trained (`v1` for a
+`plain` run), each with what ends it. The metrics are POPE's own (`hacl_megatron.evaluation.pope`).
 """
 
 import math
@@ -44,7 +44,7 @@ class YesNo(Task):
             for key in ("image", "text", "label"):
                 expect_text(question, key, questions, number)
         self.tokenizer = tokenizer
-        self.settings = replace(settings, version="v1")
+        self.settings = replace(settings, version="v1" if settings.version == "plain" else settings.version)
         self.suffix = suffix
 
     def item_keys(self) -> list[int]:

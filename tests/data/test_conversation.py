@@ -10,6 +10,7 @@ from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.tiny_tokenizer import write_tokenizer
 
 V1 = EncodingSettings(version="v1", model_max_length=512, visual_tokens=3)
+MINIGPT4 = EncodingSettings(version="minigpt4", model_max_length=512, visual_tokens=3)
 PLAIN = EncodingSettings(version="plain", model_max_length=512, visual_tokens=3)
 
 SYSTEM_ROWS = (
@@ -253,6 +254,80 @@ def test_without_image_or_caption_there_is_no_pair(tokenizer, kwargs):
     assert len(encoded.dialogue) > 0
 
 
+# ----------------------------------------------------------------------------------------------------------- MiniGPT-4
+
+
+def released_rows(
+    tokenizer: Tokenizer, prompts: list[str], answers: list[str], end: str
+) -> tuple[list[int], list[int]]:
+    """Ids and labels as MiniGPT-4's `prompt_wrap` and `tokenize_conversation` put them together, one image, V = 3."""
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer.backend(text, add_special_tokens=False).input_ids if text else []
+
+    *before, behind = prompts[0].split("<ImageHere>")
+    ids = [tokenizer.bos_id]
+    for text in before:
+        ids += [*tokenize(text), IMAGE, IMAGE, IMAGE]
+    ids += tokenize(behind)
+    labels = [IGNORE] * len(ids)
+    for number, answer in enumerate(answers):
+        if number:
+            question = [tokenizer.bos_id, *tokenize(prompts[number])]
+            ids, labels = ids + question, labels + [IGNORE] * len(question)
+        target = tokenize(answer + end)
+        ids, labels = ids + target, labels + target
+    return ids, labels
+
+
+ASKED = "###Human: <Img><ImageHere></Img> What is it? ###Assistant: "
+
+
+@pytest.mark.parametrize(
+    ("turns", "prompts", "answers", "end"),
+    [
+        (["<image>\nWhat is it?", "a red cat."], [ASKED], ["a red cat."], "###"),
+        (["What is it? <image>", "a cat"], [ASKED], ["a cat"], "###"),
+        (["<image>", "a red cat"], ["<ImageHere>"], ["a red cat"], "\n"),  # the first stage
+        (
+            ["<image>\nWhat is it?", "a cat", "is it red?", "yes"],
+            [ASKED, "###Human: is it red? ###Assistant: "],
+            ["a cat", "yes"],
+            "###",
+        ),
+    ],
+    ids=["one round", "tag behind", "first stage", "two rounds"],
+)
+def test_minigpt4_is_the_released_codes_pieces(tokenizer, turns, prompts, answers, end):
+    encoded = encode(sample(*turns), tokenizer, MINIGPT4)
+    ids, labels = released_rows(tokenizer, prompts, answers, end)
+    assert encoded.dialogue.tolist() == ids and encoded.labels.tolist() == labels
+    assert not encoded.tokenization_mismatch
+
+
+def test_minigpt4s_first_stage_is_plain(tokenizer):
+    pair = sample("<image>", "a red cat", caption="a red cat", hallucinated=["a dog"])
+    first, plain = encode(pair, tokenizer, MINIGPT4), encode(pair, tokenizer, PLAIN)
+    assert first.dialogue.tolist() == plain.dialogue.tolist() and first.labels.tolist() == plain.labels.tolist()
+    assert first.image_segment.tolist() == plain.image_segment.tolist()
+
+
+def test_minigpt4_without_an_image_and_without_an_answer(tokenizer):
+    text = encode(sample("is <image> red?", "yes", image=None), tokenizer, MINIGPT4)
+    assert IMAGE not in text.dialogue and (text.labels != IGNORE).sum() == len(tokenizer.encode("yes###", bos=False))
+    prompt = encode(sample("<image>\nWhat is it?", ""), tokenizer, MINIGPT4)  # what an answer is generated for
+    assert prompt.dialogue.tolist() == released_rows(tokenizer, [ASKED], [], "")[0]
+    assert (prompt.labels == IGNORE).all()
+
+
+def test_minigpt4_image_context_is_its_prompts_beginning(tokenizer):
+    settings = dataclasses.replace(MINIGPT4, image_context="prompt")
+    for turns in (["<image>\nis it?", "yes"], ["is it?", "yes"]):  # the second does not mention its image
+        rows = encode(sample(*turns, caption="a cat"), tokenizer, settings).image_segment
+        beginning = tokenizer.encode("###Human: <Img>", bos=True)
+        assert rows.tolist() == [*beginning, IMAGE, IMAGE, IMAGE, tokenizer.eos_id]
+
+
 # ----------------------------------------------------------------------------------------------------- unusable samples
 
 
@@ -270,6 +345,8 @@ def test_without_image_or_caption_there_is_no_pair(tokenizer, kwargs):
         (sample("<image>", "a", image=None), PLAIN, "needs an image"),
         (sample("<image>", "a", "b", "c"), PLAIN, "found 4 turns"),
         (sample("is it?", "a <image>"), PLAIN, "in the answer"),
+        (sample("is it?", "a <image>"), MINIGPT4, "in an answer"),
+        (sample("yes", first="gpt", image=None), MINIGPT4, "no human turn"),
         (dataclasses.replace(sample(), conversations=(("human", "a"), ("human", "b"))), V1, "do not take turns"),
         (dataclasses.replace(sample(), conversations=(("system", "a"),)), V1, "from 'system'"),
         (dataclasses.replace(sample(), conversations=((["human"], "a"),)), V1, "expected 'human' or 'gpt'"),

@@ -16,6 +16,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from hacl_megatron.config.flags import TEMPLATE_NAMES
 from hacl_megatron.data import prepare
 from hacl_megatron.data.arrow_manifest import ArrowManifest
 from hacl_megatron.data.conversation import EncodingSettings, UnusableSample, encode
@@ -143,7 +144,7 @@ def test_duplicates_are_dropped_and_equal_ids_told_apart(source):
     assert contents(kept) == contents(Manifest.read(inputs, version="v1"))  # raw files are taken as they are
 
 
-@pytest.mark.parametrize("version", ["plain", "v1"])
+@pytest.mark.parametrize("version", TEMPLATE_NAMES)
 @pytest.mark.parametrize("legacy", [True, False])
 def test_token_lengths_are_those_of_the_encoder(source, version, legacy):
     folder = write_tokenizer(source / "other", legacy=legacy)
