@@ -13,6 +13,8 @@ from dataclasses import dataclass
 class TowerKind:
     """What the features of a kind of tower are."""
 
+    model_class: str
+    """Its class in transformers, whose output has `last_hidden_state`."""
     has_class_token: bool
     """The tower puts a class token in front of the patches."""
     keeps_class_token: bool = False
@@ -29,11 +31,17 @@ class TowerKind:
 
 
 TOWERS: dict[str, TowerKind] = {
-    "clip_vision_model": TowerKind(has_class_token=True, unused=("post_layernorm",)),
-    "siglip_vision_model": TowerKind(has_class_token=False, unused=("post_layernorm", "head")),
-    "blip_2_vision_model": TowerKind(has_class_token=True, keeps_class_token=True, final_norm=True),
-}
-"""By transformers' `model_type`. A tower whose model gives `last_hidden_state` can be entered here."""
+    "clip_vision_model": TowerKind(
+        model_class="CLIPVisionModel", has_class_token=True, unused=("post_layernorm",)
+    ),
+    "siglip_vision_model": TowerKind(
+        model_class="SiglipVisionModel", has_class_token=False, unused=("post_layernorm", "head")
+    ),
+    "blip_2_vision_model": TowerKind(
+        model_class="Blip2VisionModel", has_class_token=True, keeps_class_token=True, final_norm=True
+    ),
+}  # fmt: skip
+"""By transformers' `model_type`."""
 
 
 def tower_kind(model_type: str | None) -> TowerKind:
