@@ -47,9 +47,9 @@ def likelihoods(folder: Path) -> Path:
     for name, load, processes in (("export", "export", 1), ("tp2", "save", 2)):
         command = [
             "--load", str(folder / load), "--tasks", *TASKS, "--data-path", str(folder / "data" / "contrastive.json"),
-            "--image-folder", str(folder / "data" / "images"), "--questions", str(folder / "questions.json"), "--output",
-            str(folder / f"{name}.json"), "--batch-size", "4", "--image-backend", "pillow", "--device", "cpu",
-            "--tensor-model-parallel-size", str(processes),
+            "--image-folder", str(folder / "data" / "images"), "--questions", str(folder / "questions.json"),
+            "--output", str(folder / f"{name}.json"), "--batch-size", "4", "--device", "cpu",
+            "--tensor-model-parallel-size", str(processes), "--image-backend", "pillow",
         ]  # fmt: skip
         run_distributed(evaluate, processes, command)
     return folder
