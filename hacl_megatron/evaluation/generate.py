@@ -1,4 +1,4 @@
-"""Answers of an exported LLaVA to questions about images, in batches, by transformers' `generate`.
+"""Answers of an exported LLaVA or MiniGPT-4 to questions about images, in batches, by transformers' `generate`.
 
     Question(image, prompt) ─training's own template→ rows [L], IMAGE x V ┐
                  └─FolderStore→ bytes ─ImageDecoder→ pixels [3, S, S] ────┴→ left-padded batch ─generate→ text
@@ -9,7 +9,7 @@ SentencePiece's dummy space, the processor does not. Pixels come from the traine
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hacl_megatron.checkpoint.hf_config import read_model_config
+from hacl_megatron.checkpoint.hf_config import data_flags, read_model_config
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.data.conversation import IMAGE, EncodingSettings, UnusableSample, encode
+from hacl_megatron.data.conversation import IMAGE, MINIGPT4_END, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
 from hacl_megatron.data.store import FolderStore
@@ -65,7 +65,8 @@ class Answerer:
     """An exported model with its tokenizer and image processing.
 
     Args:
-        folder: `LlavaForConditionalGeneration` with tokenizer and processor (tools/convert_megatron_to_hf.py).
+        folder: `LlavaForConditionalGeneration`, or `Blip2ForConditionalGeneration` with a LLaMA, with tokenizer and
+            processor (tools/convert_megatron_to_hf.py).
         images: the folder of the questions' images.
         dtype: default bfloat16 on a GPU, float32 on the CPU.
 
@@ -89,7 +90,8 @@ class Answerer:
         self.decoder = ImageDecoder(
             self.config.image, aspect_ratio=self.config.extra["image_aspect_ratio"], backend="pillow", num_threads=4
         )
-        self.model = _load_model(folder, self.dtype).to(self.device).eval()
+        self.template = data_flags(self.config).version
+        self.model = _load_model(folder, self.config, self.dtype).to(self.device).eval()
 
     def answer(self, questions: Iterable[Question], settings: GenerationSettings) -> Iterator[Answer]:
         """One answer for each question, in their order. The next batch is read while one is generated."""
@@ -154,17 +156,34 @@ class Answerer:
                 attention_mask=mask.to(self.device),
                 pixel_values=torch.stack([pixels for _, pixels in batch]).to(self.device, self.dtype),
                 generation_config=generation,
+                stopping_criteria=self._stopping_criteria(ids.shape[1]),
             )
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"out of GPU memory with --batch-size {settings.batch_size}: repeat the command with a smaller one, it "
                 "goes on where this one stopped"
             ) from None
-        return [self.tokenizer.decode(row).strip() for row in output[:, ids.shape[1] :].tolist()]
+        return [self._text(row) for row in output[:, ids.shape[1] :].tolist()]
+
+    def _stopping_criteria(self, prompt_length: int) -> list[Callable[..., Tensor]]:
+        """A MiniGPT-4 ends its answer by a text, in EOS's place.
+
+        transformers' `stop_strings` would not see it where a tokenizer spells it in bytes.
+        """
+
+        def ended(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            texts = [self.tokenizer.decode(row) for row in ids[:, prompt_length:].tolist()]
+            return torch.tensor([MINIGPT4_END in text for text in texts], device=ids.device)
+
+        return [ended] if self.template == "minigpt4" else []
+
+    def _text(self, row: list[int]) -> str:
+        text = self.tokenizer.decode(row)
+        return (text.partition(MINIGPT4_END)[0] if self.template == "minigpt4" else text).strip()
 
 
 def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.ndarray:
-    """int64 [L] rows of LLaVA-1.5's `v1` prompt up to "ASSISTANT:", exactly as a training dialogue begins.
+    """int64 [L] rows of the prompt up to the answer in the model's own template, exactly as a training dialogue begins.
 
     An image tag in the prompt is taken out, since the image stands at the front. Raises UnusableSample for a text that
     does not tokenize, or is longer than the model's context.
@@ -180,7 +199,9 @@ def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.nd
         source="",
     )
     limit = config.language.max_position_embeddings
-    settings = EncodingSettings(version="v1", model_max_length=limit, visual_tokens=config.visual_tokens)
+    settings = EncodingSettings(
+        version=data_flags(config).version, model_max_length=limit, visual_tokens=config.visual_tokens
+    )
     encoded = encode(sample, tokenizer, settings)
     if encoded.truncated:
         raise UnusableSample(f"the prompt is longer than the model's context of {limit} tokens")
@@ -203,8 +224,8 @@ def read_export(folder: Path) -> ModelConfig:
     config = read_model_config(folder)
     if config.extra.get("layout") != "hf":
         raise ValueError(
-            f"--hf {folder}: found a model in another layout, expected LlavaForConditionalGeneration; export it with "
-            "tools/convert_megatron_to_hf.py --format hf"
+            f"--hf {folder}: found a model in another layout, expected LlavaForConditionalGeneration or "
+            "Blip2ForConditionalGeneration; export it with tools/convert_megatron_to_hf.py --format hf"
         )
     return config
 
@@ -239,11 +260,12 @@ def fingerprint(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import LlavaForConditionalGeneration
+def _load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+    from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
 
+    kind = LlavaForConditionalGeneration if config.qformer is None else Blip2ForConditionalGeneration
     try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(
+        model, report = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
