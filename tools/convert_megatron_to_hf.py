@@ -27,7 +27,9 @@ def parse() -> argparse.Namespace:
         "--vision-tower", choices=("inside", "folder", "named"), help="llava: the tower in the weight files, in a CLIP "
         "folder within, or just named; default: inside where a name for it is known, else a folder"
     )  # fmt: skip
-    parser.add_argument("--image-aspect-ratio", choices=("pad", "square"), help="default: as the model was trained")
+    parser.add_argument(
+        "--image-aspect-ratio", choices=("pad", "square", "stretch"), help="default: as the model was trained"
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file, such as 5GB")
     parser.add_argument("--workers", type=int, default=2, help="threads that read ahead")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --hf-path")
