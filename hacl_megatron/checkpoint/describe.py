@@ -124,7 +124,7 @@ def _origin(holdings: Holdings) -> Iterator[tuple[str, str]]:
         yield "written at", f"tensor x pipeline x data parallel {' x '.join(map(str, sizes))}" if sizes else "unknown"
         frozen = [
             part
-            for part, is_frozen in (("language model", run.model.freeze_LM), ("vision tower", run.model.freeze_ViT))
+            for part, is_frozen in (("language model", run.language_model_is_frozen), ("vision tower", run.model.freeze_ViT))
             if is_frozen
         ]
         yield "frozen", ", ".join(frozen) or "nothing"

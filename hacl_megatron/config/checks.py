@@ -15,6 +15,7 @@ from typing import Any
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import notify
 from hacl_megatron.config.flags import MANIFEST_FILE, ParallelFlags
+from hacl_megatron.config.lora import check_lora
 from hacl_megatron.config.parser import GROUPS
 from hacl_megatron.config.run import RunConfig
 
@@ -64,6 +65,7 @@ LIMITS: dict[str, tuple[float, float]] = {
             "model_max_length", "num_workers", "io_threads", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
             "micro_batch_size", "micro_batch_tokens", "queue_size", "global_batch_size", "train_iters",
             "exit_interval", "eval_iters", "log_interval", "world_size", "save_retain", "save_keep_interval",
+            "lora_rank",
         ),
         (1, _FINITE),
     ),
@@ -75,8 +77,10 @@ LIMITS: dict[str, tuple[float, float]] = {
         (0, _FINITE),
     ),
     "max_bad_fraction": (0, 1),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "lr_warmup_fraction"), (0, below(1))),
-    **dict.fromkeys(("adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights"), (above(0), _FINITE)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lr_warmup_fraction", "lora_dropout"), (0, below(1))),
+    **dict.fromkeys(
+        ("adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights", "lora_alpha"), (above(0), _FINITE)
+    ),
     "initial_temperature": TEMPERATURE_RANGE,
     "seed": (0, 2**32 - 1),
 }  # fmt: skip
@@ -104,6 +108,7 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
     _check_length(config)
     _check_rates(config)
     _check_contrast(config)
+    check_lora(config.lora)
     if files:
         _check_inputs(config)
         _check_outputs(config)
@@ -292,7 +297,7 @@ def _check_rates(config: RunConfig) -> None:
             "the schedule decays from the one to the other: lower --min-lr",
         )
     trains = {
-        "lr": not config.model.freeze_LM or not config.model.freeze_ViT,
+        "lr": not config.language_model_is_constant or not config.model.freeze_ViT,
         "connector_lr": True,
         "heads_lr": config.objective.contrastive_weight > 0,
     }

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from hacl_megatron.batch import PackedBatch, SegmentLengths
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.lora import Lora
 from hacl_megatron.model.connector import Connector
 from hacl_megatron.model.heads import ContrastiveHeads
 from hacl_megatron.model.init import cpu_generator
 from hacl_megatron.model.llama import LlamaStage
+from hacl_megatron.model.lora import lora_parameters
 from hacl_megatron.model.vision import VisionTower
 from hacl_megatron.platform.attention import packed_segments
 
@@ -74,6 +76,7 @@ class HaclModel(MegatronModule):
         seed: int,
         device: torch.device,
         groups: ProcessGroupCollection,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__(language_config)
         self.model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask for
@@ -102,6 +105,8 @@ class HaclModel(MegatronModule):
             groups=groups,
             pre_process=self.pre_process,
             post_process=self.post_process,
+            lora=lora,
+            seed=seed,
         )
         if self.post_process:
             self.heads = ContrastiveHeads(
@@ -128,9 +133,14 @@ class HaclModel(MegatronModule):
         self.language_model.set_input_tensor(input_tensor)
 
     def freeze(self, *, language_model: bool, vision_tower: bool) -> None:
-        """Take parts out of training. Must happen before the data-parallel wrap, which sizes its buffers by it."""
+        """Take parts out of training. Must happen before the data-parallel wrap, which sizes its buffers by it.
+
+        The language model's adapters, if it has any, train all the same.
+        """
         if language_model:
             self.language_model.requires_grad_(False)
+            for parameter in lora_parameters(self.language_model):
+                parameter.requires_grad_(True)
         if vision_tower and self.pre_process:
             self.vision_tower.requires_grad_(False)
 

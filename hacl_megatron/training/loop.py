@@ -333,7 +333,7 @@ class Trainer:
         flops = step_flops(
             self.architecture,
             micro_batches,
-            trains_language_model=not self.config.model.freeze_LM,
+            trains_language_model=not self.config.language_model_is_frozen,
             trains_vision_tower=not self.config.model.freeze_ViT,
         )
         # Replicas are taken to have as much to do as this one.

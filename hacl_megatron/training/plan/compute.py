@@ -67,7 +67,7 @@ def stage_flops(config: RunConfig, model: ModelConfig, micro_batch: MicroBatchSh
     stages = parallel.pipeline_model_parallel_size
     layers = layers_by_stage(parallel, language.num_layers)[stage]
     is_first, is_last = stage == 0, stage == stages - 1
-    passes = 2 if config.model.freeze_LM else 3
+    passes = 2 if config.language_model_is_frozen else 3
     main, recompute = micro_batch.main, recompute_of(config)
     last = layers - 1 if is_last else None
 

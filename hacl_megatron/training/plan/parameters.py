@@ -71,7 +71,7 @@ def stage_parameters(config: RunConfig, model: ModelConfig, stage: int) -> list[
     shapes += _prefixed("language_model.", _language_model(model, parallel, layers, is_first, is_last))
     if is_last:
         shapes += _prefixed("heads.", _heads(model))
-    frozen = {"vision_tower": flags.freeze_ViT, "language_model": flags.freeze_LM}
+    frozen = {"vision_tower": flags.freeze_ViT, "language_model": config.language_model_is_frozen}
     tied = model.language.tie_word_embeddings and stages > 1
     return [
         PlannedParameter(
