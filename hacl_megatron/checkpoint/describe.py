@@ -15,6 +15,7 @@ from hacl_megatron.checkpoint.hf_import import SourceTensors, open_sources
 from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, find_checkpoint
 from hacl_megatron.checkpoint.sharded_reader import ShardedReader, read_run_config
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.lora import Lora
 
 _FAMILIES = {
     "hf": "Hugging Face LLaVA (LlavaForConditionalGeneration)",
@@ -122,16 +123,15 @@ def _origin(holdings: Holdings) -> Iterator[tuple[str, str]]:
         yield "iteration", f"{common['progress']['iteration']}"
         sizes = common.get("layout")
         yield "written at", f"tensor x pipeline x data parallel {' x '.join(map(str, sizes))}" if sizes else "unknown"
-        frozen = [
-            part
-            for part, is_frozen in (("language model", run.language_model_is_frozen), ("vision tower", run.model.freeze_ViT))
-            if is_frozen
-        ]
+        parts = ("language model", run.language_model_is_frozen), ("vision tower", run.model.freeze_ViT)
+        frozen = [part for part, is_frozen in parts if is_frozen]
         yield "frozen", ", ".join(frozen) or "nothing"
         optimizer = sum(name.startswith("optimizer") for name in holdings.reader.other_names)
         yield "optimiser", f"{optimizer} entries" if optimizer else "not there"
     else:
         yield "iteration", "0, weights alone"
+    if (lora := Lora.of(run.lora)) is not None:
+        yield "adapters", str(lora)
     yield "came from", str(run.model.pretrained_checkpoint or "random weights")
 
 

@@ -68,8 +68,8 @@ class LoraFlags:
     )  # fmt: skip
     lora_dropout: float = flag(0.0, "Share of the adapters' inputs that is dropped in training.")
     lora_target_modules: list[str] = flag(
-        [], "Linear layers that get adapters, by their Hugging Face names: q_proj k_proj v_proj o_proj gate_proj up_proj "
-        "down_proj. Default: all, as in LLaVA's recipe."
+        [], "Linear layers of the language model that get adapters, by Hugging Face's names: q_proj k_proj v_proj "
+        "o_proj gate_proj up_proj down_proj. Default: all, as in LLaVA's recipe."
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ what is replicated are not summed under sequence parallelism.
 Shape legend: T' = T rows, or T / tensor-parallel size under sequence parallelism; r rank, p tensor-parallel size.
 
     column parallel (q, k, v, gate, up)   A [r, in] on every rank, B [out / p, r]; A x [T', r] is gathered to all rows
-    row parallel (o, down)                A [r, in / p], B [out, r] on every rank; A x [T, r] is summed, or summed and cut
+    row parallel (o, down)                A [r, in / p], B [out, r] on every rank; A x [T, r] is summed (and cut)
 
 What travels between the ranks has r columns. Whatever is replicated gets the same gradient on every rank, or, where
 each rank has seen its own rows alone (sequence parallelism), is marked for megatron-core to sum it.

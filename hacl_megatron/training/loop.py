@@ -19,6 +19,7 @@ from hacl_megatron.checkpoint.saver import CheckpointSaver
 from hacl_megatron.checkpoint.sharded import state_metadata
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout
+from hacl_megatron.config.lora import Lora
 from hacl_megatron.config.run import RunConfig, to_yaml
 from hacl_megatron.data.loader import StepLoader
 from hacl_megatron.training.exchange import exchange_step, global_sums
@@ -335,6 +336,7 @@ class Trainer:
             micro_batches,
             trains_language_model=not self.config.language_model_is_frozen,
             trains_vision_tower=not self.config.model.freeze_ViT,
+            lora=Lora.of(self.config.lora),
         )
         # Replicas are taken to have as much to do as this one.
         tflops = flops * self.layout.dp / seconds / world / 1e12

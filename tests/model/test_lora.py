@@ -65,7 +65,6 @@ def test_gradients_are_those_of_peft(results, case):
         worst = max(found["gradients"], key=found["gradients"].get)
         assert found["gradients"][worst] <= GRADIENTS, (rank, worst, found["gradients"][worst])
         assert found["others in training"] == []
-    print('WORST', case, found['gradients'][worst], worst)
     total = sum(found["adapters"] for found in results[str(case)])
     assert total == 2 * LAYERS * len(VARIANTS[case.variant].targets) * case.layout.tp
     assert VARIANTS["all"].targets == TARGETS and len(TARGETS) == 7
