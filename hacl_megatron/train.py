@@ -263,8 +263,9 @@ def build_trainer(
             wandb_project=config.logging.wandb_project,
             config=asdict(config),
         )
+        log.say(f"{said}\n{trained_and_frozen(whole_model(config, architecture))}")
         log.say(
-            f"{said}\n{trained_and_frozen(whole_model(config, architecture))}\ntensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {device.type}, "
+            f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {device.type}, "
             f"{layout.global_batch_size} samples a step, {num_samples} an epoch, {train_iters} iterations"
         )
     return Trainer(

@@ -26,6 +26,7 @@ from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
 from hacl_megatron.checkpoint.sharded_metadata import StoredChunk, read_metadata
 from hacl_megatron.checkpoint.tensor_records import Record, find_values
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.lora import FUSED, SUFFIX, Lora, target_shapes
 from hacl_megatron.config.run import RunConfig, from_yaml
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -102,7 +103,31 @@ class ShardedReader:
     def read(self, name: str) -> Tensor:
         """One parameter, whole and unsharded, in the dtype of the checkpoint; only its own chunks are read."""
         key, layer = self._stored(name)
-        entry, shape = self._tensors[key], self.shape(name)
+        return self._read(name, key, layer, self.shape(name))
+
+    __call__ = read
+
+    def read_lora(self, layer: int, target: str, lora: Lora) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] beside one matrix of a language layer, by Hugging Face's name of the matrix.
+
+        Raises:
+            ValueError: they are not there, or of other sizes than run_config.yaml makes them.
+        """
+        linear = next(linear for linear, targets in FUSED.items() if target in targets)
+        rows, columns = target_shapes(self.model_config.language)[target]
+        found = []
+        for kind, shape in (("A", (lora.rank, columns)), ("B", (rows, lora.rank))):
+            name = f"language_model.decoder.layers.{layer}.{linear}{SUFFIX}.{target}_{kind}"
+            key, row = self._stored(name)
+            there = tuple(self._tensors[key].size)
+            if (there if row is None else there[1:]) != shape:
+                raise ValueError(f"{self.folder}: {key} is {list(there)}, {RUN_CONFIG_FILE} makes a layer's {shape}")
+            found.append(self._read(name, key, row, shape))
+        return found[0], found[1]
+
+    def _read(self, name: str, key: str, layer: int | None, shape: tuple[int, ...]) -> Tensor:
+        """What is stored under `key`, or its row `layer`."""
+        entry = self._tensors[key]
         # A stacked parameter is one row of what is stored.
         offsets, sizes = (0,) * len(shape), shape
         if layer is not None:
@@ -126,8 +151,6 @@ class ShardedReader:
             covered += into.numel()
         assert covered == target.numel(), f"{name}: chunks cover {covered} of {target.numel()} values"
         return target.view(shape)
-
-    __call__ = read
 
     def _read_part(self, chunk: StoredChunk, start: Sequence[int], into: Tensor) -> None:
         """Fill `into` with the part of a chunk from `start` on; read in place where it is contiguous on both sides."""
