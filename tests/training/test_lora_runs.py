@@ -63,9 +63,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command(folder, "pre-dp2", "dp2-dist", *LORA, "--overlap-grad-reduce", stage="pretrain", samples=4),
         partial(
             run_comparing_passes,
-            command(folder, "dropout", "tp2", *LORA, "--lora-dropout", "0.3", "--train-iters", "3", samples=4),
+            command(folder, "dropout", "tp2", *LORA, "--lora-dropout", "0.3", samples=4),
         ),
-        command(folder, "frozen-LM", "tp2", *LORA, "--lora-dropout", "0.5", "--train-iters", "1"),
     ]
     train(one, 1)
     train(two, 2)
@@ -141,7 +140,7 @@ def test_weights_are_taken_with_their_adapters_or_get_fresh_ones(finished: Path)
 
 
 def test_dropout_draws(finished: Path) -> None:
-    """Replicas under it stay equal (a checkpoint could not be written else); the loss is another one."""
-    dropped, plain = metrics(finished / "frozen-LM")[0], metrics(finished / "full")[0]
+    """Masks are there (that both passes draw the same ones, the run itself has seen)."""
+    dropped, plain = metrics(finished / "dropout")[0], metrics(finished / "full")[0]
     assert dropped["lm loss"] == pytest.approx(plain["lm loss"], rel=1e-5), "B is zero in the first step"
     assert abs(dropped["grad-norm"] - plain["grad-norm"]) > 1e-3 * plain["grad-norm"]
