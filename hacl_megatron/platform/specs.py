@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -58,7 +59,8 @@ def _separate_norms(spec: ModuleSpec, norm: type) -> None:
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = norm
     layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-    layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+    mlp = layer.mlp.keywords["submodules"] if isinstance(layer.mlp, partial) else layer.mlp.submodules  # from 0.19 on
+    mlp.linear_fc1 = TEColumnParallelLinear
     layer.sharded_state_dict_keys_map = {
         **layer.sharded_state_dict_keys_map,
         "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

@@ -213,7 +213,7 @@ def activations_on_this_rank(cases: Sequence[tuple[Sequence[str], str, str, int]
         config, layout, device, groups = _prepare(arguments)
         config.transformer.update(RECOMPUTE[recompute])
         module = setup.build_module(config, config.architecture, layout, groups, device)
-        module.freeze(language_model=config.model.freeze_LM, vision_tower=config.model.freeze_ViT)
+        module.freeze(language_model=config.language_model_is_frozen, vision_tower=config.model.freeze_ViT)
         micro_batch = make_micro_batch(samples, config, num_micro_batches)
         shape = shape_of(micro_batch)
 
