@@ -228,6 +228,23 @@ def compare(folder: Path, case: Case, variant: Variant, device: torch.device) ->
     }
 
 
+def gradients_under_dropout(folder: str, cases: list[Case]) -> list[dict[str, Tensor]]:
+    """Each case's gradients of this rank's adapters, a good part of whose inputs is dropped; the same seed for all."""
+    from hacl_megatron.platform.processes import start_platform
+
+    device, found = start_platform("cpu"), []
+    expected = torch.load(Path(folder) / "expected.pt", weights_only=True)
+    for case in cases:
+        module, groups = build(Path(folder) / "weights", case, Variant(), device, lora_dropout=0.4)
+        adapters = adapter_parameters(module, case.layout, groups.pp.rank())
+        with torch.no_grad():
+            for key, parameter in adapters.items():
+                parameter.copy_(cut(key, expected["weights"][key], groups.tp.rank(), case.layout.tp))
+        run_schedule(wrap(module, groups), make_batches(2))
+        found.append({key: parameter.main_grad.clone() for key, parameter in adapters.items()})
+    return found
+
+
 def compare_all(jobs: list[tuple[str, Case, Variant]]) -> list[dict[str, Any]]:
     """`compare` for every job of this world size, one after another, on the CPU."""
     from hacl_megatron.platform.processes import start_platform
