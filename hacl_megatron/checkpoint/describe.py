@@ -15,7 +15,7 @@ from hacl_megatron.checkpoint.hf_import import SourceTensors, open_sources
 from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, find_checkpoint
 from hacl_megatron.checkpoint.sharded_reader import ShardedReader, read_run_config
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.lora import Lora
+from hacl_megatron.config.lora import Lora, is_lora
 
 _FAMILIES = {
     "hf": "Hugging Face LLaVA (LlavaForConditionalGeneration)",
@@ -49,7 +49,7 @@ class Holdings:
     def names(self) -> list[str]:
         """Our names of the parameters that are there, then canonical names of what is carried."""
         if self.reader is not None:
-            return [*self.reader.names(), *self.carried]
+            return [*self.reader.names(), *self.reader.adapter_names(), *self.carried]
         table, found = self.sources.table, self.sources.found
         tied = self.config.language.tie_word_embeddings
         ours = [
@@ -79,6 +79,8 @@ class Holdings:
 
     def shape(self, name: str) -> tuple[int, ...]:
         table = (self.reader or self.sources).table
+        if self.reader is not None and name not in table.carried:
+            return self.reader.shape(name)
         return table.rules[name].shape if name in table.rules else table.carried[name]
 
 
@@ -101,6 +103,7 @@ def describe(holdings: Holdings) -> dict[str, str]:
     dtypes: dict[str, int] = {}
     for name in holdings.names():
         part = name.partition(".")[0] if name in (holdings.reader or holdings.sources).table.rules else "not trained"
+        part = "adapters" if is_lora(name) else part
         count = torch.Size(holdings.shape(name)).numel()
         parts[part] = parts.get(part, 0) + count
         dtype = str(holdings.dtype(name)).removeprefix("torch.")

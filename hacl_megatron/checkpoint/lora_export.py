@@ -39,7 +39,7 @@ class Merged:
             target = _target(source)
             if target not in self._lora.targets:
                 return torch.zeros(shapes[source])[rows, columns]
-            a, b = self._reader.read_lora(_layer(source), target, self._lora)
+            a, b = self._reader.read_lora(_layer(source), target)
             return (self._lora.scale * (b.float() @ a.float()))[rows, columns]
 
         # The rule that fuses Hugging Face's matrices fuses what is added to them.
@@ -121,7 +121,7 @@ def _tensors(provider: Provider, reader: ShardedReader, lora: Lora) -> Iterator[
                 yield _spelled(reader, source), tensor
         for source in rule.sources:
             if _target(source) in lora.targets:
-                a, b = reader.read_lora(_layer(source), _target(source), lora)
+                a, b = reader.read_lora(_layer(source), _target(source))
                 yield _spelled(reader, source, "lora_A"), a
                 yield _spelled(reader, source, "lora_B"), b
 

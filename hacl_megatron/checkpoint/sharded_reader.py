@@ -69,6 +69,9 @@ class ShardedReader:
         self.folder = Path(folder)
         self.model_config = model_config or read_run_config(self.folder).architecture
         self.table = NameTable(self.model_config)
+        has_config = (self.folder / RUN_CONFIG_FILE).is_file()
+        self.lora = Lora.of(read_run_config(self.folder).lora) if has_config else None
+        """The adapters beside the language model; exports merge them (`lora_export`)."""
         self._tensors, self._other_names = read_metadata(self.folder)
         self._check()
 
@@ -77,9 +80,26 @@ class ShardedReader:
         tied = self.model_config.language.tie_word_embeddings
         return [name for name in self.table.rules if not (tied and name == OUTPUT_LAYER)]
 
+    def adapter_names(self) -> list[str]:
+        """Our names of the adapters' parameters, by layer."""
+        return list(self._adapters)
+
+    @cached_property
+    def _adapters(self) -> dict[str, tuple[int, ...]]:
+        if self.lora is None:
+            return {}
+        shapes, language = target_shapes(self.model_config.language), self.model_config.language
+        found: dict[str, tuple[int, ...]] = {}
+        for layer in range(language.num_layers):
+            for target in self.lora.targets:
+                rows, columns = shapes[target]
+                found[_adapter(layer, target, "A")] = (self.lora.rank, columns)
+                found[_adapter(layer, target, "B")] = (rows, self.lora.rank)
+        return found
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the unsharded tensor, without vocabulary padding."""
-        return self.table.rules[name].shape
+        return self._adapters[name] if name in self._adapters else self.table.rules[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[self._stored(name)[0]].dtype
@@ -97,37 +117,13 @@ class ShardedReader:
     @cached_property
     def other_names(self) -> list[str]:
         """What the checkpoint holds beside the model's parameters: optimiser state, random states."""
-        ours = {self._stored(name)[0] for name in self.names()}
+        ours = {self._stored(name)[0] for name in [*self.names(), *self.adapter_names()]}
         return [key for key in self._tensors if key not in ours] + self._other_names
 
     def read(self, name: str) -> Tensor:
         """One parameter, whole and unsharded, in the dtype of the checkpoint; only its own chunks are read."""
         key, layer = self._stored(name)
-        return self._read(name, key, layer, self.shape(name))
-
-    __call__ = read
-
-    def read_lora(self, layer: int, target: str, lora: Lora) -> tuple[Tensor, Tensor]:
-        """A [rank, in] and B [out, rank] beside one matrix of a language layer, by Hugging Face's name of the matrix.
-
-        Raises:
-            ValueError: they are not there, or of other sizes than run_config.yaml makes them.
-        """
-        linear = next(linear for linear, targets in FUSED.items() if target in targets)
-        rows, columns = target_shapes(self.model_config.language)[target]
-        found = []
-        for kind, shape in (("A", (lora.rank, columns)), ("B", (rows, lora.rank))):
-            name = f"language_model.decoder.layers.{layer}.{linear}{SUFFIX}.{target}_{kind}"
-            key, row = self._stored(name)
-            there = tuple(self._tensors[key].size)
-            if (there if row is None else there[1:]) != shape:
-                raise ValueError(f"{self.folder}: {key} is {list(there)}, {RUN_CONFIG_FILE} makes a layer's {shape}")
-            found.append(self._read(name, key, row, shape))
-        return found[0], found[1]
-
-    def _read(self, name: str, key: str, layer: int | None, shape: tuple[int, ...]) -> Tensor:
-        """What is stored under `key`, or its row `layer`."""
-        entry = self._tensors[key]
+        entry, shape = self._tensors[key], self.shape(name)
         # A stacked parameter is one row of what is stored.
         offsets, sizes = (0,) * len(shape), shape
         if layer is not None:
@@ -151,6 +147,12 @@ class ShardedReader:
             covered += into.numel()
         assert covered == target.numel(), f"{name}: chunks cover {covered} of {target.numel()} values"
         return target.view(shape)
+
+    __call__ = read
+
+    def read_lora(self, layer: int, target: str) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] beside one matrix of a language layer, by its Hugging Face name."""
+        return self.read(_adapter(layer, target, "A")), self.read(_adapter(layer, target, "B"))
 
     def _read_part(self, chunk: StoredChunk, start: Sequence[int], into: Tensor) -> None:
         """Fill `into` with the part of a chunk from `start` on; read in place where it is contiguous on both sides."""
@@ -195,7 +197,7 @@ class ShardedReader:
 
     def _check(self) -> None:
         """Every parameter is there, in the shape that run_config.yaml makes it, and in files of the full length."""
-        for name in self.names():
+        for name in [*self.names(), *self.adapter_names()]:
             key, layer = self._stored(name)
             found, expected = self._tensors[key].size, self.shape(name)
             found = found if layer is None else found[1:]
@@ -211,6 +213,11 @@ class ShardedReader:
                 raise ValueError(f"{self.folder}: file {file} of the checkpoint is missing")
             if path.stat().st_size < end:
                 raise ValueError(f"{path} is cut: {path.stat().st_size} bytes of at least {end}")
+
+
+def _adapter(layer: int, target: str, kind: str) -> str:
+    linear = next(linear for linear, targets in FUSED.items() if target in targets)
+    return f"language_model.decoder.layers.{layer}.{linear}{SUFFIX}.{target}_{kind}"
 
 
 def _part(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:

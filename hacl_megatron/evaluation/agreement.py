@@ -15,10 +15,9 @@ from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
 from hacl_megatron.checkpoint.hf_config_write import to_config_json
 from hacl_megatron.checkpoint.hf_import import SourceTensors
 from hacl_megatron.checkpoint.hf_names import connector_depth
-from hacl_megatron.checkpoint.sharded_reader import ShardedReader, read_run_config
+from hacl_megatron.checkpoint.sharded_reader import ShardedReader
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import exit_with_error
-from hacl_megatron.config.lora import Lora
 
 TOLERANCE = 2e-4
 """Largest difference of two logits, for logits of order 1; more for larger ones in proportion."""
@@ -227,7 +226,7 @@ def our_logits(reader: ShardedReader, batch: PackedBatch, dtype: torch.dtype | N
         seed=0,
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
-        lora=Lora.of(read_run_config(reader.folder).lora),
+        lora=reader.lora,
     )
     wanted = {name: part for name, part in module.sharded_state_dict().items() if not name.endswith("_extra_state")}
     module.load_state_dict(load_checkpoint({"model": wanted}, reader.folder)["model"], strict=False)

@@ -27,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size, flags = layout_flags("tp2")
     files = ["--config", str(folder / "finetune.yaml"), "--save", str(folder / "run")]
     lora = ["--lora-rank", "3", "--lora-alpha", "7.5", "--lora-target-modules", *TARGETS]
-    train([[*files, *flags, *lora, "--lr", "3e-2", "--train-iters", "3"]], size)
+    train([[*files, *flags, *lora, "--lr", "3e-2", "--train-iters", "3", "--save-interval", "2"]], size)
     to_hf(folder / "run", folder / "merged", "--verify")
     to_hf(folder / "run", folder / "adapter", "--format", "peft")
     return folder
@@ -98,6 +98,18 @@ def test_original_layout_is_merged_and_the_base_is_not(trained: Path, tmp_path: 
         assert torch.equal(before, after) == (target.partition(".")[2] not in TARGETS)
         assert torch.equal(llava[f"model.layers.2.{target}.weight"], after)
         assert torch.equal(without, before)
+
+
+def test_inspection_shows_adapters_and_how_they_differ(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    run_tool(
+        "inspect_checkpoint", "--max-lines", 99, trained / "run" / "iter_0000002", trained / "run" / "iter_0000003"
+    )
+    printed = capsys.readouterr().out
+    assert "LoRA of rank 3, alpha 7.5, on q_proj v_proj o_proj gate_proj down_proj" in printed
+    assert "adapters 6,336" in printed  # 3 x (in + out) of each, in 4 layers
+    different = [line for line in printed.splitlines() if "values differ" in line]
+    assert sum("_lora." in line for line in different) == 4 * 2 * len(TARGETS)
+    assert not any("language_model" in line and "_lora." not in line for line in different)
 
 
 def test_what_cannot_be_written_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
