@@ -31,7 +31,6 @@ CASES = [
     Case("all", ONE),
     Case("all", ONE, FULL_RECOMPUTE),
     Case("some", ONE),
-    Case("text alone", ONE),
     Case("text alone", ONE, FULL_RECOMPUTE),
     Case("all", TP2),
     Case("all", TP2_SP),

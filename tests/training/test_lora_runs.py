@@ -23,6 +23,7 @@ from tests.training.runs import (
 from tests.training.test_pools import run_comparing_passes
 
 LORA = ["--lora-rank", "4", "--lora-alpha", "12", "--lr", "1e-2", "--connector-lr", "1e-3"]
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 COMPARED = (*LOSSES, "temperature", "grad-norm")
 
 
@@ -60,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command(folder, "resumed-tp2", "tp2-dist", *half, *LORA),
         command(folder, "resumed-pp2", "pp2-dist", *half, *LORA),
         # Two micro-batches a rank: embeddings run ahead, gradients are cached.
-        command(folder, "pre-dp2", "dp2-dist", *LORA, "--overlap-grad-reduce", stage="pretrain", samples=4),
+        command(folder, "pre-dp2", "dp2-dist", *LORA, *OVERLAP, stage="pretrain", samples=4),
         partial(
             run_comparing_passes,
             command(folder, "dropout", "tp2", *LORA, "--lora-dropout", "0.3", samples=4),
