@@ -212,8 +212,9 @@ def compare(folder: Path, case: Case, variant: Variant, device: torch.device) ->
 
     gradients = {}
     trained = {key: (p, cut(key, expected["gradients"][key], rank, layout.tp)) for key, p in adapters.items()}
+    parts = () if variant.text_alone else ("connector.", "heads.")
     for name, parameter in module.named_parameters():
-        if name.startswith(("connector.", "heads.")) and parameter.requires_grad and name != "heads.temperature":
+        if name.startswith(parts) and name != "heads.temperature":
             trained[name] = parameter, {**expected["connector"], **expected["heads"]}[name]
     for key, (parameter, theirs) in trained.items():
         assert parameter.requires_grad and float(theirs.abs().max()) > 0, key
