@@ -59,6 +59,7 @@ setup(
         ],  # Apex is detected if built from source; the index's "apex" is another project
         "llm": ["openai>=2.0"],  # --method llm of tools/generate_hallucinations.py: retries, back-off, time-outs
         "wandb": ["wandb>=0.18"],  # --wandb-project: curves of many runs side by side, on its server or one's own
+        "lora": ["peft>=0.17"],  # --format peft of tools/convert_megatron_to_hf.py: its own adapter_config.json
         "quickstart": ["matplotlib>=3.9"],  # the report's plots
         "plots": ["scikit-learn>=1.5", "matplotlib>=3.9"],  # tools/plot_representations.py: PCA, t-SNE; pictures
         "evaluate": ["textblob>=0.20"],  # CHAIR, AMBER: singulars as published, a tagger without downloads; brings NLTK
@@ -70,6 +71,7 @@ setup(
             "openai>=2.0",  # --method llm against a local server
             "inflect>=7.5",  # oracle for the plurals and articles of the word lists
             "textblob>=0.20",
+            "peft>=0.17",  # oracle of LoRA
             "webdataset>=1.0",  # reads the tar shards as other programs do
             "wandb>=0.18",  # --wandb-project, offline
             "scikit-learn>=1.5",  # representation plots, and an oracle of recall

@@ -150,7 +150,12 @@ def evaluation_config(args: argparse.Namespace, load: Path) -> tuple[Path, RunCo
             setattr(data, name, getattr(args, name))
     model = ModelFlags(pretrained_checkpoint=str(source), bf16=dtype == "bfloat16")
     return source, RunConfig(
-        model=model, parallel=parallel, data=data, objective=saved.objective, architecture=saved.architecture
+        model=model,
+        lora=saved.lora,
+        parallel=parallel,
+        data=data,
+        objective=saved.objective,
+        architecture=saved.architecture,
     )
 
 

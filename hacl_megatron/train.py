@@ -17,7 +17,8 @@ import torch.distributed as dist
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, check_architecture, check_flags
 from hacl_megatron.config.console import exit_with_error, is_first_rank, notify, report_crash, report_error
-from hacl_megatron.config.flags import ModelFlags
+from hacl_megatron.config.flags import LoraFlags, ModelFlags
+from hacl_megatron.config.lora import settle_lora
 from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config, to_yaml, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
 from hacl_megatron.training.status import reason_not_to_restart, write_status
@@ -60,6 +61,7 @@ def train(config: RunConfig) -> None:
     layout = check_flags(config, world_size_from_environment())
     resume_from = _checkpoint_to_resume(config)
     config = with_architecture(config, resolve_architecture(config, resume_from))
+    config.lora = resolve_lora(config, resume_from)
     architecture = config.architecture
     check_architecture(config, architecture, layout)
     if config.training.print_config:
@@ -130,6 +132,19 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
     return config.architecture
 
 
+def resolve_lora(config: RunConfig, resume_from: Path | None) -> LoraFlags:
+    """The flags' adapters, or those of the checkpoint that is resumed or started from where the flags ask for none."""
+    from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
+
+    source, found = config.model.pretrained_checkpoint, resume_from
+    if found is None and source is not None and Path(source).is_dir():
+        found = find_checkpoint(Path(source))
+    if found is None:
+        return config.lora
+    saved = from_yaml((found / RUN_CONFIG_FILE).read_text(encoding="utf-8"), str(found / RUN_CONFIG_FILE)).lora
+    return settle_lora(config.lora, saved, str(found), resumes=resume_from is not None)
+
+
 def planned_architecture(config: RunConfig) -> ModelConfig:
     """As `resolve_architecture`, but the YAML's `model:` section is enough where the weights are not here yet."""
     resume_from = _checkpoint_to_resume(config)
@@ -152,6 +167,7 @@ def _dry_run(config: RunConfig) -> None:
     world_size = training.world_size or world_size_from_environment()
     layout = check_flags(config, world_size, files=False)
     config = with_architecture(config, planned_architecture(config))
+    config.lora = resolve_lora(config, _checkpoint_to_resume(config))
     check_architecture(config, config.architecture, layout)
     notify(dry_run(config, config.architecture, layout, rank=training.dry_run_rank))
 
@@ -204,6 +220,7 @@ def build_trainer(
     from hacl_megatron.training import setup, state
     from hacl_megatron.training.loop import Trainer
     from hacl_megatron.training.metrics import MetricsLog, keep_iterations
+    from hacl_megatron.training.plan.parameters import trained_and_frozen, whole_model
     from hacl_megatron.training.profiling import ProfileWindow
 
     groups = setup.initialize_parallelism(config, layout)
@@ -255,8 +272,9 @@ def build_trainer(
             wandb_dir=Path(save) if save else None,
             config=asdict(config),
         )
+        log.say(f"{said}\n{trained_and_frozen(whole_model(config, architecture))}")
         log.say(
-            f"{said}\ntensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {device.type}, "
+            f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {device.type}, "
             f"{layout.global_batch_size} samples a step, {num_samples} an epoch, {train_iters} iterations"
             + "".join(f"\n{line}" for line in setup.parts_of_transformers(config.model, architecture))
         )

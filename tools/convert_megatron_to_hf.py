@@ -1,10 +1,11 @@
 """Turns a checkpoint of this trainer into a Hugging Face folder.
 
-    python tools/convert_megatron_to_hf.py --load SAVE --hf-path OUT [--format hf|llava|projector] [--verify]
+    python tools/convert_megatron_to_hf.py --load SAVE --hf-path OUT [--format hf|llava|projector|peft] [--verify]
 
 `hf` is what `transformers.LlavaForConditionalGeneration.from_pretrained` (`Blip2ForConditionalGeneration` for a model
 with a Q-Former) and `AutoProcessor.from_pretrained` load, `llava` the original LLaVA layout, `projector` its
-`mm_projector.bin` alone, or MiniGPT-4's `llama_proj.pth`; each with `hacl_heads.safetensors`.
+`mm_projector.bin` alone, or MiniGPT-4's `llama_proj.pth`; each with `hacl_heads.safetensors`. LoRA is merged into these
+weights; `peft` writes it as an adapter that `peft.PeftModel.from_pretrained` lays beside the base.
 The model is never held: memory does not grow with it. OUT appears when it is complete.
 """
 
@@ -20,7 +21,8 @@ def parse() -> argparse.Namespace:
         "--load", required=True, type=Path, help="SAVE folder (its newest checkpoint), or an iter_* one"
     )
     parser.add_argument("--hf-path", required=True, type=Path, help="folder to write")
-    parser.add_argument("--format", choices=("hf", "llava", "projector"), default="hf")
+    parser.add_argument("--format", choices=("hf", "llava", "projector", "peft"), default="hf")
+    parser.add_argument("--leave-lora-out", action="store_true", help="hf, llava: the weights beside the LoRA alone")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the checkpoint's"
     )
@@ -54,13 +56,18 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--verify runs transformers' model, which cannot load --format {args.format}; verify --format hf"
         )
+    if args.leave_lora_out and (args.verify or args.format not in ("hf", "llava")):
+        raise ValueError(
+            "--leave-lora-out writes another model than the checkpoint's, as hf or llava, not to be verified"
+        )
     checkpoint, dtype = locate_checkpoint(args.load), DTYPES[args.dtype] if args.dtype else None
-    total = ShardedReader(checkpoint).num_bytes if args.format != "projector" else None
+    total = ShardedReader(checkpoint).num_bytes if args.format in ("hf", "llava") else None
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.format, delay=0.2) as bar:
         report = export_checkpoint(
             checkpoint,
             args.hf_path,
             format=args.format,
+            merge_lora=not args.leave_lora_out,
             dtype=dtype,
             tower=args.vision_tower,
             image_aspect_ratio=args.image_aspect_ratio,

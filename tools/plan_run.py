@@ -61,7 +61,7 @@ def _positive(kind: type):
 def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
     from hacl_megatron.config.checks import check_architecture, check_flags
     from hacl_megatron.config.run import parse_run_config, with_architecture
-    from hacl_megatron.train import planned_architecture
+    from hacl_megatron.train import planned_architecture, resolve_lora
     from hacl_megatron.training.plan.hardware import GIB, Cluster
     from hacl_megatron.training.plan.planner import make_plan
     from hacl_megatron.training.plan.report import ranking, report
@@ -70,6 +70,7 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
 
     config = parse_run_config(flags)
     config = with_architecture(config, planned_architecture(config))
+    config.lora = resolve_lora(config, None)
     world_size = args.nodes * args.gpus_per_node
     cluster = Cluster(
         gpu_name=args.gpu,

@@ -15,6 +15,7 @@ from hacl_megatron.checkpoint.hf_import import SourceTensors, open_sources
 from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, find_checkpoint
 from hacl_megatron.checkpoint.sharded_reader import ShardedReader, read_run_config
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.lora import Lora, is_lora
 
 _FAMILIES = {
     "hf": "Hugging Face LLaVA (LlavaForConditionalGeneration)",
@@ -50,7 +51,7 @@ class Holdings:
     def names(self) -> list[str]:
         """Our names of the parameters that are there, then canonical names of what is carried."""
         if self.reader is not None:
-            return [*self.reader.names(), *self.carried]
+            return [*self.reader.names(), *self.reader.adapter_names(), *self.carried]
         table, found = self.sources.table, self.sources.found
         tied = self.config.language.tie_word_embeddings
         ours = [
@@ -80,6 +81,8 @@ class Holdings:
 
     def shape(self, name: str) -> tuple[int, ...]:
         table = (self.reader or self.sources).table
+        if self.reader is not None and name not in table.carried:
+            return self.reader.shape(name)
         return table.rules[name].shape if name in table.rules else table.carried[name]
 
 
@@ -111,6 +114,7 @@ def describe(holdings: Holdings) -> dict[str, str]:
         part = name.partition(".")[0] if name in (holdings.reader or holdings.sources).table.rules else "not trained"
         if name.startswith(("connector.qformer.", "connector.query_tokens")):
             part = "qformer"
+        part = "adapters" if is_lora(name) else part
         count = torch.Size(holdings.shape(name)).numel()
         parts[part] = parts.get(part, 0) + count
         dtype = str(holdings.dtype(name)).removeprefix("torch.")
@@ -143,7 +147,7 @@ def _origin(holdings: Holdings) -> Iterator[tuple[str, str]]:
         frozen = [
             part
             for part, is_frozen in (
-                ("language model", run.model.freeze_LM),
+                ("language model", run.language_model_is_frozen),
                 ("vision tower", run.model.freeze_ViT),
                 ("Q-Former", run.model.freeze_qformer and holdings.config.qformer is not None),
             )
@@ -154,6 +158,8 @@ def _origin(holdings: Holdings) -> Iterator[tuple[str, str]]:
         yield "optimiser", f"{optimizer} entries" if optimizer else "not there"
     else:
         yield "iteration", "0, weights alone"
+    if (lora := Lora.of(run.lora)) is not None:
+        yield "adapters", str(lora)
     yield "came from", str(run.model.pretrained_checkpoint or "random weights")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hacl_megatron.checkpoint.hf_names import FUSED_NORMS, NameTable, nearest
 from hacl_megatron.checkpoint.weight_files import WeightFiles
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.lora import is_lora
 
 HEADS_FILE = "hacl_heads.safetensors"
 _LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
@@ -242,6 +243,8 @@ def load_hf_weights(
     sources = open_sources(folder, model_config, adapter=adapter, vision_tower=vision_tower)
     plan = []
     for local, parameter in model.named_parameters():
+        if is_lora(local):  # starts fresh
+            continue
         ours = global_name(local, layer_offset)
         rule = sources.table.rules.get(ours)
         assert rule is not None, (

@@ -26,6 +26,7 @@ from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
 from hacl_megatron.checkpoint.sharded_metadata import StoredChunk, read_metadata
 from hacl_megatron.checkpoint.tensor_records import Record, find_values
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.lora import FUSED, SUFFIX, Lora, target_shapes
 from hacl_megatron.config.run import RunConfig, from_yaml
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -68,6 +69,9 @@ class ShardedReader:
         self.folder = Path(folder)
         self.model_config = model_config or read_run_config(self.folder).architecture
         self.table = NameTable(self.model_config)
+        has_config = (self.folder / RUN_CONFIG_FILE).is_file()
+        self.lora = Lora.of(read_run_config(self.folder).lora) if has_config else None
+        """The adapters beside the language model; exports merge them (`lora_export`)."""
         self._tensors, self._other_names = read_metadata(self.folder)
         self._check()
 
@@ -76,9 +80,26 @@ class ShardedReader:
         tied = self.model_config.language.tie_word_embeddings
         return [name for name in self.table.rules if not (tied and name == OUTPUT_LAYER)]
 
+    def adapter_names(self) -> list[str]:
+        """Our names of the adapters' parameters, by layer."""
+        return list(self._adapters)
+
+    @cached_property
+    def _adapters(self) -> dict[str, tuple[int, ...]]:
+        if self.lora is None:
+            return {}
+        shapes, language = target_shapes(self.model_config.language), self.model_config.language
+        found: dict[str, tuple[int, ...]] = {}
+        for layer in range(language.num_layers):
+            for target in self.lora.targets:
+                rows, columns = shapes[target]
+                found[_adapter(layer, target, "A")] = (self.lora.rank, columns)
+                found[_adapter(layer, target, "B")] = (rows, self.lora.rank)
+        return found
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the unsharded tensor, without vocabulary padding."""
-        return self.table.rules[name].shape
+        return self._adapters[name] if name in self._adapters else self.table.rules[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[self._stored(name)[0]].dtype
@@ -96,7 +117,7 @@ class ShardedReader:
     @cached_property
     def other_names(self) -> list[str]:
         """What the checkpoint holds beside the model's parameters: optimiser state, random states."""
-        ours = {self._stored(name)[0] for name in self.names()}
+        ours = {self._stored(name)[0] for name in [*self.names(), *self.adapter_names()]}
         return [key for key in self._tensors if key not in ours] + self._other_names
 
     def read(self, name: str) -> Tensor:
@@ -128,6 +149,10 @@ class ShardedReader:
         return target.view(shape)
 
     __call__ = read
+
+    def read_lora(self, layer: int, target: str) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] beside one matrix of a language layer, by its Hugging Face name."""
+        return self.read(_adapter(layer, target, "A")), self.read(_adapter(layer, target, "B"))
 
     def _read_part(self, chunk: StoredChunk, start: Sequence[int], into: Tensor) -> None:
         """Fill `into` with the part of a chunk from `start` on; read in place where it is contiguous on both sides."""
@@ -172,7 +197,7 @@ class ShardedReader:
 
     def _check(self) -> None:
         """Every parameter is there, in the shape that run_config.yaml makes it, and in files of the full length."""
-        for name in self.names():
+        for name in [*self.names(), *self.adapter_names()]:
             key, layer = self._stored(name)
             found, expected = self._tensors[key].size, self.shape(name)
             found = found if layer is None else found[1:]
@@ -188,6 +213,11 @@ class ShardedReader:
                 raise ValueError(f"{self.folder}: file {file} of the checkpoint is missing")
             if path.stat().st_size < end:
                 raise ValueError(f"{path} is cut: {path.stat().st_size} bytes of at least {end}")
+
+
+def _adapter(layer: int, target: str, kind: str) -> str:
+    linear = next(linear for linear, targets in FUSED.items() if target in targets)
+    return f"language_model.decoder.layers.{layer}.{linear}{SUFFIX}.{target}_{kind}"
 
 
 def _part(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:

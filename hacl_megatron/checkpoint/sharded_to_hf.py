@@ -14,10 +14,12 @@ from torch import Tensor
 
 from hacl_megatron.checkpoint.carried import CarriedTensors
 from hacl_megatron.checkpoint.hf_export import ExportReport, Tower, export_hf, export_projector
+from hacl_megatron.checkpoint.lora_export import Merged, export_peft
 from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER
 from hacl_megatron.checkpoint.sharded_reader import ShardedReader, read_run_config
+from hacl_megatron.config.lora import Lora
 
-Format = Literal["hf", "llava", "projector"]
+Format = Literal["hf", "llava", "projector", "peft"]
 AHEAD_BYTES = 512 << 20
 Progress = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
@@ -28,6 +30,7 @@ def export_checkpoint(
     out: str | Path,
     *,
     format: Format = "hf",
+    merge_lora: bool = True,
     dtype: torch.dtype | None = None,
     tower: Tower | None = None,
     image_aspect_ratio: str | None = None,
@@ -40,7 +43,8 @@ def export_checkpoint(
 
     Args:
         format: `LlavaForConditionalGeneration` (hf; `Blip2ForConditionalGeneration` with a Q-Former), the original
-            layout (llava), or the connector alone (projector).
+            layout (llava), the connector alone (projector), or the adapters for the model of `hf` (peft).
+        merge_lora: lay the checkpoint's LoRA, if it has any, into the weights of the first two; else leave it out.
         dtype: of the weights; default that of the checkpoint (of most of its bytes).
         tower: see `export_hf`.
         image_aspect_ratio: default `--image-aspect-ratio` of the run.
@@ -60,8 +64,11 @@ def export_checkpoint(
             if reader.model_config.qformer is not None and not run.model.freeze_qformer:
                 report.notes.append("the Q-Former was trained too, and is not in llama_proj; --format hf holds it")
             return report
-        return export_hf(
-            provider,
+        if format == "peft":
+            return export_peft(provider, reader, run, out, dtype=dtype, force=force)
+        lora = Lora.of(run.lora)
+        report = export_hf(
+            provider if lora is None or not merge_lora else Merged(provider, reader, lora),
             reader.model_config,
             out,
             layout=format,
@@ -73,6 +80,9 @@ def export_checkpoint(
             max_shard_size=max_shard_size,
             force=force,
         )
+        if lora is not None:
+            report.notes.append(f"{lora} {'merged' if merge_lora else 'left out'}")
+        return report
 
 
 def main_dtype(reader: ShardedReader) -> torch.dtype:

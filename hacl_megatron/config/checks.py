@@ -13,6 +13,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import notify
 from hacl_megatron.config.file_checks import check_inputs, check_outputs
 from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.config.lora import check_lora
 from hacl_megatron.config.parser import GROUPS
 from hacl_megatron.config.require import dashed as _dashed
 from hacl_megatron.config.require import require as _require
@@ -61,7 +62,7 @@ LIMITS: dict[str, tuple[float, float]] = {
             "model_max_length", "num_workers", "io_threads", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
             "micro_batch_size", "micro_batch_tokens", "queue_size", "global_batch_size", "train_iters",
             "exit_interval", "eval_iters", "log_interval", "world_size", "save_retain", "save_keep_interval",
-            "profile_step_start", "profile_step_end",
+            "profile_step_start", "profile_step_end", "lora_rank",
         ),
         (1, _FINITE),
     ),
@@ -74,8 +75,10 @@ LIMITS: dict[str, tuple[float, float]] = {
         (0, _FINITE),
     ),
     "max_bad_fraction": (0, 1),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "lr_warmup_fraction"), (0, below(1))),
-    **dict.fromkeys(("adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights"), (above(0), _FINITE)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lr_warmup_fraction", "lora_dropout"), (0, below(1))),
+    **dict.fromkeys(
+        ("adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights", "lora_alpha"), (above(0), _FINITE)
+    ),
     "initial_temperature": TEMPERATURE_RANGE,
     "seed": (0, 2**32 - 1),
 }  # fmt: skip
@@ -104,6 +107,7 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
     _check_rates(config)
     _check_contrast(config)
     _check_profile(config, layout)
+    check_lora(config.lora)
     if files:
         check_inputs(config)
         check_outputs(config)
@@ -301,7 +305,7 @@ def _check_rates(config: RunConfig) -> None:
             "the schedule decays from the one to the other: lower --min-lr",
         )
     trains = {
-        "lr": not config.model.freeze_LM or not config.model.freeze_ViT,
+        "lr": not config.language_model_is_constant or not config.model.freeze_ViT,
         "connector_lr": True,
         "heads_lr": config.objective.contrastive_weight > 0,
     }

@@ -67,6 +67,26 @@ class ModelFlags:
 
 
 @dataclass
+class LoraFlags:
+    """Low-rank adapters beside the language model's linear layers, whose own weights then stay frozen."""
+
+    _argument_group_name = "LoRA"
+
+    lora_rank: int | None = flag(
+        None, "Rank of the adapters; they train, with --freeze-LM or without. Default: those of the checkpoint that is "
+        "resumed or started from, else none."
+    )  # fmt: skip
+    lora_alpha: float | None = flag(
+        None, "Numerator of the adapters' weight alpha / rank. Default: twice the rank, as LLaVA's recipe has it."
+    )  # fmt: skip
+    lora_dropout: float = flag(0.0, "Share of the adapters' inputs that is dropped in training.")
+    lora_target_modules: list[str] = flag(
+        [], "Linear layers of the language model that get adapters, by Hugging Face's names: q_proj k_proj v_proj "
+        "o_proj gate_proj up_proj down_proj. Default: all, as in LLaVA's recipe."
+    )  # fmt: skip
+
+
+@dataclass
 class ParallelFlags:
     """How the model is laid out over processes, and on which device."""
 
@@ -275,5 +295,6 @@ class LoggingFlags:
 
 
 FLAG_GROUPS = (
-    ModelFlags, ParallelFlags, DataFlags, ObjectiveFlags, OptimizerFlags, TrainingFlags, CheckpointFlags, LoggingFlags,
+    ModelFlags, LoraFlags, ParallelFlags, DataFlags, ObjectiveFlags, OptimizerFlags, TrainingFlags, CheckpointFlags,
+    LoggingFlags,
 )  # fmt: skip

@@ -20,6 +20,8 @@ NAMES_ELSEWHERE = {
     "max_grad_norm": "clip_grad",
     "dataloader_num_workers": "num_workers",
     "tokenizer_model": "tokenizer",
+    "lora_enable": "lora_rank",
+    "lora_r": "lora_rank",
     "tensor_parallel_size": "tensor_model_parallel_size",
     "pipeline_parallel_size": "pipeline_model_parallel_size",
 }

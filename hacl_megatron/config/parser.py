@@ -16,6 +16,7 @@ from hacl_megatron.config.yaml_text import Document
 
 GROUPS: dict[str, type] = {
     "model": flags.ModelFlags,
+    "lora": flags.LoraFlags,
     "parallel": flags.ParallelFlags,
     "data": flags.DataFlags,
     "objective": flags.ObjectiveFlags,

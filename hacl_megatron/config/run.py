@@ -28,6 +28,7 @@ class RunConfig:
     """One run: a group of flags per concern, the sizes of the model once they are known, megatron-core's overrides."""
 
     model: flags.ModelFlags = field(default_factory=flags.ModelFlags)
+    lora: flags.LoraFlags = field(default_factory=flags.LoraFlags)
     parallel: flags.ParallelFlags = field(default_factory=flags.ParallelFlags)
     data: flags.DataFlags = field(default_factory=flags.DataFlags)
     objective: flags.ObjectiveFlags = field(default_factory=flags.ObjectiveFlags)
@@ -43,6 +44,16 @@ class RunConfig:
     """YAML `ddp:`, likewise."""
     optimizer_overrides: dict[str, Any] = field(default_factory=dict)
     """YAML `optimizer:`, likewise."""
+
+    @property
+    def language_model_is_frozen(self) -> bool:
+        """Whether the language model's own weights stay as they are; with LoRA they do."""
+        return self.model.freeze_LM or self.lora.lora_rank is not None
+
+    @property
+    def language_model_is_constant(self) -> bool:
+        """Whether nothing in the language model trains, LoRA included: what it makes of a text never changes."""
+        return self.model.freeze_LM and self.lora.lora_rank is None
 
 
 def with_architecture(config: RunConfig, architecture: ModelConfig) -> RunConfig:

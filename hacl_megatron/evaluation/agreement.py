@@ -242,6 +242,7 @@ def our_logits(reader: ShardedReader, batch: PackedBatch, dtype: torch.dtype | N
         seed=0,
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        lora=reader.lora,
     )
     wanted = {name: part for name, part in module.sharded_state_dict().items() if not name.endswith("_extra_state")}
     module.load_state_dict(load_checkpoint({"model": wanted}, reader.folder)["model"], strict=False)

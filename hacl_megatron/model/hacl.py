@@ -22,11 +22,13 @@ from torch import Tensor
 
 from hacl_megatron.batch import PackedBatch, SegmentLengths
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.lora import Lora
 from hacl_megatron.model.connector import Connector
 from hacl_megatron.model.heads import ContrastiveHeads
 from hacl_megatron.model.hf_parts import HFVisionTower, QFormerConnector
 from hacl_megatron.model.init import cpu_generator
 from hacl_megatron.model.llama import LlamaStage
+from hacl_megatron.model.lora import lora_parameters
 from hacl_megatron.model.vision import VisionTower
 from hacl_megatron.platform.attention import packed_segments
 
@@ -75,6 +77,7 @@ class HaclModel(MegatronModule):
         seed: int,
         device: torch.device,
         groups: ProcessGroupCollection,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__(language_config)
         self.model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask for
@@ -105,6 +108,8 @@ class HaclModel(MegatronModule):
             groups=groups,
             pre_process=self.pre_process,
             post_process=self.post_process,
+            lora=lora,
+            seed=seed,
         )
         if self.post_process:
             self.heads = ContrastiveHeads(
@@ -131,9 +136,14 @@ class HaclModel(MegatronModule):
         self.language_model.set_input_tensor(input_tensor)
 
     def freeze(self, *, language_model: bool, vision_tower: bool, qformer: bool = False) -> None:
-        """Take parts out of training. Must happen before the data-parallel wrap, which sizes its buffers by it."""
+        """Take parts out of training. Must happen before the data-parallel wrap, which sizes its buffers by it.
+
+        The language model's adapters, if it has any, train all the same.
+        """
         if language_model:
             self.language_model.requires_grad_(False)
+            for parameter in lora_parameters(self.language_model):
+                parameter.requires_grad_(True)
         if vision_tower and self.pre_process:
             self.vision_tower.requires_grad_(False)
         if qformer and self.pre_process and isinstance(self.connector, QFormerConnector):

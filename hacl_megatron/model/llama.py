@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hacl_megatron.config.architecture import LanguageConfig
+from hacl_megatron.config.lora import Lora
+from hacl_megatron.model.lora import add_lora
 from hacl_megatron.platform.attention import PackedSegments, rotates_itself
 from hacl_megatron.platform.last_layer import without_sequence_parallel
 from hacl_megatron.platform.specs import language_layer_spec
@@ -52,6 +54,8 @@ class LlamaStage(LanguageModule):
         groups: ProcessGroupCollection,
         pre_process: bool,
         post_process: bool,
+        lora: Lora | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(config, groups)
         self.pre_process = pre_process
@@ -66,7 +70,7 @@ class LlamaStage(LanguageModule):
                 scatter_to_sequence_parallel=False,  # image features are laid in first, over all rows
                 tp_group=groups.tp,
             )
-        spec = language_layer_spec(device)
+        spec = language_layer_spec(device, separate_norms=lora is not None)
         layers = [spec.layer] * num_layers_on_stage(config, groups)
         if post_process:
             layers[-1] = spec.last_layer
@@ -94,6 +98,9 @@ class LlamaStage(LanguageModule):
             )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+        self.has_lora = lora is not None
+        if lora is not None:
+            add_lora(self.decoder, language, lora, seed=seed, groups=groups)
         self.register_buffer("inverse_frequencies", rotary_inverse_frequencies(language), persistent=False)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -106,6 +113,8 @@ class LlamaStage(LanguageModule):
         Returns [T', 1, H], on the last stage [Q, 1, H]: the read rows, gathered under sequence parallelism.
         """
         angles = position_ids.float().unsqueeze(1) * self.inverse_frequencies  # [T, head_dim / 2]
+        if self.has_lora and hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()  # a checkpointed layer gives its parameters gradients only then
         if rotates_itself(angles.device):
             rotary = None
             segments = replace(segments, rotary=(angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)))

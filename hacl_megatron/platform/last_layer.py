@@ -86,6 +86,14 @@ class LastSelfAttention(SelfAttention):
             query = query.unflatten(-1, (groups, query_width))
             pairs = F.linear(hidden, weight[:, query_width:].flatten(0, 1)).unflatten(-1, (groups, 2 * width))
             key, value = pairs.split([width, width], dim=-1)
+            adapters = getattr(self, "linear_qkv_lora", None)
+            if adapters is not None:  # the hook that adds them elsewhere stands on the layer that was not called
+                added = adapters(hidden_states, ("k_proj", "v_proj"))
+                added |= adapters(hidden_states.index_select(0, read), ("q_proj",))
+                query, key, value = (
+                    part + added[name].unflatten(-1, (groups, -1)) if name in added else part
+                    for name, part in (("q_proj", query), ("k_proj", key), ("v_proj", value))
+                )
         return query.flatten(-2).unflatten(-1, (-1, width)), key, value
 
 

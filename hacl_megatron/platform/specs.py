@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -30,13 +31,17 @@ class LayerSpec:
         return spec
 
 
-def _layer_spec(device: torch.device, mask: AttnMaskType, norm: type, normalization: str) -> LayerSpec:
+def _layer_spec(
+    device: torch.device, mask: AttnMaskType, norm: type, normalization: str, *, separate_norms: bool = False
+) -> LayerSpec:
     if layer_library(device) == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         spec = get_gpt_layer_with_transformer_engine_spec()
         norm = TENorm
+        if separate_norms:
+            _separate_norms(spec, norm)
     else:
         spec = get_gpt_layer_local_spec(normalization=normalization)
         spec.submodules.input_layernorm = norm
@@ -47,9 +52,29 @@ def _layer_spec(device: torch.device, mask: AttnMaskType, norm: type, normalizat
     return LayerSpec(spec, norm)
 
 
-def language_layer_spec(device: torch.device) -> LayerSpec:
-    """A LLaMA layer: RMSNorm, causal attention within packed segments."""
-    return _layer_spec(device, AttnMaskType.causal, RMSNorm, "RMSNorm")
+def _separate_norms(spec: ModuleSpec, norm: type) -> None:
+    """Transformer Engine's layers with the norms on their own, under the names that checkpoints have for them."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    mlp = layer.mlp.keywords["submodules"] if isinstance(layer.mlp, partial) else layer.mlp.submodules  # from 0.19 on
+    mlp.linear_fc1 = TEColumnParallelLinear
+    layer.sharded_state_dict_keys_map = {
+        **layer.sharded_state_dict_keys_map,
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+
+
+def language_layer_spec(device: torch.device, *, separate_norms: bool = False) -> LayerSpec:
+    """A LLaMA layer: RMSNorm, causal attention within packed segments.
+
+    Args:
+        separate_norms: do not fuse a norm with the linear layer behind it, whose input is then to be had (LoRA).
+    """
+    return _layer_spec(device, AttnMaskType.causal, RMSNorm, "RMSNorm", separate_norms=separate_norms)
 
 
 def vision_layer_spec(device: torch.device) -> LayerSpec:

@@ -22,7 +22,7 @@ from hacl_megatron.config.run import RunConfig
 from hacl_megatron.platform.processes import prepare_device
 from hacl_megatron.training import setup
 from hacl_megatron.training.plan.hardware import GIB, GPUS, Cluster
-from hacl_megatron.training.plan.parameters import PARTS, layers_by_stage
+from hacl_megatron.training.plan.parameters import PARTS, layers_by_stage, part_of
 from hacl_megatron.training.plan.planner import make_plan
 from hacl_megatron.training.plan.workload import assumed_samples
 
@@ -77,7 +77,7 @@ def _build(config: RunConfig, architecture: ModelConfig, layout: Layout, rank: i
         counts: dict[str, list[int]] = {}
         for name, parameter in module.named_parameters():
             assert parameter.device == META, name
-            counts.setdefault(name.partition(".")[0], [0, 0])[not parameter.requires_grad] += parameter.numel()
+            counts.setdefault(part_of(name), [0, 0])[not parameter.requires_grad] += parameter.numel()
     return {part: (counts[part][0], counts[part][1]) for part in PARTS if part in counts}
 
 
@@ -126,13 +126,14 @@ def _table(
     counts: dict[int, dict[str, tuple[int, int]]], config: RunConfig, architecture: ModelConfig, layout: Layout
 ) -> str:
     layers = layers_by_stage(config.parallel, architecture.language.num_layers)
+    columns = [part for part in PARTS if part != "lora" or config.lora.lora_rank is not None]
     rows = []
     for rank, parts in counts.items():
         stage = rank // (layout.tp * layout.dp)
         trained, frozen = (sum(column) for column in zip(*parts.values(), strict=True))
-        each = [f"{sum(parts[part]):,}" if part in parts else "" for part in PARTS]
+        each = [f"{sum(parts[part]):,}" if part in parts else "" for part in columns]
         rows.append((rank, stage, layers[stage], *each, f"{trained:,}", f"{frozen:,}"))
-    head = ("rank", "stage", "layers", *PARTS.values(), "trained", "frozen")
+    head = ("rank", "stage", "layers", *(PARTS[part] for part in columns), "trained", "frozen")
     return "parameters of one rank:\n" + tabulate(rows, head, disable_numparse=True, stralign="right")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from hacl_megatron.batch import MicroBatch, PackedBatch, SegmentLengths
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.lora import Lora, target_shapes
 from hacl_megatron.model.connector import connector_depth
 
 
@@ -19,6 +20,7 @@ def step_flops(
     trains_language_model: bool,
     trains_vision_tower: bool,
     trains_qformer: bool = False,
+    lora: Lora | None = None,
 ) -> float:
     """FLOPs of one replica's micro-batches."""
     passes = 3 if trains_language_model else 2  # the connector before it trains always
@@ -26,6 +28,10 @@ def step_flops(
     total = vision_flops(model, images, trained=trains_vision_tower, trains_qformer=trains_qformer)
     for batch in micro_batches:
         total += language_flops(model, batch.main.lengths, batch.main.num_targets, passes=passes)
+        if lora is not None:
+            rows, read = sum(batch.main.lengths.segments), sum(batch.main.lengths.read)
+            layers = model.language.num_layers
+            total += (layers - 1) * lora_flops(model, lora, rows, rows) + lora_flops(model, lora, rows, read)
         if batch.ahead is not None and not batch.main.num_text_rows:
             total += language_flops(model, _text_lengths(batch.ahead), 0, passes=1)
     return total
@@ -61,6 +67,15 @@ def language_flops(model: ModelConfig, lengths: SegmentLengths, num_targets: int
     attention = 4 * width * ((layers - 1) * seen + seen_by_read) * (3 if passes > 1 else 1)
     lm_head = 2 * num_targets * language.hidden_size * language.vocab_size * passes
     return float(linear + attention + lm_head)
+
+
+def lora_flops(model: ModelConfig, lora: Lora, rows: float, asking: float) -> float:
+    """FLOPs of one layer's adapters over `rows`, of which `asking` go on behind keys and values; all three passes."""
+    shapes = target_shapes(model.language)
+    return sum(
+        2 * 3 * (rows if target in ("k_proj", "v_proj") else asking) * lora.rank * sum(shapes[target])
+        for target in lora.targets
+    )
 
 
 def vision_flops(model: ModelConfig, num_images: int, *, trained: bool, trains_qformer: bool = False) -> float:

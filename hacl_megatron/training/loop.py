@@ -17,6 +17,7 @@ from hacl_megatron.checkpoint.saver import CheckpointSaver
 from hacl_megatron.checkpoint.sharded import state_metadata
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout
+from hacl_megatron.config.lora import Lora
 from hacl_megatron.config.run import RunConfig, to_yaml
 from hacl_megatron.data.loader import StepLoader
 from hacl_megatron.platform.stopwatch import device_name, memory_in_use
@@ -351,9 +352,10 @@ class Trainer:
         flops = step_flops(
             self.architecture,
             micro_batches,
-            trains_language_model=not self.config.model.freeze_LM,
+            trains_language_model=not self.config.language_model_is_frozen,
             trains_vision_tower=not self.config.model.freeze_ViT,
             trains_qformer=not self.config.model.freeze_qformer,
+            lora=Lora.of(self.config.lora),
         )
         return RankNumbers(
             flops=flops / (self.layout.tp * self.layout.pp),

@@ -1,7 +1,7 @@
 """Which parts of a micro-batch run ahead of the main pass, and which of those it need not repeat.
 
 weight 0       dialogues alone: plain LLaVA
-LLM frozen     texts run ahead once: no trained parameter is on their way but the text head's, so their EOS states
+LLM constant   texts run ahead once: no trained parameter is on their way but the text head's, so their EOS states
                are kept, and the main pass holds dialogues and images alone
 global pool    with negatives from several micro-batches, images and texts run ahead too, for the embeddings that
                the loss needs before any of them can get a gradient (gradient caching, Gao et al. 2021)
@@ -21,7 +21,7 @@ def pack_plan(config: RunConfig, num_micro_batches: int, *, with_gradients: bool
     if config.objective.contrastive_weight == 0:  # LLaVA's own training: nothing would come of the pairs
         return PackPlan(main=Parts(images="none", texts=False))
     images = "branch" if config.objective.contrastive_image_context == "prompt" else "segment"
-    texts_are_constant = config.model.freeze_LM
+    texts_are_constant = config.language_model_is_constant
     caches_gradients = with_gradients and pool_spans_micro_batches(config, num_micro_batches)
     if caches_gradients and has_dropout(config):
         # Both passes must draw the same masks, so they must run the same rows.
@@ -38,4 +38,5 @@ def pack_plan(config: RunConfig, num_micro_batches: int, *, with_gradients: bool
 
 def has_dropout(config: RunConfig) -> bool:
     """Whether the LLaMA draws random numbers. (Packed attention knows no dropout.)"""
-    return float(config.transformer.get("hidden_dropout", 0.0)) > 0
+    of_lora = config.lora.lora_dropout if config.lora.lora_rank is not None else 0.0
+    return float(config.transformer.get("hidden_dropout", 0.0)) > 0 or of_lora > 0

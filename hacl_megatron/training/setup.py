@@ -19,11 +19,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from hacl_megatron.checkpoint.choose import agree_on_checkpoint
 from hacl_megatron.checkpoint.hf_import import load_adapter, load_hf_weights
-from hacl_megatron.checkpoint.sharded import find_checkpoint, load_checkpoint
+from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint, load_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, padded_vocab_size
-from hacl_megatron.config.flags import ModelFlags
-from hacl_megatron.config.run import RunConfig
+from hacl_megatron.config.flags import LoraFlags, ModelFlags
+from hacl_megatron.config.lora import Lora, is_lora
+from hacl_megatron.config.run import RunConfig, from_yaml
 from hacl_megatron.config.sections import megatron_fields
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
@@ -95,6 +96,7 @@ def build_module(
         seed=config.training.seed,
         device=device,
         groups=groups,
+        lora=Lora.of(config.lora),
     )
 
 
@@ -124,13 +126,15 @@ def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelCon
     elif (own := find_checkpoint(Path(source))) is not None:
         agree_on_checkpoint(own, fallback=False, flag="--pretrained-checkpoint")  # or say which file is cut
         # Extra states are FP8 scales: Transformer Engine's alone, and of the optimiser's kind, so they start fresh.
-        wanted = {
-            name: part
-            for name, part in module.sharded_state_dict(metadata={}).items()
-            if not name.endswith("_extra_state")
-        }
+        has_lora = saved_lora(own).lora_rank is not None
+
+        def starts_fresh(name: str) -> bool:
+            return name.endswith("_extra_state") or (is_lora(name) and not has_lora)
+
+        state = module.sharded_state_dict(metadata={})
+        wanted = {name: part for name, part in state.items() if not starts_fresh(name)}
         found = module.load_state_dict(load_checkpoint({"model": wanted}, own)["model"], strict=False)
-        assert all(name.endswith("_extra_state") for name in found.missing_keys) and not found.unexpected_keys, found
+        assert all(starts_fresh(name) for name in found.missing_keys) and not found.unexpected_keys, found
         lines.append(f"weights from {own}")
     else:
         report = load_hf_weights(
@@ -148,7 +152,15 @@ def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelCon
     if adapter is not None and (source is None or own is not None):
         load_adapter(module, adapter, architecture)
         lines.append(f"connector from {adapter}")
+    if (lora := Lora.of(config.lora)) is not None:
+        from_checkpoint = own is not None and saved_lora(own).lora_rank is not None
+        lines.append(f"{lora}, {'from there too' if from_checkpoint else 'fresh'}")
     return "; ".join(lines)
+
+
+def saved_lora(checkpoint: Path) -> LoraFlags:
+    """The LoRA flags of the run that wrote a checkpoint folder of ours."""
+    return from_yaml((checkpoint / RUN_CONFIG_FILE).read_text(encoding="utf-8"), RUN_CONFIG_FILE).lora
 
 
 def build_trainee(
@@ -157,7 +169,9 @@ def build_trainee(
     """Freeze, wrap and give `module` its optimiser and schedule."""
     parallel = config.parallel
     flags = config.model
-    module.freeze(language_model=flags.freeze_LM, vision_tower=flags.freeze_ViT, qformer=flags.freeze_qformer)
+    module.freeze(
+        language_model=config.language_model_is_frozen, vision_tower=flags.freeze_ViT, qformer=flags.freeze_qformer
+    )
     ddp_fields = dict(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

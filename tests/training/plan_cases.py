@@ -213,8 +213,11 @@ def activations_on_this_rank(cases: Sequence[tuple[Sequence[str], str, str, int]
         config, layout, device, groups = _prepare(arguments)
         config.transformer.update(RECOMPUTE[recompute])
         module = setup.build_module(config, config.architecture, layout, groups, device)
-        flags = config.model
-        module.freeze(language_model=flags.freeze_LM, vision_tower=flags.freeze_ViT, qformer=flags.freeze_qformer)
+        module.freeze(
+            language_model=config.language_model_is_frozen,
+            vision_tower=config.model.freeze_ViT,
+            qformer=config.model.freeze_qformer,
+        )
         micro_batch = make_micro_batch(samples, config, num_micro_batches)
         shape = shape_of(micro_batch)
 

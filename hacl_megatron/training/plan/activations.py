@@ -14,16 +14,19 @@ trains: a frozen matrix product keeps nothing):
     gate and up product    trained: its input, eH
     SwiGLU                 its input 2eF (without a fused kernel the activated gate too, eF)
     down product           trained: its input, eF
+    LoRA                   of each target: that input, and the rank's e r (dropped inputs are not counted)
 
 Sequence parallelism divides the norms and the inputs of the first product of each half by the tensor-parallel size. The
 last layer runs on gathered rows, and behind keys and values for the read rows alone.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import padded_vocab_size
+from hacl_megatron.config.lora import Lora, split_of
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.training.plan.image_parts import kept_by_connector, kept_by_tower
 from hacl_megatron.training.plan.parameters import layers_by_stage
@@ -111,7 +114,7 @@ def stage_activations(
     stages, tp = config.parallel.pipeline_model_parallel_size, config.parallel.tensor_model_parallel_size
     shard = tp if config.parallel.sequence_parallel else 1
     e = 2 if config.model.bf16 else 4
-    trained = not config.model.freeze_LM
+    trained, lora = not config.language_model_is_frozen, Lora.of(config.lora)
     language, rows = model.language, pack.rows
     recompute = recompute_of(config)
     layers = layers_by_stage(config.parallel, language.num_layers)[stage]
@@ -121,7 +124,7 @@ def stage_activations(
         last = is_last and index == layers - 1
         return llama_layer(
             model, pack, bytes_each=e, tp=tp, shard=1 if last else shard, trained=trained, kernels=kernels,
-            recompute=recompute, reads=last,
+            recompute=recompute, reads=last, lora=lora,
         )  # fmt: skip
 
     whole = [layer(index, Recompute()) for index in range(layers)]
@@ -176,24 +179,28 @@ def llama_layer(
     kernels: Kernels,
     recompute: Recompute,
     reads: bool,
+    lora: Lora | None = None,
 ) -> float:
     """Bytes that one layer keeps of a pack; `reads`: it is the last, which goes on with the read rows alone."""
+    adapted = frozenset(lora.targets if lora is not None else ())
     language, e = model.language, bytes_each
     hidden, ffn, head = language.hidden_size, language.ffn_hidden_size / tp, language.head_dim
     query = head * language.num_attention_heads / tp
     key = head * language.num_query_groups / tp
     rows, asking = pack.rows, pack.read_rows if reads else pack.rows
     norm = _norm(hidden, e, trained, kernels) / shard
-    product_input = e * hidden / shard * trained
+    product_input = e * hidden / shard
+    for_query, for_pairs = ((trained or bool(adapted & names)) for names in ({"q_proj"}, {"k_proj", "v_proj"}))
+    for_ffn = trained or bool(adapted & {"gate_proj", "up_proj"})
     selected = recompute.modules if recompute.granularity == "selective" else ()
 
     kept = rows * norm + asking * norm
     if reads or "layernorm" not in selected:
-        kept += rows * product_input
+        kept += rows * product_input * (for_pairs or (for_query and not reads))
     if "layernorm" not in selected:
-        kept += asking * product_input
+        kept += asking * product_input * for_ffn
     if reads:
-        kept += asking * product_input  # the read rows of that input, copied
+        kept += asking * product_input * for_query  # the read rows of that input, copied
         if language.num_query_groups > tp:
             kept += e * hidden * (query + 2 * key)  # the product's weight, cut into queries' and the others' rows
 
@@ -214,13 +221,25 @@ def llama_layer(
             kept += e * sum(
                 part.count * part.read * part.length for part in pack.segments if 1 < part.read < part.length
             )
-    if trained and (again or pack.branches or not kernels.packed_attention):
+    if (trained or "o_proj" in adapted) and (again or pack.branches or not kernels.packed_attention):
         kept += asking * e * query  # the output product's input, where it is not the kernel's output itself
 
-    mlp = (2 if kernels.fused_swiglu else 3) * e * ffn + e * ffn * trained
+    mlp = (2 if kernels.fused_swiglu else 3) * e * ffn + e * ffn * (trained or "down_proj" in adapted)
     if "mlp" in selected:
-        mlp = e * hidden / shard * (not trained)  # the checkpoint keeps the MLP's input, which else only training does
-    return kept + asking * mlp
+        mlp = product_input * (not for_ffn)  # the checkpoint keeps the MLP's input, which else only training does
+    return kept + asking * mlp + _of_lora(lora, rows, asking, e, shard, again=selected)
+
+
+def _of_lora(lora: Lora | None, rows: float, asking: float, e: int, shard: int, *, again: Sequence[str]) -> float:
+    """What the adapters keep beside their inputs, which are counted where the frozen product has them: A x."""
+    if lora is None:
+        return 0.0
+    kept = 0.0
+    for target in lora.targets:
+        if "mlp" not in again or target in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            low = e * lora.rank / (shard if split_of(target) == "row" else 1)
+            kept += low * (rows if target in ("k_proj", "v_proj") else asking)
+    return kept
 
 
 def _angles(rows: float, asking: float, width: float, kernels: Kernels, reads: bool, e: int) -> float:
@@ -242,7 +261,7 @@ def _front(config: RunConfig, model: ModelConfig, pack: PackShape, e: int) -> fl
     """Vision tower, connector and the laying-in of image features, on the first stage."""
     kept = pack.images * kept_by_connector(config.model, model, e)
     kept += pack.image_rows * (e * model.language.hidden_size + 2 * INT64)
-    if not config.model.freeze_LM:
+    if not config.language_model_is_frozen:
         kept += pack.rows * INT64
     if not config.model.freeze_ViT:
         kept += pack.images * kept_by_tower(model, e, config.parallel.tensor_model_parallel_size)

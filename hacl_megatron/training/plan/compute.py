@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout
+from hacl_megatron.config.lora import Lora
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.training.flops import qformer_flops, tower_flops, vision_flops
+from hacl_megatron.training.flops import lora_flops, qformer_flops, tower_flops, vision_flops
 from hacl_megatron.training.plan.activations import recompute_of
 from hacl_megatron.training.plan.hardware import Cluster
 from hacl_megatron.training.plan.parameters import PlannedParameter, layers_by_stage
@@ -68,12 +69,12 @@ def stage_flops(config: RunConfig, model: ModelConfig, micro_batch: MicroBatchSh
     stages = parallel.pipeline_model_parallel_size
     layers = layers_by_stage(parallel, language.num_layers)[stage]
     is_first, is_last = stage == 0, stage == stages - 1
-    passes = 2 if config.model.freeze_LM else 3
+    passes = 2 if config.language_model_is_frozen else 3
     main, recompute = micro_batch.main, recompute_of(config)
-    last = layers - 1 if is_last else None
+    last, lora = layers - 1 if is_last else None, Lora.of(config.lora)
 
     def of_layers(segments: tuple[Segments, ...], passes: int, first: int = 0, end: int = layers) -> float:
-        return sum(_layer_flops(model, segments, passes, reads=index == last) for index in range(first, end))
+        return sum(_layer_flops(model, segments, passes, lora, reads=index == last) for index in range(first, end))
 
     total = of_layers(main.segments, passes)
     repeated = 0.0
@@ -98,7 +99,9 @@ def stage_flops(config: RunConfig, model: ModelConfig, micro_batch: MicroBatchSh
     return StageFlops(model=total, repeated=repeated)
 
 
-def _layer_flops(model: ModelConfig, segments: tuple[Segments, ...], passes: int, *, reads: bool) -> float:
+def _layer_flops(
+    model: ModelConfig, segments: tuple[Segments, ...], passes: int, lora: Lora | None, *, reads: bool
+) -> float:
     """One layer over `segments`; `reads`: the last, which goes on with the read rows alone behind keys and values.
 
     Scores and values of attention cost the backward pass twice the forward, whatever trains.
@@ -107,13 +110,16 @@ def _layer_flops(model: ModelConfig, segments: tuple[Segments, ...], passes: int
     width = language.head_dim * language.num_attention_heads
     keys = 2 * language.hidden_size * language.head_dim * language.num_query_groups
     rest = 2 * language.hidden_size * width + 3 * language.hidden_size * language.ffn_hidden_size
-    linear = seen = 0.0
+    linear = seen = adapters = 0.0
     for part in segments:
         asking = part.read if reads else part.length
         linear += part.count * (part.length * keys + asking * rest)
+        if lora is not None:
+            each = lora_flops(model, lora, part.length, asking)
+            adapters += part.count * (each if passes > 1 else each / 3)
         # The last query sees its whole segment, the one before it a row less; a branch sees its context besides.
         seen += part.count * (asking * (part.length - (asking - 1) / 2) + part.context)
-    return 2 * passes * linear + 4 * width * seen * (3 if passes > 1 else 1)
+    return 2 * passes * linear + adapters + 4 * width * seen * (3 if passes > 1 else 1)
 
 
 def sent_bytes(

@@ -11,12 +11,20 @@ from dataclasses import dataclass
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import padded_vocab_size
 from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.config.lora import FUSED, SUFFIX, Lora, is_lora, split_of, target_shapes
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.model.connector import connector_depth
 from hacl_megatron.training.plan.image_parts import hf_tower_shapes, qformer_shapes
 
-PARTS = {"vision_tower": "vision tower", "connector": "connector", "language_model": "LLM", "heads": "heads"}
-"""First word of a parameter's name, and what reports call the part."""
+PARTS = {
+    "vision_tower": "vision tower", "connector": "connector", "language_model": "LLM", "lora": "LoRA", "heads": "heads"
+}  # fmt: skip
+"""Parts of the model (`part_of`), and what reports call them."""
+
+
+def part_of(parameter: str) -> str:
+    """The part that the parameter of this name belongs to: its first word, but for the LLM's adapters."""
+    return "lora" if is_lora(parameter) else parameter.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class PlannedParameter:
 
     @property
     def part(self) -> str:
-        return self.name.partition(".")[0]
+        return part_of(self.name)
 
 
 def layers_by_stage(parallel: ParallelFlags, num_layers: int) -> list[int]:
@@ -69,22 +77,18 @@ def stage_parameters(config: RunConfig, model: ModelConfig, stage: int) -> list[
         shapes += _prefixed("vision_tower.", _vision_tower(model, parallel.tensor_model_parallel_size))
         shapes += _prefixed("connector.", _connector(model))
     layers = layers_by_stage(parallel, model.language.num_layers)[stage]
-    shapes += _prefixed("language_model.", _language_model(model, parallel, layers, is_first, is_last))
+    lora = Lora.of(config.lora)
+    shapes += _prefixed("language_model.", _language_model(model, parallel, layers, is_first, is_last, lora))
     if is_last:
         shapes += _prefixed("heads.", _heads(model))
-    frozen = []
-    if flags.freeze_ViT:
-        frozen += ["vision_tower."]
-    if flags.freeze_LM:
-        frozen += ["language_model."]
-    if flags.freeze_qformer:
-        frozen += ["connector.query_tokens", "connector.qformer."]
+    frozen = {"vision_tower": flags.freeze_ViT, "language_model": config.language_model_is_frozen}
+    rests = ("connector.query_tokens", "connector.qformer.") if flags.freeze_qformer else ()
     tied = model.language.tie_word_embeddings and stages > 1
     return [
         PlannedParameter(
             name=name,
             shape=shape,
-            trained=not name.startswith(tuple(frozen)),
+            trained=not (frozen.get(part_of(name), False) or name.startswith(rests)),
             bytes_each=4 if not flags.bf16 or name == "heads.temperature" else 2,
             shared=tied and name.endswith(("word_embeddings.weight", "output_layer.weight")),
         )
@@ -97,7 +101,7 @@ def whole_model(config: RunConfig, model: ModelConfig) -> list[PlannedParameter]
     parallel = config.parallel
     vocab = padded_vocab_size(model.language.vocab_size, parallel)
     alone = ParallelFlags(make_vocab_size_divisible_by=vocab)
-    return stage_parameters(RunConfig(model=config.model, parallel=alone), model, 0)
+    return stage_parameters(RunConfig(model=config.model, lora=config.lora, parallel=alone), model, 0)
 
 
 def count_by_part(parameters: Iterable[PlannedParameter]) -> dict[str, tuple[int, int]]:
@@ -106,6 +110,15 @@ def count_by_part(parameters: Iterable[PlannedParameter]) -> dict[str, tuple[int
     for parameter in parameters:
         counts.setdefault(parameter.part, [0, 0])[0 if parameter.trained else 1] += parameter.numel
     return {part: (counts[part][0], counts[part][1]) for part in PARTS if part in counts}
+
+
+def trained_and_frozen(parameters: Iterable[PlannedParameter]) -> str:
+    """One line for the log: `trains connector 20,979,712, heads 8,390,657; frozen: vision tower 303,507,456, …`."""
+    counts = count_by_part(parameters)
+    kinds = [
+        ", ".join(f"{PARTS[part]} {both[kind]:,}" for part, both in counts.items() if both[kind]) for kind in (0, 1)
+    ]
+    return f"trains {kinds[0]}" + (f"; frozen: {kinds[1]}" if kinds[1] else "")
 
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -145,7 +158,9 @@ def _connector(model: ModelConfig) -> Shapes:
         yield from _linear(f"{2 * index}", hidden, model.vision.hidden_size if index == 0 else hidden, bias=True)
 
 
-def _language_model(model: ModelConfig, parallel: ParallelFlags, layers: int, is_first: bool, is_last: bool) -> Shapes:
+def _language_model(
+    model: ModelConfig, parallel: ParallelFlags, layers: int, is_first: bool, is_last: bool, lora: Lora | None
+) -> Shapes:
     language, tp = model.language, parallel.tensor_model_parallel_size
     hidden, ffn = language.hidden_size, language.ffn_hidden_size // tp
     query = language.head_dim * language.num_attention_heads // tp
@@ -158,13 +173,27 @@ def _language_model(model: ModelConfig, parallel: ParallelFlags, layers: int, is
         yield from _norm(f"{layer}.input_layernorm", hidden)
         yield from _linear(f"{layer}.self_attention.linear_proj", hidden, query)
         yield from _linear(f"{layer}.self_attention.linear_qkv", query + 2 * key, hidden)
+        yield from _adapters(f"{layer}.", "self_attention", model, lora, tp)
         yield from _norm(f"{layer}.pre_mlp_layernorm", hidden)
         yield from _linear(f"{layer}.mlp.linear_fc1", 2 * ffn, hidden)
         yield from _linear(f"{layer}.mlp.linear_fc2", hidden, ffn)
+        yield from _adapters(f"{layer}.", "mlp", model, lora, tp)
     if is_last:
         yield from _norm("decoder.final_layernorm", hidden)
         if not (is_first and language.tie_word_embeddings):
             yield "output_layer.weight", (vocab, hidden)
+
+
+def _adapters(layer: str, part: str, model: ModelConfig, lora: Lora | None, tp: int) -> Shapes:
+    if lora is None:
+        return
+    for linear, targets in FUSED.items():
+        for target in targets if linear.startswith(part) else ():
+            if target in lora.targets:
+                rows, columns = target_shapes(model.language)[target]
+                by_rows = split_of(target) == "column"
+                yield f"{layer}{linear}{SUFFIX}.{target}_A", (lora.rank, columns if by_rows else columns // tp)
+                yield f"{layer}{linear}{SUFFIX}.{target}_B", (rows // tp if by_rows else rows, lora.rank)
 
 
 def _heads(model: ModelConfig) -> Shapes:
