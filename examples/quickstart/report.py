@@ -20,9 +20,9 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from draw import true_sentences
-from make_model import VICUNA_PROMPT
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizer import VICUNA_PROMPT
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 

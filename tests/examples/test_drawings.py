@@ -226,7 +226,7 @@ def test_finetune_keeps_its_labels(data, model):
 
 
 def test_told_scenes_say_in_words_what_the_picture_shows(data, model):
-    from make_model import told_scenes
+    from language_model import told_scenes
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -244,7 +244,8 @@ def test_told_scenes_say_in_words_what_the_picture_shows(data, model):
 
 def test_model_is_trained_and_keeps_its_random_connector(data, model):
     """Three steps move tower and language model away from where the seed puts them, and nothing else."""
-    from make_model import build, train_tokenizer
+    from tiny_llava import build
+    from tokenizer import train_tokenizer
     from transformers import LlavaForConditionalGeneration
 
     tokenizer = train_tokenizer((data / "corpus.txt").read_text().splitlines())
@@ -262,7 +263,8 @@ def test_model_is_trained_and_keeps_its_random_connector(data, model):
 
 def test_square_pixels_equals_transformers_on_a_square_image(data):
     """Resizing and normalising as CLIP's own processor; padding is the only thing that it does not do."""
-    from make_model import CLIP_MEAN, CLIP_STD, CLIPImageProcessor, square_pixels
+    from scenes import CLIP_MEAN, CLIP_STD, square_pixels
+    from tiny_llava import CLIPImageProcessor
 
     image = Image.open(data / "images" / "valid-00000.jpg").convert("RGB").resize((90, 90))
     processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
@@ -275,7 +277,7 @@ def test_square_pixels_equals_transformers_on_a_square_image(data):
 
 
 def test_patch_labels_and_mirror(data):
-    from make_model import ATTRIBUTES, mirror, patch_labels
+    from scenes import ATTRIBUTES, mirror, patch_labels
 
     thing = {"colour": "red", "shape": "star", "size": "large", "box": [0, 0, 40, 40]}
     other = {"colour": "blue", "shape": "ring", "size": "small", "box": [40, 0, 80, 40]}
