@@ -97,7 +97,7 @@ def test_export_scores_as_the_trainer_and_the_report_says_so(finished: Path) -> 
 
     sys.path.insert(0, str(QUICKSTART))
     try:
-        from report import PROMPT, represent, retrieval_accuracy
+        from score import PROMPT, represent, retrieval_accuracy
     finally:
         sys.path.remove(str(QUICKSTART))
     samples = json.loads((finished / "data" / "valid.json").read_text())
