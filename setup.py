@@ -37,7 +37,7 @@ setup(
         "torch>=2.6",  # tensors, autograd, torch.distributed
         "megatron-core>=0.16.1,<0.20",  # tensor/sequence/pipeline parallel layers, schedules, DDP, checkpoints
         "einops>=0.8",  # imported by megatron-core's attention without being declared there
-        "transformers>=4.57",  # flags (HfArgumentParser), tokenizers, Hugging Face checkpoints in and out
+        "transformers>=4.57",  # flags, tokenizers, checkpoints in and out, vision towers and Q-Former as they are
         "safetensors>=0.5",  # weight files that cannot carry code
         "sentencepiece>=0.2",  # LLaMA tokenizers that ship only tokenizer.model
         "tensorboard>=2.18",  # curves

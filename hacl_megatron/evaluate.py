@@ -69,7 +69,7 @@ class LoadedModel:
         return EncodingSettings(
             version=data.version,
             model_max_length=data.model_max_length,
-            visual_tokens=architecture.vision.num_patches,
+            visual_tokens=architecture.visual_tokens,
             image_context=self.config.objective.contrastive_image_context,
         )
 
@@ -100,7 +100,7 @@ def item_reader(config: RunConfig) -> ItemReader:
     return ItemReader(
         FolderStore(data.image_folder),
         decoder,
-        visual_tokens=architecture.vision.num_patches,
+        visual_tokens=architecture.visual_tokens,
         pad_multiple=setup.pad_multiple(config),
     )
 
@@ -254,7 +254,7 @@ def _tasks(args: argparse.Namespace, config: RunConfig, tokenizer: Tokenizer) ->
     settings = EncodingSettings(
         version=config.data.version,
         model_max_length=config.data.model_max_length,
-        visual_tokens=config.architecture.vision.num_patches,
+        visual_tokens=config.architecture.visual_tokens,
         image_context=config.objective.contrastive_image_context,
     )
     tasks: dict[str, Task] = {}

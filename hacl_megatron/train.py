@@ -337,7 +337,7 @@ def open_tasks(config: RunConfig, layout: Layout, trainee: Any, tokenizer: Any, 
     settings = EncodingSettings(
         version=data.version,
         model_max_length=data.model_max_length,
-        visual_tokens=architecture.vision.num_patches,
+        visual_tokens=architecture.visual_tokens,
         image_context=config.objective.contrastive_image_context,
     )
     tasks = manifest_tasks(

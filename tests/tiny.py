@@ -1,7 +1,8 @@
 """Tiny but complete models and data for tests: every file a real folder has, nothing mocked, made in under a second.
 
 `write_tiny_llava` gives a `LlavaForConditionalGeneration` folder (weights, configs, tokenizer, processor);
-`write_tiny_original_llava` the same weights in the original LLaVA layout; `write_tiny_data` LLaVA JSON files and JPEGs.
+`write_tiny_original_llava` the same weights in the original LLaVA layout; `write_tiny_blip2` a
+`Blip2ForConditionalGeneration` folder with a LLaMA inside; `write_tiny_data` LLaVA JSON files and JPEGs.
 Weights are drawn so that logits are of order 1 and no two tensors are alike: norms and biases are random too, since a
 swapped or forgotten one must show.
 """
@@ -21,6 +22,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
@@ -28,12 +33,14 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    SiglipVisionConfig,
 )
 
-try:  # transformers 5 keeps a processor without torchvision under its own name
+try:  # transformers 5 keeps processors without torchvision under their own names
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil as BlipImageProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
 except ImportError:
-    from transformers import CLIPImageProcessor
+    from transformers import BlipImageProcessor, CLIPImageProcessor
 
 LLAMA3_ROPE_SCALING: dict[str, Any] = {
     "rope_type": "llama3",
@@ -65,6 +72,33 @@ def image_token_id(vocab: int = 331) -> int:
     return vocab - NUM_SPARE_ROWS
 
 
+def tiny_llama_config(
+    *,
+    heads: int = 6,
+    groups: int = 2,
+    hidden: int = 48,
+    ffn: int = 88,
+    layers: int = 4,
+    vocab: int = 331,
+    tie: bool = False,
+    rope_scaling: dict[str, Any] | None = None,
+) -> LlamaConfig:
+    """The language model of all tiny models."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=vocab,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default", **(rope_scaling or {})},
+        tie_word_embeddings=tie,
+        pad_token_id=image_token_id(vocab) + 1,
+    )
+
+
 def tiny_llava_config(
     *,
     heads: int = 6,
@@ -83,19 +117,10 @@ def tiny_llava_config(
     select_layer: int = -2,
 ) -> LlavaConfig:
     """Configuration of the tiny model; `rope_scaling` as `LLAMA3_ROPE_SCALING`, without `rope_theta`."""
-    text = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        vocab_size=vocab,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 10000.0, "rope_type": "default", **(rope_scaling or {})},
-        tie_word_embeddings=tie,
-        pad_token_id=image_token_id(vocab) + 1,
-    )
+    text = tiny_llama_config(
+        heads=heads, groups=groups, hidden=hidden, ffn=ffn, layers=layers, vocab=vocab, tie=tie,
+        rope_scaling=rope_scaling,
+    )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=vision_hidden,
         intermediate_size=2 * vision_hidden,
@@ -256,6 +281,58 @@ def write_tiny_original_llava(
     return folder, {**tensors, **tower}
 
 
+def tiny_blip2_config(
+    *, queries: int = 5, qformer_layers: int = 3, vision_layers: int = 3, image: int = 48, **language: Any
+) -> Blip2Config:
+    """BLIP-2 with a LLaMA: what MiniGPT-4 is made of. `language` as for `tiny_llama_config`.
+
+    The tower has 3 heads, which two tensor-parallel ranks could not share; two of the Q-Former's three layers attend to
+    the image.
+    """
+    text = tiny_llama_config(**language)
+    return Blip2Config(
+        vision_config=Blip2VisionConfig(
+            hidden_size=30, intermediate_size=50, num_hidden_layers=vision_layers, num_attention_heads=3,
+            image_size=image, patch_size=8, initializer_range=0.1,
+        ),
+        qformer_config=Blip2QFormerConfig(
+            hidden_size=24, intermediate_size=42, num_hidden_layers=qformer_layers, num_attention_heads=2,
+            cross_attention_frequency=2, encoder_hidden_size=30, vocab_size=50, initializer_range=0.1,
+        ),
+        text_config=text,
+        num_query_tokens=queries,
+        image_token_index=image_token_id(text.vocab_size),
+        tie_word_embeddings=text.tie_word_embeddings,
+    )  # fmt: skip
+
+
+def tiny_siglip_config(*, image: int = 50, layers: int = 3) -> SiglipVisionConfig:
+    """A SigLIP tower: no class token, no pre-norm, tanh GELU, 50 pixels in patches of 8 (36 of them, a rest left)."""
+    return SiglipVisionConfig(
+        hidden_size=30, intermediate_size=50, num_hidden_layers=layers, num_attention_heads=3, image_size=image,
+        patch_size=8,
+    )  # fmt: skip
+
+
+def write_tiny_blip2(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **sizes: Any
+) -> Path:
+    """Write a whole `Blip2ForConditionalGeneration` folder with a LLaMA inside and return it: weights, config,
+    generation config, tokenizer, image processor. `sizes` as for `tiny_blip2_config`."""
+    config = tiny_blip2_config(**sizes)
+    vocab = config.text_config.vocab_size
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = Blip2ForConditionalGeneration(config)
+    randomise(model, seed)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=image_token_id(vocab) + 1)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_tokenizer(vocab).save_pretrained(folder)
+    tiny_blip_image_processor(config.vision_config.image_size).save_pretrained(folder)
+    shutil.copy(sentencepiece_model(image_token_id(vocab)), folder / "tokenizer.model")
+    return folder
+
+
 # ------------------------------------------------------------------------------------------- tokenizer and processor
 
 
@@ -293,6 +370,11 @@ def tiny_tokenizer(vocab: int = 331) -> LlamaTokenizer:
 
 def tiny_image_processor(image: int = 48) -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": image}, crop_size={"height": image, "width": image})
+
+
+def tiny_blip_image_processor(image: int = 48) -> BlipImageProcessor:
+    """Stretches to a square, as BLIP-2 and MiniGPT-4 do."""
+    return BlipImageProcessor(size={"height": image, "width": image})
 
 
 def tiny_processor(*, vocab: int = 331, image: int = 48, patch: int = 8) -> LlavaProcessor:

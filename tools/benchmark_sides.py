@@ -220,7 +220,7 @@ def _packed(work: Work, config: Any, architecture: Any, without: tuple[str, ...]
     from hacl_megatron.data.packing import PackSlot, pack
     from hacl_megatron.training.packs import pack_plan
 
-    visual = architecture.vision.num_patches
+    visual = architecture.visual_tokens
     texts, pixels = draw_samples(work, architecture.language.vocab_size, architecture.vision.image_size)
     slots = []
     for index, text in enumerate(texts):

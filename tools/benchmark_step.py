@@ -82,7 +82,7 @@ def benchmark(args: argparse.Namespace) -> None:
                 seed=args.seed,
             )  # fmt: skip
             texts, _ = draw_samples(work, args.vocab, 1)
-            lengths = lengths_of(work, texts, architecture.vision.num_patches)
+            lengths = lengths_of(work, texts, architecture.visual_tokens)
             settings = {"prompt": context == "prompt", "trained": not work.frozen}
             flops = {PLAIN: plain_flops(architecture, lengths, **settings)}
             for name, variant in variants.items():

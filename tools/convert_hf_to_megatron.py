@@ -2,13 +2,16 @@
 
     python tools/convert_hf_to_megatron.py --hf-path DIR --save OUT [--verify]
     python tools/convert_hf_to_megatron.py --language-model VICUNA --vision-tower CLIP --save OUT
+    python tools/convert_hf_to_megatron.py --language-model VICUNA --vision-tower BLIP2 --save OUT
 
-DIR is a `LlavaForConditionalGeneration` folder or one in the original LLaVA layout. From a LLaMA and a CLIP, connector
-and heads start fresh, as a run with that --seed has them. The model is never held: memory does not grow with it. OUT
+DIR is a `LlavaForConditionalGeneration`, a `Blip2ForConditionalGeneration` with a LLaMA, or a folder in the original
+LLaVA layout. From a LLaMA and a CLIP, SigLIP or BLIP-2 (of which vision tower and Q-Former are taken), connector and
+heads start fresh, as a run with that --seed has them. The model is never held: memory does not grow with it. OUT
 appears when it is complete; OUT/converted_from.json says what became of every tensor.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from hacl_megatron.checkpoint.prefetch import prefetch
@@ -18,12 +21,20 @@ from hacl_megatron.config.console import exit_with_error
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--hf-path", type=Path, help="LLaVA folder: Hugging Face's layout or the original one")
-    source.add_argument("--language-model", type=Path, help="LLaMA folder; needs --vision-tower")
-    parser.add_argument("--vision-tower", type=Path, help="CLIP folder, where the weights above hold no tower")
-    parser.add_argument(
-        "--pretrain-mm-mlp-adapter", type=Path, help="LLaVA's mm_projector.bin, laid over the connector"
+    source.add_argument(
+        "--hf-path", type=Path, help="LLaVA folder, Hugging Face's layout or the original one; or BLIP-2's"
     )
+    source.add_argument("--language-model", type=Path, help="LLaMA folder; needs --vision-tower")
+    parser.add_argument(
+        "--vision-tower", type=Path, help="CLIP, SigLIP or BLIP-2 folder, where the weights above hold no tower"
+    )
+    parser.add_argument(
+        "--vision-backend", choices=("megatron", "hf"), help="what will run the tower; default: megatron for CLIP"
+    )
+    parser.add_argument(
+        "--pretrain-mm-mlp-adapter", type=Path, help="LLaVA's mm_projector.bin or MiniGPT-4's llama_proj, laid over "
+        "the connector"
+    )  # fmt: skip
     parser.add_argument("--save", required=True, type=Path, help="folder to write")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: each as it is stored"
@@ -37,7 +48,7 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     args = parser.parse_args()
     if args.language_model and not args.vision_tower:
-        parser.error("--language-model needs --vision-tower, the folder of a CLIP model")
+        parser.error("--language-model needs --vision-tower, the folder of a CLIP, SigLIP or BLIP-2 model")
     return args
 
 
@@ -56,6 +67,8 @@ def convert(args: argparse.Namespace) -> None:
     keep_freed_memory()
     dtype = DTYPES[args.dtype] if args.dtype else None
     config = read_model_config(folder, args.vision_tower)
+    if args.vision_backend:
+        config = replace(config, vision=config.vision.on(args.vision_backend))
     sources = open_sources(folder, config, adapter=args.pretrain_mm_mlp_adapter, vision_tower=args.vision_tower)
     with tqdm(unit="B", unit_scale=True, desc="convert", delay=0.2) as bar:
 

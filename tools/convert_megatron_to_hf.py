@@ -2,8 +2,9 @@
 
     python tools/convert_megatron_to_hf.py --load SAVE --hf-path OUT [--format hf|llava|projector] [--verify]
 
-`hf` is what `transformers.LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained` load,
-`llava` the original LLaVA layout, `projector` its `mm_projector.bin` alone; each with `hacl_heads.safetensors`.
+`hf` is what `transformers.LlavaForConditionalGeneration.from_pretrained` (`Blip2ForConditionalGeneration` for a model
+with a Q-Former) and `AutoProcessor.from_pretrained` load, `llava` the original LLaVA layout, `projector` its
+`mm_projector.bin` alone, or MiniGPT-4's `llama_proj.pth`; each with `hacl_heads.safetensors`.
 The model is never held: memory does not grow with it. OUT appears when it is complete.
 """
 
@@ -27,7 +28,9 @@ def parse() -> argparse.Namespace:
         "--vision-tower", choices=("inside", "folder", "named"), help="llava: the tower in the weight files, in a CLIP "
         "folder within, or just named; default: inside where a name for it is known, else a folder"
     )  # fmt: skip
-    parser.add_argument("--image-aspect-ratio", choices=("pad", "square"), help="default: as the model was trained")
+    parser.add_argument(
+        "--image-aspect-ratio", choices=("pad", "square", "stretch"), help="default: as the model was trained"
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file, such as 5GB")
     parser.add_argument("--workers", type=int, default=2, help="threads that read ahead")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --hf-path")
@@ -49,7 +52,7 @@ def convert(args: argparse.Namespace) -> None:
     keep_freed_memory()
     if args.verify and args.format != "hf":
         raise ValueError(
-            f"--verify runs transformers' LLaVA, which cannot load --format {args.format}; verify --format hf"
+            f"--verify runs transformers' model, which cannot load --format {args.format}; verify --format hf"
         )
     checkpoint, dtype = locate_checkpoint(args.load), DTYPES[args.dtype] if args.dtype else None
     total = ShardedReader(checkpoint).num_bytes if args.format != "projector" else None

@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     which.add_argument("--ids", nargs="+", metavar="ID", help="samples by their `id`, or '#N' by number from 0")
     which.add_argument("--random", type=int, default=16, metavar="N", help="so many samples drawn at random (16)")
     parser.add_argument("--seed", type=int, default=1234, help="of --random")
-    parser.add_argument("--image-aspect-ratio", choices=("pad", "square"), default="pad")
+    parser.add_argument("--image-aspect-ratio", choices=("pad", "square", "stretch"), default="pad")
     parser.add_argument("--image-backend", choices=("auto", "dali", "pillow"), default="auto")
     parser.add_argument("--model-max-length", type=int, default=2048)
     parser.add_argument("--contrastive-image-context", choices=("image", "prompt"), default="image")
@@ -82,7 +82,7 @@ def sizes_and_tokenizer(args: argparse.Namespace):
     own = find_checkpoint(folder)
     config = read_run_config(own).architecture if own is not None else read_model_config(folder)
     assets = own / ASSETS_FOLDER if own is not None else folder
-    return config.image, config.vision.num_patches, args.tokenizer or str(assets)
+    return config.image, config.visual_tokens, args.tokenizer or str(assets)
 
 
 def visible(value: object) -> object:

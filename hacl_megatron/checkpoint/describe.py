@@ -19,8 +19,10 @@ from hacl_megatron.config.architecture import ModelConfig
 _FAMILIES = {
     "hf": "Hugging Face LLaVA (LlavaForConditionalGeneration)",
     "llava": "original LLaVA layout (LlavaLlamaForCausalLM)",
-    "parts": "LLaMA and CLIP, without a connector",
+    "parts": "LLaMA and {tower}, without a connector",
+    "blip2": "Hugging Face BLIP-2 (Blip2ForConditionalGeneration)",
 }
+_TOWERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP", "blip_2_vision_model": "BLIP-2's ViT"}
 
 
 class Holdings:
@@ -92,14 +94,23 @@ def describe(holdings: Holdings) -> dict[str, str]:
         + (f", RoPE {language.rotary_base:g}" + (" with Llama-3 scaling" if language.rope_scaling else ""))
     )
     facts["vision"] = (
-        f"{vision.num_layers} layers (features of {config.vision_select_layer}), hidden {vision.hidden_size}, "
+        f"{tower_word(config)} of {vision.num_layers} layers (features of {config.vision_select_layer}), "
+        f"hidden {vision.hidden_size}, "
         f"{vision.image_size} pixels in patches of {vision.patch_size}"
+        + (", run by transformers" if vision.backend == "hf" else "")
     )
     facts["connector"] = config.projector_type
+    if qformer := config.qformer:
+        facts["connector"] += (
+            f" of {qformer.hf['num_hidden_layers']} layers, {qformer.num_query_tokens} query tokens, hidden "
+            f"{qformer.hidden_size}"
+        )
     parts: dict[str, int] = {}
     dtypes: dict[str, int] = {}
     for name in holdings.names():
         part = name.partition(".")[0] if name in (holdings.reader or holdings.sources).table.rules else "not trained"
+        if name.startswith(("connector.qformer.", "connector.query_tokens")):
+            part = "qformer"
         count = torch.Size(holdings.shape(name)).numel()
         parts[part] = parts.get(part, 0) + count
         dtype = str(holdings.dtype(name)).removeprefix("torch.")
@@ -109,9 +120,16 @@ def describe(holdings: Holdings) -> dict[str, str]:
     return facts
 
 
+def tower_word(config: ModelConfig) -> str:
+    """What people call the vision tower."""
+    return _TOWERS[(config.vision.hf or {}).get("model_type", "clip_vision_model")]
+
+
 def _origin(holdings: Holdings) -> Iterator[tuple[str, str]]:
     if holdings.reader is None:
-        yield "family", _FAMILIES[holdings.config.extra["layout"]]
+        family = holdings.config.extra["layout"]
+        family = "blip2" if family == "hf" and holdings.config.qformer is not None else family
+        yield "family", _FAMILIES[family].format(tower=tower_word(holdings.config))
         yield "files", ", ".join(holdings.sources.files)
         return
     checkpoint = holdings.reader.folder
@@ -124,7 +142,11 @@ def _origin(holdings: Holdings) -> Iterator[tuple[str, str]]:
         yield "written at", f"tensor x pipeline x data parallel {' x '.join(map(str, sizes))}" if sizes else "unknown"
         frozen = [
             part
-            for part, is_frozen in (("language model", run.model.freeze_LM), ("vision tower", run.model.freeze_ViT))
+            for part, is_frozen in (
+                ("language model", run.model.freeze_LM),
+                ("vision tower", run.model.freeze_ViT),
+                ("Q-Former", run.model.freeze_qformer and holdings.config.qformer is not None),
+            )
             if is_frozen
         ]
         yield "frozen", ", ".join(frozen) or "nothing"
@@ -148,8 +170,11 @@ def _common(checkpoint: Path) -> dict[str, Any]:
 
 def differences(a: Holdings, b: Holdings) -> Iterator[str]:
     """One line for each size, name, dtype or value in which two checkpoints differ."""
-    for part in ("language", "vision", "image"):
-        ours, theirs = asdict(getattr(a.config, part)), asdict(getattr(b.config, part))
+    for part in ("language", "vision", "image", "qformer"):
+        ours, theirs = (getattr(side.config, part) for side in (a, b))
+        if ours is None or theirs is None:
+            continue  # `projector_type` says that one has no Q-Former
+        ours, theirs = asdict(ours), asdict(theirs)
         for key in ours:
             if ours[key] != theirs[key]:
                 yield f"{part}.{key}: {ours[key]} | {theirs[key]}"

@@ -10,8 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hacl_megatron.checkpoint.hf_config import one_line, read_json
-from hacl_megatron.checkpoint.hf_config_write import Layout, Vocabulary, to_preprocessor_json
+from hacl_megatron.checkpoint.hf_config_write import (
+    Layout,
+    Vocabulary,
+    to_preprocessor_json,
+    to_processor_json,
+)
+from hacl_megatron.checkpoint.hf_json import one_line, read_json
 from hacl_megatron.config.architecture import ModelConfig
 
 TOKENIZER_FILES = (
@@ -56,13 +61,7 @@ def write_assets(
         write_json(
             out / "preprocessor_config.json", to_preprocessor_json(config, image_aspect_ratio=image_aspect_ratio)
         )
-        write_json(out / "processor_config.json", {
-            "processor_class": "LlavaProcessor",
-            "image_token": "<image>",
-            "patch_size": config.vision.patch_size,
-            "vision_feature_select_strategy": "default",
-            "num_additional_image_tokens": 1,  # the class token, which the strategy takes off again
-        })  # fmt: skip
+        write_json(out / "processor_config.json", to_processor_json(config))
 
 
 def _write_tokenizer(out: Path, assets: Path, config: ModelConfig, layout: Layout, vocabulary: Vocabulary) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, NamedTuple
 
-from hacl_megatron.checkpoint.hf_config import KNOWN_TOWERS
+from hacl_megatron.checkpoint.hf_tower_config import KNOWN_TOWERS
 from hacl_megatron.config.architecture import ModelConfig
 
 Layout = Literal["hf", "llava"]
@@ -62,7 +62,7 @@ def to_config_json(
         carries_tower: whether the original layout's weight files hold the vision tower too.
 
     Raises:
-        ValueError: the connector does not exist in Hugging Face's LLaVA.
+        ValueError: no model of that layout has such a connector or tower.
     """
     vocab_size, image_token, pad = vocabulary or vocabulary_of_layout(config, layout)
     extra, language, vision = config.extra, config.language, config.vision
@@ -111,11 +111,19 @@ def to_config_json(
             "unfreeze_mm_vision_tower": carries_tower,
             "image_aspect_ratio": image_aspect_ratio or extra.get("image_aspect_ratio", "pad"),
         }
-    if config.projector_type != "mlp2x_gelu":
-        raise ValueError(
-            f"the connector is {config.projector_type}, but LlavaForConditionalGeneration has mlp2x_gelu only; "
-            "export the original layout (llava) instead"
-        )
+    if why := why_not_layout(config, layout):
+        raise ValueError(why)
+    if config.qformer is not None:
+        return {
+            "model_type": "blip-2",
+            "architectures": ["Blip2ForConditionalGeneration"],
+            "torch_dtype": dtype,
+            "text_config": text,
+            "vision_config": tower_config_json(config),
+            "qformer_config": config.qformer.hf,
+            "num_query_tokens": config.qformer.num_query_tokens,
+            "image_token_index": image_token,
+        }
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
@@ -123,18 +131,54 @@ def to_config_json(
         "text_config": text,
         "vision_config": tower_config_json(config),
         "image_token_index": image_token,
-        "image_seq_length": vision.num_patches,
+        "image_seq_length": config.visual_tokens,
         "pad_token_id": pad,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.vision_select_layer,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": select_strategy(config),
         "tie_word_embeddings": language.tie_word_embeddings,
     }
 
 
+def why_not_layout(config: ModelConfig, layout: Layout) -> str | None:
+    """Why there is no folder of that layout for a model with these parts, or None."""
+    tower = _model_type(config)
+    if layout == "llava":
+        if config.qformer is not None or tower != "clip_vision_model":
+            part = f"vision tower is a {tower}" if config.qformer is None else "connector is a Q-Former"
+            return f"the {part}, which the original LLaVA layout has no place for; export the layout hf instead"
+        return None
+    if config.qformer is not None:
+        if tower != "blip_2_vision_model":
+            return f"the vision tower is a {tower}, but Blip2ForConditionalGeneration has its own ViT only"
+        return None
+    if tower == "blip_2_vision_model":
+        return (
+            f"the connector is {config.projector_type} over BLIP-2's vision tower, which is in no model of "
+            "transformers: Blip2ForConditionalGeneration has a Q-Former, LlavaForConditionalGeneration another tower"
+        )
+    if config.projector_type != "mlp2x_gelu":
+        instead = "; export the original layout (llava) instead" if tower == "clip_vision_model" else ""
+        return (
+            f"the connector is {config.projector_type}, but LlavaForConditionalGeneration has mlp2x_gelu only{instead}"
+        )
+    return None
+
+
+def select_strategy(config: ModelConfig) -> str:
+    """LLaVA's `vision_feature_select_strategy`: `default` drops the class token, where there is one."""
+    return "default" if config.vision.kind.has_class_token else "full"
+
+
+def _model_type(config: ModelConfig) -> str:
+    return (config.vision.hf or {}).get("model_type", "clip_vision_model")
+
+
 def tower_config_json(config: ModelConfig) -> dict[str, Any]:
     """The vision tower's part: `vision_config` in HF's layout, `config.json` of a CLIP folder."""
+    if _model_type(config) != "clip_vision_model":
+        return config.vision.hf
     vision = config.vision
     return {
         "model_type": "clip_vision_model",
@@ -166,17 +210,21 @@ def tower_name(config: ModelConfig) -> str | None:
 
 
 def to_preprocessor_json(config: ModelConfig, *, image_aspect_ratio: str | None = None) -> dict[str, Any]:
-    """`preprocessor_config.json`: CLIP's processor, or LLaVA's own when images are padded to squares."""
-    image, pad = config.image, (image_aspect_ratio or config.extra.get("image_aspect_ratio")) == "pad"
+    """`preprocessor_config.json`: LLaVA's own when images are padded to squares, CLIP's when they are cut to squares,
+    BLIP-2's or SigLIP's when both sides are resized."""
+    image, aspect = config.image, image_aspect_ratio or config.extra.get("image_aspect_ratio")
+    square = {"height": image.size, "width": image.size}
+    stretches = "BlipImageProcessor" if config.qformer is not None else "SiglipImageProcessor"
+    kinds = {"pad": "LlavaImageProcessor", "stretch": stretches}
+    crops = {"do_center_crop": True, "crop_size": square}
     return {
-        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        **({"do_pad": True} if pad else {}),
+        "image_processor_type": kinds.get(aspect, "CLIPImageProcessor"),
+        "processor_class": processor_class(config),
+        **({"do_pad": True} if aspect == "pad" else {}),
         "do_resize": True,
-        "size": {"shortest_edge": image.size},
+        "size": square if aspect == "stretch" else {"shortest_edge": image.size},
         "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": image.size, "width": image.size},
+        **(crops if aspect != "stretch" else {}),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -184,3 +232,21 @@ def to_preprocessor_json(config: ModelConfig, *, image_aspect_ratio: str | None 
         "image_std": list(image.std),
         "do_convert_rgb": True,
     }
+
+
+def to_processor_json(config: ModelConfig) -> dict[str, Any]:
+    """`processor_config.json` of HF's layout."""
+    if config.qformer is not None:
+        return {"processor_class": processor_class(config), "num_query_tokens": config.qformer.num_query_tokens}
+    return {
+        "processor_class": processor_class(config),
+        "image_token": "<image>",
+        "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": select_strategy(config),
+        # the class token, which the strategy takes off again
+        "num_additional_image_tokens": int(config.vision.kind.has_class_token),
+    }
+
+
+def processor_class(config: ModelConfig) -> str:
+    return "LlavaProcessor" if config.qformer is None else "Blip2Processor"

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hacl_megatron.checkpoint.export_assets import count_tokens, write_assets, write_json
 from hacl_megatron.checkpoint.fresh_folder import fresh_folder
-from hacl_megatron.checkpoint.hf_config import TOWER_FOLDER
 from hacl_megatron.checkpoint.hf_config_write import (
     Layout,
     Vocabulary,
@@ -25,9 +24,11 @@ from hacl_megatron.checkpoint.hf_config_write import (
     tower_config_json,
     tower_name,
     vocabulary_of_layout,
+    why_not_layout,
 )
 from hacl_megatron.checkpoint.hf_import import HEADS_FILE
 from hacl_megatron.checkpoint.hf_names import NameTable
+from hacl_megatron.checkpoint.hf_tower_config import TOWER_FOLDER
 from hacl_megatron.checkpoint.safetensors_writer import SafetensorsWriter
 from hacl_megatron.config.architecture import ModelConfig
 
@@ -62,7 +63,9 @@ def export_hf(
     max_shard_size: str | int = "5GB",
     force: bool = False,
 ) -> ExportReport:
-    """Write a `LlavaForConditionalGeneration` folder ("hf") or one in the original layout ("llava").
+    """Write a folder of transformers ("hf") or one in the original layout ("llava").
+
+    With a Q-Former "hf" is a `Blip2ForConditionalGeneration`, without one a `LlavaForConditionalGeneration`.
 
     Args:
         dtype: of all weights but the heads', which keep the provider's (τ must stay fp32).
@@ -75,12 +78,14 @@ def export_hf(
         force: replace an earlier export at `out`.
 
     Raises:
-        ValueError: `out` exists, the disk is too full, HF's layout has no such connector, or a value does not fit
-            float16. Nothing is left behind then.
+        ValueError: `out` exists, the disk is too full, the layout has no such connector or tower, or a value does not
+            fit float16. Nothing is left behind then.
     """
     out, assets = Path(out), None if assets is None else Path(assets)
     if layout == "llava" and tower is None:
         tower = "inside" if tower_name(config) else "folder"
+    if why := why_not_layout(config, layout):
+        raise ValueError(why)
     notes: list[str] = []
     config, carried = _complete_tower(config, carried or {}, needed=layout == "hf" or tower == "folder", notes=notes)
     vocabulary = vocabulary_of_layout(config, layout, count_tokens(assets, config, layout))
@@ -95,9 +100,11 @@ def export_hf(
 
     table = NameTable(config)
     stream = _Stream(table, provider, carried, vocabulary, dtype)
-    prefixes = ("text.", "projector.") if tower in ("folder", "named") else ("vision.", "projector.", "text.")
+    prefixes = (
+        ("text.", "projector.") if tower in ("folder", "named") else ("vision.", "qformer.", "projector.", "text.")
+    )
     plan = stream.plan(layout, prefixes)
-    tower_plan = stream.plan("clip", ("vision.",)) if tower == "folder" else {}
+    tower_plan = stream.plan("tower", ("vision.",)) if tower == "folder" else {}
     total = sum(_num_bytes(dtype, shape) for shape in [*plan.values(), *tower_plan.values()])
     with fresh_folder(out, total, force=force, why_not=why_no_export) as folder:
         write_json(folder / "config.json", settings)
@@ -110,7 +117,7 @@ def export_hf(
                                                       **tower_config_json(config)})  # fmt: skip
             write_json(tower_folder / "preprocessor_config.json",
                        to_preprocessor_json(config, image_aspect_ratio="square"))  # fmt: skip
-            stream.write(tower_folder, tower_plan, "clip", ("vision.",), parse_size(max_shard_size))
+            stream.write(tower_folder, tower_plan, "tower", ("vision.",), parse_size(max_shard_size))
         write_heads(table, provider, folder / HEADS_FILE)
     return ExportReport(folder=out, num_tensors=len(plan) + len(tower_plan), num_bytes=total, notes=notes)
 
@@ -123,19 +130,25 @@ def export_projector(
     dtype: torch.dtype = torch.bfloat16,
     force: bool = False,
 ) -> ExportReport:
-    """Write the connector alone as LLaVA's stage 1 does: `mm_projector.bin` and `config.json`; and the heads."""
+    """Write the connector alone, and the heads: as LLaVA's stage 1 does (`mm_projector.bin` and `config.json`), or the
+    projection behind a Q-Former as MiniGPT-4 does (`llama_proj.pth`)."""
     out, table = Path(out), NameTable(config)
+    layout = "llava" if config.qformer is None else "minigpt4"
     tensors = {}
     for rule in table.rules.values():
-        if rule.ours.startswith("connector."):
+        if rule.sources[0].startswith("projector."):
             for canonical, tensor in rule.to_sources(provider(rule.ours)):
-                tensors[table.spelled(canonical, "llava")] = cast(tensor.cpu(), dtype, canonical).clone()
-    settings = to_config_json(config, "llava", dtype=str(dtype).removeprefix("torch."), carries_tower=False)
-    settings["tune_mm_mlp_adapter"] = True
-    total = sum(tensor.nbytes for tensor in tensors.values())
+                tensors[table.spelled(canonical, layout)] = cast(tensor.cpu(), dtype, canonical).clone()
+    total, dtype_name = sum(tensor.nbytes for tensor in tensors.values()), str(dtype).removeprefix("torch.")
+    if layout == "minigpt4":
+        file, content, settings = "llama_proj.pth", {"model": tensors}, to_config_json(config, "hf", dtype=dtype_name)
+    else:
+        file, content = "mm_projector.bin", tensors
+        settings = to_config_json(config, "llava", dtype=dtype_name, carries_tower=False)
+        settings["tune_mm_mlp_adapter"] = True
     with fresh_folder(out, total, force=force, why_not=why_no_export) as folder:
         write_json(folder / "config.json", settings)
-        torch.save(tensors, folder / "mm_projector.bin")
+        torch.save(content, folder / file)
         write_heads(table, provider, folder / HEADS_FILE)
     return ExportReport(folder=out, num_tensors=len(tensors), num_bytes=total, notes=[])
 
@@ -258,22 +271,24 @@ def parse_size(size: str | int) -> int:
 def _complete_tower(
     config: ModelConfig, carried: Mapping[str, Tensor], *, needed: bool, notes: list[str]
 ) -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    """Make a whole CLIP tower of what there is.
+    """Make a whole tower of what there is.
 
     Without the carried layers the selected one becomes the tower's last (`vision_select_layer` -1); features are equal.
-    The post-norm is behind every feature, so an identity does.
+    The post-norm is behind every feature, so an identity does. SigLIP's pooling head is left out.
     """
     wanted = NameTable(config).carried
     if all(name in carried for name in wanted):
         return config, carried
     if not needed:
         return config, {}
-    built = config.num_vision_layers_built
-    notes.append(f"the vision tower ends with its selected layer, {built} of {config.vision.num_layers}")
-    config = replace(config, vision=replace(config.vision, num_layers=built), vision_select_layer=-1)
-    width = config.vision.hidden_size
-    norm = {"vision.post_layernorm.weight": torch.ones(width), "vision.post_layernorm.bias": torch.zeros(width)}
-    return config, norm
+    built, vision = config.num_vision_layers_built, config.vision
+    notes.append(f"the vision tower ends with its selected layer, {built} of {vision.num_layers}")
+    hf = vision.hf and {**vision.hf, "num_hidden_layers": built}
+    if hf and "vision_use_head" in hf:
+        hf["vision_use_head"] = False
+    config = replace(config, vision=replace(vision, num_layers=built, hf=hf), vision_select_layer=-1)
+    ones, zeros = torch.ones(vision.hidden_size), torch.zeros(vision.hidden_size)
+    return config, {"vision.post_layernorm.weight": ones, "vision.post_layernorm.bias": zeros}
 
 
 def why_no_export(out: Path) -> str | None:

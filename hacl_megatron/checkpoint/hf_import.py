@@ -1,9 +1,9 @@
 """Hugging Face weights into one rank's model, in place: only this rank's slices are read.
 
 folder's weight files ┐
-CLIP tower's folder   ├─ names → canonical names ─ every one accounted for, shapes checked ─┐
+tower's folder        ├─ names → canonical names ─ every one accounted for, shapes checked ─┐
 hacl_heads.safetensors│                                                                     │
-mm_projector.bin      ┘             model.named_parameters() ─ rule ─ read slices ─ copy ←──┘
+adapter               ┘             model.named_parameters() ─ rule ─ read slices ─ copy ←──┘
 """
 
 import re
@@ -56,23 +56,23 @@ class SourceTensors:
     ignored: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
 
-    def add(self, weights: WeightFiles, label: str, *, clip_folder: bool = False, replace: bool = False) -> None:
+    def add(self, weights: WeightFiles, label: str, *, tower_folder: bool = False, replace: bool = False) -> None:
         """Take every tensor of `weights`: as a source, or as ignored with a reason; anything else is an error.
 
         Args:
             label: how the log names these files.
-            clip_folder: the names are a CLIP model's own.
+            tower_folder: the names are those of a CLIP's, SigLIP's or BLIP-2's own folder.
             replace: what was found before under the same name gives way (`--pretrain-mm-mlp-adapter`).
         """
         fresh: dict[str, tuple[WeightFiles, str]] = {}
         for name in weights:
-            canonical = self.table.canonical(name, clip_folder=clip_folder)
-            if reason := self.table.ignored_reason(name, canonical):
+            canonical = self.table.canonical(name, tower_folder=tower_folder)
+            if reason := self.table.ignored_reason(name, canonical, tower_folder=tower_folder):
                 self.ignored[name] = reason
                 if canonical in self.table.carried:
                     fresh[canonical] = (weights, name)
             elif canonical not in self.table.expected:
-                layout = "clip" if clip_folder else "llava" if "mm_projector" in name else self._layout
+                layout = "tower" if tower_folder else "llava" if "mm_projector" in name else self._layout
                 expected = self.spellings(layout)
                 close = nearest(name, expected) or nearest(name.removeprefix("model."), expected)
                 raise ValueError(
@@ -115,7 +115,8 @@ class SourceTensors:
             prefix = next((prefix for prefix in optional if canonical.startswith(prefix)), None)
             if prefix is not None and not any(name.startswith(prefix) for name in self.found):
                 continue
-            name = self.table.spelled(canonical, self._layout)
+            beside = self._layout == "llava" and canonical.startswith(("vision.", "qformer."))
+            name = self.table.spelled(canonical, "tower" if beside else self._layout)
             close = nearest(name, [spelled for _, spelled in self.found.values()])
             raise ValueError(
                 f"{folder}: tensor {name} {list(shape)} is missing" + (f"; nearest found: {close}" if close else "")
@@ -151,8 +152,8 @@ def open_sources(
 
     Args:
         folder: as for `read_model_config`, which gave `model_config`.
-        adapter: LLaVA's `mm_projector.bin`, laid over the folder's connector.
-        vision_tower: folder of the CLIP tower, when the weights of `folder` do not hold it. Default: the one that
+        adapter: LLaVA's `mm_projector.bin` or MiniGPT-4's `llama_proj`, laid over the folder's connector.
+        vision_tower: folder of the tower, when the weights of `folder` do not hold it. Default: the one that
             `read_model_config` found.
 
     Raises:
@@ -167,9 +168,9 @@ def open_sources(
             named = model_config.extra.get("mm_vision_tower")
             raise ValueError(
                 f"{folder}: no vision tower in these weights" + (f" (they name {named})" if named else "")
-                + "; give the folder of the CLIP tower"
+                + "; give the folder of the tower"
             )  # fmt: skip
-        sources.add(WeightFiles.of_folder(Path(tower)), str(tower), clip_folder=True)
+        sources.add(WeightFiles.of_folder(Path(tower)), str(tower), tower_folder=True)
     if (folder / HEADS_FILE).is_file():
         _add_heads(sources, folder / HEADS_FILE)
     if adapter is not None:
@@ -190,18 +191,16 @@ def _add_heads(sources: SourceTensors, path: Path) -> None:
 
 
 def _add_adapter(sources: SourceTensors, path: Path) -> None:
-    weights = WeightFiles([path])
-    outside = [name for name in weights if not (sources.table.canonical(name) or "").startswith("projector.")]
+    weights, table = WeightFiles([path]), sources.table
+    kind = table.config.projector_type
+    example = "llama_proj.weight" if kind == "qformer" else "mm_projector.0.weight"
+    outside = [name for name in weights if not (table.canonical(name) or "").startswith("projector.")]
     if outside:
-        raise ValueError(
-            f"{path}: {outside[0]} is no part of a connector; expected names such as mm_projector.0.weight"
-        )
-    expected = {name for name in sources.table.expected if name.startswith("projector.")}
-    found = {sources.table.canonical(name) for name in weights}
+        raise ValueError(f"{path}: {outside[0]} is no part of a connector {kind}; expected names such as {example}")
+    expected = {name for name in table.expected if name.startswith("projector.")}
+    found = {table.canonical(name) for name in weights}
     if found != expected:
-        raise ValueError(
-            f"{path}: holds {', '.join(sorted(weights))}, which is no {sources.table.config.projector_type} connector"
-        )
+        raise ValueError(f"{path}: holds {', '.join(sorted(weights))}, which is no {kind} connector")
     sources.add(weights, str(path), replace=True)
 
 
@@ -234,7 +233,7 @@ def load_hf_weights(
         folder: as for `read_model_config`, which gave `model_config`.
         layer_offset: index, in the whole model, of this stage's first language layer.
         padded_vocab_size: rows of the vocabulary over all tensor-parallel ranks.
-        adapter: LLaVA's `mm_projector.bin`, laid over the folder's connector.
+        adapter: see `open_sources`.
         vision_tower: see `open_sources`.
 
     Raises:
@@ -265,7 +264,7 @@ def load_hf_weights(
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, path: str | Path, model_config: ModelConfig) -> None:
-    """Lay LLaVA's `mm_projector.bin` over the connector of a rank's model that has one.
+    """Lay LLaVA's `mm_projector.bin`, or MiniGPT-4's `llama_proj`, over the connector of a rank's model that has one.
 
     Raises:
         ValueError: the file is cut, holds code, or is no connector of this model.
@@ -274,8 +273,9 @@ def load_adapter(model: nn.Module, path: str | Path, model_config: ModelConfig) 
     _add_adapter(sources, Path(path))
     sources.check_shapes()
     for name, parameter in model.named_parameters():
-        if name.startswith("connector."):
-            parameter.copy_(sources.read(sources.table.rules[name].sources[0]))
+        source = sources.table.rules[name].sources[0] if name.startswith("connector.") else None
+        if source in sources.found:  # a Q-Former keeps its own
+            parameter.copy_(sources.read(source))
 
 
 def carried_tensors(sources: SourceTensors) -> Iterator[tuple[str, Tensor]]:

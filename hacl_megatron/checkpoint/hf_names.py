@@ -4,7 +4,7 @@ Three kinds of names occur:
 
     ours        language_model.decoder.layers.3.self_attention.linear_qkv.weight     megatron-core's parameter names
     canonical   text.layers.3.self_attn.q_proj.weight                                one per Hugging Face tensor
-    spelled     language_model.model.layers.3.self_attn.q_proj.weight                what a file says, by layout and age
+    spelled     language_model.model.layers.3.self_attn.q_proj.weight                what a file says (`hf_spellings`)
 
 A `Rule` ties one of ours to its canonical sources and says how the tensor is cut over tensor-parallel ranks. Layout of
 the fused tensors, as megatron-core's SelfAttention and MLP read them:
@@ -12,6 +12,9 @@ the fused tensors, as megatron-core's SelfAttention and MLP read them:
     linear_qkv   rows by query group: [q heads of the group, k, v] of head_dim rows each; groups are dealt to the ranks
     linear_fc1   SwiGLU: a rank holds [its gate rows; its up rows], so unsharded [gate; up]
     vocabulary   rows padded with zeros to the same number on every rank
+
+transformers' own modules, a vision tower of the backend hf and the Q-Former, are replicated under their own names:
+`vision_tower.model.NAME` is `vision.NAME`, `connector.qformer.NAME` is `qformer.NAME`.
 """
 
 import difflib
@@ -24,6 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hacl_megatron.checkpoint.hf_modules import module_shapes, tower_shapes
+from hacl_megatron.checkpoint.hf_spellings import canonical_name, reason_to_ignore, spelled_name
 from hacl_megatron.config.architecture import ModelConfig
 
 Partition = Literal["replicated", "class_token", "column", "row", "qkv", "gate_up", "vocab"]
@@ -82,25 +87,6 @@ HEADS = (
     ("temperature", "replicated", (("temperature", "1"),)),
 )
 
-# Spelled -> canonical, first match wins. What each line is for:
-READ_SPELLINGS = tuple((re.compile(pattern), canonical) for pattern, canonical in (
-    # mm_projector.bin and the original layout; wrappers such as base_model.model. stand before it, as LLaVA tolerates
-    (r"(?:[\w.]+\.)?mm_projector\.(weight|bias)", r"projector.0.\1"),
-    (r"(?:[\w.]+\.)?mm_projector\.(\d+)\.(weight|bias)", r"projector.\1.\2"),
-    (r"(?:model\.)?multi_modal_projector\.linear_1\.(weight|bias)", r"projector.0.\1"),
-    (r"(?:model\.)?multi_modal_projector\.linear_2\.(weight|bias)", r"projector.2.\1"),
-    # the original layout nests two vision towers; transformers 5 dropped `vision_model.`
-    (r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?"
-     r"((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)", r"vision.\1"),
-    (r"(?:language_model\.)?lm_head\.weight", r"text.lm_head.weight"),
-    # transformers <= 4.51 and files of every version; 4.52's modules and 5's; a plain LLaMA and the original layout
-    (r"(?:language_model\.model|model\.language_model(?:\.model)?|model)\.((?:embed_tokens|layers|norm)\..*)",
-     r"text.\1"),
-))  # fmt: skip
-CLIP_SPELLING = re.compile(r"(?:vision_model\.)?((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)")
-"""A CLIP folder's own names: CLIPModel and 4.x's CLIPVisionModel have the prefix, 5.x's CLIPVisionModel has not."""
-CLIP_OTHER_SIDE = re.compile(r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale")
-
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
@@ -108,17 +94,6 @@ FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
 }
 """A layer's norms as Transformer Engine's fused layers and every distributed checkpoint call them -> our name."""
-
-WRITE_PREFIXES = {
-    "hf": {"text.lm_head.": "language_model.lm_head.", "text.": "language_model.model.",
-           "vision.": "vision_tower.vision_model.", "projector.0.": "multi_modal_projector.linear_1.",
-           "projector.2.": "multi_modal_projector.linear_2.", "heads.": ""},
-    "llava": {"text.lm_head.": "lm_head.", "text.": "model.",
-              "vision.": "model.vision_tower.vision_tower.vision_model.", "projector.": "model.mm_projector.",
-              "heads.": ""},
-    "clip": {"vision.": "vision_model."},
-}  # fmt: skip
-"""Canonical -> spelled. `hf` is what the hub's checkpoints say and what transformers 4.x and 5.x both load."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +214,11 @@ class NameTable:
     def carried(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of the tensors that no part of ours uses but a Hugging Face folder must have.
 
-        They are the vision layers behind the selected one and the tower's post-norm.
+        They are the vision layers behind the selected one, the tower's post-norm, and SigLIP's pooling head.
         """
         config, sizes = self.config, _sizes(self.config)["vision"]
+        if config.vision.backend == "hf":
+            return {f"vision.{name}": shape for name, shape in tower_shapes(config)[1].items()}
         carried = {}
         for layer in range(config.num_vision_layers_built, config.vision.num_layers):
             for _, _, sources in VISION_LAYER:
@@ -249,42 +226,21 @@ class NameTable:
                     carried[f"vision.encoder.layers.{layer}.{name}"] = _shape(shape, sizes)
         return carried | {f"vision.{name}": _shape(shape, sizes) for name, shape in VISION_POST_NORM}
 
-    def canonical(self, spelled: str, *, clip_folder: bool = False) -> str | None:
+    def canonical(self, spelled: str, *, tower_folder: bool = False) -> str | None:
         """Canonical form of a name in a file, or None; it need not be one that this model has.
 
         Args:
-            clip_folder: the file is a CLIP model's own, where the tower's names have no `vision_tower.`.
+            tower_folder: the file is of a vision tower's own folder, where names have no `vision_tower.`.
         """
-        if clip_folder:
-            match = CLIP_SPELLING.fullmatch(spelled)
-            return f"vision.{match[1]}" if match else None
-        for pattern, canonical in READ_SPELLINGS:
-            if match := pattern.fullmatch(spelled):
-                return match.expand(canonical)
-        return None
+        return canonical_name(self.config, spelled, tower_folder=tower_folder)
 
     def spelled(self, canonical: str, layout: str) -> str:
-        """How a folder of `layout` ("hf", "llava", "clip") spells a canonical name."""
-        if layout == "llava" and self.config.projector_type == "linear" and canonical.startswith("projector."):
-            return canonical.replace("projector.0.", "model.mm_projector.")
-        for prefix, written in WRITE_PREFIXES[layout].items():
-            if canonical.startswith(prefix):
-                return written + canonical.removeprefix(prefix)
-        raise KeyError(f"{canonical} has no name in the layout {layout}")
+        """How a folder of `layout` ("hf", "llava", "tower") or "minigpt4"'s file spells a canonical name."""
+        return spelled_name(self.config, canonical, layout)
 
-    def ignored_reason(self, spelled: str, canonical: str | None) -> str | None:
+    def ignored_reason(self, spelled: str, canonical: str | None, *, tower_folder: bool = False) -> str | None:
         """Why a tensor of a file has no place in our model, or None if it should have one."""
-        if spelled.endswith("rotary_emb.inv_freq"):
-            return "buffer: rotary frequencies are computed"
-        if spelled.endswith("embeddings.position_ids"):
-            return "buffer: positions are computed"
-        if canonical == "text.lm_head.weight" and self.config.language.tie_word_embeddings:
-            return "tied: the embedding serves as LM head"
-        if canonical in self.carried:
-            return f"carried: behind the selected vision layer {self.config.vision_select_layer}"
-        if canonical is None and CLIP_OTHER_SIDE.fullmatch(spelled):
-            return "CLIP's text side"
-        return None
+        return reason_to_ignore(self.config, spelled, canonical, carried=self.carried, tower_folder=tower_folder)
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
@@ -295,6 +251,8 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 def partition_of(ours: str) -> Partition:
     """How tensor parallelism cuts one of our parameters, from its name alone."""
     prefix, _, rest = ours.partition(".")
+    if prefix == "vision_tower" and rest.startswith("model."):
+        return "replicated"  # transformers' own
     if prefix in ("language_model", "vision_tower"):
         if layer := re.fullmatch(r"decoder\.layers\.\d+\.(.*)", rest):
             rows, rest = (LANGUAGE_LAYER if prefix == "language_model" else VISION_LAYER), layer[1]
@@ -368,20 +326,31 @@ def _build_rules(config: ModelConfig) -> Iterator[Rule]:
                 head_dim=head_dim,
             )
 
-    yield from rules(VISION, "vision_tower.", "vision.", "vision")
-    for i in range(config.num_vision_layers_built):
-        prefixes = f"vision_tower.decoder.layers.{i}.", f"vision.encoder.layers.{i}."
-        yield from rules(VISION_LAYER, *prefixes, "vision", vision_attention)
+    def replicated(ours: str, canonical: str, shape: tuple[int, ...]) -> Rule:
+        return Rule(ours=ours, partition="replicated", sources=(canonical,), source_shapes=(shape,))
 
+    if vision.backend == "hf":
+        for name, shape in tower_shapes(config)[0].items():
+            yield replicated(f"vision_tower.model.{name}", f"vision.{name}", shape)
+    else:
+        yield from rules(VISION, "vision_tower.", "vision.", "vision")
+        for i in range(config.num_vision_layers_built):
+            prefixes = f"vision_tower.decoder.layers.{i}.", f"vision.encoder.layers.{i}."
+            yield from rules(VISION_LAYER, *prefixes, "vision", vision_attention)
+
+    width, numbered = vision.hidden_size, "connector.{}"
+    if qformer := config.qformer:
+        yield replicated(
+            "connector.query_tokens", "qformer.query_tokens", (1, qformer.num_query_tokens, qformer.hidden_size)
+        )
+        for name, shape in module_shapes(qformer.hf).items():
+            yield replicated(f"connector.qformer.{name}", f"qformer.{name}", shape)
+        width, numbered = qformer.hidden_size, "connector.projection"
     for i in range(0, 2 * connector_depth(config.projector_type), 2):
-        width = vision.hidden_size if i == 0 else language.hidden_size
-        for name, shape in (("weight", (language.hidden_size, width)), ("bias", (language.hidden_size,))):
-            yield Rule(
-                ours=f"connector.{i}.{name}",
-                partition="replicated",
-                sources=(f"projector.{i}.{name}",),
-                source_shapes=(shape,),
-            )
+        ours = numbered.format(i)
+        yield replicated(f"{ours}.weight", f"projector.{i}.weight", (language.hidden_size, width))
+        yield replicated(f"{ours}.bias", f"projector.{i}.bias", (language.hidden_size,))
+        width = language.hidden_size
 
     embedding, final_norm, output = rules(LANGUAGE, "language_model.", "text.", "language")
     yield embedding
@@ -399,9 +368,9 @@ def _build_rules(config: ModelConfig) -> Iterator[Rule]:
 
 
 def connector_depth(projector_type: str) -> int:
-    """Linear layers of a connector: `linear` has one, `mlpNx_gelu` N."""
-    if projector_type == "linear":
+    """Linear layers of a connector: `linear` has one, `mlpNx_gelu` N, and one stands behind a `qformer`."""
+    if projector_type in ("linear", "qformer"):
         return 1
     if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", projector_type):
         return int(match[1])
-    raise ValueError(f"connector {projector_type!r} is unknown; expected linear or mlpNx_gelu")
+    raise ValueError(f"connector {projector_type!r} is unknown; expected linear, mlpNx_gelu or qformer")

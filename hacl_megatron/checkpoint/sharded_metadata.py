@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hacl_megatron.checkpoint.hf_config import one_line
+from hacl_megatron.checkpoint.hf_json import one_line
 
 
 @dataclass(frozen=True)

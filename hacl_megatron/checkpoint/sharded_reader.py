@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.file_blocks import bytes_of, read_block
-from hacl_megatron.checkpoint.hf_config import one_line
+from hacl_megatron.checkpoint.hf_json import one_line
 from hacl_megatron.checkpoint.hf_names import FUSED_NORMS, NameTable, nearest
 from hacl_megatron.checkpoint.integrity import may_be_file_of_checkpoint
 from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint

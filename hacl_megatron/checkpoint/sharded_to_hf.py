@@ -39,7 +39,8 @@ def export_checkpoint(
     """Export one checkpoint folder (`iter_*`, see `sharded_reader.locate_checkpoint`).
 
     Args:
-        format: `LlavaForConditionalGeneration` (hf), the original layout (llava), or the connector alone (projector).
+        format: `LlavaForConditionalGeneration` (hf; `Blip2ForConditionalGeneration` with a Q-Former), the original
+            layout (llava), or the connector alone (projector).
         dtype: of the weights; default that of the checkpoint (of most of its bytes).
         tower: see `export_hf`.
         image_aspect_ratio: default `--image-aspect-ratio` of the run.
@@ -55,7 +56,10 @@ def export_checkpoint(
     assets = checkpoint / ASSETS_FOLDER
     with ReadAhead(reader, workers, progress) as provider:
         if format == "projector":
-            return export_projector(provider, reader.model_config, out, dtype=dtype, force=force)
+            report = export_projector(provider, reader.model_config, out, dtype=dtype, force=force)
+            if reader.model_config.qformer is not None and not run.model.freeze_qformer:
+                report.notes.append("the Q-Former was trained too, and is not in llama_proj; --format hf holds it")
+            return report
         return export_hf(
             provider,
             reader.model_config,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hacl_megatron.checkpoint.file_blocks import bytes_of, read_block
-from hacl_megatron.checkpoint.hf_config import one_line, read_json
+from hacl_megatron.checkpoint.hf_json import one_line, read_json
 from hacl_megatron.checkpoint.safetensors_writer import DTYPE_NAMES
 
 CANDIDATES = (
@@ -149,7 +149,10 @@ class _Safetensors:
 
 
 def _open_pickle(file: Path) -> dict[str, Tensor]:
-    """A state dict of tensors; the safe unpickler runs no code. Maps the file unless it has torch's old format."""
+    """A state dict of tensors; the safe unpickler runs no code. Maps the file unless it has torch's old format.
+
+    MiniGPT-4 keeps its state dict under `model`, beside optimiser and configuration.
+    """
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     try:
@@ -167,6 +170,8 @@ def _open_pickle(file: Path) -> dict[str, Tensor]:
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{file}: not a whole torch file ({one_line(error)}); it may be cut") from None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file}: expected a dictionary of tensors")
     return state

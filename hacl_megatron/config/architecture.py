@@ -5,8 +5,10 @@ Both are filled from a Hugging Face `config.json` (`hacl_megatron.checkpoint.hf_
 train from random weights.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from hacl_megatron.config.towers import TowerKind, tower_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,10 @@ class LanguageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A CLIP ViT: class token, learned positions, pre-norm before the first layer, biases everywhere."""
+    """A vision transformer: megatron-core's CLIP, or a model of transformers as it is.
+
+    megatron-core's: class token, learned positions, pre-norm before the first layer, biases everywhere.
+    """
 
     num_layers: int
     """Layers of the whole tower; those behind the selected one are never built."""
@@ -48,12 +53,70 @@ class VisionConfig:
     patch_size: int
     norm_epsilon: float = 1e-5
     activation: str = "quick_gelu"
-    """quick_gelu (OpenAI's CLIP) or gelu."""
+    """As transformers calls it; megatron-core's tower takes quick_gelu (OpenAI's CLIP) and gelu."""
+    backend: Literal["megatron", "hf"] = "megatron"
+    """megatron: megatron-core's CLIP, tensor parallel. hf: transformers' model, replicated (`config.towers`)."""
+    hf: dict[str, Any] | None = None
+    """Of the backend hf alone: the tower's own transformers configuration (`config.to_dict()`), JSON values only."""
 
     @property
     def num_patches(self) -> int:
-        """V, the visual tokens an image: patches without the class token."""
+        """Patches of an image, without a class token; a rest at the borders is in none (SigLIP's 384 / 14)."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def kind(self) -> TowerKind:
+        """How features are taken. ValueError for a tower that `config.towers` does not know."""
+        return tower_kind("clip_vision_model" if self.hf is None else self.hf.get("model_type"))
+
+    @property
+    def sequence_length(self) -> int:
+        """Rows an image inside the tower: patches and a class token."""
+        return self.num_patches + self.kind.has_class_token
+
+    @property
+    def num_features(self) -> int:
+        """Rows an image that the tower hands to the connector: patches, and the class token where it is kept."""
+        return self.num_patches + self.kind.keeps_class_token
+
+    def on(self, backend: Literal["megatron", "hf"]) -> "VisionConfig":
+        """The same tower on another backend.
+
+        Raises:
+            ValueError: megatron-core has no such tower.
+        """
+        if backend == self.backend:
+            return self
+        if backend == "hf":
+            facts = {
+                "model_type": "clip_vision_model",
+                "num_hidden_layers": self.num_layers,
+                "hidden_size": self.hidden_size,
+                "intermediate_size": self.ffn_hidden_size,
+                "num_attention_heads": self.num_attention_heads,
+                "image_size": self.image_size,
+                "patch_size": self.patch_size,
+                "layer_norm_eps": self.norm_epsilon,
+                "hidden_act": self.activation,
+            }
+            return replace(self, backend="hf", hf=facts)
+        model_type = (self.hf or {}).get("model_type")
+        if model_type != "clip_vision_model":
+            raise ValueError(
+                f"--vision-backend is megatron, but the vision tower is a {model_type}; megatron-core has CLIP's "
+                "alone: use --vision-backend hf"
+            )
+        return replace(self, backend="megatron", hf=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QFormerConfig:
+    """BLIP-2's Q-Former: learned query tokens that attend to one another and, across, to all tower features."""
+
+    num_query_tokens: int
+    hidden_size: int
+    hf: dict[str, Any]
+    """Its own transformers configuration (`Blip2QFormerConfig.to_dict()`), JSON values only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +136,18 @@ class ModelConfig:
     vision: VisionConfig
     image: ImageConfig
     projector_type: str = "mlp2x_gelu"
+    """`linear`, `mlpNx_gelu`, or `qformer`: a Q-Former and a linear projection behind it."""
     vision_select_layer: int = -2
     """Index into the tower's hidden states as transformers counts them (0 is the embedding output)."""
+    qformer: QFormerConfig | None = None
+    """There exactly when `projector_type` is `qformer`."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Facts a round trip to Hugging Face needs and the model does not (token ids, layout of origin)."""
+
+    @property
+    def visual_tokens(self) -> int:
+        """V, rows an image takes in the language model: query tokens of a Q-Former, else features of the tower."""
+        return self.vision.num_features if self.qformer is None else self.qformer.num_query_tokens
 
     @property
     def num_vision_layers_built(self) -> int:

@@ -132,9 +132,16 @@ def check_architecture(config: RunConfig, model: ModelConfig, layout: Layout) ->
     _check_tensor_parallel(model, layout.tp)
     _check_pipeline(config.parallel, language.num_layers)
     check_projector_type(model.projector_type)
+    _check_qformer(model)
 
+    is_hf = vision.backend == "hf"
     _require(
-        vision.image_size % vision.patch_size == 0,
+        is_hf == (vision.hf is not None),
+        f"the vision tower's backend is {vision.backend}, but its `hf` is {'' if vision.hf is None else 'not '}empty",
+        "`hf` holds the transformers configuration of the backend hf, and of it alone",
+    )
+    _require(
+        is_hf or vision.image_size % vision.patch_size == 0,
         f"the vision tower's image_size {vision.image_size} is no multiple of its patch_size {vision.patch_size}",
         "correct the tower's configuration",
     )
@@ -148,10 +155,17 @@ def check_architecture(config: RunConfig, model: ModelConfig, layout: Layout) ->
         f"--mm-vision-select-layer {model.vision_select_layer} is outside the {vision.num_layers} layers of the tower",
         f"expected 1..{vision.num_layers} or -{vision.num_layers}..-1",
     )
+    fixed = vision.kind.fixed_select_layer  # or a ValueError for a tower of an unknown kind
     _require(
-        vision.activation in ("quick_gelu", "gelu"),
+        fixed in (None, model.vision_select_layer),
+        f"--mm-vision-select-layer is {model.vision_select_layer}, but a {(vision.hf or {}).get('model_type')} hands "
+        "on its last hidden state alone",
+        f"expected {fixed}, or leave the flag out",
+    )
+    _require(
+        is_hf or vision.activation in ("quick_gelu", "gelu"),
         f"the vision tower's activation is {vision.activation!r}",
-        "expected quick_gelu or gelu",
+        "expected quick_gelu or gelu, or --vision-backend hf",
     )
     rope = language.rope_scaling
     _require(
@@ -161,9 +175,9 @@ def check_architecture(config: RunConfig, model: ModelConfig, layout: Layout) ->
     )
     length = config.data.model_max_length
     _require(
-        length > vision.num_patches,
-        f"--model-max-length {length} leaves no room for text beside the {vision.num_patches} tokens of an image",
-        f"give more than {vision.num_patches}",
+        length > model.visual_tokens,
+        f"--model-max-length {length} leaves no room for text beside the {model.visual_tokens} tokens of an image",
+        f"give more than {model.visual_tokens}",
     )
     _require(
         length <= language.max_position_embeddings,
@@ -183,11 +197,11 @@ def padded_vocab_size(vocab_size: int, parallel: ParallelFlags) -> int:
 
 
 def check_projector_type(projector_type: str) -> None:
-    """ValueError unless the connector is `linear` or `mlpNx_gelu` with N >= 1."""
+    """ValueError unless the connector is `linear`, `mlpNx_gelu` with N >= 1, or `qformer`."""
     _require(
-        projector_type == "linear" or re.fullmatch(r"mlp[1-9]\d*x_gelu", projector_type) is not None,
+        projector_type in ("linear", "qformer") or re.fullmatch(r"mlp[1-9]\d*x_gelu", projector_type) is not None,
         f"--mm-projector-type is {projector_type!r}",
-        "expected linear, mlp2x_gelu or another mlpNx_gelu",
+        "expected linear, mlp2x_gelu or another mlpNx_gelu, or qformer",
     )
 
 
@@ -459,8 +473,32 @@ def _check_widths(model: ModelConfig) -> None:
     )
 
 
+def _check_qformer(model: ModelConfig) -> None:
+    qformer, width = model.qformer, model.vision.hidden_size
+    _require(
+        (model.projector_type == "qformer") == (qformer is not None),
+        f"--mm-projector-type is {model.projector_type}, but the checkpoint or `model:` section holds "
+        f"{'no' if qformer is None else 'a'} Q-Former",
+        "start from a BLIP-2 model, or use linear or mlp2x_gelu" if qformer is None else "expected qformer",
+    )
+    if qformer is None:
+        return
+    _require(
+        qformer.num_query_tokens > 0,
+        f"the Q-Former has {qformer.num_query_tokens} query tokens",
+        "expected at least 1; correct it",
+    )
+    takes = qformer.hf.get("encoder_hidden_size", width)
+    _require(
+        takes == width,
+        f"the Q-Former takes features {takes} wide, but the vision tower's are {width}",
+        "give the tower that it was trained with",
+    )
+
+
 def _check_tensor_parallel(model: ModelConfig, tp: int) -> None:
-    for part, record in (("language model", model.language), ("vision tower", model.vision)):
+    parts = [("language model", model.language), ("vision tower", model.vision)]
+    for part, record in parts[: 1 if model.vision.backend == "hf" else 2]:  # transformers' tower is replicated
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             size = getattr(record, name, tp)
             _require(

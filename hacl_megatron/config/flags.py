@@ -46,14 +46,22 @@ class ModelFlags:
         None, "Folder of the LLaMA tokenizer. Default: the one inside --pretrained-checkpoint."
     )  # fmt: skip
     mm_projector_type: str | None = flag(
-        None, "Connector: linear, mlp2x_gelu or mlpNx_gelu. Default: the checkpoint's, else mlp2x_gelu."
+        None, "Connector: linear, mlp2x_gelu or mlpNx_gelu; qformer where the checkpoint holds one (BLIP-2), which "
+        "hands on a few query tokens an image. Default: the checkpoint's, else mlp2x_gelu."
     )  # fmt: skip
     mm_vision_select_layer: int | None = flag(
         None, "Vision-tower hidden state that feeds the connector; -2 is the last but one layer. Default: the "
         "checkpoint's, else -2."
     )  # fmt: skip
+    vision_backend: Literal["megatron", "hf"] | None = flag(
+        None, "megatron: megatron-core's CLIP, tensor parallel. hf: transformers' own model, replicated on the first "
+        "stage (CLIP, SigLIP, BLIP-2's ViT-g). Default: the checkpoint's; megatron for CLIP."
+    )  # fmt: skip
     freeze_LM: bool = flag(False, "Freeze the language model (stage 1, pretrain).")
     freeze_ViT: bool = flag(True, "Freeze the vision tower.")
+    freeze_qformer: bool = flag(
+        True, "Freeze the query tokens and Q-Former of --mm-projector-type qformer; the projection behind them trains."
+    )  # fmt: skip
     bf16: bool = flag(False, "Parameters and activations in bfloat16, master weights and reductions in fp32.")
 
 
@@ -124,8 +132,9 @@ class DataFlags:
         "v1", "Conversation template: plain for pretrain, LLaVA's v1 (Vicuna) or minigpt4 (###Human: ...) for finetune."
         " A question without words has MiniGPT-4's first-stage prompt, none, which is plain's."
     )  # fmt: skip
-    image_aspect_ratio: Literal["pad", "square"] = flag(
-        "pad", "pad: fill to a square with the mean colour, then resize. square: shortest edge, then centre crop."
+    image_aspect_ratio: Literal["pad", "square", "stretch"] = flag(
+        "pad", "pad: fill to a square with the mean colour, then resize. square: shortest edge, then centre crop. "
+        "stretch: resize to the square as BLIP-2 and MiniGPT-4 do."
     )  # fmt: skip
     model_max_length: int = flag(2048, "Dialogues are cut here, counted after the image is expanded.")
     image_backend: Literal["auto", "dali", "pillow"] = flag(

@@ -95,8 +95,10 @@ def build_record(record: type[Record], values: Any, where: str) -> Record:
         if key not in fields:
             known = f"it has {', '.join(fields)}"
             raise ValueError(f"{where}: unknown field {key!r}; {did_you_mean(key, fields, known)}")
-        if dataclasses.is_dataclass(hints[key]):
-            arguments[key] = build_record(hints[key], value, f"{where}.{key}")
+        options = get_args(hints[key]) or (hints[key],)
+        inner = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        if inner is not None and not (value is None and type(None) in options):
+            arguments[key] = build_record(inner, value, f"{where}.{key}")
             continue
         try:
             arguments[key] = convert(value, hints[key])

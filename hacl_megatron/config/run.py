@@ -46,9 +46,17 @@ class RunConfig:
 
 
 def with_architecture(config: RunConfig, architecture: ModelConfig) -> RunConfig:
-    """`config` with the model's sizes; `--mm-projector-type` and `--mm-vision-select-layer` are laid over them."""
-    if config.model.mm_projector_type is not None:
-        architecture = replace(architecture, projector_type=config.model.mm_projector_type)
+    """`config` with the model's sizes, over which flags are laid.
+
+    These are `--mm-projector-type` (another connector leaves a Q-Former out), `--mm-vision-select-layer` and
+    `--vision-backend`, which raises ValueError where that has no such tower.
+    """
+    if config.model.vision_backend is not None:
+        architecture = replace(architecture, vision=architecture.vision.on(config.model.vision_backend))
+    connector = config.model.mm_projector_type
+    if connector is not None:
+        qformer = architecture.qformer if connector == "qformer" else None
+        architecture = replace(architecture, projector_type=connector, qformer=qformer)
     if config.model.mm_vision_select_layer is not None:
         architecture = replace(architecture, vision_select_layer=config.model.mm_vision_select_layer)
     return replace(config, architecture=architecture)

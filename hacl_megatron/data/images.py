@@ -6,7 +6,8 @@
 
 `pad` (`--image-aspect-ratio pad`) is `expand2square` of LLaVA's `llava/mm_utils.py`: the image is centred on a square
 of the mean colour, then CLIP's processor resizes it (bicubic) to S x S. `square` is CLIP's processor alone: the
-shortest edge is resized to S, then the centre S x S is cut out. Neither ever stretches an image. Both end in
+shortest edge is resized to S, then the centre S x S is cut out. Neither ever stretches an image. `stretch` resizes both
+edges to S whatever their ratio: the processors of BLIP-2, MiniGPT-4 and SigLIP. All end in
 `(level / 255 - mean) / std`. EXIF orientation is ignored, as Pillow's `open` does.
 
 DALI and Pillow decode to the same levels. The back end `pillow` resizes by Pillow too, as LLaVA did; `dali` by torch's
@@ -126,7 +127,7 @@ class ImageDecoder:
 
     Args:
         config: size S, mean and std of the vision tower's processor.
-        aspect_ratio: `pad` or `square`, see the module's description.
+        aspect_ratio: `pad`, `square` or `stretch`, see the module's description.
         backend: what `resolve_backend` returned.
         device: `cpu`, or `mixed`, where DALI's graph decodes JPEGs and works on the GPU `device_id`.
         num_threads: threads that decode.
@@ -140,15 +141,15 @@ class ImageDecoder:
         self,
         config: ImageConfig,
         *,
-        aspect_ratio: Literal["pad", "square"],
+        aspect_ratio: Literal["pad", "square", "stretch"],
         backend: Literal["dali", "pillow"],
         device: Literal["cpu", "mixed"] = "cpu",
         num_threads: int = 2,
         max_image_pixels: int = 178_956_970,
         device_id: int | None = None,
     ) -> None:
-        if aspect_ratio not in ("pad", "square"):
-            raise ValueError(f"--image-aspect-ratio {aspect_ratio!r} is unknown; it is pad or square")
+        if aspect_ratio not in ("pad", "square", "stretch"):
+            raise ValueError(f"--image-aspect-ratio {aspect_ratio!r} is unknown; it is pad, square or stretch")
         if device == "mixed" and backend != "dali":
             raise ValueError(f"decoding images on the GPU needs DALI, but the image backend is {backend}")
         if device == "mixed" and device_id is None:
@@ -307,9 +308,11 @@ class ImageDecoder:
         np.add(output, self._shift, out=output)
 
     def _resized(self, image: np.ndarray, resize: "Resize") -> np.ndarray:
-        """uint8 [S, S, 3], padded or cropped."""
+        """uint8 [S, S, 3], padded, cropped or stretched."""
         size = self.config.size
         height, width = image.shape[:2]
+        if self.aspect_ratio == "stretch":
+            return resize(image, size, size)
         if self.aspect_ratio == "pad":
             if height != width:
                 top, left, side, _ = square_window(width, height)
@@ -360,6 +363,8 @@ class ImageDecoder:
             return None
         if self.aspect_ratio == "pad":
             return [square_window(file.width, file.height) for file in files]
+        if self.aspect_ratio == "stretch":
+            return [(0.0, 0.0, float(file.height), float(file.width)) for file in files]
         return [centre_region(file.width, file.height, self.config.size) for file in files]
 
 

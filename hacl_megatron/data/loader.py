@@ -399,7 +399,7 @@ def build_loader(
         settings=EncodingSettings(
             version=data.version,
             model_max_length=data.model_max_length,
-            visual_tokens=model.vision.num_patches,
+            visual_tokens=model.visual_tokens,
             image_context=image_context,
         ),
         micro_batching=micro_batching,

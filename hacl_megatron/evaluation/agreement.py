@@ -88,7 +88,7 @@ def compare_models(
 def random_batch(config: ModelConfig, seed: int = 0) -> PackedBatch:
     """Two dialogues of one image each, packed; every text row behind the image has a target."""
     generator = torch.Generator().manual_seed(seed)
-    visual, size = config.vision.num_patches, config.vision.image_size
+    visual, size = config.visual_tokens, config.vision.image_size
     lengths = [visual + length for length in TEXT_LENGTHS]
     limit = min(config.language.vocab_size, config.extra.get("image_token_index", config.language.vocab_size))
     ids = torch.randint(3, limit, (sum(lengths),), generator=generator)

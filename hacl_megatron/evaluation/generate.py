@@ -187,7 +187,7 @@ def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.nd
         source="",
     )
     limit = config.language.max_position_embeddings
-    settings = EncodingSettings(version="v1", model_max_length=limit, visual_tokens=config.vision.num_patches)
+    settings = EncodingSettings(version="v1", model_max_length=limit, visual_tokens=config.visual_tokens)
     encoded = encode(sample, tokenizer, settings)
     if encoded.truncated:
         raise UnusableSample(f"the prompt is longer than the model's context of {limit} tokens")

@@ -1,8 +1,8 @@
 """The assembled model: one pipeline stage of vision tower -> connector -> LLaMA, with contrastive heads at the end.
 
-The vision tower and connector live on the first stage, the heads and temperature on the last. Shape legend as in
-`hacl_megatron.batch`; H is the language model's hidden size, T' = T / tensor-parallel size under sequence
-parallelism and T without it.
+The vision tower (megatron-core's or transformers') and connector (layers, or a Q-Former and a projection) stand on
+the first stage, the heads and temperature on the last. Shape legend as in `hacl_megatron.batch`; H is the language
+model's hidden size, T' = T / tensor-parallel size under sequence parallelism and T without it.
 
 A micro-batch may come in two packs (`hacl_megatron.batch.MicroBatch`). The one that runs ahead leaves tower features
 and EOS states of texts behind, which the main one takes instead of computing them again.
@@ -24,6 +24,7 @@ from hacl_megatron.batch import PackedBatch, SegmentLengths
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.model.connector import Connector
 from hacl_megatron.model.heads import ContrastiveHeads
+from hacl_megatron.model.hf_parts import HFVisionTower, QFormerConnector
 from hacl_megatron.model.init import cpu_generator
 from hacl_megatron.model.llama import LlamaStage
 from hacl_megatron.model.vision import VisionTower
@@ -68,7 +69,7 @@ class HaclModel(MegatronModule):
         model: ModelConfig,
         *,
         language_config: TransformerConfig,
-        vision_config: TransformerConfig,
+        vision_config: TransformerConfig | None,
         padded_vocab_size: int,
         initial_temperature: float,
         seed: int,
@@ -86,14 +87,16 @@ class HaclModel(MegatronModule):
         self.read_rows_only = not language_config.fp8
         dtype = language_config.params_dtype
         if self.pre_process:
-            self.vision_tower = VisionTower(model, vision_config, device, groups)
-            self.connector = Connector(
-                model.projector_type,
-                model.vision.hidden_size,
-                model.language.hidden_size,
-                generator=cpu_generator(seed),
-                dtype=dtype,
-            )
+            if model.vision.backend == "hf":
+                self.vision_tower = HFVisionTower(model, seed=seed + 2, dtype=dtype)
+            else:
+                self.vision_tower = VisionTower(model, vision_config, device, groups)
+            fresh = {"generator": cpu_generator(seed), "dtype": dtype}
+            widths = model.vision.hidden_size, model.language.hidden_size
+            if model.qformer is None:
+                self.connector = Connector(model.projector_type, *widths, **fresh)
+            else:
+                self.connector = QFormerConnector(model.qformer, widths[1], seed=seed + 3, **fresh)
         self.language_model = LlamaStage(
             model.language,
             language_config,
@@ -127,19 +130,30 @@ class HaclModel(MegatronModule):
             (input_tensor,) = input_tensor
         self.language_model.set_input_tensor(input_tensor)
 
-    def freeze(self, *, language_model: bool, vision_tower: bool) -> None:
+    def freeze(self, *, language_model: bool, vision_tower: bool, qformer: bool = False) -> None:
         """Take parts out of training. Must happen before the data-parallel wrap, which sizes its buffers by it."""
         if language_model:
             self.language_model.requires_grad_(False)
         if vision_tower and self.pre_process:
             self.vision_tower.requires_grad_(False)
+        if qformer and self.pre_process and isinstance(self.connector, QFormerConnector):
+            self.connector.freeze_qformer()
 
     @property
     def vision_tower_is_trained(self) -> bool:
         return self.pre_process and next(self.vision_tower.parameters()).requires_grad
 
+    @property
+    def query_states_are_constant(self) -> bool:
+        """Whether nothing trains up to a Q-Former's output, which then is what the model starts from."""
+        qformer = isinstance(self.connector, QFormerConnector)
+        return qformer and not self.vision_tower_is_trained and not self.connector.qformer_is_trained
+
     def tower_features(self, pixel_values: Tensor) -> Tensor:
-        """Pixels [I, 3, H, W] -> the selected layer's patch states [I, V, vision hidden]; a constant if frozen.
+        """Pixels [I, 3, H, W] -> features [I, F, vision hidden] of the tower; a constant if it is frozen.
+
+        Behind a tower and a Q-Former that are both frozen, the states [I, V, Q-Former hidden] of the query tokens: so
+        what is kept for a second pass is as late, and as small, as it can be.
 
         Without images it is one blank image: every micro-batch must touch every trained parameter (megatron-core
         reduces gradients as they arrive), the connector behind this one among them.
@@ -147,7 +161,8 @@ class HaclModel(MegatronModule):
         if pixel_values.shape[0] == 0:
             pixel_values = pixel_values.new_zeros(1, 3, self.image_size, self.image_size)
         with nullcontext() if self.vision_tower_is_trained else torch.no_grad():
-            return self.vision_tower(pixel_values)
+            features = self.vision_tower(pixel_values)
+            return self.connector.query_states(features) if self.query_states_are_constant else features
 
     def _embed(self, batch: PackedBatch, tower_features: Tensor | None) -> Tensor:
         """Token embeddings with image features laid over the image rows: [T', 1, H]."""
@@ -155,7 +170,8 @@ class HaclModel(MegatronModule):
         if torch.is_grad_enabled() or batch.image_rows.numel():
             if tower_features is None:
                 tower_features = self.tower_features(batch.pixel_values)
-            features = self.connector(tower_features).flatten(0, 1)  # [I * V, H]
+            options = {"from_queries": True} if self.query_states_are_constant else {}
+            features = self.connector(tower_features, **options).flatten(0, 1)  # [I * V, H]
             rows = features.index_select(0, batch.feature_rows).to(hidden.dtype)
             hidden = hidden.squeeze(1).index_copy(0, batch.image_rows, rows).unsqueeze(1)
         if self.sequence_parallel:
@@ -174,8 +190,8 @@ class HaclModel(MegatronModule):
 
         Args:
             lengths: the pack's, on the host.
-            tower_features: [I, V, vision hidden], what `tower_features` gave for this pack's images; None: compute
-            them. texts: EOS states of the pairs' texts, for a pack that leaves the texts out.
+            tower_features: what `tower_features` gave for this pack's images; None: compute it.
+            texts: EOS states of the pairs' texts, for a pack that leaves the texts out.
         """
         segments = packed_segments(batch, lengths, read_rows_only=self.read_rows_only)
         embedded = self._embed(batch, tower_features) if self.pre_process else None

@@ -55,9 +55,12 @@ def language_transformer_config(
 
 def vision_transformer_config(
     model: ModelConfig, parallel: ParallelFlags, *, device: torch.device, dtype: torch.dtype
-) -> TransformerConfig:
-    """The vision tower's: tensor parallel, whole on its pipeline stage, never sequence parallel."""
+) -> TransformerConfig | None:
+    """The vision tower's: tensor parallel, whole on its pipeline stage, never sequence parallel. None for a tower of
+    transformers, which has its own."""
     vision = model.vision
+    if vision.backend == "hf":
+        return None
     return TransformerConfig(
         num_layers=model.num_vision_layers_built,
         hidden_size=vision.hidden_size,

@@ -138,7 +138,8 @@ def build_trainee(
 ) -> Trainee:
     """Freeze, wrap and give `module` its optimiser and schedule."""
     parallel = config.parallel
-    module.freeze(language_model=config.model.freeze_LM, vision_tower=config.model.freeze_ViT)
+    flags = config.model
+    module.freeze(language_model=flags.freeze_LM, vision_tower=flags.freeze_ViT, qformer=flags.freeze_qformer)
     ddp_fields = dict(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

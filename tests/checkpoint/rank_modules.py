@@ -9,6 +9,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from hacl_megatron.checkpoint.hf_import import ImportReport, global_name, load_hf_weights
 from hacl_megatron.checkpoint.hf_names import merge_shards
@@ -21,7 +31,10 @@ def rank_shapes(
     """(parameter name, shape) of one rank's model."""
     language, vision, tp = config.language, config.vision, tp_size
     h, f, head = language.hidden_size, language.ffn_hidden_size, language.head_dim
-    if first_stage:
+    if first_stage and vision.backend == "hf":
+        yield from transformers_shapes(config)
+        yield "language_model.embedding.word_embeddings.weight", (padded_vocab_size // tp, h)
+    elif first_stage:
         v, vf, p = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size
         yield "vision_tower.class_token", (1, 1, v)
         yield "vision_tower.conv1.weight", (v, 3, p, p)
@@ -63,6 +76,36 @@ def rank_shapes(
             yield f"heads.{head_name}.weight", (h // 4, h)
             yield f"heads.{head_name}.bias", (h // 4,)
         yield "heads.temperature", (1,)
+
+
+def transformers_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(parameter name, shape) of transformers' own tower, as far as it is built, and of the connector behind it."""
+    vision, qformer, h = config.vision, config.qformer, config.language.hidden_size
+    tower = {
+        "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig),
+        "siglip_vision_model": (SiglipVisionModel, SiglipVisionConfig),
+        "blip_2_vision_model": (Blip2VisionModel, Blip2VisionConfig),
+    }  # fmt: skip
+    model, sizes = tower[vision.hf["model_type"]]
+    module = model(sizes(**vision.hf))
+    if qformer is None:
+        module.encoder.layers = module.encoder.layers[: vision.num_layers + 1 + config.vision_select_layer]
+        del module.post_layernorm
+        if hasattr(module, "head"):
+            del module.head
+    yield from ((f"vision_tower.model.{name}", tuple(value.shape)) for name, value in module.named_parameters())
+    width = vision.hidden_size
+    if qformer is None:
+        yield "connector.0.weight", (h, width)
+        yield "connector.0.bias", (h,)
+        yield "connector.2.weight", (h, h)
+        yield "connector.2.bias", (h,)
+        return
+    yield "connector.query_tokens", (1, qformer.num_query_tokens, qformer.hidden_size)
+    module = Blip2QFormerModel(Blip2QFormerConfig(**qformer.hf))
+    yield from ((f"connector.qformer.{name}", tuple(value.shape)) for name, value in module.named_parameters())
+    yield "connector.projection.weight", (h, qformer.hidden_size)
+    yield "connector.projection.bias", (h,)
 
 
 def module_of(shapes: Iterator[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> nn.Module:

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from hacl_megatron.checkpoint.hf_config import KNOWN_TOWERS, read_model_config
+from hacl_megatron.checkpoint.hf_config import read_model_config
 from hacl_megatron.checkpoint.hf_config_write import to_config_json, vocabulary_of_layout
+from hacl_megatron.checkpoint.hf_tower_config import KNOWN_TOWERS
 from hacl_megatron.config.architecture import ModelConfig
 from tests.tiny import LLAMA3_ROPE_SCALING, tiny_llava_config, tiny_processor, write_tiny_original_llava
 
@@ -242,7 +243,7 @@ def test_missing_projector_type_is_linear_as_in_llava(tmp_path):
 
 def test_llama_alone_asks_for_a_tower(tmp_path):
     tiny_llava_config().text_config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a LLaMA without a vision tower; give the folder of a CLIP tower"):
+    with pytest.raises(ValueError, match="a LLaMA without a vision tower; give the folder of one beside it"):
         read_model_config(tmp_path)
 
 

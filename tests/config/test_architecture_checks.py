@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, VisionConfig
+from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, QFormerConfig, VisionConfig
 from hacl_megatron.config.checks import Layout, check_architecture, padded_vocab_size
 from hacl_megatron.config.flags import DataFlags, ParallelFlags
 from hacl_megatron.config.run import RunConfig
@@ -24,6 +25,19 @@ LLAVA_7B = ModelConfig(
         num_layers=24, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16, image_size=336, patch_size=14
     ),
     image=ImageConfig(size=336),
+)  # fmt: skip
+
+
+BLIP2 = replace(
+    LLAVA_7B,
+    vision=VisionConfig(
+        num_layers=39, hidden_size=1408, ffn_hidden_size=6144, num_attention_heads=16, image_size=224, patch_size=14,
+        backend="hf", hf={"model_type": "blip_2_vision_model", "hidden_act": "gelu"},
+    ),
+    image=ImageConfig(size=224),
+    projector_type="qformer",
+    vision_select_layer=-1,
+    qformer=QFormerConfig(num_query_tokens=32, hidden_size=768, hf={"encoder_hidden_size": 1408}),
 )  # fmt: skip
 
 
@@ -45,6 +59,14 @@ def language(**fields) -> ModelConfig:
 def vision(**fields) -> ModelConfig:
     changed = replace(LLAVA_7B.vision, **fields)
     return replace(LLAVA_7B, vision=changed, image=ImageConfig(size=changed.image_size))
+
+
+def siglip(**fields) -> ModelConfig:
+    facts = dict(
+        image_size=384, patch_size=14, hidden_size=1152, ffn_hidden_size=4304, activation="gelu_pytorch_tanh",
+        backend="hf", hf={"model_type": "siglip_vision_model"},
+    )  # fmt: skip
+    return vision(**{**facts, **fields})
 
 
 def refused(**arguments) -> str:
@@ -135,6 +157,26 @@ CASES = {
     "positions": ({"length": 4097}, "beyond the 4096 positions", {"length": 4096}),
     "empty part": ({"model": language(vocab_size=0)}, "language.vocab_size is 0", {"model": language(vocab_size=1)}),
     "empty tower": ({"model": vision(patch_size=0)}, "vision.patch_size is 0", {"model": vision(patch_size=28)}),
+    "unknown tower": (
+        {"model": siglip(hf={"model_type": "dinov2"})}, "'dinov2'", {"model": siglip()},
+    ),
+    "tower without its configuration": ({"model": siglip(hf=None)}, "backend is hf", {"model": siglip()}),
+    "megatron's tower of another kind": ({"model": siglip(backend="megatron")}, "not empty", {"model": siglip()}),
+    "selected layer of BLIP-2": (
+        {"model": replace(BLIP2, vision_select_layer=-2)}, "blip_2_vision_model hands on its last", {"model": BLIP2},
+    ),
+    "no Q-Former": ({"model": replace(BLIP2, qformer=None)}, "holds no Q-Former", {"model": BLIP2}),
+    "Q-Former unused": (
+        {"model": replace(BLIP2, projector_type="linear")}, "holds a Q-Former",
+        {"model": replace(BLIP2, projector_type="linear", qformer=None)},
+    ),
+    "Q-Former of another tower": (
+        {"model": replace(BLIP2, qformer=replace(BLIP2.qformer, hf={"encoder_hidden_size": 1024}))},
+        "features 1024 wide, but the vision tower's are 1408", {"model": BLIP2},
+    ),
+    "room for text behind query tokens": (
+        {"model": BLIP2, "length": 32}, "beside the 32 tokens", {"model": BLIP2, "length": 33},
+    ),
     "no epsilon": (
         {"model": language(norm_epsilon=float("nan"))}, "language.norm_epsilon is nan",
         {"model": language(norm_epsilon=1e-6)},
@@ -205,3 +247,31 @@ def test_padded_vocabulary_keeps_its_size_over_layouts():
 def test_padded_vocabulary_is_the_smallest_that_divides(vocab, tp, by):
     padded = padded_vocab_size(vocab, ParallelFlags(tensor_model_parallel_size=tp, make_vocab_size_divisible_by=by))
     assert padded == next(rows for rows in range(vocab, vocab + tp * by) if rows % tp == 0 and rows % by == 0)
+
+
+def test_a_tower_of_transformers_is_replicated():
+    """So that neither its heads nor its feed-forward width must divide."""
+    check(siglip(num_attention_heads=9, hidden_size=1152), tp=4)
+    check(BLIP2, tp=32)
+
+
+@pytest.mark.parametrize(
+    ("model", "inside", "features", "visual"),
+    [(LLAVA_7B, 577, 576, 576), (siglip(), 729, 729, 729), (BLIP2, 257, 257, 32)],
+)
+def test_rows_of_an_image(model, inside, features, visual):
+    """The published models' counts: LLaVA-1.5's, LLaVA-OneVision's SigLIP so400m/384, BLIP-2's."""
+    assert (model.vision.sequence_length, model.vision.num_features, model.visual_tokens) == (inside, features, visual)
+
+
+def test_clip_on_either_backend():
+    for activation in ("quick_gelu", "gelu"):
+        tower = replace(LLAVA_7B.vision, activation=activation, norm_epsilon=1e-6)
+        moved = tower.on("hf")
+        config = transformers.CLIPVisionConfig.from_dict(moved.hf)
+        assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (1024, 4096, 24)
+        assert (config.num_attention_heads, config.image_size, config.patch_size) == (16, 336, 14)
+        assert (config.hidden_act, config.layer_norm_eps) == (activation, 1e-6)
+        assert moved.on("hf") is moved and moved.on("megatron") == tower
+    with pytest.raises(ValueError, match="siglip_vision_model; megatron-core has CLIP's alone"):
+        siglip().vision.on("megatron")

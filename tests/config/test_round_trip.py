@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, VisionConfig
+from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, QFormerConfig, VisionConfig
 from hacl_megatron.config.parser import COMMAND_LINE_ONLY, GROUPS, HINTS
 from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config, to_yaml, with_architecture
 
@@ -51,6 +51,9 @@ architectures = st.builds(
     language=st.builds(replace, st.just(MODEL.language), norm_epsilon=floats, kv_channels=st.none() | st.integers(),
                        rope_scaling=st.none() | st.dictionaries(texts, plain, max_size=3)),
     image=st.builds(ImageConfig, size=st.integers(), mean=st.tuples(floats, floats, floats)),
+    vision=st.sampled_from([MODEL.vision, MODEL.vision.on("hf")]),
+    qformer=st.none() | st.builds(QFormerConfig, num_query_tokens=st.integers(), hidden_size=st.integers(),
+                                  hf=st.dictionaries(texts, floats, max_size=1)),
     projector_type=texts, vision_select_layer=st.integers(),
 )  # fmt: skip
 
@@ -63,6 +66,7 @@ architectures = st.builds(
 def test_round_trip_is_exact(flag_groups, architecture):
     config = RunConfig(**flag_groups)
     if architecture is not None:
+        config.model.vision_backend = None  # else laid over the architecture, which may refuse it
         config = with_architecture(config, architecture)
     text = to_yaml(config)
     assert from_yaml(text) == config
@@ -110,6 +114,26 @@ def test_model_section_from_a_file(tmp_path):
     )
 
 
+def test_flags_over_a_model_with_a_q_former(tmp_path):
+    qformer = {"num_query_tokens": 4, "hidden_size": 8, "hf": {"layer_norm_eps": 1e-12}}
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump({"model": {"language": LANGUAGE, "vision": VISION, "projector_type": "qformer",
+                                  "qformer": qformer}})
+    )  # fmt: skip
+
+    def read(*flags: str) -> ModelConfig:
+        return parse_run_config(["--config", str(path), *flags]).architecture
+
+    assert read().qformer == read("--mm-projector-type", "qformer").qformer == QFormerConfig(**qformer)
+    assert read().visual_tokens == 4
+    linear = read("--mm-projector-type", "linear")
+    assert (linear.projector_type, linear.qformer, linear.visual_tokens) == ("linear", None, 4)
+    moved = read("--vision-backend", "hf")
+    assert moved.vision == MODEL.vision.on("hf") and read("--vision-backend", "megatron").vision == MODEL.vision
+    assert from_yaml(to_yaml(RunConfig(architecture=moved))).architecture == moved
+
+
 def without(values: dict, key: str) -> dict:
     return {name: value for name, value in values.items() if name != key}
 
@@ -129,6 +153,8 @@ def without(values: dict, key: str) -> dict:
         ({"language": LANGUAGE, "vision": VISION, "image": {"size": 28, "mean": [1, 2]}}, ["image.mean", "2 values"]),
         ({"language": LANGUAGE, "vision": VISION, "heads": {}}, ["unknown field 'heads'"]),
         ({"language": [], "vision": VISION}, ["model.language", "mapping"]),
+        ({"language": LANGUAGE, "vision": VISION, "qformer": {"hidden_size": 8, "hf": {}}}, ["'num_query_tokens' is"]),
+        ({"language": LANGUAGE, "vision": {**VISION, "backend": "torch"}}, ["model.vision.backend", "megatron, hf"]),
         ("llava", ["'llava'", "mapping"]),
     ],
 )

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.data import images
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
+from tests.tiny import tiny_blip_image_processor
 
 try:  # transformers 5 keeps a processor without torchvision under its own name
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
@@ -82,7 +83,12 @@ def clip_square(data: bytes) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
 
 
-ORACLES = {"pad": llava_pad, "square": clip_square}
+def blip_stretch(data: bytes) -> np.ndarray:
+    """BLIP's and SigLIP's processors written out: both edges to S. uint8 [S, S, 3]."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((SIZE, SIZE), Image.BICUBIC))
+
+
+ORACLES = {"pad": llava_pad, "square": clip_square, "stretch": blip_stretch}
 
 
 def levels(pixel_values: torch.Tensor) -> np.ndarray:
@@ -121,7 +127,7 @@ def decode(item: ImageDecoder, *files: bytes) -> torch.Tensor:
 # ---- pixels
 
 
-@pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square", "stretch"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pixels_are_those_of_llava(decoders, backend, aspect_ratio):
     """torch's fixed-point resize, behind DALI, rounds as Pillow-SIMD does: almost everywhere the same level."""
@@ -135,7 +141,7 @@ def test_pixels_are_those_of_llava(decoders, backend, aspect_ratio):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square", "stretch"])
 def test_images_of_the_right_size_keep_their_levels(decoders, backend, aspect_ratio):
     file = encode(drawing(SIZE, SIZE), "PNG")
     pixels = decode(decoders(backend, aspect_ratio), file)[0]
@@ -144,18 +150,22 @@ def test_images_of_the_right_size_keep_their_levels(decoders, backend, aspect_ra
 
 
 def test_pillow_equals_transformers_image_processor(decoders):
-    """`square` is CLIPImageProcessor itself; `pad` is it applied to the padded image, as LLaVA does."""
+    """`square` is CLIPImageProcessor itself; `pad` is it applied to the padded image, as LLaVA does. `stretch` is
+    BlipImageProcessor."""
     processor = CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE},
         image_mean=list(CONFIG.mean), image_std=list(CONFIG.std), resample=Image.BICUBIC,
     )  # fmt: skip
+    blip = tiny_blip_image_processor(SIZE)
     for size in SIZES:
         file = jpeg(*size)
         theirs = processor(Image.open(io.BytesIO(file)), return_tensors="np")["pixel_values"]
         np.testing.assert_allclose(decode(decoders("pillow", "square"), file).numpy(), theirs, rtol=0, atol=2e-6)
+        theirs = blip(Image.open(io.BytesIO(file)), return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(decode(decoders("pillow", "stretch"), file).numpy(), theirs, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square", "stretch"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (7, 5), (1, 4000), (4000, 1), (3, 2000), (2001, 2)])
 def test_tiny_and_extreme_images(decoders, backend, aspect_ratio, size):
@@ -437,7 +447,7 @@ def test_resolve_backend(monkeypatch):
 
 
 def test_wrong_combinations_are_explained():
-    with pytest.raises(ValueError, match="pad or square"):
+    with pytest.raises(ValueError, match="pad, square or stretch"):
         decoder("pillow", "anyres")
     with pytest.raises(ValueError, match="needs DALI"):
         decoder("pillow", device="mixed", device_id=0)

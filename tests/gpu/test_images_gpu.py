@@ -18,7 +18,7 @@ TOLERANCE = (10 / 255 / np.array(CONFIG.std)).reshape(3, 1, 1)
 """10 of 255 levels: DALI's resize differs by up to 8 from Pillow's, which the host's follows to 2."""
 
 
-@pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square", "stretch"])
 def test_mixed_pixels_are_those_of_the_cpu(aspect_ratio):
     files = [jpeg(*size) for size in SIZES] + [make(drawing(200, 150)) for make in KINDS.values()]
     decoded = {}

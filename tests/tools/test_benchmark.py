@@ -41,7 +41,7 @@ def counted_flops(folder: str) -> dict[str, tuple[float, float]]:
             folder=folder, context=context, stage=stage, threads=1, pairs=3, hallucinated=2, shortest=3, longest=9,
             seed=0,
         )  # fmt: skip
-        lengths = lengths_of(work, draw_samples(work, SIZES["vocab"], 1)[0], architecture.vision.num_patches)
+        lengths = lengths_of(work, draw_samples(work, SIZES["vocab"], 1)[0], architecture.visual_tokens)
         settings: dict[str, Any] = {"prompt": context == "prompt", "trained": stage == "finetune"}
         expected = {
             "plain": plain_flops(architecture, lengths, **settings),

@@ -179,7 +179,7 @@ def micro_batch_shape(
 def _pack_shape(
     config: RunConfig, model: ModelConfig, samples: Samples, micro_batch_size: float, parts: Parts
 ) -> PackShape:
-    visual = model.vision.num_patches
+    visual = model.visual_tokens
     images, pairs = samples.image_share * micro_batch_size, samples.pair_share * micro_batch_size
     prefix = 0
     if config.objective.contrastive_image_context == "prompt":

@@ -1,0 +1,62 @@
+"""Parameters of transformers' own vision towers and Q-Former: their names and shapes, without a value of them."""
+
+import json
+from functools import cache
+from typing import Any
+
+from hacl_megatron.config.architecture import ModelConfig
+
+Shapes = dict[str, tuple[int, ...]]
+"""Name inside the module -> shape."""
+
+
+def clean_config(values: dict[str, Any]) -> dict[str, Any]:
+    """A part of a transformers `config.json` with every field of its model stated, in plain JSON values.
+
+    What all models have (label names, versions, dtype) is left out. Two files of one model give the same, however many
+    fields each of them leaves to the defaults.
+
+    Args:
+        values: with `model_type`.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    common = PreTrainedConfig().to_dict()
+    model_type = values["model_type"]
+    parsed = AutoConfig.for_model(**{key: value for key, value in values.items() if key not in common}
+                                  | {"model_type": model_type})  # fmt: skip
+    defaults = type(parsed)().to_dict()
+    # What a file says beyond the fields of its model is of no use to it.
+    fields = {key: value for key, value in parsed.to_dict().items() if key in defaults and key not in common}
+    return {"model_type": model_type, **json.loads(json.dumps(fields))}
+
+
+def module_shapes(values: dict[str, Any]) -> Shapes:
+    """Of the model that `clean_config` describes: parameters under the names that transformers 5 gives them."""
+    return dict(_shapes(json.dumps(values, sort_keys=True)))
+
+
+@cache
+def _shapes(config: str) -> Shapes:
+    import torch
+    import transformers
+
+    values = transformers.AutoConfig.for_model(**json.loads(config))
+    model = getattr(transformers, type(values).__name__.removesuffix("Config") + "Model")
+    with torch.device("meta"):
+        module = model(values)
+    # transformers 4.x wraps CLIP's and SigLIP's towers once more.
+    return {name.removeprefix("vision_model."): tuple(value.shape) for name, value in module.named_parameters()}
+
+
+def tower_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
+    """Parameters of a tower on the backend hf: those that features pass through, and those that are not built."""
+    behind = tuple(
+        f"encoder.layers.{layer}." for layer in range(config.num_vision_layers_built, config.vision.num_layers)
+    )
+    unused = (*behind, *(f"{name}." for name in config.vision.kind.unused))
+    every = module_shapes(config.vision.hf)
+    return (
+        {name: shape for name, shape in every.items() if not name.startswith(unused)},
+        {name: shape for name, shape in every.items() if name.startswith(unused)},
+    )

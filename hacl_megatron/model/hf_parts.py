@@ -1,0 +1,97 @@
+"""Parts that transformers builds: vision towers (`config.towers`) and BLIP-2's Q-Former.
+
+They are replicated over tensor-parallel ranks, as the connector is and for its reasons: their input and the gradient of
+their output are the same on every rank, so the replicas of a trained one stay equal without a reduction.
+
+Dropout is 0 in all of them, trained or frozen (transformers' Q-Former has 0.1): its masks would depend on the layout.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hacl_megatron.config.architecture import ModelConfig, QFormerConfig
+from hacl_megatron.model.init import cpu_generator, seeded_linear
+
+_DROPOUT = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+class HFVisionTower(nn.Module):
+    """A vision model of transformers, cut behind the layer that the connector reads."""
+
+    def __init__(self, model: ModelConfig, *, seed: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        vision = model.vision
+        facts = {**vision.hf, "num_hidden_layers": model.num_vision_layers_built}
+        self.model = _built(vision.kind.model_class, facts, seed=seed, dtype=dtype)
+        self._drops_class_token = vision.kind.has_class_token and not vision.kind.keeps_class_token
+        for name in vision.kind.unused:
+            if hasattr(self.model, name):
+                setattr(self.model, name, nn.Identity())
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pixels [I, 3, H, W] -> features [I, F, vision hidden], F = `VisionConfig.num_features`."""
+        features = self.model(pixel_values.to(next(self.model.parameters()).dtype)).last_hidden_state
+        return features[:, 1:] if self._drops_class_token else features
+
+
+class QFormerConnector(nn.Module):
+    """Query tokens that gather what all tower features say (BLIP-2), and MiniGPT-4's linear projection behind them.
+
+    [I, F, vision hidden] -> [I, V, language hidden], V = the number of query tokens.
+    """
+
+    def __init__(
+        self,
+        qformer: QFormerConfig,
+        language_hidden: int,
+        *,
+        seed: int,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        shape = (1, qformer.num_query_tokens, qformer.hidden_size)
+        self.query_tokens = nn.Parameter(torch.empty(shape, dtype=dtype))
+        with torch.no_grad():  # as salesforce/LAVIS draws them; transformers' zeros would make all queries alike
+            drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
+            self.query_tokens.copy_(drawn.normal_(std=0.02, generator=cpu_generator(seed)))
+        self.qformer = _built("Blip2QFormerModel", qformer.hf, seed=seed, dtype=dtype)
+        self.projection = seeded_linear(qformer.hidden_size, language_hidden, generator=generator, dtype=dtype)
+
+    def freeze_qformer(self) -> None:
+        """Leave the projection alone to be trained."""
+        self.query_tokens.requires_grad_(False)
+        self.qformer.requires_grad_(False)
+
+    @property
+    def qformer_is_trained(self) -> bool:
+        return self.query_tokens.requires_grad
+
+    def query_states(self, features: Tensor) -> Tensor:
+        """Tower features [I, F, vision hidden] -> [I, V, Q-Former hidden]."""
+        queries = self.query_tokens.expand(features.shape[0], -1, -1)
+        return self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+
+    def forward(self, states: Tensor, *, from_queries: bool = False) -> Tensor:
+        """Tower features, or with `from_queries` what `query_states` made of them, -> [I, V, language hidden].
+
+        A trained Q-Former must run in here: `--overlap-param-gather` waits for updated query tokens when the module
+        that holds them is called.
+        """
+        return self.projection(states if from_queries else self.query_states(states))
+
+
+def _built(class_name: str, facts: dict[str, Any], *, seed: int, dtype: torch.dtype) -> nn.Module:
+    """A bare transformers model with transformers' own initial values, drawn from `seed` whatever was drawn before."""
+    model_class = getattr(transformers, class_name)
+    config = model_class.config_class.from_dict(facts)
+    for name in _DROPOUT:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        built = model_class(config)
+    return getattr(built, "vision_model", built).to(dtype)  # transformers 4 wraps some towers once more
