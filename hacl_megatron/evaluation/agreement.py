@@ -1,4 +1,4 @@
-"""Whether transformers' LLaVA and ours compute the same: logits on one random batch of image and text, in fp32.
+"""Whether transformers' LLaVA or BLIP-2 and ours compute the same: logits on one random batch of image and text, in fp32.
 
 Both models are held whole in this one process, so a check of a 7B needs some 60 GB of memory.
 """
@@ -131,12 +131,14 @@ def transformers_logits(
     batch: PackedBatch,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """Logits [target rows, vocabulary] of `LlavaForConditionalGeneration`, dialogue by dialogue."""
-    from transformers import LlavaForConditionalGeneration
+    """Logits [target rows, vocabulary] of transformers' model, dialogue by dialogue."""
+    from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
 
-    plain = sources is None or (config.extra.get("layout") == "hf" and len(sources.files) == 1)
+    kind = LlavaForConditionalGeneration if config.qformer is None else Blip2ForConditionalGeneration
+    whole = config.extra.get("layout") == "hf" and "image_token_index" in config.extra
+    plain = sources is None or (whole and len(sources.files) == 1)
     if plain:
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model = kind.from_pretrained(folder, dtype=torch.float32)
     else:
         model = _assembled(config, sources, reader)
     _round(model, dtype)
@@ -153,32 +155,48 @@ def transformers_logits(
             pixels = batch.pixel_values[dialogue : dialogue + 1]
             logits.append(model(input_ids=ids[None], pixel_values=pixels, use_cache=False).logits[0][text])
             continue
-        features = model.model.get_image_features(pixel_values=batch.pixel_values[dialogue : dialogue + 1])
+        features = model.get_image_features(pixel_values=batch.pixel_values[dialogue : dialogue + 1])
         # By embeddings, for these vocabularies have no row for the image's token.
         hidden = model.get_input_embeddings()(ids)
         hidden[~text] = features.pooler_output[0].to(hidden.dtype)
-        output = model.model.language_model(inputs_embeds=hidden[None], use_cache=False).last_hidden_state[0]
-        logits.append(model.lm_head(output[text]))
+        language, head = _language_parts(model)
+        output = language(inputs_embeds=hidden[None], use_cache=False).last_hidden_state[0]
+        logits.append(head(output[text]))
     return torch.cat(logits).float()
+
+
+def _language_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The LLaMA inside a LLaVA or BLIP-2, and its LM head."""
+    if hasattr(model, "qformer"):
+        return model.language_model.model, model.language_model.lm_head
+    return model.model.language_model, model.lm_head
 
 
 def _assembled(config: ModelConfig, sources: SourceTensors, reader: ShardedReader) -> nn.Module:
     """transformers' modules filled with the source's own tensors; fresh parts come from the checkpoint."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
-    settings = to_config_json(replace(config, projector_type="mlp2x_gelu"), "hf", dtype="float32")
+    blip2 = config.qformer is not None
+    settings = to_config_json(config if blip2 else replace(config, projector_type="mlp2x_gelu"), "hf", dtype="float32")
     settings["text_config"].update(vocab_size=config.language.vocab_size, pad_token_id=None)
-    model = LlavaForConditionalGeneration(LlavaConfig.from_dict(settings)).float()
-    width, linears = config.vision.hidden_size, []
+    if blip2:
+        model = Blip2ForConditionalGeneration(Blip2Config.from_dict(settings)).float()
+        tower, width = model.vision_model, config.qformer.hidden_size
+    else:
+        model = LlavaForConditionalGeneration(LlavaConfig.from_dict(settings)).float()
+        tower, width = model.model.vision_tower, config.vision.hidden_size
+    linears: list[nn.Module] = []
     for _ in range(connector_depth(config.projector_type)):
         linears += [nn.Linear(width, config.language.hidden_size), nn.GELU()]
         width = config.language.hidden_size
     connector = nn.Sequential(*linears[:-1])
-    model.model.multi_modal_projector = connector
-    modules = {
-        "text.lm_head.": model.lm_head, "text.": model.model.language_model, "vision.": model.model.vision_tower,
-        "projector.": connector,
-    }  # fmt: skip
+    language, head = _language_parts(model)
+    modules = {"text.lm_head.": head, "text.": language, "vision.": tower, "projector.": connector}
+    if blip2:
+        model.language_projection = connector
+        modules |= {"qformer.query_tokens": model, "qformer.": model.qformer}
+    else:
+        model.model.multi_modal_projector = connector
     fresh = {source: tensor for rule in reader.table.rules.values() if rule.ours.startswith("connector.")
              for source, tensor in rule.to_sources(reader.read(rule.ours))}  # fmt: skip
     for canonical in [*sources.table.expected, *sources.table.carried]:
@@ -187,7 +205,8 @@ def _assembled(config: ModelConfig, sources: SourceTensors, reader: ShardedReade
             found = sources.read(canonical) if canonical in sources.found else fresh.get(canonical)
             if found is None:  # a tower cut behind its selected layer
                 continue
-            modules[prefix].get_parameter(canonical.removeprefix(prefix)).copy_(found)
+            name = canonical.removeprefix(prefix) or "query_tokens"
+            modules[prefix].get_parameter(name).copy_(found)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Answers of an exported LLaVA to questions about images, in batches, by transformers' `generate`.
+"""Answers of an exported LLaVA or MiniGPT-4 to questions about images, in batches, by transformers' `generate`.
 
     Question(image, prompt) ─training's own template→ rows [L], IMAGE x V ┐
                  └─FolderStore→ bytes ─ImageDecoder→ pixels [3, S, S] ────┴→ left-padded batch ─generate→ text
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hacl_megatron.checkpoint.hf_config import read_model_config
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.data.conversation import IMAGE, EncodingSettings, UnusableSample, encode
+from hacl_megatron.config.flags import TemplateName
+from hacl_megatron.data.conversation import IMAGE, MINIGPT4_END, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
 from hacl_megatron.data.store import FolderStore, UnusableImage
@@ -64,7 +65,8 @@ class Answerer:
     """An exported model with its tokenizer and image processing.
 
     Args:
-        folder: `LlavaForConditionalGeneration` with tokenizer and processor (tools/convert_megatron_to_hf.py).
+        folder: `LlavaForConditionalGeneration`, or `Blip2ForConditionalGeneration` with a LLaMA, with tokenizer and
+            processor (tools/convert_megatron_to_hf.py).
         images: the folder of the questions' images.
         dtype: default bfloat16 on a GPU, float32 on the CPU.
 
@@ -88,7 +90,8 @@ class Answerer:
         self.decoder = ImageDecoder(
             self.config.image, aspect_ratio=self.config.extra["image_aspect_ratio"], backend="pillow", num_threads=4
         )
-        self.model = _load_model(folder, self.dtype).to(self.device).eval()
+        self.template = template_of(self.config)
+        self.model = _load_model(folder, self.config, self.dtype).to(self.device).eval()
 
     def answer(self, questions: Iterable[Question], settings: GenerationSettings) -> Iterator[Answer]:
         """One answer for each question, in their order. The next batch is read while one is generated."""
@@ -154,6 +157,7 @@ class Answerer:
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=self.tokenizer.eos_id,
             pad_token_id=self.tokenizer.pad_id,
+            stop_strings=[MINIGPT4_END] if self.template == "minigpt4" else None,
         )
         try:
             output = self.model.generate(
@@ -161,17 +165,22 @@ class Answerer:
                 attention_mask=mask.to(self.device),
                 pixel_values=torch.stack([pixels for _, pixels in batch]).to(self.device, self.dtype),
                 generation_config=generation,
+                tokenizer=self.tokenizer.backend,
             )
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"out of GPU memory with --batch-size {settings.batch_size}: repeat the command with a smaller one, it "
                 "goes on where this one stopped"
             ) from None
-        return [self.tokenizer.decode(row).strip() for row in output[:, ids.shape[1] :].tolist()]
+        return [self._text(row) for row in output[:, ids.shape[1] :].tolist()]
+
+    def _text(self, row: list[int]) -> str:
+        text = self.tokenizer.decode(row)
+        return (text.partition(MINIGPT4_END)[0] if self.template == "minigpt4" else text).strip()
 
 
 def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.ndarray:
-    """int64 [L] rows of LLaVA-1.5's `v1` prompt up to "ASSISTANT:", exactly as a training dialogue begins.
+    """int64 [L] rows of the prompt up to "ASSISTANT:" (`template_of`), exactly as a training dialogue begins.
 
     An image tag in the prompt is taken out, since the image stands at the front. Raises UnusableSample for a text that
     does not tokenize, or is longer than the model's context.
@@ -187,7 +196,7 @@ def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.nd
         source="",
     )
     limit = config.language.max_position_embeddings
-    settings = EncodingSettings(version="v1", model_max_length=limit, visual_tokens=config.visual_tokens)
+    settings = EncodingSettings(version=template_of(config), model_max_length=limit, visual_tokens=config.visual_tokens)
     encoded = encode(sample, tokenizer, settings)
     if encoded.truncated:
         raise UnusableSample(f"the prompt is longer than the model's context of {limit} tokens")
@@ -210,10 +219,15 @@ def read_export(folder: Path) -> ModelConfig:
     config = read_model_config(folder)
     if config.extra.get("layout") != "hf":
         raise ValueError(
-            f"--hf {folder}: found a model in another layout, expected LlavaForConditionalGeneration; export it with "
-            "tools/convert_megatron_to_hf.py --format hf"
+            f"--hf {folder}: found a model in another layout, expected LlavaForConditionalGeneration or "
+            "Blip2ForConditionalGeneration; export it with tools/convert_megatron_to_hf.py --format hf"
         )
     return config
+
+
+def template_of(config: ModelConfig) -> TemplateName:
+    """The dialogue template that a model is asked in: MiniGPT-4's with a Q-Former, else LLaVA-1.5's."""
+    return "v1" if config.qformer is None else "minigpt4"
 
 
 def choose_device(device: str) -> torch.device:
@@ -246,11 +260,12 @@ def fingerprint(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import LlavaForConditionalGeneration
+def _load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+    from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
 
+    kind = LlavaForConditionalGeneration if config.qformer is None else Blip2ForConditionalGeneration
     try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(
+        model, report = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:

@@ -88,7 +88,7 @@ def transformers_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, .
     }  # fmt: skip
     model, sizes = tower[vision.hf["model_type"]]
     module = model(sizes(**vision.hf))
-    if qformer is None:
+    if vision.hf["model_type"] != "blip_2_vision_model":
         module.encoder.layers = module.encoder.layers[: vision.num_layers + 1 + config.vision_select_layer]
         del module.post_layernorm
         if hasattr(module, "head"):
