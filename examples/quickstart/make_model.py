@@ -43,7 +43,8 @@ def one_thread_each() -> None:
 
 
 def read_tokenizer(kind: str, data: Path) -> LlamaTokenizerFast:
-    return train_tokenizer((data / "corpus.txt").read_text().splitlines(), KINDS[kind].PROMPT)
+    sentences = (data / "corpus.txt").read_text().splitlines()
+    return train_tokenizer(sentences, KINDS[kind].PROMPT, KINDS[kind].NAMED_TOKENS)
 
 
 def language_worker(kind: str, data: Path, steps: int, seed: int) -> tuple[bytes, dict[str, float]]:

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 model=llava fresh=
 while [ $# -gt 0 ]; do
   case "$1" in
-    --model) model=${2:-} && shift ;;
+    --model) model=${2:-}; [ $# -eq 1 ] || shift ;;
     --fresh) fresh=yes ;;
     *) echo "$1: expected --model llava, --model minigpt4 or --fresh" >&2; exit 2 ;;
   esac

@@ -7,7 +7,7 @@ import torch
 from language_model import llama_config
 from safetensors.torch import load_file, save_file
 from scenes import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, PATCH_SIZE, Aspect
-from tokenizer import VICUNA_PROMPT
+from tokenizer import LLAVA_TOKENS, VICUNA_PROMPT
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -22,7 +22,7 @@ try:  # transformers 5 without torchvision: the Pillow class under its own name,
 except ImportError:
     from transformers import CLIPImageProcessor
 
-PROMPT = VICUNA_PROMPT
+PROMPT, NAMED_TOKENS = VICUNA_PROMPT, LLAVA_TOKENS
 ASPECT: Aspect = "pad"
 VISION = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4}
 CHAT_TEMPLATE = (
@@ -85,10 +85,10 @@ def save(model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizerFast, ou
     processor = make_processor(tokenizer)
     processor.save_pretrained(output)
     processor.image_processor.save_pretrained(output)  # transformers 5 would put it into processor_config.json alone
-    settle_settings(output, "CLIPImageProcessor")
+    settle_settings(output, "CLIPImageProcessor", NAMED_TOKENS)
 
 
-def settle_settings(output: Path, image_processor_type: str) -> None:
+def settle_settings(output: Path, image_processor_type: str, named_tokens: dict[str, str]) -> None:
     """What transformers 5 writes of processor and tokenizer, such that transformers 4 reads the same."""
     settings = output / "preprocessor_config.json"
     content = json.loads(settings.read_text())
@@ -97,6 +97,5 @@ def settle_settings(output: Path, image_processor_type: str) -> None:
     # transformers 5 leaves `legacy` out, and 4 would take that for True (a space behind every special token).
     settings = output / "tokenizer_config.json"
     content = json.loads(settings.read_text())
-    settings.write_text(
-        json.dumps(content | {"legacy": False, "extra_special_tokens": {"image_token": "<image>"}}, indent=2) + "\n"
-    )
+    content |= {"legacy": False, "extra_special_tokens": named_tokens}
+    settings.write_text(json.dumps(content, indent=2) + "\n")

@@ -22,7 +22,7 @@ try:  # transformers 5 without torchvision: the Pillow class under its own name,
 except ImportError:
     from transformers import BlipImageProcessor
 
-PROMPT = MINIGPT4_PROMPT
+PROMPT, NAMED_TOKENS = MINIGPT4_PROMPT, {}
 ASPECT: Aspect = "stretch"
 VISION = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4}
 QFORMER = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -64,4 +64,4 @@ def save(model: Blip2ForConditionalGeneration, tokenizer: LlamaTokenizerFast, ou
     )
     Blip2Processor(images, tokenizer, num_query_tokens=NUM_QUERY_TOKENS).save_pretrained(output)
     images.save_pretrained(output)  # transformers 5 would put it into processor_config.json alone
-    settle_settings(output, "BlipImageProcessor")
+    settle_settings(output, "BlipImageProcessor", NAMED_TOKENS)

@@ -13,9 +13,13 @@ VICUNA_PROMPT = (
 """What LLaVA-1.5's dialogues put around questions and answers."""
 MINIGPT4_PROMPT = "###Human: <Img></Img> ###Assistant:"
 """What MiniGPT-4's do."""
+LLAVA_TOKENS = {"image_token": "<image>"}
+"""LLaVA's processor asks the tokenizer for this name; BLIP-2's stumbles over it (transformers 5.23)."""
 
 
-def train_tokenizer(sentences: list[str], prompt: str = VICUNA_PROMPT) -> LlamaTokenizerFast:
+def train_tokenizer(
+    sentences: list[str], prompt: str = VICUNA_PROMPT, named_tokens: dict[str, str] = LLAVA_TOKENS
+) -> LlamaTokenizerFast:
     """A BPE with byte fallback in LLaMA's pipeline; ids 0-2 are <unk>, <s>, </s>, the last two <image>, <pad>.
 
     A space is prepended and spaces become '▁', as LLaMA does. The training text is cut into words and signs, so
@@ -44,5 +48,5 @@ def train_tokenizer(sentences: list[str], prompt: str = VICUNA_PROMPT) -> LlamaT
     tokenizer.add_special_tokens([*specials, "<image>", "<pad>"])
     return LlamaTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        model_max_length=2048, padding_side="left", extra_special_tokens={"image_token": "<image>"}, legacy=False,
+        model_max_length=2048, padding_side="left", extra_special_tokens=named_tokens, legacy=False,
     )  # fmt: skip
