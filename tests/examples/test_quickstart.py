@@ -176,6 +176,14 @@ def test_run_sh_runs_what_is_tested_here() -> None:
     assert shlex.split(text.splitlines()[0]) == ["#!/usr/bin/env", "bash"]
 
 
+@pytest.mark.parametrize("arguments", [["--model", "llama"], ["--model"], ["--fresh", "minigpt4"]])
+def test_run_sh_refuses_what_it_does_not_know(arguments: list[str]) -> None:
+    """Before it installs anything or takes anything away."""
+    refused = subprocess.run(["bash", str(QUICKSTART / "run.sh"), *arguments], capture_output=True, text=True)
+    assert refused.returncode == 2 and "expected" in refused.stderr and "minigpt4" in refused.stderr
+    assert refused.stdout == ""
+
+
 @pytest.mark.parametrize("pool", ["micro-batch", "global-batch", "queue"])
 def test_pools_sh_trains_with_each_pool(finished: Path, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The very flags of pools.sh are accepted, and split the step into four micro-batches."""
