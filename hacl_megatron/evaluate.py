@@ -18,10 +18,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from hacl_megatron.checkpoint.hf_config import read_model_config
+from hacl_megatron.checkpoint.hf_config import data_flags, read_model_config
 from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, RUN_CONFIG_FILE, find_checkpoint
 from hacl_megatron.config.checks import EVAL_TASKS, Layout, check_architecture
-from hacl_megatron.config.flags import DataFlags, ModelFlags, ParallelFlags
+from hacl_megatron.config.flags import ModelFlags, ParallelFlags
 from hacl_megatron.config.run import RunConfig, from_yaml, with_architecture
 from hacl_megatron.data.conversation import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
@@ -120,11 +120,11 @@ def saved_config(load: Path) -> tuple[Path, RunConfig]:
     if not (load / "config.json").is_file():
         raise ValueError(
             f"--load {load}: found no checkpoint; give a SAVE folder of a run, one of its iter_* folders, or a Hugging "
-            "Face LLaVA"
+            "Face LLaVA or BLIP-2"
         )
     architecture = read_model_config(load)
-    data = DataFlags(image_aspect_ratio=architecture.extra.get("image_aspect_ratio") or "pad")
-    return load, with_architecture(RunConfig(model=ModelFlags(bf16=True), data=data), architecture)
+    config = RunConfig(model=ModelFlags(bf16=True), data=data_flags(architecture))
+    return load, with_architecture(config, architecture)
 
 
 def evaluation_config(args: argparse.Namespace, load: Path) -> tuple[Path, RunConfig]:

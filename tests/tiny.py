@@ -153,7 +153,7 @@ def randomise(module: nn.Module, seed: int) -> None:
             parameter.copy_(noise * 0.5)
         elif parameter.dim() >= 2:
             parameter.copy_(noise / math.sqrt(parameter[0].numel()))
-        elif "norm" in name and name.endswith("weight"):
+        elif "norm" in name.lower() and name.endswith("weight"):
             parameter.copy_(1 + 0.2 * noise)
         else:
             parameter.copy_(0.2 * noise)

@@ -69,7 +69,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--device and --dtype."
     )  # fmt: skip
     group.add_argument("--load", type=Path, metavar="CKPT", help="SAVE folder of a run, one of its iter_* folders, or "
-                       "a Hugging Face LLaVA")  # fmt: skip
+                       "a Hugging Face LLaVA or BLIP-2")  # fmt: skip
     group.add_argument("--tasks", nargs="+", choices=("preference", "retrieval", "yesno"), help="preference: is a "
                        "caption likelier than its hallucinated twins; retrieval: image to caption and back, by the "
                        "contrastive embeddings; yesno: POPE's --questions, the likelier of Yes and No")  # fmt: skip

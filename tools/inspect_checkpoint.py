@@ -33,7 +33,9 @@ def inspect(args: argparse.Namespace) -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="one folder, or two to compare")
-    parser.add_argument("--vision-tower", help="CLIP folder, for a Hugging Face folder that holds no tower")
+    parser.add_argument(
+        "--vision-tower", help="CLIP, SigLIP or BLIP-2 folder, for a Hugging Face folder that holds no tower"
+    )
     parser.add_argument("--max-lines", type=int, default=40, help="differences to print")
     args = parser.parse_args()
     if len(args.folders) > 2:

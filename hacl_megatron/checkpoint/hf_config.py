@@ -30,6 +30,7 @@ from hacl_megatron.checkpoint.hf_tower_config import (
     vision_config,
 )
 from hacl_megatron.config.architecture import LanguageConfig, ModelConfig
+from hacl_megatron.config.flags import DataFlags
 
 Connector = tuple[str, int]
 """`projector_type`, and the selected vision layer."""
@@ -103,6 +104,14 @@ def config_family(config: dict[str, Any], folder: Path) -> Literal["hf", "llava"
         f"{folder}/config.json: found model_type {config.get('model_type')!r} ({found}), expected "
         "LlavaForConditionalGeneration, Blip2ForConditionalGeneration, LLaVA's own LlavaLlamaForCausalLM (with "
         "mm_vision_tower) or a LLaMA"
+    )
+
+
+def data_flags(config: ModelConfig) -> DataFlags:
+    """How a model out of a Hugging Face folder was trained to see its data: image shape, and the dialogue template."""
+    return DataFlags(
+        image_aspect_ratio=config.extra.get("image_aspect_ratio") or "pad",
+        version="v1" if config.qformer is None else "minigpt4",
     )
 
 

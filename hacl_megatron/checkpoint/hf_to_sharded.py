@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hacl_megatron.checkpoint.carried import CARRIED_FILE, write_carried
 from hacl_megatron.checkpoint.fresh_folder import check_target, fresh_folder
+from hacl_megatron.checkpoint.hf_config import data_flags
 from hacl_megatron.checkpoint.hf_import import SourceTensors
 from hacl_megatron.checkpoint.hf_names import Rule
 from hacl_megatron.checkpoint.sharded import (
@@ -27,7 +28,7 @@ from hacl_megatron.checkpoint.sharded import (
 )
 from hacl_megatron.checkpoint.sharded_writer import plan_chunks, write_sharded
 from hacl_megatron.config.checks import padded_vocab_size
-from hacl_megatron.config.flags import DataFlags, ModelFlags, ParallelFlags
+from hacl_megatron.config.flags import ModelFlags, ParallelFlags
 from hacl_megatron.config.run import RunConfig, to_yaml
 
 SOURCE_FILE = "converted_from.json"
@@ -105,7 +106,7 @@ def convert_to_sharded(
         write_carried(sources, checkpoint / ASSETS_FOLDER / CARRIED_FILE, dtype)
         run = RunConfig(
             model=ModelFlags(pretrained_checkpoint=str(folder)),
-            data=DataFlags(image_aspect_ratio=config.extra.get("image_aspect_ratio", "pad")),
+            data=data_flags(config),
             architecture=config,
         )
         (checkpoint / RUN_CONFIG_FILE).write_text(to_yaml(run), encoding="utf-8")

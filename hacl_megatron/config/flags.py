@@ -32,15 +32,16 @@ class ModelFlags:
     _argument_group_name = "model"
 
     pretrained_checkpoint: str | None = flag(
-        None, "Weights to start from: a Hugging Face LLaVA folder or a checkpoint of this trainer. Takes weights, "
-        "connector, heads and temperature; optimiser, iteration and queue start fresh."
+        None, "Weights to start from: a Hugging Face LLaVA, BLIP-2 or LLaMA folder or a checkpoint of this trainer. "
+        "Takes weights, connector, heads and temperature; optimiser, iteration and queue start fresh."
     )  # fmt: skip
     pretrain_mm_mlp_adapter: str | None = flag(
-        None, "LLaVA's mm_projector.bin, laid over the connector of --pretrained-checkpoint."
+        None, "LLaVA's mm_projector.bin or MiniGPT-4's llama_proj, laid over the connector of --pretrained-checkpoint."
     )  # fmt: skip
     vision_tower: str | None = flag(
-        None, "Folder of the CLIP tower, where the Hugging Face folder of --pretrained-checkpoint holds none: a LLaMA, "
-        "whose connector then starts fresh, or LLaVA's original layout."
+        None, "Folder of the vision tower (CLIP, SigLIP, or a BLIP-2, whose Q-Former is taken too), where the Hugging "
+        "Face folder of --pretrained-checkpoint holds none: a LLaMA, whose connector then starts fresh, or LLaVA's "
+        "original layout."
     )  # fmt: skip
     tokenizer: str | None = flag(
         None, "Folder of the LLaMA tokenizer. Default: the one inside --pretrained-checkpoint."

@@ -1,4 +1,4 @@
-"""Whether transformers' LLaVA or BLIP-2 and ours compute the same: logits on one random batch of image and text, in fp32.
+"""Whether transformers' LLaVA or BLIP-2 computes what ours does: logits on a random batch of image and text, in fp32.
 
 Both models are held whole in this one process, so a check of a 7B needs some 60 GB of memory.
 """
@@ -137,10 +137,7 @@ def transformers_logits(
     kind = LlavaForConditionalGeneration if config.qformer is None else Blip2ForConditionalGeneration
     whole = config.extra.get("layout") == "hf" and "image_token_index" in config.extra
     plain = sources is None or (whole and len(sources.files) == 1)
-    if plain:
-        model = kind.from_pretrained(folder, dtype=torch.float32)
-    else:
-        model = _assembled(config, sources, reader)
+    model = kind.from_pretrained(folder, dtype=torch.float32) if plain else _assembled(config, sources, reader)
     _round(model, dtype)
     model.eval()
     logits = []

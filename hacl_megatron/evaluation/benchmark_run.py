@@ -11,10 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hacl_megatron.checkpoint.hf_config import data_flags
 from hacl_megatron.evaluation.benchmarks import BENCHMARKS, Benchmark, BenchmarkFiles, Item
 from hacl_megatron.evaluation.journal import Journal
 from hacl_megatron.evaluation.scores import Scores, file_digest, format_table, write_scores, write_whole
 
+TEMPLATES = {"v1": "LLaVA-1.5 v1", "minigpt4": "MiniGPT-4"}
+"""`--version` -> what the results call the template."""
 GENERATION_FLAGS = ("images", "prompt_suffix", "max_new_tokens", "dtype")
 """Flags that mean nothing where no model answers."""
 
@@ -82,7 +85,7 @@ def answer_benchmark(benchmark: Benchmark, args: argparse.Namespace, answers_pat
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the {benchmark.name} questions name {twice!r} twice; each needs its own id")
-    read_export(args.hf)
+    template = TEMPLATES[data_flags(read_export(args.hf)).version]
     if not any((args.images / item.image).is_file() for item in items):
         raise ValueError(
             f"--images {args.images}: none of the {len(items)} images is there, such as {items[0].image}; give the "
@@ -108,7 +111,7 @@ def answer_benchmark(benchmark: Benchmark, args: argparse.Namespace, answers_pat
     if not _gather(benchmark, keys, answers_path, args.num_shards):
         return None
     run = {"hf": str(args.hf), "images": str(args.images), "device": device.type, "batch_size": args.batch_size}
-    return {**settings, **run, "prompt_template": "LLaVA-1.5 v1, tokenized as in training"}
+    return {**settings, **run, "prompt_template": f"{template}, tokenized as in training"}
 
 
 def journal_path(answers_path: Path, num_shards: int, shard_index: int) -> Path:

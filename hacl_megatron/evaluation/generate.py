@@ -9,7 +9,7 @@ SentencePiece's dummy space, the processor does not. Pixels come from the traine
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hacl_megatron.checkpoint.hf_config import read_model_config
+from hacl_megatron.checkpoint.hf_config import data_flags, read_model_config
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.flags import TemplateName
 from hacl_megatron.data.conversation import IMAGE, MINIGPT4_END, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
@@ -90,7 +89,7 @@ class Answerer:
         self.decoder = ImageDecoder(
             self.config.image, aspect_ratio=self.config.extra["image_aspect_ratio"], backend="pillow", num_threads=4
         )
-        self.template = template_of(self.config)
+        self.template = data_flags(self.config).version
         self.model = _load_model(folder, self.config, self.dtype).to(self.device).eval()
 
     def answer(self, questions: Iterable[Question], settings: GenerationSettings) -> Iterator[Answer]:
@@ -157,7 +156,6 @@ class Answerer:
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=self.tokenizer.eos_id,
             pad_token_id=self.tokenizer.pad_id,
-            stop_strings=[MINIGPT4_END] if self.template == "minigpt4" else None,
         )
         try:
             output = self.model.generate(
@@ -165,7 +163,7 @@ class Answerer:
                 attention_mask=mask.to(self.device),
                 pixel_values=torch.stack([pixels for _, pixels in batch]).to(self.device, self.dtype),
                 generation_config=generation,
-                tokenizer=self.tokenizer.backend,
+                stopping_criteria=self._stopping_criteria(ids.shape[1]),
             )
         except torch.OutOfMemoryError:
             raise ValueError(
@@ -174,13 +172,25 @@ class Answerer:
             ) from None
         return [self._text(row) for row in output[:, ids.shape[1] :].tolist()]
 
+    def _stopping_criteria(self, prompt_length: int) -> list[Callable[..., Tensor]]:
+        """A MiniGPT-4 ends its answer by a text, in EOS's place.
+
+        transformers' `stop_strings` would not see it where a tokenizer spells it in bytes.
+        """
+
+        def ended(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            texts = [self.tokenizer.decode(row) for row in ids[:, prompt_length:].tolist()]
+            return torch.tensor([MINIGPT4_END in text for text in texts], device=ids.device)
+
+        return [ended] if self.template == "minigpt4" else []
+
     def _text(self, row: list[int]) -> str:
         text = self.tokenizer.decode(row)
         return (text.partition(MINIGPT4_END)[0] if self.template == "minigpt4" else text).strip()
 
 
 def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.ndarray:
-    """int64 [L] rows of the prompt up to "ASSISTANT:" (`template_of`), exactly as a training dialogue begins.
+    """int64 [L] rows of the prompt up to the answer in the model's own template, exactly as a training dialogue begins.
 
     An image tag in the prompt is taken out, since the image stands at the front. Raises UnusableSample for a text that
     does not tokenize, or is longer than the model's context.
@@ -196,7 +206,9 @@ def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.nd
         source="",
     )
     limit = config.language.max_position_embeddings
-    settings = EncodingSettings(version=template_of(config), model_max_length=limit, visual_tokens=config.visual_tokens)
+    settings = EncodingSettings(
+        version=data_flags(config).version, model_max_length=limit, visual_tokens=config.visual_tokens
+    )
     encoded = encode(sample, tokenizer, settings)
     if encoded.truncated:
         raise UnusableSample(f"the prompt is longer than the model's context of {limit} tokens")
@@ -223,11 +235,6 @@ def read_export(folder: Path) -> ModelConfig:
             "Blip2ForConditionalGeneration; export it with tools/convert_megatron_to_hf.py --format hf"
         )
     return config
-
-
-def template_of(config: ModelConfig) -> TemplateName:
-    """The dialogue template that a model is asked in: MiniGPT-4's with a Q-Former, else LLaVA-1.5's."""
-    return "v1" if config.qformer is None else "minigpt4"
 
 
 def choose_device(device: str) -> torch.device:

@@ -13,11 +13,17 @@ from hacl_megatron.model.connector import connector_depth
 
 
 def step_flops(
-    model: ModelConfig, micro_batches: Sequence[MicroBatch], *, trains_language_model: bool, trains_vision_tower: bool
+    model: ModelConfig,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    trains_language_model: bool,
+    trains_vision_tower: bool,
+    trains_qformer: bool = False,
 ) -> float:
     """FLOPs of one replica's micro-batches."""
     passes = 3 if trains_language_model else 2  # the connector before it trains always
-    total = vision_flops(model, sum(batch.main.num_images for batch in micro_batches), trained=trains_vision_tower)
+    images = sum(batch.main.num_images for batch in micro_batches)
+    total = vision_flops(model, images, trained=trains_vision_tower, trains_qformer=trains_qformer)
     for batch in micro_batches:
         total += language_flops(model, batch.main.lengths, batch.main.num_targets, passes=passes)
         if batch.ahead is not None and not batch.main.num_text_rows:
@@ -57,15 +63,40 @@ def language_flops(model: ModelConfig, lengths: SegmentLengths, num_targets: int
     return float(linear + attention + lm_head)
 
 
-def vision_flops(model: ModelConfig, num_images: int, *, trained: bool) -> float:
-    """FLOPs of the vision tower and connector over `num_images` images."""
+def vision_flops(model: ModelConfig, num_images: int, *, trained: bool, trains_qformer: bool = False) -> float:
+    """FLOPs of the vision tower (`trained` or not) and connector over `num_images` images."""
+    tower = tower_flops(model) * (3 if trained else 1)
+    hidden = model.language.hidden_size
+    if model.qformer is None:
+        width, depth = model.vision.hidden_size, connector_depth(model.projector_type)
+        connector = 2 * model.vision.num_features * (width * hidden + (depth - 1) * hidden * hidden) * 3
+        return float(num_images * (tower + connector))
+    queries, keys, attention = qformer_flops(model)
+    before = trained or trains_qformer  # something in front of the projection, so that it has a gradient to hand on
+    connector = queries * (1 + before + trains_qformer) + keys * (1 + trained + trains_qformer)
+    connector += attention * (3 if before else 1)
+    connector += 2 * model.qformer.num_query_tokens * model.qformer.hidden_size * hidden * (2 + before)
+    return float(num_images * (tower + connector))
+
+
+def tower_flops(model: ModelConfig) -> float:
+    """Forward pass of the vision tower over one image."""
     vision = model.vision
-    rows = vision.num_patches + 1
+    rows = vision.sequence_length
     layer = 2 * rows * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size)
     attention = 4 * rows * rows * vision.hidden_size
     patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
-    tower = (model.num_vision_layers_built * (layer + attention) + patches) * (3 if trained else 1)
-    hidden = model.language.hidden_size
-    depth = connector_depth(model.projector_type)
-    connector = 2 * vision.num_patches * (vision.hidden_size * hidden + (depth - 1) * hidden * hidden) * 3
-    return float(num_images * (tower + connector))
+    return float(model.num_vision_layers_built * (layer + attention) + patches)
+
+
+def qformer_flops(model: ModelConfig) -> tuple[float, float, float]:
+    """Forward pass of a Q-Former over one image, 0 without one: products over queries, keys and values of the tower's
+    features, and scores and values of attention."""
+    if model.qformer is None:
+        return 0.0, 0.0, 0.0
+    facts, queries, width = model.qformer.hf, model.qformer.num_query_tokens, model.qformer.hidden_size
+    layers, features = facts["num_hidden_layers"], model.vision.num_features
+    crossing = -(-layers // facts["cross_attention_frequency"])  # the first layer and every so many behind it
+    rows = 2 * queries * (layers * (4 * width**2 + 2 * width * facts["intermediate_size"]) + crossing * 2 * width**2)
+    keys = 2 * features * crossing * 2 * model.vision.hidden_size * width
+    return float(rows), float(keys), float(4 * queries * width * (layers * queries + crossing * features))

@@ -335,6 +335,7 @@ class Trainer:
             micro_batches,
             trains_language_model=not self.config.model.freeze_LM,
             trains_vision_tower=not self.config.model.freeze_ViT,
+            trains_qformer=not self.config.model.freeze_qformer,
         )
         # Replicas are taken to have as much to do as this one.
         tflops = flops * self.layout.dp / seconds / world / 1e12

@@ -1,14 +1,15 @@
 """The same batch through transformers and through this package's model, at any layout: values and gradients.
 
-`write_reference` computes both with `LlavaForConditionalGeneration` in one process, segment by segment, and stores the
-gradients *as a checkpoint*: loaded by the importer, they fall apart over ranks exactly as the weights do, so that every
-rank can compare its own shard. `compare` runs the model on this process's ranks and returns the differences.
+`write_reference` computes both with `LlavaForConditionalGeneration` or `Blip2ForConditionalGeneration` in one process,
+segment by segment, and stores the gradients *as a checkpoint*: loaded as the weights are, they fall apart over ranks
+exactly as these do, so that every rank can compare its own shard. `compare` runs the model on this process's ranks and
+returns the differences.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
-from tests.tiny import image_token_id, randomise, write_tiny_llava
+from tests.model.hf_architecture import architecture as hf_architecture
+from tests.tiny import (
+    image_token_id,
+    randomise,
+    tiny_llava_config,
+    tiny_siglip_config,
+    write_tiny_blip2,
+    write_tiny_llava,
+)
 
 VOCAB, PADDED_VOCAB, HIDDEN, LAYERS = 331, 384, 48, 4
 VISUAL, IMAGE_SIZE = 36, 48
@@ -45,21 +54,35 @@ class Layout:
 
 @dataclass(frozen=True)
 class Variant:
-    """A tiny model: arguments of `write_tiny_llava`, and whether its vision tower is trained."""
+    """A tiny model: arguments of `write_tiny_llava` or `write_tiny_blip2`, and what is trained beside the rest."""
 
     sizes: dict[str, Any] = field(default_factory=dict)
     trains_vision: bool = False
+    family: Literal["llava", "siglip", "blip2"] = "llava"
+    trains_qformer: bool = False
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Beginnings of transformers' names."""
+        towers = () if self.trains_vision else ("model.vision_tower.", "vision_model.")
+        return (*towers, *(() if self.trains_qformer else ("qformer.", "query_tokens")))
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
 def _pack(
-    segments: list[tuple[str, int, int]], *, images: int, seed: int, multiple: int, uneven: bool = False
+    segments: list[tuple[str, int, int]],
+    *,
+    images: int,
+    seed: int,
+    multiple: int,
+    visual: int,
+    uneven: bool = False,
 ) -> PackedBatch:
     """Lay out segments (kind, length, image) one after another. In a dialogue the image begins at row 1.
 
-    kinds: dialogue, image (36 visual tokens and EOS), caption, hallucinated. image -1: none.
+    kinds: dialogue, image (visual tokens and EOS), caption, hallucinated. image -1: none.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = [length for _, length, _ in segments]
@@ -72,8 +95,8 @@ def _pack(
     for kind, length, image in segments:
         if image >= 0 and kind in ("dialogue", "image"):
             first = start + (1 if kind == "dialogue" else 0)
-            image_rows += range(first, first + VISUAL)
-            feature_rows += range(image * VISUAL, (image + 1) * VISUAL)
+            image_rows += range(first, first + visual)
+            feature_rows += range(image * visual, (image + 1) * visual)
         if kind == "dialogue":  # every row has a target, so that every row's logits are compared
             targets += range(start, start + length)
         else:
@@ -104,15 +127,16 @@ def _pack(
     )  # fmt: skip
 
 
-def make_batches(multiple: int = 1) -> list[PackedBatch]:
+def make_batches(multiple: int = 1, visual: int = VISUAL) -> list[PackedBatch]:
     """Two micro-batches of different length: images, pairs and text; then text alone, its positions with gaps."""
     mixed = [
-        ("dialogue", 49, 1), ("image", VISUAL + 1, 0), ("caption", 7, -1), ("hallucinated", 9, -1),
-        ("image", VISUAL + 1, 1), ("caption", 5, -1), ("dialogue", 11, -1), ("dialogue", 43, 0),
+        ("dialogue", visual + 13, 1), ("image", visual + 1, 0), ("caption", 7, -1), ("hallucinated", 9, -1),
+        ("image", visual + 1, 1), ("caption", 5, -1), ("dialogue", 11, -1), ("dialogue", visual + 7, 0),
     ]  # fmt: skip
+    text = [("dialogue", 13, -1), ("dialogue", 4, -1)]
     return [
-        _pack(mixed, images=2, seed=1, multiple=multiple),
-        _pack([("dialogue", 13, -1), ("dialogue", 4, -1)], images=0, seed=2, multiple=multiple, uneven=True),
+        _pack(mixed, images=2, seed=1, multiple=multiple, visual=visual),
+        _pack(text, images=0, seed=2, multiple=multiple, visual=visual, uneven=True),
     ]
 
 
@@ -145,20 +169,20 @@ def _heads() -> dict[str, Tensor]:
 def write_reference(folder: Path, variant: Variant) -> None:
     """Write `folder/weights`, `folder/gradients` (Hugging Face folders with heads) and `folder/expected.pt`."""
     from safetensors.torch import save_file
-    from transformers import LlavaForConditionalGeneration
 
-    weights = write_tiny_llava(folder / "weights", **variant.sizes)
+    weights = _write_model(folder / "weights", variant)
     heads = _heads()
     temperature = torch.full([1], TEMPERATURE)
     save_file({**heads, "temperature": temperature}, weights / "hacl_heads.safetensors")
 
-    model = LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()
+    model = _reference_model(weights)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(variant.trains_vision or "vision_tower" not in name)
+        parameter.requires_grad_(not name.startswith(variant.frozen))
     heads = {name: value.clone().requires_grad_() for name, value in heads.items()}
 
+    lm_head = getattr(model, "lm_head", None) or model.language_model.lm_head
     expected, loss = [], 0.0
-    for index, batch in enumerate(make_batches()):
+    for index, batch in enumerate(make_batches(visual=_visual_tokens(model))):
         hidden = torch.cat([_segment_hidden(model, batch, s) for s in range(len(batch.cu_seqlens) - 1)])
 
         def embed(rows: Tensor, name: str, hidden: Tensor = hidden) -> Tensor:
@@ -166,7 +190,7 @@ def write_reference(folder: Path, variant: Variant) -> None:
             return F.normalize(linear, dim=-1)
 
         outputs = {
-            "logits": model.lm_head(hidden[batch.target_rows]),
+            "logits": lm_head(hidden[batch.target_rows]),
             "image": embed(batch.image_eos_rows, "vision_projector"),
             "caption": embed(batch.caption_eos_rows, "text_projector"),
             "hallucinated": embed(batch.hallucinated_eos_rows, "text_projector"),
@@ -185,7 +209,35 @@ def write_reference(folder: Path, variant: Variant) -> None:
     gradients = {name: value.grad for name, value in heads.items()}
     gradients["temperature"] = torch.full([1], TEMPERATURE_GRADIENT)
     save_file(gradients, folder / "gradients" / "hacl_heads.safetensors")
-    (folder / "variant.json").write_text(json.dumps({"trains_vision": variant.trains_vision}))
+    (folder / "variant.json").write_text(json.dumps(asdict(variant)))
+
+
+def _write_model(folder: Path, variant: Variant) -> Path:
+    from transformers import LlavaForConditionalGeneration
+
+    if variant.family == "llava":
+        return write_tiny_llava(folder, **variant.sizes)
+    if variant.family == "blip2":
+        return write_tiny_blip2(folder, **variant.sizes)
+    config = tiny_llava_config(**variant.sizes)
+    config.vision_config = tiny_siglip_config(image=IMAGE_SIZE)
+    config.vision_feature_select_strategy = "full"
+    model = LlavaForConditionalGeneration(config)
+    randomise(model, 0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _reference_model(folder: Path):
+    """transformers' model of a folder, fp32."""
+    import transformers
+
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _visual_tokens(model) -> int:
+    return getattr(model.config, "num_query_tokens", VISUAL)
 
 
 def _segment_hidden(model, batch: PackedBatch, segment: int) -> Tensor:
@@ -194,13 +246,21 @@ def _segment_hidden(model, batch: PackedBatch, segment: int) -> Tensor:
     ids = batch.token_ids[start:stop].clone()
     inside = (batch.image_rows >= start) & (batch.image_rows < stop)
     ids[batch.image_rows[inside] - start] = image_token_id(VOCAB)
-    images = (batch.feature_rows[inside] // VISUAL).unique()
-    pixels = batch.pixel_values[images] if len(images) else None
-    return model.model(
-        input_ids=ids[None], pixel_values=pixels, position_ids=batch.position_ids[start:stop][None],
+    images = (batch.feature_rows[inside] // _visual_tokens(model)).unique()
+    inputs = dict(
+        input_ids=ids[None], position_ids=batch.position_ids[start:stop][None],
         attention_mask=torch.ones_like(ids)[None],  # without it transformers takes a gap for the border of a sequence
         use_cache=False,
-    ).last_hidden_state[0]  # fmt: skip
+    )  # fmt: skip
+    pixels = batch.pixel_values[images] if len(images) else None
+    if hasattr(model, "model"):
+        return model.model(**inputs, pixel_values=pixels).last_hidden_state[0]
+    if pixels is None:  # Blip2ForConditionalGeneration takes no text alone
+        return model.language_model.model(**inputs).last_hidden_state[0]
+    output = model(**inputs, pixel_values=pixels, output_hidden_states=True)
+    hidden = output.language_model_outputs.hidden_states[-1]
+    assert torch.equal(model.language_model.lm_head(hidden), output.logits), "the states behind the final norm"
+    return hidden[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- our answer
@@ -208,6 +268,7 @@ def _segment_hidden(model, batch: PackedBatch, segment: int) -> Tensor:
 
 def build(folder: Path, layout: Layout, device: torch.device, *, dtype: torch.dtype = torch.float32, seed: int = 1):
     """The model of a Hugging Face folder on this rank, its weights not loaded, and its architecture and groups."""
+    import transformers
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -224,7 +285,9 @@ def build(folder: Path, layout: Layout, device: torch.device, *, dtype: torch.dt
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    architecture = read_model_config(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    plain = config.vision_config.model_type == "clip_vision_model"
+    architecture = read_model_config(folder) if plain else hf_architecture(config)
     parallel = ParallelFlags(
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, sequence_parallel=layout.sp,
         decoder_first_pipeline_num_layers=layout.first,
@@ -243,12 +306,54 @@ def load(module, folder: Path, architecture, layout: Layout, groups) -> None:
 
     from hacl_megatron.checkpoint.hf_import import load_hf_weights
 
+    if architecture.vision.backend == "hf":
+        _load_by_name(module, folder, architecture, groups)
+        return
     report = load_hf_weights(
         module, folder, architecture, tp_rank=groups.tp.rank(), tp_size=layout.tp,
         layer_offset=get_transformer_layer_offset(module.config, None, groups.pp.rank()),
         padded_vocab_size=PADDED_VOCAB,
     )  # fmt: skip
     assert not report.fresh, report.fresh
+
+
+@torch.no_grad()
+def _load_by_name(module, folder: Path, architecture, groups) -> None:
+    """A model with parts of transformers: these under their own names, the LLaMA and heads by the importer's table."""
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+    from safetensors.torch import load_file
+
+    from hacl_megatron.checkpoint.hf_import import global_name
+    from hacl_megatron.checkpoint.hf_names import NameTable
+
+    clip = replace(architecture.vision, backend="megatron", hf=None)
+    table = NameTable(replace(architecture, vision=clip, qformer=None, projector_type="linear"))
+    heads = {f"heads.{key}": value for key, value in load_file(folder / "hacl_heads.safetensors").items()}
+    named = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        for theirs, ours in (
+            ("vision_tower.vision_model.", "vision_tower.model."), ("vision_tower.", "vision_tower.model."),
+            ("vision_model.", "vision_tower.model."), ("qformer.", "connector.qformer."),
+            ("query_tokens", "connector.query_tokens"), ("language_projection.", "connector.projection."),
+            ("multi_modal_projector.linear_1.", "connector.0."), ("multi_modal_projector.linear_2.", "connector.2."),
+        ):  # fmt: skip
+            if name.startswith(theirs):
+                named[ours + name.removeprefix(theirs)] = value
+                break
+        else:
+            heads[table.canonical(name)] = value
+
+    def read(canonical: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        value = heads[canonical]
+        return value[rows, columns] if value.dim() == 2 else value[rows]
+
+    offset = get_transformer_layer_offset(module.config, None, groups.pp.rank())
+    for local, parameter in module.named_parameters():
+        if local.startswith(("vision_tower.", "connector.")):
+            parameter.copy_(named[local])
+        else:
+            sizes = dict(tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), padded_vocab_size=PADDED_VOCAB)
+            parameter.copy_(table.rules[global_name(local, offset)].read_shard(read, **sizes))
 
 
 def wrap(module, groups):
@@ -313,14 +418,15 @@ def run_schedule(model, batches: list[PackedBatch], *, forward_only: bool = Fals
 def compare(folder: Path, layout: Layout, device: torch.device) -> dict[str, Any]:
     """Differences on this rank: `outputs` absolute, `gradients` relative to each tensor's largest entry.
 
-    Also `replicated`: the gradients of connector and heads as bytes, and `initial`: their fresh values.
+    Also `replicated`: the gradients of what all tensor-parallel ranks hold, as bytes, and `initial`: its fresh values.
     """
     module, architecture, groups = build(folder / "weights", layout, device)
-    initial = {name: value.detach().clone() for name, value in module.named_parameters() if _is_replica(name)}
+    replicas = ("connector.", "heads.", *(("vision_tower.",) if architecture.vision.backend == "hf" else ()))
+    initial = {name: value.detach().clone() for name, value in module.named_parameters() if name.startswith(replicas)}
     load(module, folder / "weights", architecture, layout, groups)
-    trains_vision = json.loads((folder / "variant.json").read_text())["trains_vision"]
-    module.freeze(language_model=False, vision_tower=not trains_vision)
-    batches = make_batches(layout.tp if layout.sp else 1)
+    variant = Variant(**json.loads((folder / "variant.json").read_text()))
+    module.freeze(language_model=False, vision_tower=not variant.trains_vision, qformer=not variant.trains_qformer)
+    batches = make_batches(layout.tp if layout.sp else 1, architecture.visual_tokens)
     on_device = [batch.to(device) for batch in batches]
     if not module.pre_process:  # what a stage without the vision tower receives: the pixels' shape alone
         on_device = [replace(batch, pixel_values=batch.pixel_values.to("meta")) for batch in on_device]
@@ -349,22 +455,19 @@ def compare(folder: Path, layout: Layout, device: torch.device) -> dict[str, Any
         if parameter.requires_grad:
             size = float(parameter.detach().abs().max())
             error = float((gradients[name] - parameter.detach()).abs().max())
+            if name.endswith((".key.bias", ".k_proj.bias")):  # shifts all scores alike: its gradient is all rounding
+                size = float(gradients[name.replace(".bias", ".weight")].abs().max())
             relative[f"{name} (stage from layer {offset})"] = error / size if size else error
             if not size:
                 empty.append(name)
-    replicas = {name: value.cpu().numpy().tobytes() for name, value in gradients.items() if _is_replica(name)}
     return {
         "layers": len(module.language_model.decoder.layers),
         "outputs": differences,
         "gradients": relative,
         "zero in transformers": empty,
-        "replicated": replicas,
+        "replicated": {n: value.cpu().numpy().tobytes() for n, value in gradients.items() if n.startswith(replicas)},
         "initial": {name: value.cpu().numpy().tobytes() for name, value in initial.items()},
     }
-
-
-def _is_replica(name: str) -> bool:
-    return name.startswith(("connector.", "heads."))
 
 
 def compare_all(jobs: list[tuple[str, Layout]]) -> list[dict[str, Any]]:

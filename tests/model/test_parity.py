@@ -1,4 +1,4 @@
-"""The model against transformers' LLaVA, in fp32: logits, embeddings and gradients, at every layout."""
+"""The model against transformers' LLaVA and BLIP-2, in fp32: logits, embeddings and gradients, at every layout."""
 
 from typing import Any
 
@@ -13,6 +13,9 @@ VARIANTS = {
     "llama3 rope": Variant({"rope_scaling": LLAMA3_ROPE_SCALING}),
     "tied": Variant({"tie": True}),
     "last vision layer": Variant({"select_layer": -1}, trains_vision=True),
+    "siglip": Variant(trains_vision=True, family="siglip"),
+    "blip2": Variant(family="blip2"),
+    "blip2 trained": Variant(trains_vision=True, family="blip2", trains_qformer=True),
 }
 ONE = Layout()
 TP2, TP2_SP, PP2 = Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2, first=1)
@@ -24,6 +27,8 @@ CASES = [
     ("last vision layer", TP2_SP),
     ("last vision layer", PP2),
     ("llama3 rope", TP2_PP2),
+    *[(variant, layout) for variant in ("blip2", "blip2 trained") for layout in (TP2, TP2_SP, PP2)],
+    ("siglip", TP2_SP),
 ]
 # Measured with both in fp32, over all cases: 1e-5 for logits, 5e-7 for unit vectors, 2e-6 for gradients. transformers
 # runs each segment alone, and tensor parallelism sums in other blocks.
@@ -67,6 +72,7 @@ def test_gradients_are_those_of_transformers(results, case):
         assert found["gradients"][worst] <= GRADIENTS, (rank, worst, found["gradients"][worst])
     names = {name for found in results[case] for name in found["gradients"]}
     assert any(name.startswith("connector.") for name in names)
+    assert any(name.startswith("connector.qformer.") for name in names) == VARIANTS[case[0]].trains_qformer
     assert any(name.startswith("heads.temperature") for name in names)
     assert any(name.startswith("vision_tower.") for name in names) == VARIANTS[case[0]].trains_vision
     layers = {name for name in names if name.startswith("language_model.") and ".linear_qkv.weight" in name}
@@ -88,7 +94,8 @@ def test_no_gradient_is_compared_with_nothing(results, case):
 
 
 def test_replicas_stay_bitwise_equal(results, case):
-    """Connector and heads are never reduced over tensor-parallel ranks: their gradients must not differ by a bit."""
+    """Connector, heads and towers of transformers are never reduced over tensor-parallel ranks: their gradients must
+    not differ by a bit."""
     for name in {name for found in results[case] for name in found["replicated"]}:
         copies = [found["replicated"][name] for found in results[case] if name in found["replicated"]]
         assert len(copies) == case[1].tp and len(set(copies)) == 1, name
@@ -96,9 +103,11 @@ def test_replicas_stay_bitwise_equal(results, case):
 
 def test_initial_values_do_not_depend_on_the_layout(results):
     """Connector and heads of one seed, in every layout and on every rank."""
-    expected = results["plain", ONE][0]["initial"]
-    assert {name.split(".")[0] for name in expected} == {"connector", "heads"}
+    parts = {name.split(".")[0] for name in results["plain", ONE][0]["initial"]}
+    assert parts == {"connector", "heads"}
+    assert {name.split(".")[0] for name in results["siglip", ONE][0]["initial"]} == {*parts, "vision_tower"}
     for case, ranks in results.items():
+        expected = results[case[0], ONE][0]["initial"]
         values: dict[str, bytes] = {}
         for found in ranks:
             for name, value in found["initial"].items():

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import padded_vocab_size
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.model.connector import connector_depth
+from hacl_megatron.training.plan.image_parts import kept_by_connector, kept_by_tower
 from hacl_megatron.training.plan.parameters import layers_by_stage
 from hacl_megatron.training.plan.workload import MicroBatchShape, PackShape
 
@@ -153,7 +153,8 @@ def stage_activations(
             # The first layer's input is kept as it is, and under sequence parallelism it is a view of all rows.
             kept += rows * (1 - 1 / shard) * language.hidden_size * e
         vision = model.vision
-        working = max(working, pack.images * (vision.num_patches + 1) * e * (4 * vision.ffn_hidden_size / tp))
+        ffn = vision.ffn_hidden_size / (tp if vision.backend == "megatron" else 1)
+        working = max(working, pack.images * vision.sequence_length * e * 4 * ffn)
     if is_last:
         kept += pack.read_rows * _norm(language.hidden_size, e, trained, kernels)
         kept += INT64 * (pack.target_rows + micro_batch.eos_rows)
@@ -239,17 +240,10 @@ def _norm(hidden: int, e: int, trained: bool, kernels: Kernels) -> float:
 
 def _front(config: RunConfig, model: ModelConfig, pack: PackShape, e: int) -> float:
     """Vision tower, connector and the laying-in of image features, on the first stage."""
-    vision, hidden = model.vision, model.language.hidden_size
-    patches = pack.images * vision.num_patches
-    kept = e * patches * (vision.hidden_size + (connector_depth(model.projector_type) - 1) * 2 * hidden)
-    kept += pack.image_rows * (e * hidden + 2 * INT64)
+    kept = pack.images * kept_by_connector(config.model, model, e)
+    kept += pack.image_rows * (e * model.language.hidden_size + 2 * INT64)
     if not config.model.freeze_LM:
         kept += pack.rows * INT64
     if not config.model.freeze_ViT:
-        tp = config.parallel.tensor_model_parallel_size
-        width, ffn = vision.hidden_size, vision.ffn_hidden_size / tp
-        norm = e * width + 2 * FP32
-        layer = 2 * norm + 2 * e * width + (4 * e * width + FP32 * vision.num_attention_heads) / tp + 3 * e * ffn
-        kept += pack.images * (vision.num_patches + 1) * (norm + model.num_vision_layers_built * layer)
-        kept += pack.images * 3 * vision.image_size**2 * e
+        kept += pack.images * kept_by_tower(model, e, config.parallel.tensor_model_parallel_size)
     return kept

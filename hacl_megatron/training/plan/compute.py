@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.training.flops import vision_flops
+from hacl_megatron.training.flops import qformer_flops, tower_flops, vision_flops
 from hacl_megatron.training.plan.activations import recompute_of
 from hacl_megatron.training.plan.hardware import Cluster
 from hacl_megatron.training.plan.parameters import PlannedParameter, layers_by_stage
@@ -82,11 +82,13 @@ def stage_flops(config: RunConfig, model: ModelConfig, micro_batch: MicroBatchSh
     total += of_layers(micro_batch.runs_once_ahead, 1)
     repeated += of_layers(micro_batch.runs_twice, 1)
     if is_first:
-        tower_trained = not config.model.freeze_ViT
-        total += vision_flops(model, 1, trained=tower_trained) * main.images
-        if tower_trained and micro_batch.ahead is not None and micro_batch.ahead.image_rows:
-            forward = (vision_flops(model, 1, trained=True) - vision_flops(model, 1, trained=False)) / 2
-            repeated += forward * main.images
+        tower_trained, qformer_trained = not config.model.freeze_ViT, not config.model.freeze_qformer
+        total += vision_flops(model, 1, trained=tower_trained, trains_qformer=qformer_trained) * main.images
+        if micro_batch.ahead is not None and micro_batch.ahead.image_rows:
+            again = tower_flops(model) if tower_trained else 0.0
+            if tower_trained or qformer_trained:
+                again += sum(qformer_flops(model))
+            repeated += again * main.images
     if is_last:
         total += 2 * main.target_rows * language.hidden_size * language.vocab_size * passes
     return StageFlops(model=total, repeated=repeated)

@@ -13,6 +13,7 @@ from hacl_megatron.config.checks import padded_vocab_size
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.model.connector import connector_depth
+from hacl_megatron.training.plan.image_parts import hf_tower_shapes, qformer_shapes
 
 PARTS = {"vision_tower": "vision tower", "connector": "connector", "language_model": "LLM", "heads": "heads"}
 """First word of a parameter's name, and what reports call the part."""
@@ -71,13 +72,19 @@ def stage_parameters(config: RunConfig, model: ModelConfig, stage: int) -> list[
     shapes += _prefixed("language_model.", _language_model(model, parallel, layers, is_first, is_last))
     if is_last:
         shapes += _prefixed("heads.", _heads(model))
-    frozen = {"vision_tower": flags.freeze_ViT, "language_model": flags.freeze_LM}
+    frozen = []
+    if flags.freeze_ViT:
+        frozen += ["vision_tower."]
+    if flags.freeze_LM:
+        frozen += ["language_model."]
+    if flags.freeze_qformer:
+        frozen += ["connector.query_tokens", "connector.qformer."]
     tied = model.language.tie_word_embeddings and stages > 1
     return [
         PlannedParameter(
             name=name,
             shape=shape,
-            trained=not frozen.get(name.partition(".")[0], False),
+            trained=not name.startswith(tuple(frozen)),
             bytes_each=4 if not flags.bf16 or name == "heads.temperature" else 2,
             shared=tied and name.endswith(("word_embeddings.weight", "output_layer.weight")),
         )
@@ -110,6 +117,9 @@ def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 def _vision_tower(model: ModelConfig, tp: int) -> Shapes:
     vision = model.vision
+    if vision.backend == "hf":
+        yield from hf_tower_shapes(model)
+        return
     width, ffn = vision.hidden_size, vision.ffn_hidden_size // tp
     attention = width // tp  # heads of this rank, side by side
     yield "class_token", (1, 1, width)
@@ -128,6 +138,9 @@ def _vision_tower(model: ModelConfig, tp: int) -> Shapes:
 
 def _connector(model: ModelConfig) -> Shapes:
     hidden = model.language.hidden_size
+    if model.qformer is not None:
+        yield from qformer_shapes(model)
+        return
     for index in range(connector_depth(model.projector_type)):
         yield from _linear(f"{2 * index}", hidden, model.vision.hidden_size if index == 0 else hidden, bias=True)
 

@@ -10,6 +10,7 @@ from hacl_megatron.objective.row_blocks import BLOCK_BYTES
 from hacl_megatron.training.plan.activations import stage_activations
 from hacl_megatron.training.plan.compute import SentBytes, StageFlops, StepTime, sent_bytes, stage_flops, step_time
 from hacl_megatron.training.plan.hardware import Cluster
+from hacl_megatron.training.plan.image_parts import features_for_a_second_pass
 from hacl_megatron.training.plan.parameters import count_by_part, layers_by_stage, stage_parameters, whole_model
 from hacl_megatron.training.plan.state import FP32, optimizer_checkpoint_bytes_each, state_bytes
 from hacl_megatron.training.plan.workload import MicroBatchShape, Samples, micro_batch_shape, num_micro_batches
@@ -187,9 +188,9 @@ def _left_behind(
         return 0.0
     e = 2 if config.model.bf16 else 4
     left = 0.0
-    if stage == 0 and micro_batch.ahead.image_rows and config.model.freeze_ViT:
+    if stage == 0 and micro_batch.ahead.image_rows:
         # The connector's input: of the micro-batches in flight it is among the activations.
-        features = e * micro_batch.main.images * model.vision.num_patches * model.vision.hidden_size
+        features = e * micro_batch.main.images * features_for_a_second_pass(config.model, model)
         left += features * (layout.num_micro_batches - in_flight)
     if stage == layout.pp - 1:
         texts = micro_batch.pairs + micro_batch.hallucinated
