@@ -147,7 +147,9 @@ def exported_scores_as_the_trainer(output: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "minigpt4_pretrain", "minigpt4_finetune"])
-def test_shipped_configuration_is_valid(finished: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_configuration_is_valid(
+    finished: Path, finished_minigpt4: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(finished.parents[1])
     config = parse_run_config(["--config", str(QUICKSTART / f"{stage}.yaml")])
     layout = check_flags(config, world_size=2)
