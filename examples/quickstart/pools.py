@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from report import read_metrics, represent, retrieval_accuracy
+from report import read_metrics
+from score import represent, retrieval_accuracy
 
 POOLS = ("micro-batch", "global-batch", "queue")
 

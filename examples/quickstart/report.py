@@ -3,7 +3,7 @@
     python examples/quickstart/report.py --output output/quickstart
 
 Reads both stages' metrics.jsonl, and scores held-out images with the exported Hugging Face model, that is, with
-transformers and this page alone.
+transformers and score.py alone.
 """
 
 import argparse
@@ -17,14 +17,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
-import torch.nn.functional as F
-from draw import true_sentences
-from make_model import VICUNA_PROMPT
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from score import describe, read_export, represent, true_of
 
 ROWS = (
     ("lm loss", "language-model loss, a token"),
@@ -35,18 +29,8 @@ ROWS = (
 )
 CURVES = ("lm loss", "contrastive loss", "retrieval accuracy i2t", "hallucination accuracy")
 GOAL = 0.8
-PROMPT = VICUNA_PROMPT.removesuffix("ASSISTANT:")
-"""What precedes the image's EOS with finetune.yaml: see `represent`."""
 NUM_IMAGES = 4
 NUM_DESCRIBED = 64
-
-
-@dataclass(frozen=True)
-class PairScore:
-    """Cosine of an image with its caption and with the caption's hallucinated twin."""
-
-    caption: float
-    hallucinated: float
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -58,97 +42,19 @@ def last(rows: list[dict[str, float]], tag: str) -> float:
     return next(row[tag] for row in reversed(rows) if tag in row)
 
 
-def padded_to_square(image: Image.Image, mean: list[float]) -> Image.Image:
-    """LLaVA-1.5's `expand2square`: the mean colour around an image that is not square."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
 @dataclass(frozen=True)
-class Represented:
-    """Global representations of N image-caption pairs: unit rows, float32 [N, D]."""
+class PairScore:
+    """Cosine of an image with its caption and with the caption's hallucinated twin."""
 
-    images: Tensor
-    captions: Tensor
-    hallucinated: Tensor
-    """Of each caption's (first) hallucinated twin."""
+    caption: float
+    hallucinated: float
 
 
-@torch.no_grad()
-def represent(hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path, prompt: str | None) -> Represented:
-    """v, t and u of each sample, by transformers on an exported folder with `hacl_heads.safetensors`.
-
-    A global representation is the last hidden state, after the final norm, at an EOS token: behind the image's tokens,
-    or behind BOS and a text. What precedes the image is nothing with `--contrastive-image-context image`; with
-    `prompt` it is BOS and the template's text, "" in stage 1 and `PROMPT` in stage 2.
-    """
-    model = LlavaForConditionalGeneration.from_pretrained(hf_dir).eval()
-    processor = AutoProcessor.from_pretrained(hf_dir)
-    heads = load_file(hf_dir / "hacl_heads.safetensors")
-    tokenizer, images = processor.tokenizer, processor.image_processor
-    visual_tokens = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
-
-    def text_ids(text: str) -> list[int]:
-        return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-    def at_eos(token_ids: list[int], head: str, **inputs: Tensor) -> Tensor:
-        ids = torch.tensor([[*token_ids, tokenizer.eos_token_id]])
-        state = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).last_hidden_state[0, -1]
-        return F.normalize(F.linear(state, heads[f"{head}.weight"], heads[f"{head}.bias"]).float(), dim=-1)
-
-    context = [] if prompt is None else text_ids(prompt)
-    context += [model.config.image_token_id] * visual_tokens
-    rows = []
-    for sample in samples:
-        image = padded_to_square(Image.open(image_folder / sample["image"]).convert("RGB"), images.image_mean)
-        pixels = images(images=image, return_tensors="pt")["pixel_values"]
-        twin = sample["Hallucination caption"]
-        twin = twin if isinstance(twin, str) else twin[0]
-        v = at_eos(context, "vision_projector", pixel_values=pixels)
-        rows.append((v, *(at_eos(text_ids(text), "text_projector") for text in (sample["text"], twin))))
-    return Represented(*(torch.stack(column) for column in zip(*rows, strict=True)))
-
-
-def score_pairs(hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path, prompt: str | None) -> list[PairScore]:
+def score_pairs(hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path) -> list[PairScore]:
     """v·t and v·u of each sample: see `represent`."""
-    pairs = represent(hf_dir, samples, image_folder, prompt)
+    pairs = represent(hf_dir, samples, image_folder, read_export(hf_dir).prefix)
     right, wrong = ((pairs.images * texts).sum(-1).tolist() for texts in (pairs.captions, pairs.hallucinated))
     return [PairScore(caption=t, hallucinated=u) for t, u in zip(right, wrong, strict=True)]
-
-
-def retrieval_accuracy(pairs: Represented, captions: list[str], among: int = 64) -> float:
-    """Share of the images that find their caption, or one that equals it, among each `among` pairs in turn."""
-    right = 0
-    for start in range(0, len(captions), among):
-        group = slice(start, start + among)
-        nearest = (pairs.images[group] @ pairs.captions[group].T).argmax(-1).tolist()
-        right += sum(captions[start + k] == captions[start + best] for k, best in enumerate(nearest))
-    return right / len(captions)
-
-
-@torch.no_grad()
-def describe(hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path) -> list[str]:
-    """What the exported model answers, greedily, when asked to describe each image; by transformers alone."""
-    model = LlavaForConditionalGeneration.from_pretrained(hf_dir).eval()
-    processor = AutoProcessor.from_pretrained(hf_dir)
-    request = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Write a short caption."}]}]
-    prompt = processor.apply_chat_template(request, add_generation_prompt=True).removeprefix(
-        processor.tokenizer.bos_token  # the tokenizer adds it again
-    )
-    mean = processor.image_processor.image_mean
-    images = [padded_to_square(Image.open(image_folder / one["image"]).convert("RGB"), mean) for one in samples]
-    inputs = processor(text=[prompt] * len(images), images=images, return_tensors="pt")
-    answers = model.generate(**inputs, max_new_tokens=40, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    return [processor.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-
-
-def true_of(answers: list[str], samples: list[dict[str, Any]], data: Path) -> list[bool]:
-    """Whether each answer is one of the sentences that are true of its sample's scene."""
-    scenes = map(json.loads, (data / "scenes.jsonl").read_text(encoding="utf-8").splitlines())
-    facts = {scene["image"]: scene["facts"] for scene in scenes}
-    return [answer in true_sentences(facts[sample["image"]]) for answer, sample in zip(answers, samples, strict=True)]
 
 
 def print_table(stages: list[tuple[str, list[dict[str, float]]]]) -> None:
@@ -206,16 +112,18 @@ def draw(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
-    output = parser.parse_args().output
+    parser.add_argument("--data", type=Path, help="what draw.py wrote (default: data in --output)")
+    args = parser.parse_args()
+    output, data = args.output, args.data or args.output / "data"
     stages = [(name, read_metrics(output / name)) for name in ("pretrain", "finetune")]
     print_table(stages)
 
-    pairs = json.loads((output / "data" / "valid.json").read_text(encoding="utf-8"))
-    samples, image_folder = pairs[:: len(pairs) // NUM_IMAGES][:NUM_IMAGES], output / "data" / "images"
-    scores = score_pairs(output / "export", samples, image_folder, PROMPT)
+    pairs = json.loads((data / "valid.json").read_text(encoding="utf-8"))
+    samples, image_folder = pairs[:: len(pairs) // NUM_IMAGES][:NUM_IMAGES], data / "images"
+    scores = score_pairs(output / "export", samples, image_folder)
     described = pairs[:NUM_DESCRIBED]
     spoken = describe(output / "export", described, image_folder)
-    true = true_of(spoken, described, output / "data")
+    true = true_of(spoken, described, data)
     draw(stages, samples, scores, image_folder, output / "report.png")
 
     before, after = stages[0][1][0]["contrastive loss"], last(stages[0][1], "contrastive loss validation")
@@ -227,7 +135,8 @@ def main() -> None:
         print(f"  {sample['image']}  {'true ' if is_true else 'wrong'}  {answer}   [caption: {sample['text']}]")
     print(f"\nCurves and scored images: {output / 'report.png'}")
     print(f"All curves:               tensorboard --logdir {output}")
-    print(f"The trained model:        {output / 'export'} (transformers' LlavaForConditionalGeneration)")
+    name = json.loads((output / "export" / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    print(f"The trained model:        {output / 'export'} (transformers' {name})")
     if after > before / 2 or accuracy < GOAL:
         raise SystemExit("The quickstart did not reach its goal: please report this with report.png")
 

@@ -40,9 +40,19 @@ def data(tmp_path_factory) -> Path:
 def model(data, tmp_path_factory) -> Path:
     """The model folder after three steps of each training."""
     folder = tmp_path_factory.mktemp("model")
+    return make_model("llava", data, folder)
+
+
+@pytest.fixture(scope="module")
+def minigpt4(data, tmp_path_factory) -> Path:
+    """Likewise, of `--model minigpt4`."""
+    return make_model("minigpt4", data, tmp_path_factory.mktemp("minigpt4"))
+
+
+def make_model(kind: str, data: Path, folder: Path) -> Path:
     command = [sys.executable, str(SCRIPTS / "make_model.py"), "--data", str(data), "--output", str(folder)]
-    command += ["--tower-steps", "3", "--language-steps", "3"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    command += ["--model", kind, "--tower-steps", "3", "--qformer-steps", "3", "--language-steps", "3"]
+    subprocess.run(command, check=True, capture_output=True)
     return folder
 
 
@@ -226,7 +236,7 @@ def test_finetune_keeps_its_labels(data, model):
 
 
 def test_told_scenes_say_in_words_what_the_picture_shows(data, model):
-    from make_model import told_scenes
+    from language_model import told_scenes
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -244,7 +254,8 @@ def test_told_scenes_say_in_words_what_the_picture_shows(data, model):
 
 def test_model_is_trained_and_keeps_its_random_connector(data, model):
     """Three steps move tower and language model away from where the seed puts them, and nothing else."""
-    from make_model import build, train_tokenizer
+    from tiny_llava import build
+    from tokenizer import train_tokenizer
     from transformers import LlavaForConditionalGeneration
 
     tokenizer = train_tokenizer((data / "corpus.txt").read_text().splitlines())
@@ -260,9 +271,32 @@ def test_model_is_trained_and_keeps_its_random_connector(data, model):
     assert (kept, moved) == (4 + 16, 2)
 
 
+def test_minigpt4_is_blip_2_whose_parts_have_learnt_except_its_projection(data, minigpt4):
+    """Every weight moves, queries and Q-Former included, but the projection's, and a prompt with an image generates."""
+    from tiny_minigpt4 import build
+    from tokenizer import MINIGPT4_PROMPT, train_tokenizer
+    from transformers import AutoProcessor, Blip2ForConditionalGeneration
+
+    tokenizer = train_tokenizer((data / "corpus.txt").read_text().splitlines(), MINIGPT4_PROMPT, {})
+    fresh = dict(build(tokenizer, 1234).named_parameters())
+    blip2 = Blip2ForConditionalGeneration.from_pretrained(minigpt4).eval()
+    kept = {name for name, weight in blip2.named_parameters() if torch.equal(weight, fresh[name])}
+    assert kept == {"language_projection.weight", "language_projection.bias"}
+    queries = blip2.query_tokens[0]
+    assert torch.cdist(queries, queries).fill_diagonal_(1).min() > 0.5  # equal ones would all tell the same
+
+    processor = AutoProcessor.from_pretrained(minigpt4)
+    image = Image.open(data / "images" / "valid-00000.jpg")
+    inputs = processor(images=image, text=MINIGPT4_PROMPT, return_tensors="pt")
+    assert (inputs.input_ids == blip2.config.image_token_index).sum() == blip2.config.num_query_tokens == 16
+    assert blip2.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None).shape[1] > 3
+    assert processor.tokenizer("###Human: <Img>").input_ids.count(0) == 0
+
+
 def test_square_pixels_equals_transformers_on_a_square_image(data):
     """Resizing and normalising as CLIP's own processor; padding is the only thing that it does not do."""
-    from make_model import CLIP_MEAN, CLIP_STD, CLIPImageProcessor, square_pixels
+    from scenes import CLIP_MEAN, CLIP_STD, square_pixels
+    from tiny_llava import CLIPImageProcessor
 
     image = Image.open(data / "images" / "valid-00000.jpg").convert("RGB").resize((90, 90))
     processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
@@ -274,8 +308,18 @@ def test_square_pixels_equals_transformers_on_a_square_image(data):
     torch.testing.assert_close(grey[:, [0, 15, 47, 62]], border.expand(3, 4, 63), atol=1e-4, rtol=0)
 
 
+def test_stretched_pixels_equal_transformers(data):
+    """BLIP-2's own processor, on an image that is far from square."""
+    from scenes import square_pixels
+    from tiny_minigpt4 import BlipImageProcessor
+
+    image = Image.open(data / "images" / "valid-00000.jpg").convert("RGB").resize((90, 40))
+    expected = BlipImageProcessor(size={"height": 64, "width": 64})(image, return_tensors="np")["pixel_values"][0]
+    torch.testing.assert_close(square_pixels(image, 64, "stretch"), torch.as_tensor(expected), atol=1e-5, rtol=1e-5)
+
+
 def test_patch_labels_and_mirror(data):
-    from make_model import ATTRIBUTES, mirror, patch_labels
+    from scenes import ATTRIBUTES, mirror, patch_labels
 
     thing = {"colour": "red", "shape": "star", "size": "large", "box": [0, 0, 40, 40]}
     other = {"colour": "blue", "shape": "ring", "size": "small", "box": [40, 0, 80, 40]}
@@ -288,6 +332,8 @@ def test_patch_labels_and_mirror(data):
         ["none"] * 4, ["red", "red", "blue", "blue"], ["red", "red", "blue", "blue"], ["none"] * 4,
     ]  # fmt: skip
     assert [names["where"][value] for value in where[1].tolist()] == ["left", "left", "right", "right"]
+    stretched = patch_labels(scene, 4, "stretch").view(len(ATTRIBUTES), 4, 4)  # the drawing fills all rows
+    assert (stretched[:, 0] == labels[:, 1]).all() and (stretched == stretched[:, :1]).all()
     pixels, mirrored = mirror(torch.arange(4.0).view(1, 1, 1, 4), labels.flatten(1)[None])
     assert pixels.flatten().tolist() == [3, 2, 1, 0]
     mirrored = mirrored.view(len(ATTRIBUTES), 4, 4)

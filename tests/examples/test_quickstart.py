@@ -53,6 +53,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "output" / "quickstart"
 
 
+@pytest.fixture(scope="module")
+def finished_minigpt4(finished: Path) -> Path:
+    """What `run.sh --model minigpt4` does, in the same way and on the same drawings."""
+    folder, output = finished.parents[1], finished / "minigpt4"
+    few = ["--tower-steps", "2", "--qformer-steps", "2", "--language-steps", "2"]
+    made = script("make_model.py", "--model", "minigpt4", "--output", str(output / "model"), *few, cwd=folder)
+    assert made.returncode == 0, made.stderr
+    pretrain, finetune = (str(QUICKSTART / f"minigpt4_{stage}.yaml") for stage in ("pretrain", "finetune"))
+    short = ["--eval-iters", "1", "--eval-interval", "2", "--train-iters", "2"]
+    commands = [
+        ["--config", pretrain, *short, "--save", "output/quickstart/minigpt4/pretrain"],
+        ["--config", finetune, *short, "--exit-interval", "1"],
+        ["--config", finetune, *short, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2"],
+    ]
+    run_distributed(_train_in, 2, str(folder), commands)
+    return output
+
+
 def test_every_image_is_drawn_and_every_twin_says_something_else(finished: Path) -> None:
     data = finished / "data"
     sizes, without_twin = set(), 0
@@ -89,36 +107,49 @@ def test_training_stops_and_goes_on_at_another_layout(finished: Path) -> None:
 
 
 def test_export_scores_as_the_trainer_and_the_report_says_so(finished: Path) -> None:
-    folder = finished.parents[1]
+    exported_scores_as_the_trainer(finished, finished / "data")
+
+
+def test_minigpt4_exports_and_scores_as_the_trainer(finished: Path, finished_minigpt4: Path) -> None:
+    exported_scores_as_the_trainer(finished_minigpt4, finished / "data")
+    assert json.loads((finished_minigpt4 / "export" / "config.json").read_text())["model_type"] == "blip-2"
+
+
+def exported_scores_as_the_trainer(output: Path, data: Path) -> None:
+    """transformers alone finds in the export what the trainer logged on the held-out pairs; the report shows it."""
+    folder = data.parents[2]
     command = [sys.executable, str(ROOT / "tools" / "convert_megatron_to_hf.py")]
-    command += ["--load", str(finished / "finetune"), "--hf-path", str(finished / "export")]
+    command += ["--load", str(output / "finetune"), "--hf-path", str(output / "export")]
     exported = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert exported.returncode == 0, exported.stderr
 
     sys.path.insert(0, str(QUICKSTART))
     try:
-        from report import PROMPT, represent, retrieval_accuracy
+        from score import read_export, represent, retrieval_accuracy
     finally:
         sys.path.remove(str(QUICKSTART))
-    samples = json.loads((finished / "data" / "valid.json").read_text())
-    pairs = represent(finished / "export", samples, finished / "data" / "images", PROMPT)
+    samples = json.loads((data / "valid.json").read_text())
+    prefix = read_export(output / "export").prefix
+    pairs = represent(output / "export", samples, data / "images", prefix)
     margin = float((pairs.images * (pairs.captions - pairs.hallucinated)).sum(-1).mean())
-    ours = metrics(finished / "finetune")[-1]
+    ours = metrics(output / "finetune")[-1]
     # The images differ a little: DALI's resize there, transformers' here.
     assert abs(margin - ours["hallucination margin validation"]) < 0.002
     found = retrieval_accuracy(pairs, [sample["text"] for sample in samples])
     assert abs(found - ours["retrieval accuracy i2t validation"]) <= 2 / 64
 
-    report = script("report.py", "--output", str(finished), cwd=folder)
+    report = script("report.py", "--data", str(data), "--output", str(output), cwd=folder)
     assert re.search(r"Hallucination accuracy 0\.\d\d on held-out pairs", report.stdout), report.stdout + report.stderr
-    with Image.open(finished / "report.png") as image:
+    with Image.open(output / "report.png") as image:
         assert image.width > 1000
-    # Four steps do not reach the goal, and the report must not pretend so.
+    # A few steps do not reach the goal, and the report must not pretend so.
     assert report.returncode != 0 and "did not reach its goal" in report.stderr
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_shipped_configuration_is_valid(finished: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "minigpt4_pretrain", "minigpt4_finetune"])
+def test_shipped_configuration_is_valid(
+    finished: Path, finished_minigpt4: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(finished.parents[1])
     config = parse_run_config(["--config", str(QUICKSTART / f"{stage}.yaml")])
     layout = check_flags(config, world_size=2)
@@ -145,6 +176,14 @@ def test_run_sh_runs_what_is_tested_here() -> None:
     ):
         assert word in text
     assert shlex.split(text.splitlines()[0]) == ["#!/usr/bin/env", "bash"]
+
+
+@pytest.mark.parametrize("arguments", [["--model", "llama"], ["--model"], ["--fresh", "minigpt4"]])
+def test_run_sh_refuses_what_it_does_not_know(arguments: list[str]) -> None:
+    """Before it installs anything or takes anything away."""
+    refused = subprocess.run(["bash", str(QUICKSTART / "run.sh"), *arguments], capture_output=True, text=True)
+    assert refused.returncode == 2 and "expected" in refused.stderr and "minigpt4" in refused.stderr
+    assert refused.stdout == ""
 
 
 @pytest.mark.parametrize("pool", ["micro-batch", "global-batch", "queue"])
