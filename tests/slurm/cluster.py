@@ -1,5 +1,6 @@
 """A real Slurm on this host, and the shipped sbatch files run on it with tiny models."""
 
+import contextlib
 import json
 import os
 import random
@@ -111,6 +112,8 @@ class Job:
 
     def __init__(self, cluster: Cluster, number: str, save: Path) -> None:
         self.cluster, self.number, self.save = cluster, number, save
+        self._old: set[int] = set()
+        """Processes of starts that a kill has ended."""
 
     def state(self) -> str:
         facts = self.cluster.run("scontrol", "show", "job", "--oneliner", self.number).split()
@@ -184,6 +187,20 @@ class Job:
             if ours and b"hacl_megatron.train" in command:  # torchrun itself has no rank
                 yield int(folder.name), int(variables[b"RANK"])
 
+    def new_trainer(self, rank: int) -> bool:
+        """Whether `rank` has been started, and started again after the last kill."""
+        return self.trainers().get(rank, 0) not in self._old | {0}
+
     def kill_rank(self, rank: int) -> None:
         """kill -9 of one trainer."""
-        os.kill(self.trainers()[rank], signal.SIGKILL)
+        running = self.trainers()
+        self._old |= set(running.values())
+        os.kill(running[rank], signal.SIGKILL)
+
+    def saves_since(self, moment: int) -> bool:
+        """Whether a save is under way that has begun a file after `moment` (ns), not one that a kill has cut."""
+        for folder in self.save.glob("iter_*.partial"):
+            with contextlib.suppress(FileNotFoundError):
+                if folder.stat().st_ctime_ns > moment:
+                    return True
+        return False

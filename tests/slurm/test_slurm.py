@@ -72,7 +72,7 @@ def stop_once(job: Job, kind: str, after: int) -> None:
     interrupt(job, kind)
     job.wait_for(lambda: job.starts() > starts, f"a new start after {kind}")
     assert len(stopped_at(job)) == stops + 1 and stopped_at(job)[-1] >= done, job.log()[-4000:]
-    assert resumed_at(job)[-1] == stopped_at(job)[-1], job.log()[-4000:]
+    assert began_at(job)[-1] == stopped_at(job)[-1], job.log()[-4000:]
 
 
 def stopped_at(job: Job) -> list[int]:
@@ -80,23 +80,33 @@ def stopped_at(job: Job) -> list[int]:
     return [int(number) for number in re.findall(r"^stopped after iteration (\d+): received SIG", job.log(), re.M)]
 
 
-def resumed_at(job: Job) -> list[int]:
-    """The iterations from which its starts and restarts went on."""
-    return [int(number) for number in re.findall(r"^resumed iteration (\d+) from", job.log(), re.M)]
+def began_at(job: Job) -> list[int]:
+    """The iteration from which each of its starts and restarts went on; 0 without a checkpoint."""
+    lines = re.findall(r"^(?:resumed iteration (\d+)|\d+ parameters) from", job.log(), re.M)
+    return [int(number or 0) for number in lines]
 
 
-def kill_once(job: Job, rank: int, after: int, in_save: bool) -> None:
-    """kill -9 of `rank` some time after iteration `after`, with a save under way if asked; torchrun starts all again
-    from the newest complete checkpoint."""
-    job.wait_for(lambda: job.iterations() > after and rank in job.trainers(), f"iteration {after}")
-    if in_save:
-        job.wait_for(lambda: any(job.save.glob("iter_*.partial")), "a save")
+def kill_once(job: Job, rank: int, moment: str) -> None:
+    """kill -9 of `rank`; torchrun starts all of them again, from the newest complete checkpoint.
+
+    Args:
+        moment: "start", "step" (of training) or "save" (with one under way).
+    """
+    job.wait_for(lambda: job.new_trainer(rank), f"rank {rank}")
+    if moment == "start":
+        time.sleep(random.uniform(0, 8))
+        job.kill_rank(rank)
+        return
+    after = job.latest() + random.randint(0, 2)
+    job.wait_for(lambda: job.iterations() > after, f"iteration {after + 1}")
+    if moment == "save":
+        job.wait_for(partial(job.saves_since, time.time_ns()), "a save")
     else:
         time.sleep(random.uniform(0, 0.5))
     starts, latest = job.starts(), job.latest()
     job.kill_rank(rank)
     job.wait_for(lambda: job.starts() > starts, f"a restart after rank {rank} was killed")
-    assert latest <= resumed_at(job)[-1] <= job.latest()
+    assert latest <= began_at(job)[-1] <= job.latest()
 
 
 @pytest.mark.timeout(1800)
@@ -104,9 +114,9 @@ def test_preempted_twice_and_killed_three_times_is_bitwise_the_uninterrupted_run
     iterations = 60
     job = cluster.pretrain("hit", *flags(iterations, "dp2"), "--save-interval", "2", ranks_per_node=1, MAX_RESTARTS="5")
     stop_once(job, "USR1", after=3)
-    kill_once(job, rank=1, after=job.latest() + 2, in_save=False)
-    kill_once(job, rank=0, after=job.latest() + 1, in_save=True)
-    kill_once(job, rank=1, after=job.latest() + 1, in_save=True)
+    kill_once(job, rank=1, moment="step")
+    kill_once(job, rank=0, moment="save")
+    kill_once(job, rank=1, moment="save")
     stop_once(job, "preempt", after=job.latest() + 1)
     assert job.wait() == "COMPLETED", job.log()[-4000:]
     assert job.status()["state"] == "finished" and num_starts(job) == 3 and job.starts() == 6
@@ -197,17 +207,15 @@ def test_thirty_kills_of_any_rank_also_in_saves(cluster: Cluster) -> None:
     iterations = 200
     shape = flags(iterations, "dp2")
     job = cluster.pretrain("thirty", *shape, "--save-interval", "1", ranks_per_node=1, MAX_RESTARTS="60")
-    in_saves = 0
-    for index in range(30):
-        in_save = index % 2 == 0
-        after = min(job.latest() + random.randint(0, 2), iterations - 2)
+    moments = ["start", "step", "save"] * 10
+    random.shuffle(moments)
+    for index, moment in enumerate(moments):
         rank = random.randrange(2)
-        kill_once(job, rank, after, in_save)
-        where = " in a save" if in_save else ""
-        print(f"kill {index} of rank {rank}{where}: went on from {resumed_at(job)[-1:]}", flush=True)
-        in_saves += in_save
-    assert in_saves == 15
+        kill_once(job, rank, moment)
+        unfinished = ", cut " * (moment == "save") + " ".join(path.name for path in job.save.glob("iter_*.partial"))
+        print(f"kill {index} of rank {rank} in a {moment}, checkpoint {job.latest()}{unfinished}", flush=True)
     assert job.wait() == "COMPLETED", job.log()[-4000:]
+    assert job.log().count("failed (exitcode: -9)") == len(moments)
     assert_uninterrupted(uninterrupted(cluster, "thirty-whole", iterations, "dp2"), job.save, iterations)
 
 
