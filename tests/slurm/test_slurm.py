@@ -212,8 +212,8 @@ def test_thirty_kills_of_any_rank_also_in_saves(cluster: Cluster) -> None:
     for index, moment in enumerate(moments):
         rank = random.randrange(2)
         kill_once(job, rank, moment)
-        unfinished = ", cut " * (moment == "save") + " ".join(path.name for path in job.save.glob("iter_*.partial"))
-        print(f"kill {index} of rank {rank} in a {moment}, checkpoint {job.latest()}{unfinished}", flush=True)
+        unfinished = [path.name for path in job.save.glob("iter_*.partial")]
+        print(f"kill {index} of rank {rank} in a {moment}: checkpoint {job.latest()}, cut {unfinished}", flush=True)
     assert job.wait() == "COMPLETED", job.log()[-4000:]
     assert job.log().count("failed (exitcode: -9)") == len(moments)
     assert_uninterrupted(uninterrupted(cluster, "thirty-whole", iterations, "dp2"), job.save, iterations)
