@@ -101,7 +101,7 @@ def test_another_streams_state_is_refused(change, named):
 def test_state_of_an_earlier_version_is_refused_as_such():
     sampler = Sampler(10, 3, seed=1, global_batch_size=4)
     state = {key: value for key, value in sampler.state_dict().items() if key != "digest"}
-    with pytest.raises(ValueError, match="no digest: an earlier version wrote it.*--pretrained-checkpoint"):
+    with pytest.raises(ValueError, match=r"no digest: an earlier version wrote it.*--pretrained-checkpoint"):
         sampler.load_state_dict(state)
 
 
