@@ -141,7 +141,7 @@ class Job:
         """How often a training has begun, in all starts and restarts of the job's processes."""
         return self.log().count("samples a step,")
 
-    def wait_for(self, condition: Callable[[], bool], what: str, timeout: float = 600) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout: float = 1800) -> None:
         """Until `condition` holds, while the job lives."""
         deadline, look = time.monotonic() + timeout, 0.0
         while not condition():
@@ -152,7 +152,7 @@ class Job:
                 look = now + 2
             time.sleep(0.05)
 
-    def wait(self, timeout: float = 900) -> str:
+    def wait(self, timeout: float = 1800) -> str:
         """Until the job is over; its last state."""
         self.wait_for(lambda: self.state() in _DONE, "the job's end", timeout)
         return self.state()
@@ -163,7 +163,7 @@ class Job:
         self.cluster.run("scancel", where, f"--signal={name}", self.number)
 
     def preempt(self) -> None:
-        """Let Slurm take the nodes for a job that is more urgent: TERM to each node's task, and two minutes."""
+        """Let Slurm take the nodes for a job that is more urgent: TERM to each node's task, and ten minutes."""
         nodes = ["--partition=urgent", "--nodes=2", "--gpus-per-node=8"]
         self.cluster.run("sbatch", *nodes, "--output=/dev/null", "--wrap=true")
 

@@ -81,7 +81,7 @@ NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.1.[1-2] Port=[$((port + 1)
 # A job in urgent takes the nodes of one in test, which gets SIGTERM and this long to stop.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=600
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF
   echo "export SLURM_CONF=$SLURM_CONF" >"$dir/env"

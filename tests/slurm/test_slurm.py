@@ -43,7 +43,7 @@ def assert_uninterrupted(whole: Path, save: Path, iterations: int) -> None:
     assert [event.value for event in events] == pytest.approx([row["lm loss"] for row in expected])
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_chain_trains_both_stages_on_two_nodes_and_exports(cluster: Cluster) -> None:
     chain = ["bash", "examples/slurm/chain.sh", "7b", "--nodes=2", "--", *flags(3)]
     numbers = cluster.run(*chain, **cluster.job_env("chain", 2)).split()
@@ -109,7 +109,7 @@ def kill_once(job: Job, rank: int, moment: str) -> None:
     assert latest <= began_at(job)[-1] <= job.latest()
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_preempted_twice_and_killed_three_times_is_bitwise_the_uninterrupted_run(cluster: Cluster) -> None:
     iterations = 60
     job = cluster.pretrain("hit", *flags(iterations, "dp2"), "--save-interval", "2", ranks_per_node=1, MAX_RESTARTS="5")
@@ -124,7 +124,7 @@ def test_preempted_twice_and_killed_three_times_is_bitwise_the_uninterrupted_run
     assert_uninterrupted(whole, job.save, iterations)
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_resubmitted_at_another_layout_goes_on_with_the_same_samples(cluster: Cluster) -> None:
     change_layouts(cluster, "relaid", ["tp2", "tp2-pp2"], 3)
 
@@ -155,7 +155,7 @@ def change_layouts(cluster: Cluster, name: str, layouts: list[str], steps: int) 
 
 
 @pytest.mark.full
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_ten_preemptions_of_every_kind_at_random_moments(cluster: Cluster) -> None:
     iterations = 140
     job = cluster.pretrain("ten", *flags(iterations, "dp2"), "--save-interval", "4", ranks_per_node=1)
@@ -220,6 +220,6 @@ def test_thirty_kills_of_any_rank_also_in_saves(cluster: Cluster) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_five_changes_of_layout(cluster: Cluster) -> None:
     change_layouts(cluster, "five", ["tp1", "tp2", "pp2-first1", "dp2", "tp2-pp2", "tp1"], 3)
