@@ -14,6 +14,19 @@
 set -uo pipefail
 {  # read whole before it runs, so that an edit does not disturb a running job
 here=examples/slurm
+asked= srun= telling=
+ask_to_stop() {
+  [ -n "$asked" ] || echo "launch.sh: received SIG$1: the trainers finish their step, save and stop"
+  asked=$1
+  [ -z "$srun" ] || tell
+}
+tell() {  # repeated, because a trainer that is only starting up does not listen yet. srun passes USR1 on to node.sh
+  [ -n "$telling" ] || (trap '' USR1 TERM; while kill -USR1 "$srun" 2>/dev/null; do sleep 5; done) &
+  telling=yes
+}
+trap 'ask_to_stop USR1' USR1
+trap 'ask_to_stop TERM' TERM
+
 export RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 export MAX_RESTARTS=${MAX_RESTARTS:-3}
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -50,21 +63,12 @@ echo "launch.sh: job $SLURM_JOB_ID, start $((restarts + 1)), $SLURM_JOB_NUM_NODE
   "$RANKS_PER_NODE processes, rendezvous at $RDZV_HOST:$RDZV_PORT, --save $save"
 
 # ------------------------------------------------------------------------------------------------------------- train
-asked=
-ask_to_stop() {
-  if [ -z "$asked" ]; then
-    echo "launch.sh: received SIG$1: the trainers finish their step, save and stop"
-    # Repeated, because a trainer that is only starting up does not listen yet. srun passes USR1 on to node.sh.
-    (trap '' USR1 TERM; while kill -USR1 "$srun" 2>/dev/null; do sleep 5; done) &
-  fi
-  asked=$1
-}
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
+# In a session of its own: a signal to the batch shell's process group is not for srun, which kills its step at a SIGTERM.
+setsid srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
   --kill-on-bad-exit=1 ${in_srun[@]+"${in_srun[@]}"} \
   ${in_front[@]+"${in_front[@]}"} bash $here/node.sh "$@" &
 srun=$!
-trap 'ask_to_stop USR1' USR1
-trap 'ask_to_stop TERM' TERM
+[ -z "$asked" ] || tell
 while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
 wait "$srun"  # again: a signal may have ended the one above, and bash remembers
 code=$?
@@ -73,6 +77,7 @@ code=$?
 state=$(sed -n 's/^ *"state": *"\([a-z]*\)".*/\1/p' "$status" 2>/dev/null)
 echo "launch.sh: torchrun ended with $code, the run is ${state:-not begun}"
 if [ "$state" = finished ]; then exit 0; fi
+[ "$code" != 143 ] || asked=${asked:-TERM}  # it came before node.sh could listen
 if [ "$state" = stopped ] || { [ -n "$asked" ] && [ "$state" != failed ]; }; then
   # Not a job that somebody cancels, nor one that Slurm itself is putting back into the queue.
   if [ "$restarts" -lt "${MAX_REQUEUES:-100}" ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then

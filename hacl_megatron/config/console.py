@@ -86,12 +86,13 @@ def _is_news(text: str, *, heard_later: bool = True) -> bool:
     # torchrun counts the starts of its processes; a process that fails several times is a test's.
     key = f"hacl_megatron/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_reports)}"
     own = f"{os.environ['RANK']} {text}"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
-        )
+        # The store may be gone with its process: torch would ask for it again and again, and print a page at the end.
+        socket.create_connection((address, port), timeout=10).close()
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
         first = store.compare_set(key, "", own).decode()
-    except Exception:  # the store went with its process; better said twice than never
+    except Exception:  # better said twice than never
         return heard_later
     return first == own or (heard_later and first.split(" ", 1)[1] != text)
 

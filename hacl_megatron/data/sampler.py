@@ -130,7 +130,12 @@ class Sampler:
         Raises ValueError if the state belongs to another stream (other samples, weights, seed or shuffling).
         """
         for key, ours in self._identity.items():
-            if state.get(key) != ours:
+            if key not in state:
+                raise ValueError(
+                    f"The checkpoint's data state has no {key}: an earlier version wrote it, and its run cannot go on; "
+                    "start afresh from the weights with --pretrained-checkpoint"
+                )
+            if state[key] != ours:
                 raise ValueError(
                     f"The checkpoint's data state has {key} {state.get(key)}, this run has {ours}: resume with the "
                     f"same {_WHAT_TO_KEEP[key]}, or start afresh from the weights with --pretrained-checkpoint"

@@ -98,6 +98,13 @@ def test_another_streams_state_is_refused(change, named):
         Sampler(**(arguments | change), global_batch_size=4).load_state_dict(state)
 
 
+def test_state_of_an_earlier_version_is_refused_as_such():
+    sampler = Sampler(10, 3, seed=1, global_batch_size=4)
+    state = {key: value for key, value in sampler.state_dict().items() if key != "digest"}
+    with pytest.raises(ValueError, match=r"no digest: an earlier version wrote it.*--pretrained-checkpoint"):
+        sampler.load_state_dict(state)
+
+
 def test_nothing_to_draw_from_is_a_users_mistake():
     with pytest.raises(ValueError, match="--data-path"):
         Sampler(0, 0, seed=1, global_batch_size=4)

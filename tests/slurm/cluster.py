@@ -1,5 +1,6 @@
 """A real Slurm on this host, and the shipped sbatch files run on it with tiny models."""
 
+import contextlib
 import json
 import os
 import random
@@ -111,6 +112,8 @@ class Job:
 
     def __init__(self, cluster: Cluster, number: str, save: Path) -> None:
         self.cluster, self.number, self.save = cluster, number, save
+        self._old: set[int] = set()
+        """Processes of starts that a kill has ended."""
 
     def state(self) -> str:
         facts = self.cluster.run("scontrol", "show", "job", "--oneliner", self.number).split()
@@ -138,7 +141,7 @@ class Job:
         """How often a training has begun, in all starts and restarts of the job's processes."""
         return self.log().count("samples a step,")
 
-    def wait_for(self, condition: Callable[[], bool], what: str, timeout: float = 600) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout: float = 1800) -> None:
         """Until `condition` holds, while the job lives."""
         deadline, look = time.monotonic() + timeout, 0.0
         while not condition():
@@ -149,15 +152,20 @@ class Job:
                 look = now + 2
             time.sleep(0.05)
 
-    def wait(self, timeout: float = 900) -> str:
+    def wait(self, timeout: float = 1800) -> str:
         """Until the job is over; its last state."""
         self.wait_for(lambda: self.state() in _DONE, "the job's end", timeout)
         return self.state()
 
     def signal(self, name: str) -> None:
-        """As Slurm does it: USR1 to the batch shell alone (--signal=B:USR1@600), TERM to all processes."""
+        """As Slurm does it: USR1 to the batch shell alone (--signal=B:USR1@600), TERM to its process group."""
         where = "--batch" if name == "USR1" else "--full"
         self.cluster.run("scancel", where, f"--signal={name}", self.number)
+
+    def preempt(self) -> None:
+        """Let Slurm take the nodes for a job that is more urgent: TERM to each node's task, and ten minutes."""
+        nodes = ["--partition=urgent", "--nodes=2", "--gpus-per-node=8"]
+        self.cluster.run("sbatch", *nodes, "--output=/dev/null", "--wrap=true")
 
     def trainers(self) -> dict[int, int]:
         """Process id of each rank that runs now."""
@@ -179,6 +187,20 @@ class Job:
             if ours and b"hacl_megatron.train" in command:  # torchrun itself has no rank
                 yield int(folder.name), int(variables[b"RANK"])
 
+    def new_trainer(self, rank: int) -> bool:
+        """Whether `rank` has been started, and started again after the last kill."""
+        return self.trainers().get(rank, 0) not in self._old | {0}
+
     def kill_rank(self, rank: int) -> None:
         """kill -9 of one trainer."""
-        os.kill(self.trainers()[rank], signal.SIGKILL)
+        running = self.trainers()
+        self._old |= set(running.values())
+        os.kill(running[rank], signal.SIGKILL)
+
+    def saves_since(self, moment: int) -> bool:
+        """Whether a save is under way that has begun a file after `moment` (ns), not one that a kill has cut."""
+        for folder in self.save.glob("iter_*.partial"):
+            with contextlib.suppress(FileNotFoundError):
+                if folder.stat().st_ctime_ns > moment:
+                    return True
+        return False

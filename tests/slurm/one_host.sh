@@ -22,6 +22,10 @@ end() {  # TERM to all, up to 10 s, then KILL; only the processes in these files
 munge_answers() { munge -n -S "$dir/run/munge.socket" >/dev/null 2>&1; }
 all_idle() { [ "$(sinfo -h -N -t idle -o %N 2>/dev/null | sort -u | wc -l)" = 2 ]; }
 no_jobs() { [ -z "$(squeue -h -t all -o %T 2>/dev/null | grep -vE 'CANC|COMPLETED|FAIL|TIMEO|REVOKED|DEADL')" ]; }
+# Where cgroups of version 1 can be made (and no other Slurm has them), a signal reaches what Slurm itself has started and
+# not the children of that, as on most clusters; else all of a job's processes.
+freezer=/sys/fs/cgroup/freezer
+take_cgroups() { [ -e "$freezer/release_agent" ] && mkdir "$freezer/slurm_n1" 2>/dev/null && touch "$dir/run/cgroups"; }
 start_node() {
   background "$1" unshare --uts --mount sh -c \
     "mount --bind '$dir/hosts' /etc/hosts && hostname $1 && exec slurmd -D -N $1"
@@ -36,6 +40,8 @@ start() {
   { cat /etc/hosts; echo "127.0.1.1 n1"; echo "127.0.1.2 n2"; } >"$dir/hosts"
   for gpu in {0..7}; do ln -s /dev/null "$dir/dev/gpu$gpu"; done  # the sbatch files ask for 8 on a node
   echo "NodeName=n[1-2] Name=gpu File=$dir/dev/gpu[0-7]" >"$dir/gres.conf"
+  local proctrack=linuxproc
+  if take_cgroups; then proctrack=cgroup; echo CgroupPlugin=cgroup/v1 >"$dir/cgroup.conf"; fi
   cat >"$SLURM_CONF" <<CONF
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -46,6 +52,8 @@ AuthType=auth/munge
 CredType=cred/munge
 # A requeued job waits this long before it may start; below 5 it is the default, 120 s.
 AuthInfo=socket=$dir/run/munge.socket,cred_expire=5
+# Rendezvous ports follow from a job's number: another such Slurm on this host has others.
+FirstJobId=$((port % 500 + 1))
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
 SlurmctldPidFile=$dir/run/slurmctld.own-pid
@@ -53,7 +61,7 @@ SlurmdPidFile=$dir/run/slurmd.%n.own-pid
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/slurmd.%n.log
 MailProg=/bin/true
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/$proctrack
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
@@ -70,7 +78,11 @@ MinJobAge=3600
 JobRequeue=1
 GresTypes=gpu
 NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.1.[1-2] Port=[$((port + 1))-$((port + 2))] CPUs=128 RealMemory=500000 Gres=gpu:8
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+# A job in urgent takes the nodes of one in test, which gets SIGTERM and this long to stop.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=600
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF
   echo "export SLURM_CONF=$SLURM_CONF" >"$dir/env"
   background munged munged -F --socket="$dir/run/munge.socket" --key-file="$dir/key/munge.key" \
@@ -90,6 +102,7 @@ stop() {
   fi
   end "$dir"/run/n1.pid "$dir"/run/n2.pid "$dir/run/slurmctld.pid"
   end "$dir/run/munged.pid"
+  if [ -e "$dir/run/cgroups" ]; then find "$freezer"/slurm_n[12] -depth -type d -exec rmdir {} ';' 2>/dev/null || true; fi
 }
 
 lose() {  # the node's daemon, its steps, and what they started, at once: all that shares its hostname's namespace

@@ -2,11 +2,12 @@
 
 Run on a machine with little else to do (it is no test: its result is a ratio of times):
 
-    OMP_NUM_THREADS=1 python -m tests.training.measure_async_save [--interval 4] [--rounds 2] [--folder DIR]
+    OMP_NUM_THREADS=1 python -m tests.training.measure_async_save [--interval 4] [--rounds 3] [--folder DIR]
 
 One process trains a LLaMA of 76 million parameters in fp32 with the distributed optimiser (16 bytes a parameter to
 save), every save replacing the last, with `--async-save` off and on in turns. The figures are the run's own
-`save-stall-seconds`. The exit status is 1 if the median of the one is more than a fifth of the other's.
+`save-stall-seconds`; each round's ratio is printed, and the medians over all. The exit status is 1 if the median of the
+one is more than a fifth of the other's.
 """
 
 import argparse
@@ -42,6 +43,9 @@ def measure(folder: Path, interval: int, rounds: int) -> float:
         size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
         how = "in the background" if in_background else "at once"
         print(f"{how}: {', '.join(f'{s:.2f}' for s in found)} s; a step takes {step:.2f} s", flush=True)
+        if in_background:
+            ratio = statistics.median(found) / statistics.median(stalls[False][-len(found) :])
+            print(f"round {turn // 2 + 1}: {ratio:.1%}", flush=True)
         for path in sorted(save.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
     medians = {how: statistics.median(found) for how, found in stalls.items()}
@@ -57,7 +61,7 @@ def measure(folder: Path, interval: int, rounds: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interval", type=int, default=4, help="steps between saves: long enough to write one")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each kind, three saves each")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, three saves each")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
