@@ -36,7 +36,7 @@ def load_compute_save(reference: Path, converted: Path, save: Path, layout: Layo
     expected = torch.load(reference / "expected.pt", weights_only=True)
     shard = PADDED_VOCAB // layout.tp
     differences: dict[str, float] = {}
-    batches = make_batches(visual=architecture.visual_tokens)
+    batches = make_batches(layout.tp if layout.sp else 1, architecture.visual_tokens)
     if not module.pre_process:
         from dataclasses import replace
 
