@@ -17,6 +17,7 @@ import torch.distributed as dist
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, check_architecture, check_flags
 from hacl_megatron.config.console import exit_with_error, is_first_rank, notify, report_crash, report_error
+from hacl_megatron.config.flags import ModelFlags
 from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config, to_yaml, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
 from hacl_megatron.training.status import reason_not_to_restart, write_status
@@ -112,7 +113,7 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
 
     if resume_from is not None:
         found = _architecture_in(resume_from / RUN_CONFIG_FILE)
-        _refuse_other_connector(config.model.mm_projector_type, found, resume_from)
+        _refuse_other_parts(config.model, found, resume_from)
         return found
     if config.model.pretrained_checkpoint is not None:
         source = Path(config.model.pretrained_checkpoint)
@@ -121,9 +122,9 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
         if own is not None and tower is not None:
             raise ValueError(f"--pretrained-checkpoint {source} holds its vision tower; leave --vision-tower out")
         found = _architecture_in(own / RUN_CONFIG_FILE) if own is not None else read_model_config(source, tower)
-        _refuse_other_sizes(config.architecture, found, source)
+        _refuse_other_sizes(config, found, source)
         if own is not None:
-            _refuse_other_connector(config.model.mm_projector_type, found, own)
+            _refuse_other_parts(config.model, found, own)
         return found
     assert config.architecture is not None  # check_flags has asked for one of the three
     return config.architecture
@@ -164,17 +165,24 @@ def _refuse_dry_run_flags(config: RunConfig) -> None:
             )
 
 
-def _refuse_other_connector(asked: str | None, found: ModelConfig, checkpoint: Path) -> None:
+def _refuse_other_parts(flags: ModelFlags, found: ModelConfig, checkpoint: Path) -> None:
     # Loading would not notice: a linear connector is the first layer of an MLP, and the rest would be left out.
+    asked = flags.mm_projector_type
     if asked is not None and asked != found.projector_type:
         raise ValueError(
             f"--mm-projector-type is {asked}, but the connector in checkpoint {checkpoint} is {found.projector_type}; "
             "leave the flag out"
         )
+    if flags.vision_backend not in (None, found.vision.backend):
+        raise ValueError(
+            f"--vision-backend is {flags.vision_backend}, but the vision tower in checkpoint {checkpoint} is "
+            f"{found.vision.backend}'s; leave the flag out, or export the checkpoint and start from that"
+        )
 
 
-def _refuse_other_sizes(asked: ModelConfig | None, found: ModelConfig, source: Path) -> None:
-    for part in ("language", "vision", "image"):
+def _refuse_other_sizes(config: RunConfig, found: ModelConfig, source: Path) -> None:
+    asked, found = config.architecture, with_architecture(config, found).architecture
+    for part in ("language", "vision", "image", "qformer"):
         if asked is not None and getattr(asked, part) != getattr(found, part):
             raise ValueError(
                 f"the YAML's model.{part} is {getattr(asked, part)}, but --pretrained-checkpoint {source} holds "
@@ -248,6 +256,7 @@ def build_trainer(
         log.say(
             f"{said}\ntensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {device.type}, "
             f"{layout.global_batch_size} samples a step, {num_samples} an epoch, {train_iters} iterations"
+            + "".join(f"\n{line}" for line in setup.parts_of_transformers(config.model, architecture))
         )
     return Trainer(
         config,

@@ -88,7 +88,7 @@ class HaclModel(MegatronModule):
         dtype = language_config.params_dtype
         if self.pre_process:
             if model.vision.backend == "hf":
-                self.vision_tower = HFVisionTower(model, seed=seed + 2, dtype=dtype)
+                self.vision_tower = HFVisionTower(model, seed=seed + 2, dtype=dtype, device=device)
             else:
                 self.vision_tower = VisionTower(model, vision_config, device, groups)
             fresh = {"generator": cpu_generator(seed), "dtype": dtype}
@@ -96,7 +96,7 @@ class HaclModel(MegatronModule):
             if model.qformer is None:
                 self.connector = Connector(model.projector_type, *widths, **fresh)
             else:
-                self.connector = QFormerConnector(model.qformer, widths[1], seed=seed + 3, **fresh)
+                self.connector = QFormerConnector(model.qformer, widths[1], seed=seed + 3, device=device, **fresh)
         self.language_model = LlamaStage(
             model.language,
             language_config,

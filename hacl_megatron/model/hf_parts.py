@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from hacl_megatron.config.architecture import ModelConfig, QFormerConfig
 from hacl_megatron.model.init import cpu_generator, seeded_linear
 
+HOST = torch.device("cpu")
 _DROPOUT = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 class HFVisionTower(nn.Module):
     """A vision model of transformers, cut behind the layer that the connector reads."""
 
-    def __init__(self, model: ModelConfig, *, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelConfig, *, seed: int, dtype: torch.dtype, device: torch.device = HOST) -> None:
         super().__init__()
         vision = model.vision
         facts = {**vision.hf, "num_hidden_layers": model.num_vision_layers_built}
-        self.model = _built(vision.kind.model_class, facts, seed=seed, dtype=dtype)
+        self.model = _built(vision.kind.model_class, facts, seed=seed, dtype=dtype, device=device)
         self._drops_class_token = vision.kind.has_class_token and not vision.kind.keeps_class_token
         for name in vision.kind.unused:
             if hasattr(self.model, name):
@@ -51,6 +52,7 @@ class QFormerConnector(nn.Module):
         seed: int,
         generator: torch.Generator,
         dtype: torch.dtype,
+        device: torch.device = HOST,
     ) -> None:
         super().__init__()
         shape = (1, qformer.num_query_tokens, qformer.hidden_size)
@@ -58,7 +60,7 @@ class QFormerConnector(nn.Module):
         with torch.no_grad():  # as salesforce/LAVIS draws them; transformers' zeros would make all queries alike
             drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
             self.query_tokens.copy_(drawn.normal_(std=0.02, generator=cpu_generator(seed)))
-        self.qformer = _built("Blip2QFormerModel", qformer.hf, seed=seed, dtype=dtype)
+        self.qformer = _built("Blip2QFormerModel", qformer.hf, seed=seed, dtype=dtype, device=device)
         self.projection = seeded_linear(qformer.hidden_size, language_hidden, generator=generator, dtype=dtype)
 
     def freeze_qformer(self) -> None:
@@ -84,14 +86,20 @@ class QFormerConnector(nn.Module):
         return self.projection(states if from_queries else self.query_states(states))
 
 
-def _built(class_name: str, facts: dict[str, Any], *, seed: int, dtype: torch.dtype) -> nn.Module:
-    """A bare transformers model with transformers' own initial values, drawn from `seed` whatever was drawn before."""
+def _built(class_name: str, facts: dict[str, Any], *, seed: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A bare transformers model with transformers' own initial values, drawn from `seed` whatever was drawn before.
+
+    They are drawn where the model will be: a ViT-g would take a host half a minute.
+    """
     model_class = getattr(transformers, class_name)
     config = model_class.config_class.from_dict(facts)
     for name in _DROPOUT:
         if hasattr(config, name):
             setattr(config, name, 0.0)
-    with torch.random.fork_rng(devices=[]):
+    accelerators = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=accelerators), device:
         torch.default_generator.manual_seed(seed)
+        if accelerators:
+            torch.cuda.manual_seed(seed)
         built = model_class(config)
     return getattr(built, "vision_model", built).to(dtype)  # transformers 4 wraps some towers once more

@@ -22,6 +22,7 @@ from hacl_megatron.checkpoint.hf_import import load_adapter, load_hf_weights
 from hacl_megatron.checkpoint.sharded import find_checkpoint, load_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, padded_vocab_size
+from hacl_megatron.config.flags import ModelFlags
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.sections import megatron_fields
 from hacl_megatron.model.hacl import HaclModel
@@ -95,6 +96,23 @@ def build_module(
         device=device,
         groups=groups,
     )
+
+
+def parts_of_transformers(flags: ModelFlags, architecture: ModelConfig) -> list[str]:
+    """A line for the user on each part that transformers builds."""
+    vision, qformer = architecture.vision, architecture.qformer
+    lines = []
+    if vision.backend == "hf":
+        lines.append(
+            f"vision tower: transformers' {vision.hf['model_type']}, {'frozen' if flags.freeze_ViT else 'trained'}, "
+            "whole on every tensor-parallel rank, without dropout"
+        )
+    if qformer is not None:
+        lines.append(
+            f"connector: Q-Former of {qformer.num_query_tokens} query tokens an image, "
+            f"{'frozen' if flags.freeze_qformer else 'trained'}, without dropout; its projection trains"
+        )
+    return lines
 
 
 def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelConfig, layout: Layout) -> str:

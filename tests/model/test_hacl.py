@@ -96,6 +96,36 @@ def test_text_alone_gives_every_trained_parameter_a_gradient(seen, trains):
     assert any(name.startswith("vision_tower.") for name in gradients) == (trains == "everything")
 
 
+def silent_parameters(folders: list[str]) -> list[dict[str, float | None]]:
+    """Gradients of models with parts of transformers, everything trained, for text alone."""
+    from hacl_megatron.platform.processes import start_platform
+
+    device, found = start_platform("cpu"), []
+    for folder in folders:
+        module, architecture, _ = build(Path(folder) / "weights", Layout(), device)
+        text = make_batches(visual=architecture.visual_tokens)[1]
+        output = module(text, SegmentLengths.of(text))
+        output.logits.square().sum().backward()
+        found.append(
+            {
+                name: None if p.grad is None else float(p.grad.abs().max())
+                for name, p in module.named_parameters()
+                if name.startswith(("vision_tower.", "connector."))
+            }
+        )
+    return found
+
+
+def test_text_alone_gives_the_parts_of_transformers_gradients(tmp_path):
+    """As above: zero, not None."""
+    folders = {family: tmp_path / family for family in ("blip2", "siglip")}
+    for family, folder in folders.items():
+        write_reference(folder, Variant(family=family))
+    (found,) = run_distributed(silent_parameters, 1, [str(folder) for folder in folders.values()])
+    for gradients in found:
+        assert len(gradients) > 40 and set(gradients.values()) == {0.0}, gradients
+
+
 @pytest.mark.parametrize("trains", FROZEN)
 def test_frozen_parts_take_no_gradient_and_the_others_do(seen, trains):
     gradients = seen["mixed"][trains]

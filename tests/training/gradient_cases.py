@@ -79,7 +79,7 @@ def _trainer(folder: Path, stage: str, flags: list[str]) -> tuple[Trainer, Any]:
     if trainer.loader is None:
         return trainer, None
     trainer.loader.close()
-    return trainer, load_tokenizer(config.model.pretrained_checkpoint)
+    return trainer, load_tokenizer(config.model.tokenizer or config.model.pretrained_checkpoint)
 
 
 def peaks(folder: str, stage: str, counts: list[int], samples: int) -> dict[int, int]:

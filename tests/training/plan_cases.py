@@ -23,7 +23,6 @@ from hacl_megatron.training.plan.activations import cpu_kernels, stage_activatio
 from hacl_megatron.training.plan.parameters import stage_parameters
 from hacl_megatron.training.plan.state import StateBytes, state_bytes
 from hacl_megatron.training.plan.workload import MicroBatchShape, PackShape, Segments
-from tests.model.parity_cases import IMAGE_SIZE, VISUAL
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -110,11 +109,12 @@ def make_micro_batch(name: str, config: RunConfig, num_micro_batches: int) -> Mi
     """Packs of those samples as the trainer would cut them in a step of `num_micro_batches`."""
     samples = MICRO_BATCHES[name]
     shares_prefix = config.objective.contrastive_image_context == "prompt"
-    slots = [_slot(index, *sample, shares_prefix=shares_prefix) for index, sample in enumerate(samples)]
-    pixels = torch.randn(sum(has_image for _, _, has_image, _, _ in samples), 3, IMAGE_SIZE, IMAGE_SIZE)
+    size, visual = config.architecture.vision.image_size, config.architecture.visual_tokens
+    pixels = torch.randn(sum(has_image for _, _, has_image, _, _ in samples), 3, size, size)
+    slots = [_slot(index, *sample, visual, shares_prefix=shares_prefix) for index, sample in enumerate(samples)]
     plan = pack_plan(config, num_micro_batches, with_gradients=True)
     packs = [
-        None if parts is None else pack(slots, pixels, visual_tokens=VISUAL, pad_multiple=2, parts=parts)
+        None if parts is None else pack(slots, pixels, visual_tokens=visual, pad_multiple=2, parts=parts)
         for parts in (plan.main, plan.ahead)
     ]
     return MicroBatch(main=packs[0], ahead=packs[1])
@@ -122,14 +122,14 @@ def make_micro_batch(name: str, config: RunConfig, num_micro_batches: int) -> Mi
 
 def _slot(
     index: int, rows: int, targets: int, has_image: bool, caption: int, hallucinated: tuple[int, ...],
-    *, shares_prefix: bool,
+    visual: int, *, shares_prefix: bool,
 ) -> PackSlot:  # fmt: skip
     ids = np.arange(rows, dtype=np.int64) % 200 + 3
     if has_image:
-        ids[1 : 1 + VISUAL] = IMAGE
+        ids[1 : 1 + visual] = IMAGE
     labels = np.full(rows, IGNORE, dtype=np.int64)
     labels[rows - targets :] = ids[rows - targets :]
-    context = ids[0 if shares_prefix else 1 : 1 + VISUAL]  # BOS is the prefix
+    context = ids[0 if shares_prefix else 1 : 1 + visual]  # BOS is the prefix
     encoded = EncodedSample(
         dialogue=ids, labels=labels, has_image=has_image, image_segment=np.append(context, 2) if caption else None,
         caption_segment=ids[-1] + np.arange(caption) if caption else None,
@@ -213,7 +213,8 @@ def activations_on_this_rank(cases: Sequence[tuple[Sequence[str], str, str, int]
         config, layout, device, groups = _prepare(arguments)
         config.transformer.update(RECOMPUTE[recompute])
         module = setup.build_module(config, config.architecture, layout, groups, device)
-        module.freeze(language_model=config.model.freeze_LM, vision_tower=config.model.freeze_ViT)
+        flags = config.model
+        module.freeze(language_model=flags.freeze_LM, vision_tower=flags.freeze_ViT, qformer=flags.freeze_qformer)
         micro_batch = make_micro_batch(samples, config, num_micro_batches)
         shape = shape_of(micro_batch)
 

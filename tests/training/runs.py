@@ -1,9 +1,12 @@
 """Runs the trainer inside gloo ranks, on tiny real data, and reads back what it left on disk."""
 
 import json
+import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,12 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import load_common_state_dict
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import Blip2Config, LlavaConfig
 
 from hacl_megatron.train import run
 from tests.distributed import run_distributed
-from tests.tiny import write_tiny_data, write_tiny_llava
+from tests.model.hf_architecture import architecture
+from tests.tiny import image_token_id, sentencepiece_model, tiny_tokenizer, write_tiny_data, write_tiny_llava
 
 LOSSES = ("lm loss", "contrastive loss i2t", "contrastive loss t2i")
 
@@ -27,9 +32,40 @@ LOSSES = ("lm loss", "contrastive loss i2t", "contrastive loss t2i")
 def make_inputs(folder: Path, *, samples: int = 48, **model) -> Path:
     """A tiny LLaVA, data, and one YAML per stage in `folder`: 8 samples a step, mixed batches, one micro-batch."""
     write_tiny_llava(folder / "llava", **model)
+    return _write_stages(folder, samples, {"pretrained-checkpoint": str(folder / "llava")})
+
+
+def make_hf_inputs(folder: Path, config: Blip2Config | LlavaConfig, *, samples: int = 48) -> Path:
+    """The same for a model with parts of transformers, which starts from random weights in a checkpoint of ours.
+
+    The random weights of a LLaMA depend on the layout, so a run whose rate moves nothing saves those of one process.
+    """
+    given = write_hf_stages(folder, config, samples=samples)
+    start = ["--config", str(folder / "pretrain.yaml"), "--save", str(folder / "start"), "--lr", "1e-30"]
+    train([[*start, "--train-iters", "1", *layout_flags("tp1")[1]]], 1)
+    del given["model"]
+    return _write_stages(folder, samples, {**given, "pretrained-checkpoint": str(folder / "start")})
+
+
+def write_hf_stages(folder: Path, config: Blip2Config | LlavaConfig, *, samples: int = 48) -> dict[str, Any]:
+    """Data and one YAML per stage for random weights of such a model; returns what both files have beside flags."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_tokenizer(config.text_config.vocab_size).save_pretrained(folder / "tokenizer")
+    shutil.copy(sentencepiece_model(image_token_id(config.text_config.vocab_size)), folder / "tokenizer")
+    given = {
+        "tokenizer": str(folder / "tokenizer"),
+        "image-aspect-ratio": "stretch",
+        "transformer": {"init_method_std": 0.1},
+        "model": asdict(architecture(config)),
+    }
+    _write_stages(folder, samples, given)
+    return given
+
+
+def _write_stages(folder: Path, samples: int, given: dict[str, Any]) -> Path:
     data = write_tiny_data(folder / "data", n=samples)
     common = {
-        "pretrained-checkpoint": str(folder / "llava"),
+        **given,
         "image-folder": str(data["images"]),
         "global-batch-size": 8,
         "train-iters": 5,
@@ -150,6 +186,26 @@ def weights(save: Path) -> dict[str, torch.Tensor]:
 def common_state(save: Path) -> dict[str, Any]:
     """What the newest checkpoint of `save` holds beside tensors: counters, schedule, parameter groups, data state."""
     return load_common_state_dict(str(latest_checkpoint(save)))
+
+
+def assert_same_run(expected: Path, found: Path, tags: Sequence[str]) -> None:
+    """Two whole runs of 5 steps give the same metrics and weights, but for rounding."""
+    one_run, other_run = metrics(expected), metrics(found)
+    assert len(one_run) == len(other_run) == 5
+    for one, many in zip(one_run, other_run, strict=True):
+        for tag in tags:
+            assert math.isclose(one[tag], many[tag], rel_tol=1e-4, abs_tol=1e-6), (one["iteration"], tag, one, many)
+
+    one, many = weights(expected), weights(found)
+    assert one.keys() == many.keys()
+    for name, tensor in one.items():
+        # Adam's first steps are lr * sign(gradient): an entry whose gradient is all rounding may go either way, by
+        # up to 2 * lr a step. So entries may differ by a few lr = 1e-3, but hardly any do.
+        difference = (tensor - many[name]).abs()
+        assert difference.max() <= 6e-3, name
+        if name.endswith((".key.bias", ".k_proj.bias")):  # shifts all scores alike: all of its gradient is rounding
+            continue
+        assert (difference > 2e-5).float().mean() <= 0.01, (name, (difference > 2e-5).float().mean())
 
 
 def assert_same_state(expected: Path, found: Path) -> None:

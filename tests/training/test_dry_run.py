@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 
 from hacl_megatron.config.checks import check_flags
@@ -18,6 +20,7 @@ from hacl_megatron.train import run
 from hacl_megatron.training.plan.parameters import stage_parameters
 from hacl_megatron.training.plan.state import state_bytes
 from tests.distributed import _context
+from tests.model.hf_architecture import json_clean, tower
 from tests.training.test_plan import EXAMPLES, seventy_billion
 
 FINETUNE, PRETRAIN_13B = str(EXAMPLES / "finetune_7b.yaml"), str(EXAMPLES / "pretrain_13b.yaml")
@@ -50,12 +53,27 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = yaml.safe_load(Path(FINETUNE).read_text())
     written = {
         "70b": seventy_billion(),
+        "minigpt4": minigpt4(values),
         "no-model": {key: value for key, value in values.items() if key != "model"},
         "recompute": {**values, "transformer": {"recompute_granularity": "full"}},
     }
     for name, content in written.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return folder
+
+
+def minigpt4(values: dict[str, Any]) -> dict[str, Any]:
+    """MiniGPT-4 7B, stage 1: a LLaMA of the 7B's sizes behind the tower and Q-Former that BLIP-2 published."""
+    vision, qformer = transformers.Blip2VisionConfig(), transformers.Blip2QFormerConfig()
+    model = {
+        **values["model"],
+        "vision": asdict(tower(vision)),
+        "image": {"size": 224},
+        "projector_type": "qformer",
+        "vision_select_layer": -1,
+        "qformer": {"num_query_tokens": 32, "hidden_size": 768, "hf": json_clean(qformer)},
+    }
+    return {**values, "freeze-LM": True, "model": model}
 
 
 CASES: dict[str, tuple[list[str], list[str]]] = {
@@ -70,6 +88,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "70B": (
         ["--config", "FOLDER/70b.yaml", "--world-size", "8"],
         ["would train: connector, LLM, heads", "warning: ", "tools/plan_run.py --suggest"],
+    ),
+    "MiniGPT-4": (  # tower and Q-Former as many as transformers counts, and 768 x 4096 + 4096 of the projection
+        ["--config", "FOLDER/minigpt4.yaml", "--world-size", "8", "--pipeline-model-parallel-size", "2"],
+        ["985,952,256", "108,312,064", "3,149,824 ", "would train: connector, heads", "fits"],
     ),
     "heads": (
         ["--config", FINETUNE, "--world-size", "48", "--tensor-model-parallel-size", "3", "--micro-batch-size", "8"],

@@ -1,12 +1,11 @@
 """The invariance of DESIGN section 2: tensor, sequence, pipeline and data parallel sizes only change rounding."""
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training.runs import layout_flags, make_inputs, metrics, train, weights
+from tests.training.runs import assert_same_run, layout_flags, make_inputs, metrics, train, weights
 
 LAYOUTS = ("tp2", "tp2-sp", "pp2-first1", "dp2", "tp2-pp2-sp", "tp2-dp2", "pp2-dp2")
 COMPARED = (
@@ -39,20 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_losses_and_weights_as_one_process(finished: Path, stage: str, layout: str) -> None:
-    expected, found = metrics(finished / f"{stage}-tp1"), metrics(finished / f"{stage}-{layout}")
-    assert len(expected) == len(found) == 5
-    for one, many in zip(expected, found, strict=True):
-        for tag in COMPARED:
-            assert math.isclose(one[tag], many[tag], rel_tol=1e-4, abs_tol=1e-6), (one["iteration"], tag, one, many)
-
-    one, many = weights(finished / f"{stage}-tp1"), weights(finished / f"{stage}-{layout}")
-    assert one.keys() == many.keys()
-    for name, tensor in one.items():
-        # Adam's first steps are lr * sign(gradient): an entry whose gradient is all rounding may go either way, by
-        # up to 2 * lr a step. So entries may differ by a few lr = 1e-3, but hardly any do.
-        difference = (tensor - many[name]).abs()
-        assert difference.max() <= 6e-3, name
-        assert (difference > 2e-5).float().mean() <= 0.01, (name, (difference > 2e-5).float().mean())
+    assert_same_run(finished / f"{stage}-tp1", finished / f"{stage}-{layout}", COMPARED)
 
 
 def test_the_data_exercises_mixed_batches(finished: Path) -> None:

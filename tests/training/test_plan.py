@@ -8,13 +8,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from hacl_megatron.checkpoint.hf_config import read_model_config
 from hacl_megatron.config.checks import check_architecture, check_flags
 from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config
-from hacl_megatron.training.flops import step_flops
+from hacl_megatron.model.hf_parts import HFVisionTower, QFormerConnector
+from hacl_megatron.training.flops import qformer_flops, step_flops, tower_flops, vision_flops
 from hacl_megatron.training.plan.compute import stage_flops
 from hacl_megatron.training.plan.hardware import GIB, GPUS, Cluster
 from hacl_megatron.training.plan.planner import Plan, make_plan
@@ -28,6 +31,8 @@ from hacl_megatron.training.plan.workload import (
     micro_batch_shape,
 )
 from tests.distributed import run_distributed
+from tests.model.hf_architecture import architecture as hf_architecture
+from tests.tiny import tiny_blip2_config, tiny_llava_config, tiny_siglip_config
 from tests.training.plan_cases import (
     FULL,
     RECOMPUTE,
@@ -36,7 +41,7 @@ from tests.training.plan_cases import (
     shape_of,
     state_on_this_rank,
 )
-from tests.training.runs import latest_checkpoint, layout_flags, make_inputs, tensors, train
+from tests.training.runs import latest_checkpoint, layout_flags, make_inputs, tensors, train, write_hf_stages
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples" / "llava_1_5"
@@ -47,6 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = make_inputs(tmp_path_factory.mktemp("plan"))
     make_inputs(inputs / "tied", tie=True)
     make_inputs(inputs / "even", groups=6)
+    siglip = tiny_llava_config(groups=6)
+    siglip.vision_config = tiny_siglip_config()
+    write_hf_stages(inputs / "siglip", siglip)
+    write_hf_stages(inputs / "minigpt4", tiny_blip2_config(groups=6))
     ddp = {"grad_reduce_in_fp32": False, "bucket_size": 9_000, "pad_buckets_for_high_nccl_busbw": True}
     lean = {**yaml.safe_load((inputs / "finetune.yaml").read_text()), "ddp": ddp}
     (inputs / "lean.yaml").write_text(yaml.safe_dump(lean))
@@ -66,6 +75,7 @@ def command(folder: Path, stage: str, layout: str, *extra: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- state
 
 OVERLAP = ["--overlap-grad-reduce"]
+ALL_TRAIN = ["--freeze-ViT", "false", "--freeze-qformer", "false"]
 STATE_RUNS: dict[int, list[tuple[str, list[str]]]] = {
     1: [("tp1", []), ("tp1-dist", []), ("tp1", ["--bf16"]), ("tp1", ["--freeze-ViT", "false", "--bf16"])],
     2: [
@@ -86,6 +96,8 @@ def states(folder: Path) -> dict[str, list[dict]]:
                 ("tied", "finetune", layout, extra) for layout in ("pp2", "dp2-dist") for extra in ([], ["--bf16"])
             ]
             cases += [("", "lean", layout, ["--bf16", *OVERLAP]) for layout in ("dp2-dist", "pp2")]
+            cases += [("minigpt4", "pretrain", "pp2", ["--bf16"]), ("minigpt4", "pretrain", "tp2", ALL_TRAIN)]
+            cases += [("siglip", "finetune", "tp2", ALL_TRAIN), ("siglip", "pretrain", "dp2-dist", [])]
         commands = [command(folder / where, stage, layout, *extra) for where, stage, layout, extra in cases]
         ranks = run_distributed(state_on_this_rank, world_size, commands)
         for number, (where, stage, layout, extra) in enumerate(cases):
@@ -94,7 +106,7 @@ def states(folder: Path) -> dict[str, list[dict]]:
 
 
 def test_planned_parameters_are_the_models(states):
-    assert len(states) == 34
+    assert len(states) == 38
     for run, ranks in states.items():
         for rank in ranks:
             assert rank["planned parameters"] == rank["parameters"], run
@@ -136,6 +148,11 @@ ACTIVATION_RUNS = {
             ("finetune", NO_PAIRS, ["none"], ["pairs"], [1]),
             ("finetune", ["--freeze-ViT", "false"], ["none"], ["images"], [1, 3]),
             ("pretrain", ["--mm-projector-type", "mlp4x_gelu"], ["full"], ["images"], [1]),
+            ("minigpt4 pretrain", [], ["none"], ["pairs"], [1, 3]),
+            ("minigpt4 pretrain", ALL_TRAIN, ["full"], ["images"], [1, 3]),
+            ("minigpt4 pretrain", ALL_TRAIN[:2], ["full"], ["images"], [1]),
+            ("minigpt4 pretrain", ALL_TRAIN[2:], ["full"], ["images"], [1]),
+            ("siglip pretrain", ALL_TRAIN, ["full"], ["images"], [1]),
         )
         for recompute in recomputes
         for samples in makes
@@ -160,7 +177,7 @@ def test_activations_are_near_what_autograd_keeps(folder: Path):
         ]  # fmt: skip
         for rank in run_distributed(activations_on_this_rank, world_size, cases):
             seen += list(zip(runs, rank, strict=True))
-    assert len(seen) == 54 + 2 * 24
+    assert len(seen) == 61 + 2 * 24
     for run, found in seen:
         assert found["planned"] == pytest.approx(found["kept"], rel=0.05), run
         assert found["planned loss"] == pytest.approx(found["loss"], rel=0.05), run
@@ -316,6 +333,50 @@ def test_flops_of_the_stages_are_what_the_trainer_reports(folder: Path, name: st
         assert sum(stage.model for stage in stages) == pytest.approx(expected, rel=1e-9)
         caches = number > 1 and name != "no pairs" and samples != "long"
         assert (sum(stage.repeated for stage in stages) > 0) == caches
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("extra", [[], ALL_TRAIN[:2], ALL_TRAIN[2:], ALL_TRAIN])
+def test_flops_of_a_q_former_in_the_stages(folder: Path, extra: list[str], number: int):
+    """What runs twice beside the image segments in the LLM: whatever of tower and Q-Former has a trained part."""
+    config = parse_run_config(command(folder / "minigpt4", "pretrain", "pp2", *extra))
+    model, flags = config.architecture, config.model
+    micro_batch = make_micro_batch("pairs", config, number)
+    expected = step_flops(
+        model, [micro_batch], trains_language_model=False, trains_vision_tower=not flags.freeze_ViT,
+        trains_qformer=not flags.freeze_qformer,
+    )  # fmt: skip
+    stages = [stage_flops(config, model, shape_of(micro_batch), stage) for stage in range(2)]
+    assert sum(stage.model for stage in stages) == pytest.approx(expected, rel=1e-9)
+    forward = tower_flops(model) * (not flags.freeze_ViT) + sum(qformer_flops(model)) * bool(extra)
+    of_layers = stage_flops(tiny(folder, "pp2"), model, shape_of(micro_batch), 0).repeated
+    assert stages[0].repeated - of_layers == pytest.approx(forward * 2 * (number > 1), rel=1e-9)
+    config.parallel.tensor_model_parallel_size = 3
+    images = vision_flops(
+        model, 2, trained=not flags.freeze_ViT, trains_qformer=not flags.freeze_qformer
+    ) + forward * 2 * (number > 1)  # fmt: skip
+    more = stage_flops(config, model, shape_of(micro_batch), 0).repeated - stages[0].repeated
+    assert more == pytest.approx(2 * images, rel=1e-9), "on each of three ranks"
+
+
+@pytest.mark.parametrize("trains_qformer", [True, False])
+@pytest.mark.parametrize("trains_tower", [True, False])
+def test_flops_of_transformers_parts_are_those_that_torch_counts(trains_tower: bool, trains_qformer: bool):
+    """The formula gives a trained tower's pixels a gradient, and the queries of a frozen Q-Former behind it."""
+    model = hf_architecture(tiny_blip2_config())
+    tower = HFVisionTower(model, seed=1, dtype=torch.float32).requires_grad_(trains_tower)
+    connector = QFormerConnector(model.qformer, 48, seed=1, generator=torch.Generator(), dtype=torch.float32)
+    for part in (tower.model, connector.qformer):
+        part.config._attn_implementation = "eager"  # matrix products that torch counts on any device
+    if not trains_qformer:
+        connector.freeze_qformer()
+    with FlopCounterMode(display=False) as counter:
+        connector(tower(torch.randn(3, 3, 48, 48))).sum().backward()
+    found = vision_flops(model, 3, trained=trains_tower, trains_qformer=trains_qformer)
+    excess = 3 * 2 * 36 * 3 * 64 * 30 if trains_tower else 0  # of the pixels
+    if trains_tower and not trains_qformer:  # of the first layer's self-attention
+        excess += 3 * (2 * 5 * 4 * 24 * 24 + 2 * 4 * 5 * 5 * 24)
+    assert found - excess == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -24,7 +24,8 @@ class StageFlops:
 
     model: float
     repeated: float
-    """Forward passes of recomputed layers, and what gradient caching runs ahead of the main pass."""
+    """Forward passes of recomputed layers, what gradient caching runs ahead of the main pass, and the same images in
+    towers of transformers, which every tensor-parallel rank has whole."""
 
     @property
     def hardware(self) -> float:
@@ -82,6 +83,7 @@ def stage_flops(config: RunConfig, model: ModelConfig, micro_batch: MicroBatchSh
     total += of_layers(micro_batch.runs_once_ahead, 1)
     repeated += of_layers(micro_batch.runs_twice, 1)
     if is_first:
+        before_images = total + repeated
         tower_trained, qformer_trained = not config.model.freeze_ViT, not config.model.freeze_qformer
         total += vision_flops(model, 1, trained=tower_trained, trains_qformer=qformer_trained) * main.images
         if micro_batch.ahead is not None and micro_batch.ahead.image_rows:
@@ -89,6 +91,8 @@ def stage_flops(config: RunConfig, model: ModelConfig, micro_batch: MicroBatchSh
             if tower_trained or qformer_trained:
                 again += sum(qformer_flops(model))
             repeated += again * main.images
+        if model.vision.backend == "hf":
+            repeated += (total + repeated - before_images) * (parallel.tensor_model_parallel_size - 1)
     if is_last:
         total += 2 * main.target_rows * language.hidden_size * language.vocab_size * passes
     return StageFlops(model=total, repeated=repeated)

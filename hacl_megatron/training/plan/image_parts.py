@@ -43,7 +43,7 @@ def qformer_shapes(model: ModelConfig) -> Shapes:
 
 @cache
 def _built_shapes(model: str) -> tuple[Shapes, Shapes]:
-    """Of tower and connector of a model, given as JSON since its dictionaries are no keys; built without memory."""
+    """Of tower and connector of a model, given as JSON since dictionaries are no keys; built on meta."""
     config = build_record(ModelConfig, json.loads(model), "model")
 
     def shapes(module: nn.Module) -> Shapes:
@@ -51,12 +51,12 @@ def _built_shapes(model: str) -> tuple[Shapes, Shapes]:
 
     tower: Shapes = ()
     connector: Shapes = ()
-    with torch.device("meta"):
-        if config.vision.backend == "hf":
-            tower = shapes(HFVisionTower(config, seed=0, dtype=torch.float32))
-        if config.qformer is not None:
-            drawn = {"seed": 0, "generator": torch.Generator("cpu"), "dtype": torch.float32}
-            connector = shapes(QFormerConnector(config.qformer, config.language.hidden_size, **drawn))
+    built = {"seed": 0, "dtype": torch.float32, "device": torch.device("meta")}
+    if config.vision.backend == "hf":
+        tower = shapes(HFVisionTower(config, **built))
+    if config.qformer is not None:
+        hidden = config.language.hidden_size
+        connector = shapes(QFormerConnector(config.qformer, hidden, generator=torch.Generator("cpu"), **built))
     return tower, connector
 
 

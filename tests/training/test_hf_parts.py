@@ -1,0 +1,179 @@
+"""A tiny MiniGPT-4-like model and a SigLIP tower in training: the invariance of DESIGN section 2, resuming, files.
+
+Both run parts of transformers (`model.hf_parts`), replicated over tensor-parallel ranks.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hacl_megatron.checkpoint.integrity import FROZEN_FOLDER
+from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml
+from hacl_megatron.train import resolve_architecture
+from tests.distributed import run_distributed
+from tests.model.hf_architecture import architecture
+from tests.tiny import tiny_blip2_config, tiny_llava_config, tiny_siglip_config
+from tests.training.gradient_cases import SAMPLES, Case, read, record
+from tests.training.runs import (
+    LOSSES,
+    assert_same_run,
+    latest_checkpoint,
+    layout_flags,
+    make_hf_inputs,
+    metrics,
+    train,
+    weights,
+)
+
+TRAINED = ["--freeze-ViT", "false", "--freeze-qformer", "false"]
+RUNS = {
+    "stage 1": ("minigpt4", "pretrain", []),  # MiniGPT-4's: the projection trains, and HACL's heads
+    "all trained": ("minigpt4", "finetune", TRAINED),
+    "q-former alone": ("minigpt4", "pretrain", ["--freeze-qformer", "false"]),
+    "siglip": ("siglip", "finetune", TRAINED[:2]),
+}
+LAYOUTS = {"tp2-sp": [], "pp2-first1": [], "dp2": ["--use-distributed-optimizer", "--overlap-grad-reduce"]}
+STEPS = ("stage 1", "all trained", "siglip")
+COMPARED = (*LOSSES, "temperature", "hallucination margin", "grad-norm")
+CASES = [Case("own", "image", micro_batches=4), Case("all", "prompt", micro_batches=4)]
+RESUMED = (("tp2-sp", "pp2-first1"), ("pp2-first1", "tp2-sp"))
+
+
+def command(folder: Path, run: str, layout: str, save: str, *extra: str) -> list[str]:
+    model, stage, flags = RUNS[run]
+    config = ["--config", str(folder / model / f"{stage}.yaml"), "--save", str(folder / save)]
+    return [*config, *layout_flags(layout)[1], *flags, *LAYOUTS.get(layout, []), *extra]
+
+
+def record_all(folder: str, layouts: Iterable[str]) -> None:
+    for layout in layouts:
+        _, flags = layout_flags(layout, samples=SAMPLES)
+        for run, (model, stage, trained) in RUNS.items():
+            # One micro-batch in one process is the reference.
+            cases = [*CASES, *(Case(case.hallucination_negatives, case.context) for case in CASES if layout == "tp1")]
+            record(
+                f"{folder}/{model}", f"{layout} {run}", [*flags, *trained, "--global-batch-size", str(SAMPLES)],
+                stage, cases,
+            )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hf-parts")
+    siglip = tiny_llava_config()
+    siglip.vision_config = tiny_siglip_config()
+    for name, config in (("minigpt4", tiny_blip2_config()), ("siglip", siglip)):
+        make_hf_inputs(root / name, config)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """Every run of this file."""
+    train([command(folder, run, "tp1", f"{run}-tp1") for run in STEPS], 1)
+    many = [command(folder, run, layout, f"{run}-{layout}") for run in STEPS for layout in LAYOUTS]
+    for source, target in RESUMED:
+        cut = str(folder / f"cut-{source}")
+        many.append(command(folder, "stage 1", source, f"cut-{source}", "--exit-interval", "2"))
+        many.append(command(folder, "stage 1", target, f"resumed-{target}", "--load", cut))
+    train(many, 2)
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("run", STEPS)
+def test_same_losses_and_weights_as_one_process(finished: Path, run: str, layout: str) -> None:
+    assert_same_run(finished / f"{run}-tp1", finished / f"{run}-{layout}", COMPARED)
+
+
+def test_what_trains_moves_and_nothing_else(finished: Path) -> None:
+    parts = {
+        "vision_tower.": ("all trained", "siglip"), "connector.query_tokens": ("all trained",),
+        "connector.qformer.": ("all trained",), "connector.projection.": ("stage 1", "all trained"),
+        "connector.0.": ("siglip",), "language_model.": ("all trained", "siglip"), "heads.": STEPS,
+    }  # fmt: skip
+    for run in STEPS:
+        before, after = weights(finished / RUNS[run][0] / "start"), weights(finished / f"{run}-tp1")
+        assert before.keys() == after.keys()
+        for part, moving in parts.items():
+            names = [name for name in before if name.startswith(part)]
+            moved = [name for name in names if not torch.equal(before[name], after[name])]
+            assert bool(moved) == (run in moving and bool(names)), (run, part, moved)
+            if moved and part != "language_model.":  # some of its rows are never seen
+                still = set(names) - set(moved)
+                assert all(name.endswith("key.bias") for name in still), still
+
+
+def test_frozen_parts_are_written_once(finished: Path) -> None:
+    """Tower, Q-Former and LLM of stage 1 lie in SAVE/frozen, to which the iterations refer."""
+    save = finished / "cut-tp2-sp"
+    (frozen,) = (save / FROZEN_FOLDER).iterdir()
+    size = {
+        name: sum(file.stat().st_size for file in where.glob("*.distcp"))
+        for name, where in (("frozen", frozen), ("iteration", latest_checkpoint(save)))
+    }
+    held = weights(save)
+    trained = sum(t.nbytes for name, t in held.items() if name.startswith(("connector.projection.", "heads.")))
+    rest = sum(t.nbytes for t in held.values()) - trained
+    assert rest <= size["frozen"] < 1.5 * rest
+    assert 3 * trained <= size["iteration"] < 3 * trained + 200_000, "weights and two moments"
+
+
+@pytest.mark.parametrize(("source", "target"), RESUMED)
+def test_resumed_at_another_layout(finished: Path, source: str, target: str) -> None:
+    whole, found = metrics(finished / "stage 1-tp1"), metrics(finished / f"resumed-{target}")
+    assert [row["iteration"] for row in found] == [3, 4, 5]
+    for expected, row in zip(whole[2:], found, strict=True):
+        for tag in COMPARED:
+            assert math.isclose(expected[tag], row[tag], rel_tol=1e-4, abs_tol=1e-6), (tag, expected, row)
+
+
+@pytest.fixture(scope="module")
+def recorded(folder: Path) -> Path:
+    run_distributed(record_all, 1, str(folder), ["tp1"])
+    run_distributed(record_all, 2, str(folder), list(LAYOUTS))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["tp1", *LAYOUTS])
+@pytest.mark.parametrize("run", RUNS)
+def test_gradients_are_those_of_one_process_and_one_micro_batch(recorded: Path, run: str, layout: str) -> None:
+    """With gradient caching: the pass ahead and the main one share what is constant, tower features or query states."""
+    model, stage, _ = RUNS[run]
+    for case in CASES:
+        reference = Case(case.hallucination_negatives, case.context)
+        expected = read(recorded / model, stage, f"tp1 {run}", 1, reference)
+        found = read(recorded / model, stage, f"{layout} {run}", layout_flags(layout)[0], case)
+        assert found["num_micro_batches"] == 4
+        torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
+        assert found["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
+            size = gradient.norm()
+            if name.endswith(("key.bias", "k_proj.bias")):  # shifts all scores alike: all rounding
+                size = expected["gradients"][name.replace(".bias", ".weight")].norm()
+            difference = float((found["gradients"][name] - gradient).norm() / size.clamp_min(1e-12))
+            assert difference <= 1e-4, (case.name(), name, difference)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--vision-backend", "megatron"], ["--vision-backend is megatron", "is hf's", "leave the flag out"]),
+        (["--mm-projector-type", "qformer"], ["--mm-projector-type is qformer", "is mlp2x_gelu"]),
+        (["--vision-backend", "hf", "--mm-projector-type", "mlp2x_gelu"], []),
+    ],
+)
+def test_a_checkpoint_keeps_its_backend_and_connector(tmp_path: Path, flags: list[str], words: list[str]) -> None:
+    """Its parameters have the backend's names."""
+    clip = architecture(tiny_llava_config())
+    (tmp_path / "run_config.yaml").write_text(to_yaml(RunConfig(architecture=clip)))
+    config = parse_run_config(["--pretrained-checkpoint", str(tmp_path), "--train-iters", "1", *flags])
+    if not words:
+        assert resolve_architecture(config, None) == clip
+        return
+    with pytest.raises(ValueError) as refusal:
+        resolve_architecture(config, None)
+    assert all(word in str(refusal.value) for word in words), refusal.value
