@@ -8,7 +8,7 @@ train from random weights.
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from hacl_megatron.config.towers import TowerKind, tower_kind
+from hacl_megatron.config.towers import HF_SIZES, TowerKind, tower_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class VisionConfig:
     patch_size: int
     norm_epsilon: float = 1e-5
     activation: str = "quick_gelu"
-    """As transformers calls it; megatron-core's tower takes quick_gelu (OpenAI's CLIP) and gelu."""
+    """quick_gelu (OpenAI's CLIP) or gelu. Of the backend hf this and `norm_epsilon` are what `hf` says."""
     backend: Literal["megatron", "hf"] = "megatron"
     """megatron: megatron-core's CLIP, tensor parallel. hf: transformers' model, replicated (`config.towers`)."""
     hf: dict[str, Any] | None = None
@@ -88,18 +88,9 @@ class VisionConfig:
         if backend == self.backend:
             return self
         if backend == "hf":
-            facts = {
-                "model_type": "clip_vision_model",
-                "num_hidden_layers": self.num_layers,
-                "hidden_size": self.hidden_size,
-                "intermediate_size": self.ffn_hidden_size,
-                "num_attention_heads": self.num_attention_heads,
-                "image_size": self.image_size,
-                "patch_size": self.patch_size,
-                "layer_norm_eps": self.norm_epsilon,
-                "hidden_act": self.activation,
-            }
-            return replace(self, backend="hf", hf=facts)
+            facts = {theirs: getattr(self, ours) for ours, theirs in HF_SIZES.items()}
+            facts.update(layer_norm_eps=self.norm_epsilon, hidden_act=self.activation)
+            return replace(self, backend="hf", hf={"model_type": "clip_vision_model", **facts})
         model_type = (self.hf or {}).get("model_type")
         if model_type != "clip_vision_model":
             raise ValueError(

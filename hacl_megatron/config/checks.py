@@ -17,6 +17,7 @@ from hacl_megatron.config.console import notify
 from hacl_megatron.config.flags import MANIFEST_FILE, ParallelFlags
 from hacl_megatron.config.parser import GROUPS
 from hacl_megatron.config.run import RunConfig
+from hacl_megatron.config.towers import HF_SIZES
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 """Says that a folder holds a checkpoint of this trainer, as in Megatron-LM."""
@@ -155,6 +156,13 @@ def check_architecture(config: RunConfig, model: ModelConfig, layout: Layout) ->
         f"--mm-vision-select-layer {model.vision_select_layer} is outside the {vision.num_layers} layers of the tower",
         f"expected 1..{vision.num_layers} or -{vision.num_layers}..-1",
     )
+    for ours, theirs in HF_SIZES.items():
+        found = getattr(vision, ours) if vision.hf is None else vision.hf.get(theirs, getattr(vision, ours))
+        _require(
+            found == getattr(vision, ours),
+            f"the model's vision.hf.{theirs} is {found}, but vision.{ours} {getattr(vision, ours)}",
+            "make them equal",
+        )
     fixed = vision.kind.fixed_select_layer  # or a ValueError for a tower of an unknown kind
     _require(
         fixed in (None, model.vision_select_layer),
@@ -488,7 +496,17 @@ def _check_qformer(model: ModelConfig) -> None:
         f"the Q-Former has {qformer.num_query_tokens} query tokens",
         "expected at least 1; correct it",
     )
-    takes = qformer.hf.get("encoder_hidden_size", width)
+    for key, expected in (
+        ("hidden_size", qformer.hidden_size), ("num_hidden_layers", None), ("intermediate_size", None),
+        ("num_attention_heads", None), ("cross_attention_frequency", None),
+    ):  # fmt: skip
+        found = qformer.hf.get(key)
+        _require(
+            found is not None and expected in (None, found),
+            f"the model's qformer.hf.{key} is {found}" + ("" if expected is None else f", qformer.{key} {expected}"),
+            "`hf` holds the Q-Former's whole transformers configuration",
+        )
+    takes = qformer.hf.get("encoder_hidden_size")
     _require(
         takes == width,
         f"the Q-Former takes features {takes} wide, but the vision tower's are {width}",

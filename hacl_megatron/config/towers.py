@@ -44,6 +44,17 @@ TOWERS: dict[str, TowerKind] = {
 """By transformers' `model_type`."""
 
 
+HF_SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+}
+"""Sizes among the fields of `VisionConfig`, and what transformers' configurations call them."""
+
+
 def tower_kind(model_type: str | None) -> TowerKind:
     """The entry of a transformers vision model.
 

@@ -37,7 +37,9 @@ BLIP2 = replace(
     image=ImageConfig(size=224),
     projector_type="qformer",
     vision_select_layer=-1,
-    qformer=QFormerConfig(num_query_tokens=32, hidden_size=768, hf={"encoder_hidden_size": 1408}),
+    qformer=QFormerConfig(
+        num_query_tokens=32, hidden_size=768, hf=transformers.Blip2QFormerConfig(encoder_hidden_size=1408).to_dict()
+    ),
 )  # fmt: skip
 
 
@@ -67,6 +69,11 @@ def siglip(**fields) -> ModelConfig:
         backend="hf", hf={"model_type": "siglip_vision_model"},
     )  # fmt: skip
     return vision(**{**facts, **fields})
+
+
+def qformer(**fields) -> ModelConfig:
+    """BLIP-2 with another transformers configuration of its Q-Former."""
+    return replace(BLIP2, qformer=replace(BLIP2.qformer, hf={**BLIP2.qformer.hf, **fields}))
 
 
 def refused(**arguments) -> str:
@@ -171,8 +178,14 @@ CASES = {
         {"model": replace(BLIP2, projector_type="linear", qformer=None)},
     ),
     "Q-Former of another tower": (
-        {"model": replace(BLIP2, qformer=replace(BLIP2.qformer, hf={"encoder_hidden_size": 1024}))},
-        "features 1024 wide, but the vision tower's are 1408", {"model": BLIP2},
+        {"model": qformer(encoder_hidden_size=1024)}, "features 1024 wide, but the vision tower's are 1408",
+        {"model": BLIP2},
+    ),
+    "Q-Former of other sizes": ({"model": qformer(hidden_size=512)}, "hf.hidden_size is 512", {"model": BLIP2}),
+    "half a Q-Former": ({"model": qformer(num_hidden_layers=None)}, "num_hidden_layers is None", {"model": BLIP2}),
+    "tower of other sizes": (
+        {"model": siglip(hf={"model_type": "siglip_vision_model", "hidden_size": 768})}, "hf.hidden_size is 768",
+        {"model": siglip(hf={"model_type": "siglip_vision_model", "hidden_size": 1152})},
     ),
     "room for text behind query tokens": (
         {"model": BLIP2, "length": 32}, "beside the 32 tokens", {"model": BLIP2, "length": 33},

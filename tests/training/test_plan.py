@@ -374,8 +374,8 @@ def test_flops_of_transformers_parts_are_those_that_torch_counts(trains_tower: b
         connector(tower(torch.randn(3, 3, 48, 48))).sum().backward()
     found = vision_flops(model, 3, trained=trains_tower, trains_qformer=trains_qformer)
     excess = 3 * 2 * 36 * 3 * 64 * 30 if trains_tower else 0  # of the pixels
-    if trains_tower and not trains_qformer:  # of the first layer's self-attention
-        excess += 3 * (2 * 5 * 4 * 24 * 24 + 2 * 4 * 5 * 5 * 24)
+    if trains_tower and not trains_qformer:  # of the first layer's self-attention, and queries behind the image's
+        excess += 3 * (2 * 5 * 5 * 24 * 24 + 2 * 4 * 5 * 5 * 24 + 2 * 5 * 37 * 24)
     assert found - excess == counter.get_total_flops()
 
 

@@ -105,12 +105,12 @@ def kept_by_tower(model: ModelConfig, bytes_each: int, tp: int) -> float:
     A tower of transformers is not divided over the `tp` tensor-parallel ranks.
     """
     vision, e = model.vision, bytes_each
-    if vision.backend == "hf":
-        tp = 1
+    activation = vision.activation
+    if vision.hf is not None:
+        tp, activation = 1, vision.hf.get("hidden_act", "gelu")
     width, ffn = vision.hidden_size, vision.ffn_hidden_size / tp
     norm = e * width + 2 * FP32
-    # quick GELU keeps its sigmoid too
-    of_ffn = 3 if vision.activation == "quick_gelu" or vision.backend == "megatron" else 2
+    of_ffn = 3 if activation == "quick_gelu" or vision.hf is None else 2  # quick GELU keeps its sigmoid too
     layer = 2 * norm + 2 * e * width + (4 * e * width + FP32 * vision.num_attention_heads) / tp + of_ffn * e * ffn
     outer_norms = 0 if vision.hf is not None and vision.hf["model_type"] == "siglip_vision_model" else 1
     rows = vision.sequence_length * (outer_norms * norm + model.num_vision_layers_built * layer)
