@@ -123,7 +123,7 @@ def test_text_alone_gives_the_parts_of_transformers_gradients(tmp_path):
         write_reference(folder, Variant(family=family))
     (found,) = run_distributed(silent_parameters, 1, [str(folder) for folder in folders.values()])
     for gradients in found:
-        assert len(gradients) > 40 and set(gradients.values()) == {0.0}, gradients
+        assert len(gradients) > 30 and set(gradients.values()) == {0.0}, gradients
 
 
 @pytest.mark.parametrize("trains", FROZEN)
