@@ -200,12 +200,13 @@ def assert_same_run(expected: Path, found: Path, tags: Sequence[str]) -> None:
     assert one.keys() == many.keys()
     for name, tensor in one.items():
         # Adam's first steps are lr * sign(gradient): an entry whose gradient is all rounding may go either way, by
-        # up to 2 * lr a step. So entries may differ by a few lr = 1e-3, but hardly any do.
+        # up to 2 * lr a step. So entries may differ by a few lr = 1e-3, but hardly any do: one, or one in a hundred.
         difference = (tensor - many[name]).abs()
         assert difference.max() <= 6e-3, name
         if name.endswith((".key.bias", ".k_proj.bias")):  # shifts all scores alike: all of its gradient is rounding
             continue
-        assert (difference > 2e-5).float().mean() <= 0.01, (name, (difference > 2e-5).float().mean())
+        different = int((difference > 2e-5).sum())
+        assert different <= max(1, 0.01 * tensor.numel()), (name, different)
 
 
 def assert_same_state(expected: Path, found: Path) -> None:
