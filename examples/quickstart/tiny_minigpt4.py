@@ -44,7 +44,7 @@ def build(tokenizer: LlamaTokenizerFast, seed: int) -> Blip2ForConditionalGenera
     )
     model = Blip2ForConditionalGeneration(config)
     nn.init.normal_(model.query_tokens)  # equal ones, as transformers has them, would learn the same for ever
-    return model
+    return model.eval()  # BLIP-2's dropout is for a Q-Former a thousand times larger
 
 
 def vision_tower(model: Blip2ForConditionalGeneration) -> nn.Module:
