@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import run_distributed
+from tests.training.example_plans import EXAMPLES
 from tests.training.plan_cases import activations_on_this_rank, state_on_this_rank
 from tests.training.runs import make_inputs
 from tests.training.test_dry_run import apart, outputs
-from tests.training.test_plan import EXAMPLES, command
+from tests.training.test_plan import command
 
 LORA = ["--lora-rank", "6"]
 SOME = [*LORA, "--lora-target-modules", "q_proj", "up_proj", "o_proj"]
