@@ -23,7 +23,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,11 +163,11 @@ class TowerTask(nn.Module):
     The last layer is taken off meanwhile: LLaVA never reads it, so it stays random and costs no time.
     """
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: nn.Module, attributes: Mapping[str, Sequence[str]] = ATTRIBUTES) -> None:
         super().__init__()
         self.tower = tower
         hidden = tower.config.hidden_size
-        self.patch_heads = nn.ModuleList(nn.Linear(hidden, 1 + len(values)) for values in ATTRIBUTES.values())
+        self.patch_heads = nn.ModuleList(nn.Linear(hidden, 1 + len(values)) for values in attributes.values())
 
     def forward(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, accuracy): accuracy is the share of the things' patches whose colour and shape are both right."""
@@ -407,16 +407,18 @@ def train_language_model(
     return {name: sum(row[name] for row in recent) / len(recent) for name in recent[0]} if recent else {}
 
 
-def build(tokenizer: LlamaTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+def build(
+    tokenizer: LlamaTokenizerFast, seed: int, vision: Mapping[str, int] = VISION, language: Mapping[str, int] = LANGUAGE
+) -> LlavaForConditionalGeneration:
     """A LLaVA-1.5 of tiny sizes with random weights."""
     torch.manual_seed(seed)
     vocab = -(-len(tokenizer) // 64) * 64  # rows beyond the tokenizer, as in LLaVA-1.5's own checkpoints
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            **VISION, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_act="quick_gelu", initializer_range=0.1
+            **vision, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_act="quick_gelu", initializer_range=0.1
         ),
         text_config=LlamaConfig(
-            **LANGUAGE, vocab_size=vocab, bos_token_id=1, eos_token_id=2, pad_token_id=tokenizer.pad_token_id,
+            **language, vocab_size=vocab, bos_token_id=1, eos_token_id=2, pad_token_id=tokenizer.pad_token_id,
             rms_norm_eps=1e-5, tie_word_embeddings=False,
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
