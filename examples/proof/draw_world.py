@@ -34,7 +34,7 @@ from world import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-from draw import conversation, paint, write_json  # noqa: E402
+from draw import conversation, paint, write_json
 
 SIDE = 64
 

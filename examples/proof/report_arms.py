@@ -2,9 +2,9 @@
 
     python examples/proof/report_arms.py --output output/proof
 
-Reads runs/*/{pretrain,finetune}.json, which score_run.py wrote. Intervals are Student's t over seeds; differences are
+Reads runs/*/*/{pretrain,finetune}.json, which score_run.py wrote. Intervals are Student's t over seeds; differences are
 paired: one seed has the same fresh connector, the same data order and the same stage 2 in every arm. Writes results.md,
-results.json and results.png.
+results.json and results-REGIME.png.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from run_arms import ARMS, folder_of
+from run_arms import ARMS, REGIMES, folder_of
 from scipy.stats import t as student
 
 METRICS = {
@@ -72,14 +72,14 @@ class Interval:
         return f"{self.mean:{sign}.{digits}f} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
 
 
-def read_runs(output: Path, stage: str) -> dict[str, dict[int, dict[str, float]]]:
+def read_runs(output: Path, regime: str, stage: str) -> dict[str, dict[int, dict[str, float]]]:
     """Scores by arm and seed, of the runs that are finished."""
     runs: dict[str, dict[int, dict[str, float]]] = {}
     for arm in ARMS:
-        for path in sorted((output / "runs").glob(f"{folder_of(output, arm, 0).name.removesuffix('0')}*/{stage}.json")):
-            seed = path.parent.name.rsplit("-", 1)[1]
-            if path.parent == folder_of(output, arm, int(seed)):
-                runs.setdefault(arm, {})[int(seed)] = json.loads(path.read_text())["scores"]
+        for path in sorted(folder_of(output, regime, arm, 0).parent.glob(f"*/{stage}.json")):
+            seed = int(path.parent.name.rsplit("-", 1)[1])
+            if path.parent == folder_of(output, regime, arm, seed):
+                runs.setdefault(arm, {})[seed] = json.loads(path.read_text())["scores"]
     return runs
 
 
@@ -113,7 +113,7 @@ def table(runs: Mapping[str, Mapping[int, Scores]]) -> str:
 
 
 def verdict(runs: Mapping[str, Mapping[int, Scores]]) -> list[str]:
-    """One sentence a claim and arm: how much is cut, against `none` and against plain contrast, and whether it holds."""
+    """One sentence a claim and arm: how much is cut, against `none` and plain contrast, and whether the claim holds."""
     lines = []
     for metric in CLAIMED:
         for arm in runs:
@@ -137,19 +137,24 @@ def verdict(runs: Mapping[str, Mapping[int, Scores]]) -> list[str]:
                 )
             if arm.startswith("HACL") and (beside := differences(runs, arm, "contrastive", metric, relative=True)):
                 relation = "better" if beside.high < 0 else "worse" if beside.low > 0 else "not told apart"
-                text += f"; against contrastive {-beside.mean:+.0%} [{-beside.high:+.0%}, {-beside.low:+.0%}]: {relation}"
+                text += (
+                    f"; against contrastive {-beside.mean:+.0%} [{-beside.high:+.0%}, {-beside.low:+.0%}]: {relation}"
+                )
             lines.append(text + ".")
     return lines
 
 
-def draw(output: Path, stages: Mapping[str, Mapping[str, Mapping[int, Scores]]], target: Path) -> None:
+def draw(output: Path, regime: str, stages: Mapping[str, Mapping[str, Mapping[int, Scores]]], target: Path) -> None:
     """Above: stage 1's curves, means over seeds. Below: both claims after each stage, every seed a dot."""
     figure, axes = plt.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
     runs = stages["finetune"] or stages["pretrain"]
     for axis, tag in zip(axes[0], ("lm loss", "contrastive loss"), strict=True):
         for number, (arm, seeds) in enumerate(runs.items()):
             rows = [
-                [json.loads(line) for line in (folder_of(output, arm, seed) / "pretrain" / "metrics.jsonl").open()]
+                [
+                    json.loads(line)
+                    for line in (folder_of(output, regime, arm, seed) / "pretrain" / "metrics.jsonl").open()
+                ]
                 for seed in seeds
             ]
             means = [
@@ -165,14 +170,20 @@ def draw(output: Path, stages: Mapping[str, Mapping[str, Mapping[int, Scores]]],
         axis.legend(fontsize=8)
     for axis, metric in zip(axes[1], CLAIMED, strict=True):
         for offset, (stage, scored) in zip((-0.15, 0.15), stages.items(), strict=True):
-            for number, (arm, seeds) in enumerate(scored.items()):
+            for number, seeds in enumerate(scored.values()):
                 values = [scores[metric] for scores in seeds.values()]
                 interval = Interval.of(values)
                 filled = f"C{number}" if stage == "finetune" else "white"
                 axis.plot([number + offset] * len(values), values, ".", color=f"C{number}", alpha=0.5)
                 error = (interval.high - interval.low) / 2 if interval.number > 1 else 0
                 axis.errorbar(
-                    number + offset, interval.mean, error, fmt="o", color=f"C{number}", markerfacecolor=filled, capsize=4
+                    number + offset,
+                    interval.mean,
+                    error,
+                    fmt="o",
+                    color=f"C{number}",
+                    markerfacecolor=filled,
+                    capsize=4,
                 )
         axis.set_xticks(range(len(runs)), list(runs), fontsize=8)
         axis.set_ylim(bottom=0)
@@ -182,29 +193,49 @@ def draw(output: Path, stages: Mapping[str, Mapping[str, Mapping[int, Scores]]],
     plt.close(figure)
 
 
+def section(output: Path, regime: str) -> tuple[list[str], dict[str, Any]]:
+    """(lines, numbers) of one regime; nothing where no run of it is finished."""
+    stages = {stage: read_runs(output, regime, stage) for stage in ("pretrain", "finetune")}
+    runs = stages["finetune"]
+    if not runs:
+        return [], {}
+    seeds = sorted({seed for scored in runs.values() for seed in scored})
+    text = [f"## Regime `{regime}`", ""]
+    text += [
+        f"After stage 2, {len(seeds)} seeds, held-out scenes; mean [95 % interval]; * excludes 0.",
+        "",
+        table(runs),
+    ]
+    text += ["", "After stage 1, before the language model has trained:", "", table(stages["pretrain"]), ""]
+    conclusions = verdict(runs)
+    text += ["The claim, after stage 2:", "", *(f"- {line}" for line in conclusions), ""]
+    draw(output, regime, stages, output / f"results-{regime}.png")
+    changes = {
+        arm: {
+            metric: asdict(change)
+            for metric in METRICS
+            if (change := differences(runs, arm, "none", metric, relative=False)) is not None
+        }
+        for arm in runs
+        if arm != "none"
+    }
+    return text, {"runs": stages, "verdict": conclusions, "changes from none": changes}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/proof"))
     output = parser.parse_args().output
-    stages = {stage: read_runs(output, stage) for stage in ("pretrain", "finetune")}
-    if not stages["finetune"]:
+    sections = {regime: section(output, regime) for regime in REGIMES}
+    text = [line for lines, _ in sections.values() for line in lines]
+    if not text:
         raise SystemExit(f"no finished run in {output / 'runs'}: run examples/proof/run_arms.py first")
-    seeds = sorted({seed for runs in stages["finetune"].values() for seed in runs})
-    text = [f"After stage 2, {len(seeds)} seeds, held-out scenes; mean [95 % interval], * = difference excludes 0.", ""]
-    text += [table(stages["finetune"]), "", "After stage 1, before the language model has trained:", ""]
-    text += [table(stages["pretrain"]), "", PAPER]
-    conclusions = verdict(stages["finetune"])
-    text += ["The claim, after stage 2:", "", *(f"- {line}" for line in conclusions)]
-    (output / "results.md").write_text("\n".join(text) + "\n")
-    results: dict[str, Any] = {"runs": stages, "verdict": conclusions}
-    results["changes from none"] = {
-        arm: {metric: asdict(change) for metric in METRICS if (change := differences(runs, arm, "none", metric, relative=False))}
-        for runs in (stages["finetune"],) for arm in runs if arm != "none"
-    }  # fmt: skip
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(output, stages, output / "results.png")
+    text.append(PAPER)
+    (output / "results.md").write_text("\n".join(text))
+    numbers = {regime: values for regime, (_, values) in sections.items() if values}
+    (output / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     print("\n".join(text))
-    print(f"\n{output / 'results.md'}, {output / 'results.json'}, {output / 'results.png'}")
+    print(f"{output / 'results.md'}, {output / 'results.json'}, {output}/results-*.png")
 
 
 if __name__ == "__main__":

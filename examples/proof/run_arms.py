@@ -22,12 +22,26 @@ ARMS: dict[str, list[str]] = {
     "HACL own": ["--hallucination-negatives", "own"],
     "HACL all": ["--hallucination-negatives", "all"],
     "HACL queue": ["--hallucination-negatives", "own", "--contrastive-negatives", "queue", "--queue-size", "1024"],
+    "HACL own λ1": ["--hallucination-negatives", "own", "--contrastive-weight", "1"],
 }
 """Stage 1's flags of each arm, beside pretrain.yaml."""
 
 
-def folder_of(output: Path, arm: str, seed: int) -> Path:
-    return output / "runs" / f"{arm.replace(' ', '-')}-{seed}"
+# What differs between the two regimes, beside the language model: see README.md here.
+REGIMES: dict[str, dict[str, list[str]]] = {
+    "notes": {
+        "pretrain": ["--train-iters", "16", "--eval-interval", "16"],
+        "finetune": ["--train-iters", "20", "--eval-interval", "20"],
+    },
+    "text": {
+        "pretrain": ["--train-iters", "100", "--eval-interval", "100"],
+        "finetune": ["--train-iters", "40", "--eval-interval", "40", "--lr", "5e-4"],
+    },
+}
+
+
+def folder_of(output: Path, regime: str, arm: str, seed: int) -> Path:
+    return output / "runs" / regime / f"{arm.replace(' ', '-').replace('λ', 'weight-')}-{seed}"
 
 
 def call(command: list[str], log: Path) -> None:
@@ -40,56 +54,59 @@ def call(command: list[str], log: Path) -> None:
         raise RuntimeError(f"{' '.join(command)} failed; the end of {log}:\n" + log.read_text()[-2000:])
 
 
-def stage_flags(output: Path, arm: str, seed: int, stage: str, *, split: str, parts: Path | None = None) -> list[str]:
-    """The trainer's flags of one stage of one arm, `--save` and `--load` included."""
-    data, folder, parts = output / "data", folder_of(output, arm, seed), parts or output / "parts"
+def stage_flags(output: Path, regime: str, arm: str, seed: int, stage: str, split: str) -> list[str]:
+    """The trainer's flags of one stage of one run, `--save` and `--load` included."""
+    data, parts, folder = output / "data", output / "parts", folder_of(output, regime, arm, seed)
     flags = ["--config", str(HERE / f"{stage}.yaml"), "--seed", str(seed), "--image-folder", str(data / "images")]
     flags += ["--data-path", str(data / f"{stage}.json"), "--valid-data-path", str(data / f"{split}.json")]
     if stage == "pretrain":
-        flags += ["--pretrained-checkpoint", str(parts / "language"), "--vision-tower", str(parts / "tower"), *ARMS[arm]]
+        flags += ["--pretrained-checkpoint", str(parts / regime), "--vision-tower", str(parts / "tower"), *ARMS[arm]]
     else:
         flags += ["--pretrained-checkpoint", str(folder / "pretrain")]
-    return [*flags, "--save", str(folder / stage), "--load", str(folder / stage)]
+    return [*flags, *REGIMES[regime][stage], "--save", str(folder / stage), "--load", str(folder / stage)]
 
 
-def run_arm(output: Path, arm: str, seed: int, *, split: str, limit: int | None, more: dict[str, list[str]]) -> None:
-    """Both stages of one arm at one seed, each trained (resuming what is there) and scored, unless its scores are there.
+def run_arm(
+    output: Path, regime: str, arm: str, seed: int, *, split: str, limit: int | None, more: dict[str, list[str]]
+) -> None:
+    """Both stages of one arm at one seed, each trained (resuming what is there) and scored, unless its scores exist.
 
     Args:
         more: further flags by stage, such as fewer iterations.
     """
-    folder, start = folder_of(output, arm, seed), time.monotonic()
+    folder, start = folder_of(output, regime, arm, seed), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     for stage, flags in more.items():
         scores, log = folder / f"{stage}.json", folder / f"{stage}.log"
         if scores.exists():
             continue
-        train = [*stage_flags(output, arm, seed, stage, split=split), *flags]
+        train = [*stage_flags(output, regime, arm, seed, stage, split), *flags]
         call([sys.executable, "-m", "hacl_megatron.train", *train], log)
-        score = [sys.executable, str(HERE / "score_run.py"), "--load", str(folder / stage), "--data", str(output / "data")]
-        score += ["--split", split, *(["--limit", str(limit)] if limit else [])]
+        score = [sys.executable, str(HERE / "score_run.py"), "--load", str(folder / stage)]
+        score += ["--data", str(output / "data"), "--split", split, *(["--limit", str(limit)] if limit else [])]
         call([*score, "--output", str(scores)], log)
-    print(f"{arm}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{regime}, {arm}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/proof"))
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
-    parser.add_argument("--limit", type=int, help="score on the first pictures of the split alone")
+    parser.add_argument("--limit", type=int, default=300, help="score on the first pictures of the split alone")
     parser.add_argument("--stage1", default="", help="more flags for stage 1 of every arm, as one word")
     parser.add_argument("--stage2", default="", help="more flags for stage 2 of every arm, as one word")
     args = parser.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = [
             pool.submit(
-                run_arm, args.output, arm, seed, split=args.split, limit=args.limit,
+                run_arm, args.output, regime, arm, seed, split=args.split, limit=args.limit,
                 more={"pretrain": args.stage1.split(), "finetune": args.stage2.split()},
             )
-            for seed in args.seeds for arm in args.arms
+            for regime in args.regimes for seed in args.seeds for arm in args.arms
         ]  # fmt: skip
         for one in waiting:
             one.result()

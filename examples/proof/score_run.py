@@ -44,7 +44,9 @@ def answer_all(hf: Path, data: Path, split: str, limit: int | None) -> dict[str,
     try:
         names = [name for name in read_scenes(data) if name.startswith(split)][:limit]
         spoken = ask(answerer, [Question(image=name, prompt=DETAILED) for name in names], LONGEST)
-        questions = [line for line in json.loads((data / f"{split}.questions.json").read_text()) if line["image"] in names]
+        questions = [
+            line for line in json.loads((data / f"{split}.questions.json").read_text()) if line["image"] in names
+        ]
         said = ask(answerer, [Question(image=line["image"], prompt=line["text"]) for line in questions], 3)
     finally:
         answerer.close()

@@ -204,7 +204,9 @@ def hallucinate(rng: random.Random, statement: Statement, scene: Scene) -> tuple
         elif error == "size" and mention.size is not None:
             mentions[at] = replace(mention, size=SIZES[1 - SIZES.index(mention.size)])
         elif error == "number":
-            mentions[at] = replace(mention, number=rng.choice([number for number in NUMBERS if number != mention.number]))
+            mentions[at] = replace(
+                mention, number=rng.choice([number for number in NUMBERS if number != mention.number])
+            )
         elif error == "relation" and relation is not None:
             relation = RELATIONS[RELATIONS.index(relation) ^ 1]
         elif error == "addition" and len(mentions) == 1:

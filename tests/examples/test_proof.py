@@ -1,5 +1,6 @@
 """The controlled world of examples/proof: what it says is true or false as labelled, is scored exactly, and runs."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -63,7 +64,7 @@ def mentioned_kinds(sentence: str) -> list[tuple[str, str]]:
     words = sentence.lower().replace(",", "").replace(".", "").replace("?", "").split()
     singular = {"circle", "square", "triangle", "star", "cross", "ring"}
     found = []
-    for colour, noun in zip(words, words[1:], strict=False):
+    for colour, noun in itertools.pairwise(words):
         for shape in singular:
             if noun in (shape, shape + "s", shape + "es"):
                 found.append((colour, shape))
@@ -172,7 +173,7 @@ def finished(data: Path) -> Path:
     short = ["--train-iters", "2", "--eval-interval", "2", "--eval-iters", "1", "--micro-batch-size", "12"]
     short += ["--global-batch-size", "12"]
     commands = [
-        [*stage_flags(output, arm, 1, stage, split="test"), *short]
+        [*stage_flags(output, "notes", arm, 1, stage, "test"), *short]
         for arm, stage in (("none", "pretrain"), ("HACL own", "pretrain"), ("HACL own", "finetune"))
     ]
     run_distributed(_train, 1, str(output), commands)
@@ -183,12 +184,12 @@ def test_arms_begin_alike_and_go_on_to_scores(finished: Path) -> None:
     from run_arms import folder_of
     from score_run import score_run
 
-    without = metrics(folder_of(finished, "none", 1) / "pretrain")
-    contrasted = metrics(folder_of(finished, "HACL own", 1) / "pretrain")
+    without = metrics(folder_of(finished, "notes", "none", 1) / "pretrain")
+    contrasted = metrics(folder_of(finished, "notes", "HACL own", 1) / "pretrain")
     assert without[0]["lm loss"] == pytest.approx(contrasted[0]["lm loss"], abs=1e-5)  # same connector, same data
     assert "contrastive loss" in contrasted[0] and "contrastive loss" not in without[0]
 
-    result = score_run(folder_of(finished, "HACL own", 1) / "finetune", finished / "data", "test", limit=4)
+    result = score_run(folder_of(finished, "notes", "HACL own", 1) / "finetune", finished / "data", "test", limit=4)
     scores = result["scores"]
     assert len(result["answers"]["descriptions"]) == 4 and len(result["answers"]["yes/no"]) == 8
     assert 0 <= scores["CHAIR_i"] <= 1 and scores["yes/no accuracy"] + scores["yes/no errors"] == pytest.approx(1)
@@ -198,12 +199,12 @@ def test_arms_begin_alike_and_go_on_to_scores(finished: Path) -> None:
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     from run_arms import folder_of, run_arm
 
-    folder = folder_of(tmp_path, "none", 1)
+    folder = folder_of(tmp_path, "notes", "none", 1)
     folder.mkdir(parents=True)
     more = {"pretrain": [], "finetune": []}
     for stage in more:
         (folder / f"{stage}.json").write_text("{}")
-    run_arm(tmp_path, "none", 1, split="test", limit=None, more=more)
+    run_arm(tmp_path, "notes", "none", 1, split="test", limit=None, more=more)
     assert sorted(path.name for path in folder.iterdir()) == ["finetune.json", "pretrain.json"]
 
 
@@ -213,10 +214,10 @@ def test_the_report_reads_what_runs_leave(finished: Path) -> None:
     scores = {"CHAIR_i": 0.2, "CHAIR_s": 0.3, "yes/no errors": 0.1, "cover": 0.8, "wholly right": 0.4}
     for arm, factor in (("none", 1.0), ("HACL own", 0.5)):
         for stage in ("pretrain", "finetune"):
-            path = folder_of(finished, arm, 1) / f"{stage}.json"
+            path = folder_of(finished, "notes", arm, 1) / f"{stage}.json"
             path.write_text(json.dumps({"scores": {name: factor * value for name, value in scores.items()}}))
     command = [sys.executable, str(PROOF / "report_arms.py"), "--output", str(finished)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "HACL own cuts +50%" in (finished / "results.md").read_text()
-    assert (finished / "results.png").stat().st_size > 20_000
+    assert (finished / "results-notes.png").stat().st_size > 20_000
