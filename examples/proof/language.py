@@ -1,13 +1,13 @@
 """What the language model reads before any arm: sentences, and dialogues about scenes that it is told of.
 
-HACL reads the state at </s>. In a large language model that state holds what was read; a small one has no reason to keep
-it, so this one is given one: a linear probe, thrown away afterwards, tells from it which facts were stated.
+HACL reads the state at </s>. In a large language model that state holds what was read; a small one has no reason to
+keep it, so this one is given one: a linear probe, thrown away afterwards, tells from it which facts were stated.
 
 Two educations, for two regimes of the proof:
 
-    notes   scenes are told in *notes*: sixteen places, as an image has, each the mean of the embeddings of the words that
-            hold there. Such a model can describe and answer behind anything that resembles its words; what it lacks is
-            eyes. A stand-in for a large model that takes soft tokens in its stride.
+    notes   scenes are told in *notes*: sixteen places, as an image has, each the mean of the embeddings of the words
+            that hold there. Such a model can describe and answer behind anything that resembles its words; what it
+            lacks is eyes. A stand-in for a large model that takes soft tokens in its stride.
     text    scenes are told in words alone. Such a model has never met a soft token.
 """
 

@@ -13,6 +13,7 @@ import multiprocessing
 import random
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -167,13 +168,15 @@ def tower_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str, f
     return {"patches right": seen}
 
 
-def make_parts(data: Path, output: Path, tower_steps: int, language_steps: int, seed: int) -> None:
-    """Trains all three, two at once; OUTPUT/parts.json, with what they reached, is written last."""
+def make_parts(
+    data: Path, output: Path, tower_steps: int, language_steps: int, seed: int, educations: Sequence[ToldIn]
+) -> None:
+    """Trains the tower and a language model of each education, two at once; writes OUTPUT/parts.json last."""
     start = time.monotonic()
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = {
             told_in: pool.submit(language_worker, data, output / told_in, told_in, language_steps, seed)
-            for told_in in EDUCATIONS
+            for told_in in educations
         }
         waiting["tower"] = pool.submit(tower_worker, data, output / "tower", tower_steps, seed)
         reached: dict[str, Any] = {name: one.result() for name, one in waiting.items()}
@@ -189,9 +192,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/proof/parts"))
     parser.add_argument("--tower-steps", type=int, default=2500)
     parser.add_argument("--language-steps", type=int, default=1500)
+    parser.add_argument("--educations", nargs="+", choices=list(EDUCATIONS), default=list(EDUCATIONS))
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args()
-    make_parts(args.data, args.output, args.tower_steps, args.language_steps, args.seed)
+    make_parts(args.data, args.output, args.tower_steps, args.language_steps, args.seed, args.educations)
 
 
 if __name__ == "__main__":

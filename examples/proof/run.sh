@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Does HACL hallucinate less? A controlled world, five arms, five seeds:  bash examples/proof/run.sh [--small] [--fresh]
+# Does HACL hallucinate less? A controlled world, two regimes, six arms, five seeds:  bash examples/proof/run.sh [--small] [--fresh]
 # In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated.
-# --small: three arms, two seeds, less of everything; too little to conclude from.
+# --small: one regime, three arms, two seeds, less of everything; too little to conclude from.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . tools/install_venv.sh
@@ -14,9 +14,9 @@ for word in "$@"; do
     --fresh) fresh=1 ;;
     --small)
       out=output/proof-small
-      draw=(--parts 4000 --pretrain 8000 --finetune 3000 --test 200 --dev 100)
-      parts=(--tower-steps 1200 --language-steps 500)
-      arms=(--arms none contrastive "HACL own" --seeds 1 2) ;;
+      draw=(--parts 3000 --pretrain 2000 --finetune 1000 --test 200 --dev 100)
+      parts=(--tower-steps 1000 --language-steps 400 --educations notes)
+      arms=(--regimes notes --arms none contrastive "HACL own" --seeds 1 2 --limit 100) ;;
     *) echo "unknown: $word" >&2; exit 2 ;;
   esac
 done
@@ -36,7 +36,7 @@ step 3/5 "Stage 1 and stage 2 of every arm at every seed, two at once, each scor
 "$VENV/bin/python" examples/proof/run_arms.py --output $out ${arms[@]+"${arms[@]}"}
 step 4/5 "Representations of one seed, without and with the contrast (the paper's Figure 1)"
 [ -f $out/representations/representations.json ] ||
-  "$VENV/bin/python" tools/plot_representations.py --before $out/runs/none-1/pretrain --load $out/runs/HACL-own-1/pretrain \
+  "$VENV/bin/python" tools/plot_representations.py --before $out/runs/notes/none-1/pretrain --load $out/runs/notes/HACL-own-1/pretrain \
     --data-path $out/data/test.json --image-folder $out/data/images --output $out/representations
 step 5/5 "The table and the verdict"
 "$VENV/bin/python" examples/proof/report_arms.py --output $out

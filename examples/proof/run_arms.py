@@ -2,8 +2,8 @@
 
     python examples/proof/run_arms.py --output output/proof --seeds 1 2 3 4 5
 
-An arm differs from the others in its stage-1 flags alone. One seed means the same fresh connector, the same order of the
-data and the same stage 2 in all arms.
+An arm differs from the others in its stage-1 flags alone. One seed means the same fresh connector, the same order of
+the data and the same stage 2 in all arms.
 """
 
 import argparse

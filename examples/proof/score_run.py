@@ -1,6 +1,6 @@
 """Scores one checkpoint on held-out scenes: free descriptions (exact CHAIR) and adversarial yes/no questions (POPE).
 
-    python examples/proof/score_run.py --load RUN/finetune --data output/proof/data --split test --output RUN/finetune.json
+    python examples/proof/score_run.py --load RUN/finetune --data output/proof/data --output RUN/finetune.json
 
 Exports to Hugging Face in between, and answers with transformers' `generate`, greedily: what is scored is what a user
 would serve. Caption preference is the trainer's own `--eval-tasks preference`, read from metrics.jsonl.
@@ -24,9 +24,6 @@ from hacl_megatron.checkpoint.sharded_to_hf import export_checkpoint
 from hacl_megatron.evaluation.generate import Answerer, GenerationSettings, Question
 from hacl_megatron.evaluation.pope import score_pope
 
-FROM_TRAINER = {
-    "preference validation": "preference accuracy sum validation",
-}
 LONGEST = 48
 """Tokens of an answer; a description of four kinds has 30."""
 

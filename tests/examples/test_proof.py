@@ -169,7 +169,7 @@ def finished(data: Path) -> Path:
     from run_arms import stage_flags
 
     output = data.parent
-    make_parts(data, output / "parts", tower_steps=2, language_steps=2, seed=1)
+    make_parts(data, output / "parts", tower_steps=2, language_steps=2, seed=1, educations=("notes",))
     short = ["--train-iters", "2", "--eval-interval", "2", "--eval-iters", "1", "--micro-batch-size", "12"]
     short += ["--global-batch-size", "12"]
     commands = [
