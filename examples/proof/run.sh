@@ -34,9 +34,13 @@ if [ ! -f $out/parts/parts.json ]; then
 fi
 step 3/5 "Stage 1 and stage 2 of every arm at every seed, two at once, each scored on held-out scenes"
 "$VENV/bin/python" examples/proof/run_arms.py --output $out ${arms[@]+"${arms[@]}"}
-step 4/5 "Representations of one seed, without and with the contrast (the paper's Figure 1)"
-[ -f $out/representations/representations.json ] ||
-  "$VENV/bin/python" tools/plot_representations.py --before $out/runs/notes/none-1/pretrain --load $out/runs/notes/HACL-own-1/pretrain \
-    --data-path $out/data/test.json --image-folder $out/data/images --output $out/representations
+step 4/5 "One seed: gradients of both losses, and representations without and with the contrast (the paper's Figure 1)"
+for regime in notes text; do
+  with=$out/runs/$regime/HACL-own-1/pretrain without=$out/runs/$regime/none-1/pretrain
+  [ -d $with ] && [ -d $without ] && [ ! -f $out/representations/$regime/representations.json ] || continue
+  "$VENV/bin/python" examples/proof/gradients.py --load $with --data $out/data
+  "$VENV/bin/python" tools/plot_representations.py --before $without --load $with --data-path $out/data/test.json \
+    --image-folder $out/data/images --output $out/representations/$regime
+done
 step 5/5 "The table and the verdict"
 "$VENV/bin/python" examples/proof/report_arms.py --output $out
