@@ -4,7 +4,8 @@
 
 For batches of held-out pairs: both gradients' lengths, the cosine between them, and how far each agrees with itself
 from one batch to the next (the mean cosine over pairs of batches). A loss teaches the connector quickly where its
-gradient agrees with itself; a second loss helps where it points the same way. By transformers' autograd on the exported model.
+gradient agrees with itself; a second loss helps where it points the same way. By transformers' autograd on the
+exported model.
 """
 
 import argparse
