@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,10 @@ SIZES = {
 }  # fmt: skip
 
 
-def llama_config(tokenizer: LlamaTokenizerFast) -> LlamaConfig:
+def llama_config(tokenizer: LlamaTokenizerFast, sizes: Mapping[str, int] = SIZES) -> LlamaConfig:
     """A LLaMA of tiny sizes, with rows beyond the tokenizer, as in LLaVA-1.5's own checkpoints."""
     return LlamaConfig(
-        **SIZES, vocab_size=-(-len(tokenizer) // 64) * 64, bos_token_id=1, eos_token_id=2,
+        **sizes, vocab_size=-(-len(tokenizer) // 64) * 64, bos_token_id=1, eos_token_id=2,
         pad_token_id=tokenizer.pad_token_id, rms_norm_eps=1e-5, tie_word_embeddings=False,
     )  # fmt: skip
 

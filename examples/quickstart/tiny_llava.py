@@ -1,10 +1,11 @@
 """A LLaVA-1.5 of tiny sizes, as llava-hf publishes the real one."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from language_model import llama_config
+from language_model import SIZES, llama_config
 from safetensors.torch import load_file, save_file
 from scenes import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, PATCH_SIZE, Aspect
 from tokenizer import LLAVA_TOKENS, VICUNA_PROMPT
@@ -34,14 +35,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(tokenizer: LlamaTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+def build(
+    tokenizer: LlamaTokenizerFast, seed: int, vision: Mapping[str, int] = VISION, language: Mapping[str, int] = SIZES
+) -> LlavaForConditionalGeneration:
     """A LLaVA-1.5 of tiny sizes with random weights."""
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            **VISION, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_act="quick_gelu", initializer_range=0.1
+            **vision, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_act="quick_gelu", initializer_range=0.1
         ),
-        text_config=llama_config(tokenizer),
+        text_config=llama_config(tokenizer, language),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         projector_hidden_act="gelu",

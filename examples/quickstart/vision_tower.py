@@ -1,5 +1,6 @@
 """A tiny vision tower learns what every patch of the drawings shows."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +14,9 @@ from transformers import Blip2VisionModel
 class PatchTask(nn.Module):
     """Tells the attributes of every patch from a row of features for each patch."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, attributes: Mapping[str, Sequence[str]] = ATTRIBUTES) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(hidden_size, 1 + len(values)) for values in ATTRIBUTES.values())
+        self.heads = nn.ModuleList(nn.Linear(hidden_size, 1 + len(values)) for values in attributes.values())
 
     def forward(self, patches: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, accuracy) of features [B, P, hidden_size] with labels [B, A, P].
@@ -40,10 +41,10 @@ class TowerTask(nn.Module):
     A Q-Former reads the last hidden state of BLIP-2's.
     """
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: nn.Module, attributes: Mapping[str, Sequence[str]] = ATTRIBUTES) -> None:
         super().__init__()
         self.tower = tower
-        self.patch_task = PatchTask(tower.config.hidden_size)
+        self.patch_task = PatchTask(tower.config.hidden_size, attributes)
 
     def features(self, pixels: Tensor) -> Tensor:
         """[B, 1 + P, hidden_size]: the class token's row first."""

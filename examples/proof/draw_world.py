@@ -1,0 +1,140 @@
+"""Draws the controlled world: JPEGs, alt texts with hallucinated twins, dialogues, questions.
+
+    python examples/proof/draw_world.py --output output/proof/data
+
+Splits are disjoint sets of scenes; everything follows from --seed and the picture's name.
+
+    parts       what the vision tower and the language model learn from, before any arm: scenes.jsonl alone
+    pretrain    stage 1: one alt text and one twin a picture                             pretrain.json
+    finetune    stage 2: a description or questions a picture                            finetune.json
+    dev, test   held out: pairs DEV.json, questions (POPE's lines) DEV.questions.json    (dev tunes, test is reported)
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from world import (
+    BRIEF,
+    DETAILED,
+    Group,
+    Scene,
+    alt_text,
+    description,
+    draw_scene,
+    hallucinate,
+    sentence,
+    yes_no_question,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
+from draw import conversation, paint, write_json
+
+SIDE = 64
+
+
+def read_scene(record: dict[str, Any]) -> Scene:
+    """The scene of a line of scenes.jsonl."""
+    groups = (Group(**group | {"cells": tuple(group["cells"])}) for group in record["groups"])
+    return Scene(tuple(groups), record["background"])
+
+
+def read_scenes(data: Path) -> dict[str, dict[str, Any]]:
+    """scenes.jsonl by picture: groups, background, and every thing's box in pixels."""
+    lines = map(json.loads, (data / "scenes.jsonl").read_text().splitlines())
+    return {record["image"]: record for record in lines}
+
+
+def draw_one(job: tuple[int, str, Path]) -> dict[str, Any]:
+    """Draws and saves one picture; returns its line of scenes.jsonl."""
+    seed, name, folder = job
+    rng = random.Random(f"{seed}/{name}")
+    scene = draw_scene(rng)
+    things = []
+    for group in scene.groups:
+        for cell in group.cells:
+            side = SIDE / 2 * (rng.uniform(0.5, 0.6) if group.size == "small" else rng.uniform(0.85, 0.97))
+            left = (cell % 2) * SIDE / 2 + (SIDE / 2 - side) * rng.uniform(0.2, 0.8)
+            top = (cell // 2) * SIDE / 2 + (SIDE / 2 - side) * rng.uniform(0.2, 0.8)
+            box = [round(value, 2) for value in (left, top, left + side, top + side)]
+            things.append({"colour": group.colour, "shape": group.shape, "size": group.size, "box": box})
+    image = paint(rng, {"background": scene.background}, things, SIDE, SIDE)
+    image.save(folder / f"{name}.jpg", quality=rng.randint(85, 95))
+    return {"image": f"{name}.jpg", **asdict(scene), "things": things}
+
+
+def pair_sample(rng: random.Random, name: str, scene: Scene, twins: int = 1) -> dict[str, Any]:
+    """A picture with its alt text and hallucinated twins, in the released HACL's keys."""
+    statement, opening = alt_text(rng, scene)
+    wrong = [hallucinate(rng, statement, scene) for _ in range(twins)]
+    sample = {"id": f"{name}-pair", "image": f"{name}.jpg", "text": sentence(statement, opening)}
+    sample["Hallucination caption"] = [sentence(twin, opening) for _, twin in wrong]
+    sample["twin kinds"] = [error for error, _ in wrong]
+    sample["conversations"] = conversation([(rng.choice(BRIEF), sample["text"])], image=True)
+    return sample
+
+
+def dialogue_sample(rng: random.Random, name: str, scene: Scene) -> dict[str, Any]:
+    """Stage 2: a full description first half of the time, then questions, adversarial half of the time."""
+    turns = [(DETAILED, description(scene))] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(1, 3)):
+        answer = rng.random() < 0.5
+        question = yes_no_question(rng, scene, adversarial=rng.random() < 0.5, answer=answer)
+        turns.append((question, "Yes." if answer else "No."))
+    return {"id": f"{name}-dialogue", "image": f"{name}.jpg", "conversations": conversation(turns, image=True)}
+
+
+def questions_of(rng: random.Random, name: str, scene: Scene) -> list[dict[str, Any]]:
+    """POPE's lines: a question whose answer is yes, an adversarial one whose answer is no."""
+    lines = []
+    for answer in (True, False):
+        text = yes_no_question(rng, scene, adversarial=True, answer=answer)
+        lines.append({"image": f"{name}.jpg", "text": text, "label": "yes" if answer else "no"})
+    return lines
+
+
+def draw(output: Path, sizes: dict[str, int], seed: int, processes: int) -> None:
+    """Writes everything named at the top of this file under `output`; scenes.jsonl last."""
+    images = output / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    names = [f"{split}-{k:05d}" for split, size in sizes.items() for k in range(size)]
+    with multiprocessing.Pool(processes) as pool:
+        records = pool.map(draw_one, [(seed, name, images) for name in names], chunksize=64)
+    made: dict[str, list[dict[str, Any]]] = {}
+    for name, record in zip(names, records, strict=True):
+        rng, scene, split = random.Random(f"{seed}/{name}/text"), read_scene(record), name.split("-")[0]
+        if split == "finetune":
+            made.setdefault(split, []).append(dialogue_sample(rng, name, scene))
+        elif split != "parts":
+            made.setdefault(split, []).append(pair_sample(rng, name, scene))
+            if split != "pretrain":
+                made.setdefault(f"{split}.questions", []).extend(questions_of(rng, name, scene))
+    for split, samples in made.items():
+        for number, sample in enumerate(samples, 1):
+            if split.endswith("questions"):
+                sample["question_id"] = number
+        write_json(output / f"{split}.json", samples)
+    (output / "scenes.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    print(f"{output}: " + ", ".join(f"{size} {split}" for split, size in sizes.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("output/proof/data"))
+    for split, size in {"parts": 8000, "pretrain": 12000, "finetune": 6000, "dev": 400, "test": 600}.items():
+        parser.add_argument(f"--{split}", type=int, default=size, help="pictures")
+    parser.add_argument("--seed", type=int, default=2024)
+    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
+    args = parser.parse_args()
+    sizes = {split: getattr(args, split) for split in ("parts", "pretrain", "finetune", "dev", "test")}
+    draw(args.output, sizes, args.seed, args.processes)
+
+
+if __name__ == "__main__":
+    main()

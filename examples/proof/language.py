@@ -1,0 +1,244 @@
+"""What the language model reads before any arm: sentences, and dialogues about scenes that it is told of.
+
+HACL reads the state at </s>. In a large language model that state holds what was read; a small one has no reason to
+keep it, so this one is given one: a linear probe, thrown away afterwards, tells from it which facts were stated.
+
+Two educations, for two regimes of the proof:
+
+    notes   scenes are told in *notes*: sixteen places, as an image has, each the mean of the embeddings of the words
+            that hold there. Such a model can describe and answer behind anything that resembles its words; what it
+            lacks is eyes. A stand-in for a large model that takes soft tokens in its stride.
+    text    scenes are told in words alone. Such a model has never met a soft token.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaTokenizerFast, LlavaForConditionalGeneration
+from world import (
+    COLOURS,
+    DETAILED,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Statement,
+    alt_text,
+    description,
+    hallucinate,
+    mention_of,
+    sentence,
+    yes_no_question,
+)
+
+ToldIn = Literal["notes", "text"]
+
+
+@dataclass(frozen=True)
+class Education:
+    """What a language model reads in a step, and how it is built where the two differ."""
+
+    read: int
+    captioned: int
+    glanced: int
+    dialogues: int
+    with_system: int
+    """Every so many steps the dialogues have the system prompt, which is long."""
+    questions: tuple[int, int]
+    """Fewest and most of a dialogue."""
+    adversarial: float
+    described: float
+    """Share of the dialogues that begin with a description."""
+    key_value_heads: int
+
+
+EDUCATIONS: dict[ToldIn, Education] = {
+    "notes": Education(24, 20, 24, 20, 4, (1, 3), 0.5, 0.5, key_value_heads=2),
+    "text": Education(16, 12, 16, 24, 8, (3, 6), 0.7, 0.6, key_value_heads=4),
+}
+NUM_FACTS = 10 * len(COLOURS) * len(SHAPES)
+
+
+def facts_of(statement: Statement) -> list[int]:
+    """Indices of the facts that a statement makes: kinds with their size, number, and place in a relation."""
+    facts = []
+    for at, mention in enumerate(statement.mentions):
+        kind = COLOURS.index(mention.colour) * len(SHAPES) + SHAPES.index(mention.shape)
+        aspects = [0, mention.number]
+        aspects += [4 + SIZES.index(mention.size)] if mention.size else []
+        if statement.relation:
+            aspects.append(6 + (RELATIONS.index(statement.relation) ^ at))  # of "a left of b", b is right of something
+        facts += [aspect * len(COLOURS) * len(SHAPES) + kind for aspect in aspects]
+    return facts
+
+
+def whole_statement(scene: Scene) -> Statement:
+    return Statement(tuple(mention_of(group, True) for group in scene.groups))
+
+
+@dataclass(frozen=True)
+class Document:
+    """A row: token ids, notes of a scene, token ids."""
+
+    before: list[int]
+    scene: int | None
+    """Number of the scene told in notes behind `before`; None: no notes, and nothing in `before`."""
+    after: list[int]
+    learned: list[bool]
+    """Which of `after` are to be predicted."""
+    facts: list[int] | None
+    """What the state at the last token shall hold."""
+
+
+class Library:
+    """Writes documents about scenes, without end.
+
+    Args:
+        scenes: S scenes.
+        notes: [S, P, A] token ids of the words that hold at each place, 0 where there is nothing to say.
+        system: the system prompt of stage 2's template.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        notes: Tensor,
+        told_in: ToldIn,
+        tokenizer: LlamaTokenizerFast,
+        system: str,
+        seed: int,
+    ) -> None:
+        self.scenes, self.notes, self.told_in = scenes, notes, told_in
+        self.tokenizer, self.system = tokenizer, system
+        self.rng = random.Random(f"library/{seed}")
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def told(
+        self, at: int, before: list[int], after: list[int], learned: list[bool], facts: list[int] | None
+    ) -> Document:
+        """A document that tells scene `at` between `before` and `after`."""
+        if self.told_in == "notes":
+            return Document(before, at, after, learned, facts)
+        row = [*before, *self.ids(self.in_words(self.scenes[at]))]
+        return Document([], None, row + after, [False] * len(row) + learned, facts)
+
+    def in_words(self, scene: Scene) -> str:
+        """A scene's description, or a list of its things from quadrant to quadrant."""
+        if self.rng.random() < 0.3:
+            return description(scene)
+        things = sorted((cell, group) for group in scene.groups for cell in group.cells)
+        return self.rng.choice((", ", " ")).join(f"{group.size} {group.colour} {group.shape}" for _, group in things)
+
+    def read(self) -> Document:
+        """An alt text, its twin or a description, ended by </s> with what it said."""
+        scene = self.rng.choice(self.scenes)
+        statement, opening = alt_text(self.rng, scene)
+        if self.rng.random() < 0.4:
+            statement = hallucinate(self.rng, statement, scene)[1]
+        elif self.rng.random() < 0.2:
+            statement, opening = whole_statement(scene), "The picture shows "
+        ids = [1, *self.ids(sentence(statement, opening)), 2]
+        return Document([], None, ids, [True] * len(ids), facts_of(statement))
+
+    def captioned(self) -> Document:
+        """Stage 1's template: a scene, and an alt text of it."""
+        at = self.rng.randrange(len(self.scenes))
+        after = self.ids(sentence(*alt_text(self.rng, self.scenes[at])) + "\n")
+        return self.told(at, [1], after, [True] * len(after), None)
+
+    def glance(self, prompt: bool) -> Document:
+        """A scene and </s> alone, as HACL reads an image."""
+        at = self.rng.randrange(len(self.scenes))
+        return self.told(at, [1] if prompt else [], [2], [False], facts_of(whole_statement(self.scenes[at])))
+
+    def dialogue(self, with_system: bool) -> Document:
+        """Stage 2's template, with or without Vicuna's system prompt."""
+        at = self.rng.randrange(len(self.scenes))
+        scene, education = self.scenes[at], EDUCATIONS[self.told_in]
+        turns = [(DETAILED, description(scene))] if self.rng.random() < education.described else []
+        for _ in range(self.rng.randint(*education.questions)):
+            answer = self.rng.random() < 0.5
+            adversarial = self.rng.random() < education.adversarial
+            turns.append((yes_no_question(self.rng, scene, adversarial, answer), "Yes." if answer else "No."))
+        after, learned = [], []
+        for number, (question, answer) in enumerate(turns):
+            asked = self.ids(("USER: " if number else "\n") + question + " ASSISTANT:")
+            answered = [*self.ids(answer), 2]
+            after += asked + answered
+            learned += [False] * len(asked) + [True] * len(answered)
+        return self.told(at, [1, *self.ids((self.system if with_system else "") + "USER: ")], after, learned, None)
+
+
+class LanguageTask(nn.Module):
+    """Next-token prediction, and the facts told from the last state by a probe."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, notes: Tensor) -> None:
+        super().__init__()
+        self.language_model, self.lm_head = model.model.language_model, model.lm_head
+        self.probe = nn.Linear(model.config.text_config.hidden_size, NUM_FACTS)
+        self.notes = notes
+
+    def forward(self, documents: Sequence[Document]) -> tuple[Tensor, Tensor]:
+        """(loss of the learned tokens, loss of the facts), each 0 where there is none to learn."""
+        embed = self.language_model.embed_tokens
+        rows, targets, last = [], [], []
+        for document in documents:
+            parts = [embed(torch.tensor(document.before, dtype=torch.long))]
+            if document.scene is not None:
+                notes = self.notes[document.scene]
+                parts.append(
+                    (embed(notes) * (notes > 0)[..., None]).sum(1) / (notes > 0).sum(1, keepdim=True).clamp(min=1)
+                )
+            before = sum(map(len, parts))
+            parts.append(embed(torch.tensor(document.after)))
+            rows.append(torch.cat(parts))
+            learned = zip(document.after, document.learned, strict=True)
+            targets.append(torch.tensor([-100] * before + [token if wanted else -100 for token, wanted in learned]))
+            last.append(len(rows[-1]) - 1)
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        states = self.language_model(inputs_embeds=padded).last_hidden_state
+        wanted = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)[:, 1:]
+        chosen = wanted != -100
+        loss = states.sum() * 0
+        if chosen.any():
+            loss = F.cross_entropy(self.lm_head(states[:, :-1][chosen]), wanted[chosen])
+        with_facts = [row for row, document in enumerate(documents) if document.facts is not None]
+        if not with_facts:
+            return loss, states.sum() * 0
+        hot = torch.zeros(len(with_facts), NUM_FACTS)
+        for row, at in enumerate(with_facts):
+            hot[row, documents[at].facts] = 1.0
+        logits = self.probe(states[with_facts, [last[at] for at in with_facts]])
+        return loss, F.binary_cross_entropy_with_logits(logits, hot, reduction="sum") / len(with_facts)
+
+
+Fit = Callable[..., None]
+
+
+def train_language_model(
+    model: LlavaForConditionalGeneration, library: Library, steps: int, fit: Fit
+) -> dict[str, float]:
+    """In place; returns the last values of what `LanguageTask` says of each kind of document."""
+    task, education = LanguageTask(model, library.notes), EDUCATIONS[library.told_in]
+    history: list[dict[str, float]] = []
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        read, facts = task([library.read() for _ in range(education.read)])
+        captioned, _ = task([library.captioned() for _ in range(education.captioned)])
+        _, glanced = task([library.glance(prompt=step % 2 == 0) for _ in range(education.glanced)])
+        with_system = step % education.with_system == 0
+        dialogue, _ = task([library.dialogue(with_system) for _ in range(education.dialogues)])
+        values = {"read": read, "facts": facts, "captioned": captioned, "glanced": glanced, "dialogue": dialogue}
+        history.append({name: value.item() for name, value in values.items()})
+        return read + captioned + 2 * dialogue + 0.1 * facts + 0.1 * glanced, history[-1]
+
+    fit(task, loss_of, steps, 3e-3, f"language model, {library.told_in}", line=1)
+    recent = history[-20:]
+    return {name: sum(row[name] for row in recent) / len(recent) for name in recent[0]} if recent else {}

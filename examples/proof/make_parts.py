@@ -1,0 +1,205 @@
+"""Makes what stands before any arm: a vision tower that has seen the world, language models that have read about it.
+
+    python examples/proof/make_parts.py --data output/proof/data --output output/proof/parts
+
+Writes Hugging Face folders: OUTPUT/tower, and OUTPUT/notes and OUTPUT/text, one for each of `language.EDUCATIONS`. All
+are frozen in stage 1 of every arm. The tower has CLIP's architecture and learns what every patch shows (colour, shape,
+size, background) from hidden state -2, which is what LLaVA reads; not by CLIP's own loss.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from draw_world import dialogue_sample, read_scene, read_scenes
+from language import EDUCATIONS, Library, ToldIn, train_language_model
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, LlamaForCausalLM, LlamaTokenizerFast, LlavaForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+from world import (
+    BACKGROUNDS,
+    BRIEF,
+    COLOURS,
+    DETAILED,
+    OPENINGS,
+    SHAPES,
+    SIZES,
+    Mention,
+    Statement,
+    alt_text,
+    description,
+    sentence,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
+from fitting import batches, fit
+from scenes import IMAGE_SIZE, PATCH_SIZE, square_pixels
+from tiny_llava import build, make_processor
+from tokenizer import VICUNA_PROMPT, train_tokenizer
+from vision_tower import TowerTask
+
+ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "background": BACKGROUNDS}
+VISION = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+LANGUAGE = {
+    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "max_position_embeddings": 512,
+}  # fmt: skip
+GRID = IMAGE_SIZE // PATCH_SIZE
+SHOWN = 0.15
+"""A patch shows a thing that covers at least this share of it."""
+SYSTEM = VICUNA_PROMPT.removesuffix("USER: ASSISTANT:")
+
+
+def patch_labels(record: dict[str, Any]) -> Tensor:
+    """[A, GRID * GRID] int64 of a line of scenes.jsonl: what each patch shows of `ATTRIBUTES`, 0 for no thing."""
+    edges = torch.arange(GRID + 1) * PATCH_SIZE
+    labels = torch.zeros(len(ATTRIBUTES), GRID, GRID, dtype=torch.long)
+    labels[3] = 1 + BACKGROUNDS.index(record["background"])
+    for thing in record["things"]:
+        left, top, right, bottom = thing["box"]
+        wide = (edges[1:].clamp(max=right) - edges[:-1].clamp(min=left)).clamp(min=0)
+        high = (edges[1:].clamp(max=bottom) - edges[:-1].clamp(min=top)).clamp(min=0)
+        covered = high[:, None] * wide[None, :] >= SHOWN * PATCH_SIZE**2
+        for row, name in enumerate(("colour", "shape", "size")):
+            labels[row, covered] = 1 + ATTRIBUTES[name].index(thing[name])
+    return labels.flatten(1)
+
+
+# --- vision tower -----------------------------------------------------------------------------------------------
+
+
+def train_tower(tower: nn.Module, data: Path, steps: int, seed: int) -> float:
+    """Trains `tower` in place on the split `parts`; returns the share of dev's patches with colour and shape right."""
+    task = TowerTask(tower, ATTRIBUTES)
+
+    def load(split: str) -> tuple[Tensor, Tensor]:
+        records = [record for name, record in read_scenes(data).items() if name.startswith(split)]
+        pixels = [
+            square_pixels(Image.open(data / "images" / record["image"]), tower.config.image_size) for record in records
+        ]
+        return torch.stack(pixels), torch.stack([patch_labels(record) for record in records])
+
+    if steps:
+        pixels, labels = load("parts")
+        index = list(batches(len(pixels), 48, steps, seed))
+
+        def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+            x, y = pixels[index[step]], labels[index[step]]
+            if step % 2:  # in a mirror
+                x, y = x.flip(-1), y.unflatten(-1, (GRID, GRID)).flip(-1).flatten(-2)
+            if step // 2 % 2:  # upside down
+                x, y = x.flip(-2), y.unflatten(-1, (GRID, GRID)).flip(-2).flatten(-2)
+            loss, accuracy = task(x, y)
+            return loss, {"loss": loss.item(), "patches right": accuracy.item()}
+
+        fit(task, loss_of, steps, 2e-3, "vision tower", line=0)
+    with torch.no_grad():
+        return task(*load("dev"))[1].item()
+
+
+# --- language model ---------------------------------------------------------------------------------------------
+
+
+def new_library(data: Path, tokenizer: LlamaTokenizerFast, told_in: ToldIn, seed: int) -> Library:
+    """Documents about the scenes of the split `parts`, with the notes of what each patch of their pictures shows."""
+    records = [record for name, record in read_scenes(data).items() if name.startswith("parts")]
+    words = torch.zeros(len(ATTRIBUTES), 1 + max(map(len, ATTRIBUTES.values())), dtype=torch.long)
+    for row, values in enumerate(ATTRIBUTES.values()):
+        for column, value in enumerate(values):
+            words[row, 1 + column] = tokenizer(value, add_special_tokens=False).input_ids[0]
+    labels = torch.stack([patch_labels(record) for record in records])
+    notes = torch.stack([words[row][labels[:, row]] for row in range(len(ATTRIBUTES))], dim=-1)
+    return Library([read_scene(record) for record in records], notes, told_in, tokenizer, SYSTEM, seed)
+
+
+# --- both -------------------------------------------------------------------------------------------------------
+
+
+def corpus(data: Path) -> list[str]:
+    """Sentences that hold every word of the world."""
+    rng = random.Random(0)
+    scenes = [read_scene(record) for record in list(read_scenes(data).values())[:2000]]
+    lines = [*BRIEF, DETAILED, *OPENINGS, "Yes.", "No."]
+    for scene in scenes:
+        lines += [sentence(*alt_text(rng, scene)), description(scene)]
+        lines += [turn["value"].removeprefix("<image>\n") for turn in dialogue_sample(rng, "", scene)["conversations"]]
+    for shape in SHAPES:
+        lines += [sentence(Statement((Mention(colour, shape, None, 2),))) for colour in COLOURS]
+    lines += [f"{word} " * 3 for word in (*BACKGROUNDS, *COLOURS, *SHAPES, *SIZES)]
+    return lines
+
+
+def new_model(data: Path, told_in: ToldIn, seed: int) -> tuple[LlavaForConditionalGeneration, LlamaTokenizerFast]:
+    tokenizer = train_tokenizer(corpus(data))
+    language = LANGUAGE | {"num_key_value_heads": EDUCATIONS[told_in].key_value_heads}
+    return build(tokenizer, seed, VISION, language), tokenizer
+
+
+def language_worker(data: Path, output: Path, told_in: ToldIn, steps: int, seed: int) -> dict[str, float]:
+    """A process of its own: writes OUTPUT, a LLaMA with its tokenizer; returns what it reached."""
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    model, tokenizer = new_model(data, told_in, seed)
+    reached = train_language_model(model, new_library(data, tokenizer, told_in, seed), steps, fit)
+    llama = LlamaForCausalLM(model.config.text_config)
+    llama.model.load_state_dict(model.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(model.lm_head.state_dict())
+    llama.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return reached
+
+
+def tower_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str, float]:
+    """A process of its own: writes OUTPUT, a CLIP tower with its image processor; returns what it reached."""
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    model, tokenizer = new_model(data, "notes", seed)
+    seen = train_tower(model.model.vision_tower, data, steps, seed)
+    tower = CLIPVisionModel(model.config.vision_config)
+    tower.load_state_dict(model.model.vision_tower.state_dict())
+    tower.save_pretrained(output)
+    make_processor(tokenizer).image_processor.save_pretrained(output)
+    return {"patches right": seen}
+
+
+def make_parts(
+    data: Path, output: Path, tower_steps: int, language_steps: int, seed: int, educations: Sequence[ToldIn]
+) -> None:
+    """Trains the tower and a language model of each education, two at once; writes OUTPUT/parts.json last."""
+    start = time.monotonic()
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {
+            told_in: pool.submit(language_worker, data, output / told_in, told_in, language_steps, seed)
+            for told_in in educations
+        }
+        waiting["tower"] = pool.submit(tower_worker, data, output / "tower", tower_steps, seed)
+        reached: dict[str, Any] = {name: one.result() for name, one in waiting.items()}
+    reached["seconds"] = round(time.monotonic() - start)
+    (output / "parts.json").write_text(json.dumps(reached, indent=1) + "\n")
+    for name, values in reached.items():
+        print(f"{name}: {values}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("output/proof/data"))
+    parser.add_argument("--output", type=Path, default=Path("output/proof/parts"))
+    parser.add_argument("--tower-steps", type=int, default=2500)
+    parser.add_argument("--language-steps", type=int, default=1500)
+    parser.add_argument("--educations", nargs="+", choices=list(EDUCATIONS), default=list(EDUCATIONS))
+    parser.add_argument("--seed", type=int, default=1234)
+    args = parser.parse_args()
+    make_parts(args.data, args.output, args.tower_steps, args.language_steps, args.seed, args.educations)
+
+
+if __name__ == "__main__":
+    main()

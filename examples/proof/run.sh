@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Does HACL hallucinate less? A controlled world, two regimes, six arms, five seeds:  bash examples/proof/run.sh [--small] [--fresh]
+# In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated.
+# --small: one regime, three arms, two seeds, less of everything; too little to conclude from.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. tools/install_venv.sh
+"$VENV/bin/python" -c "import sklearn" 2>/dev/null || "$VENV/bin/python" -m pip -q install -c tests/constraints.txt -e '.[plots]'
+
+out=output/proof fresh=
+draw=() parts=() arms=()
+for word in "$@"; do
+  case $word in
+    --fresh) fresh=1 ;;
+    --small)
+      out=output/proof-small
+      draw=(--parts 3000 --pretrain 2000 --finetune 1000 --test 200 --dev 100)
+      parts=(--tower-steps 1000 --language-steps 400 --educations notes)
+      arms=(--regimes notes --arms none contrastive "HACL own" --seeds 1 2 --limit 100) ;;
+    *) echo "unknown: $word" >&2; exit 2 ;;
+  esac
+done
+[ -z "$fresh" ] || rm -rf "$out"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+step() { printf '\n[%s] %s\n' "$1" "$2"; }
+
+if [ ! -f $out/data/scenes.jsonl ]; then
+  step 1/5 "Drawing the world"
+  "$VENV/bin/python" examples/proof/draw_world.py --output $out/data ${draw[@]+"${draw[@]}"}
+fi
+if [ ! -f $out/parts/parts.json ]; then
+  step 2/5 "Training the vision tower and the language model, before any arm"
+  "$VENV/bin/python" examples/proof/make_parts.py --data $out/data --output $out/parts ${parts[@]+"${parts[@]}"}
+fi
+step 3/5 "Stage 1 and stage 2 of every arm at every seed, two at once, each scored on held-out scenes"
+"$VENV/bin/python" examples/proof/run_arms.py --output $out ${arms[@]+"${arms[@]}"}
+step 4/5 "One seed: gradients of both losses, and representations without and with the contrast (the paper's Figure 1)"
+for regime in notes text; do
+  with=$out/runs/$regime/HACL-own-1/pretrain without=$out/runs/$regime/none-1/pretrain
+  [ -d $with ] && [ -d $without ] && [ ! -f $out/representations/$regime/representations.json ] || continue
+  "$VENV/bin/python" examples/proof/gradients.py --load $with --data $out/data
+  "$VENV/bin/python" tools/plot_representations.py --before $without --load $with --data-path $out/data/test.json \
+    --image-folder $out/data/images --output $out/representations/$regime
+done
+step 5/5 "The table and the verdict"
+"$VENV/bin/python" examples/proof/report_arms.py --output $out

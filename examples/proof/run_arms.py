@@ -1,0 +1,116 @@
+"""Runs every arm at every seed, two runs at once: stage 1, stage 2, scores of both. A finished part is not repeated.
+
+    python examples/proof/run_arms.py --output output/proof --seeds 1 2 3 4 5
+
+An arm differs from the others in its stage-1 flags alone. One seed means the same fresh connector, the same order of
+the data and the same stage 2 in all arms.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ARMS: dict[str, list[str]] = {
+    "none": ["--contrastive-weight", "0"],
+    "contrastive": ["--hallucination-negatives", "none"],
+    "HACL own": ["--hallucination-negatives", "own"],
+    "HACL all": ["--hallucination-negatives", "all"],
+    "HACL queue": ["--hallucination-negatives", "own", "--contrastive-negatives", "queue", "--queue-size", "1024"],
+    "HACL own λ1": ["--hallucination-negatives", "own", "--contrastive-weight", "1"],
+}
+"""Stage 1's flags of each arm, beside pretrain.yaml."""
+
+
+# What differs between the two regimes, beside the language model: see README.md here.
+REGIMES: dict[str, dict[str, list[str]]] = {
+    "notes": {
+        "pretrain": ["--train-iters", "16", "--eval-interval", "16"],
+        "finetune": ["--train-iters", "20", "--eval-interval", "20"],
+    },
+    "text": {
+        "pretrain": ["--train-iters", "100", "--eval-interval", "100"],
+        "finetune": ["--train-iters", "40", "--eval-interval", "40", "--lr", "5e-4"],
+    },
+}
+
+
+def folder_of(output: Path, regime: str, arm: str, seed: int) -> Path:
+    return output / "runs" / regime / f"{arm.replace(' ', '-').replace('λ', 'weight-')}-{seed}"
+
+
+def call(command: list[str], log: Path) -> None:
+    """One process, its output appended to `log`. Raises RuntimeError with the log's end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with open(log, "a") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed; the end of {log}:\n" + log.read_text()[-2000:])
+
+
+def stage_flags(output: Path, regime: str, arm: str, seed: int, stage: str, split: str) -> list[str]:
+    """The trainer's flags of one stage of one run, `--save` and `--load` included."""
+    data, parts, folder = output / "data", output / "parts", folder_of(output, regime, arm, seed)
+    flags = ["--config", str(HERE / f"{stage}.yaml"), "--seed", str(seed), "--image-folder", str(data / "images")]
+    flags += ["--data-path", str(data / f"{stage}.json"), "--valid-data-path", str(data / f"{split}.json")]
+    if stage == "pretrain":
+        flags += ["--pretrained-checkpoint", str(parts / regime), "--vision-tower", str(parts / "tower"), *ARMS[arm]]
+    else:
+        flags += ["--pretrained-checkpoint", str(folder / "pretrain")]
+    return [*flags, *REGIMES[regime][stage], "--save", str(folder / stage), "--load", str(folder / stage)]
+
+
+def run_arm(
+    output: Path, regime: str, arm: str, seed: int, *, split: str, limit: int | None, more: dict[str, list[str]]
+) -> None:
+    """Both stages of one arm at one seed, each trained (resuming what is there) and scored, unless its scores exist.
+
+    Args:
+        more: further flags by stage, such as fewer iterations.
+    """
+    folder, start = folder_of(output, regime, arm, seed), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage, flags in more.items():
+        scores, log = folder / f"{stage}.json", folder / f"{stage}.log"
+        if scores.exists():
+            continue
+        train = [*stage_flags(output, regime, arm, seed, stage, split), *flags]
+        call([sys.executable, "-m", "hacl_megatron.train", *train], log)
+        score = [sys.executable, str(HERE / "score_run.py"), "--load", str(folder / stage)]
+        score += ["--data", str(output / "data"), "--split", split, *(["--limit", str(limit)] if limit else [])]
+        call([*score, "--output", str(scores)], log)
+    print(f"{regime}, {arm}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("output/proof"))
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
+    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--limit", type=int, default=300, help="score on the first pictures of the split alone")
+    parser.add_argument("--stage1", default="", help="more flags for stage 1 of every arm, as one word")
+    parser.add_argument("--stage2", default="", help="more flags for stage 2 of every arm, as one word")
+    args = parser.parse_args()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = [
+            pool.submit(
+                run_arm, args.output, regime, arm, seed, split=args.split, limit=args.limit,
+                more={"pretrain": args.stage1.split(), "finetune": args.stage2.split()},
+            )
+            for regime in args.regimes for seed in args.seeds for arm in args.arms
+        ]  # fmt: skip
+        for one in waiting:
+            one.result()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The controlled world of examples/proof: what it says is true or false as labelled, is scored exactly, and runs."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from tests.distributed import run_distributed
+from tests.training.runs import metrics
+
+ROOT = Path(__file__).parents[2]
+PROOF = ROOT / "examples" / "proof"
+SIZES = {"parts": 48, "pretrain": 32, "finetune": 16, "dev": 8, "test": 12}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_on_path():
+    """The scripts import one another by file name, as `python examples/proof/NAME.py` lets them."""
+    sys.path[:0] = [str(PROOF), str(PROOF.parent / "quickstart")]
+    yield
+    sys.path.remove(str(PROOF))
+    sys.path.remove(str(PROOF.parent / "quickstart"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, scripts_on_path: None) -> Path:
+    from draw_world import draw
+
+    folder = tmp_path_factory.mktemp("proof") / "data"
+    draw(folder, SIZES, seed=3, processes=1)
+    return folder
+
+
+def scenes_of(data: Path) -> dict[str, dict]:
+    return {record["image"]: record for record in map(json.loads, (data / "scenes.jsonl").read_text().splitlines())}
+
+
+def test_pictures_show_their_things(data: Path) -> None:
+    from draw import COLOURS
+
+    seen = 0
+    for name, record in scenes_of(data).items():
+        pixels = np.asarray(Image.open(data / "images" / name).convert("RGB"), dtype=float)
+        for thing in record["things"]:
+            left, top, right, bottom = thing["box"]
+            if thing["shape"] == "ring":
+                continue
+            middle = pixels[round((top + bottom) / 2), round((left + right) / 2)]
+            nearest = min(COLOURS, key=lambda colour: np.abs(np.array(COLOURS[colour]) - middle).sum())
+            assert nearest == thing["colour"], (name, thing)
+            seen += 1
+    assert seen > 150
+
+
+def mentioned_kinds(sentence: str) -> list[tuple[str, str]]:
+    """(colour, singular shape) of each thing a sentence names, found word by word."""
+    words = sentence.lower().replace(",", "").replace(".", "").replace("?", "").split()
+    singular = {"circle", "square", "triangle", "star", "cross", "ring"}
+    found = []
+    for colour, noun in itertools.pairwise(words):
+        for shape in singular:
+            if noun in (shape, shape + "s", shape + "es"):
+                found.append((colour, shape))
+    return found
+
+
+def test_captions_are_true_and_twins_false_by_their_own_words(data: Path) -> None:
+    scenes, kinds = scenes_of(data), set()
+    rng = random.Random(0)
+    from draw_world import pair_sample, read_scene
+
+    for name, record in scenes.items():
+        present = {(group["colour"], group["shape"]) for group in record["groups"]}
+        for sample in (pair_sample(rng, name, read_scene(record)) for _ in range(5)):
+            assert set(mentioned_kinds(sample["text"])) <= present
+            (twin,), (error,) = sample["Hallucination caption"], sample["twin kinds"]
+            assert twin != sample["text"]
+            kinds.add(error)
+            said = set(mentioned_kinds(twin))
+            if error in ("colour", "shape", "addition"):
+                assert not said <= present, (sample["text"], twin)
+            else:  # what is named is there; size, number or relation is not as said
+                assert said == set(mentioned_kinds(sample["text"]))
+    assert kinds == {"colour", "shape", "size", "number", "relation", "addition"}
+
+
+def test_questions_are_answered_by_the_scene_and_adversarial(data: Path) -> None:
+    scenes = scenes_of(data)
+    lines = json.loads((data / "test.questions.json").read_text())
+    assert [line["label"] for line in lines] == ["yes", "no"] * SIZES["test"]
+    for line in lines:
+        groups = scenes[line["image"]]["groups"]
+        present = {(group["colour"], group["shape"]) for group in groups}
+        (kind,) = mentioned_kinds(line["text"])
+        assert (kind in present) == (line["label"] == "yes")
+        assert any(kind[0] == colour or kind[1] == shape for colour, shape in present)
+    for sample in json.loads((data / "finetune.json").read_text()):
+        groups = scenes[sample["image"]]["groups"]
+        present = {(group["colour"], group["shape"]) for group in groups}
+        turns = [turn["value"] for turn in sample["conversations"]]
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            if answer in ("Yes.", "No."):
+                assert (mentioned_kinds(question)[0] in present) == (answer == "Yes.")
+            else:
+                assert set(mentioned_kinds(answer)) == present
+
+
+def test_chair_counts_what_is_said_against_what_is_there() -> None:
+    from world import Group, Scene, chair, description, read_description
+
+    red, blue = Group("red", "circle", "small", (0,)), Group("blue", "cross", "large", (1, 3))
+    scene = Scene((red, blue), "white")
+    assert description(scene) == "The picture shows a small red circle and two large blue crosses."
+    right = read_description(description(scene), scene)
+    assert (right.mentioned, right.hallucinated, right.covered, right.wholly_right) == (2, 0, 2, True)
+    confused = read_description("The picture shows a small red cross, a small red circle and a red cross.", scene)
+    assert (confused.mentioned, confused.hallucinated, confused.covered, confused.wholly_right) == (3, 2, 1, False)
+    wrong_size = read_description("A large red circle and two large blue crosses.", scene)
+    assert wrong_size.hallucinated == 0 and not wrong_size.wholly_right
+    once_too_often = read_description("A small red circle, two large blue crosses and a small red circle.", scene)
+    assert not once_too_often.wholly_right
+    silent = read_description("", scene)
+    shares = chair([right, confused, wrong_size, once_too_often, silent])
+    assert shares["CHAIR_i"] == pytest.approx(2 / 10)
+    assert shares["CHAIR_s"] == pytest.approx(1 / 5)
+    assert shares["cover"] == pytest.approx(7 / 10)
+    assert shares["wholly right"] == pytest.approx(1 / 5)
+
+
+def test_intervals_are_those_of_a_paired_t_test() -> None:
+    from report_arms import Interval, differences, verdict
+
+    base, arm = [0.30, 0.28, 0.33, 0.25, 0.31], [0.20, 0.21, 0.19, 0.18, 0.22]
+    expected = stats.ttest_rel(arm, base).confidence_interval(0.95)
+    runs = {
+        "none": {seed: {"CHAIR_i": value} for seed, value in enumerate(base)},
+        "HACL own": {seed: {"CHAIR_i": value} for seed, value in enumerate(arm)},
+    }
+    found = differences(runs, "HACL own", "none", "CHAIR_i", relative=False)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.excludes_zero
+    (line,) = verdict(runs)
+    assert "cuts +32%" in line and "at least 30%, and the interval excludes 0" in line
+    (line,) = verdict(runs | {"HACL own": {seed: {"CHAIR_i": value + 0.05} for seed, value in enumerate(arm)}})
+    assert "less than 30%, though the interval excludes 0" in line
+    (line,) = verdict(runs | {"HACL own": {0: {"CHAIR_i": 0.1}, 1: {"CHAIR_i": 0.4}}})
+    assert "not told from 0" in line
+    assert Interval.of([0.5]).low == float("-inf")  # one seed tells nothing
+
+
+def _train(folder: str, commands: list[list[str]]) -> None:
+    from hacl_megatron.train import run
+
+    for command in commands:
+        run(command)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path) -> Path:
+    """What run.sh does, with a few pictures and steps; the arms `none` and `HACL own` at one seed."""
+    from make_parts import make_parts
+    from run_arms import stage_flags
+
+    output = data.parent
+    make_parts(data, output / "parts", tower_steps=2, language_steps=2, seed=1, educations=("notes",))
+    short = ["--train-iters", "2", "--eval-interval", "2", "--eval-iters", "1", "--micro-batch-size", "12"]
+    short += ["--global-batch-size", "12"]
+    commands = [
+        [*stage_flags(output, "notes", arm, 1, stage, "test"), *short]
+        for arm, stage in (("none", "pretrain"), ("HACL own", "pretrain"), ("HACL own", "finetune"))
+    ]
+    run_distributed(_train, 1, str(output), commands)
+    return output
+
+
+def test_arms_begin_alike_and_go_on_to_scores(finished: Path) -> None:
+    from run_arms import folder_of
+    from score_run import score_run
+
+    without = metrics(folder_of(finished, "notes", "none", 1) / "pretrain")
+    contrasted = metrics(folder_of(finished, "notes", "HACL own", 1) / "pretrain")
+    assert without[0]["lm loss"] == pytest.approx(contrasted[0]["lm loss"], abs=1e-5)  # same connector, same data
+    assert "contrastive loss" in contrasted[0] and "contrastive loss" not in without[0]
+
+    result = score_run(folder_of(finished, "notes", "HACL own", 1) / "finetune", finished / "data", "test", limit=4)
+    scores = result["scores"]
+    assert len(result["answers"]["descriptions"]) == 4 and len(result["answers"]["yes/no"]) == 8
+    assert 0 <= scores["CHAIR_i"] <= 1 and scores["yes/no accuracy"] + scores["yes/no errors"] == pytest.approx(1)
+    assert 0 <= scores["preference accuracy sum"] <= 1
+
+
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
+    from run_arms import folder_of, run_arm
+
+    folder = folder_of(tmp_path, "notes", "none", 1)
+    folder.mkdir(parents=True)
+    more = {"pretrain": [], "finetune": []}
+    for stage in more:
+        (folder / f"{stage}.json").write_text("{}")
+    run_arm(tmp_path, "notes", "none", 1, split="test", limit=None, more=more)
+    assert sorted(path.name for path in folder.iterdir()) == ["finetune.json", "pretrain.json"]
+
+
+def test_the_report_reads_what_runs_leave(finished: Path) -> None:
+    from run_arms import folder_of
+
+    scores = {"CHAIR_i": 0.2, "CHAIR_s": 0.3, "yes/no errors": 0.1, "cover": 0.8, "wholly right": 0.4}
+    for arm, factor in (("none", 1.0), ("HACL own", 0.5)):
+        for stage in ("pretrain", "finetune"):
+            path = folder_of(finished, "notes", arm, 1) / f"{stage}.json"
+            path.write_text(json.dumps({"scores": {name: factor * value for name, value in scores.items()}}))
+    command = [sys.executable, str(PROOF / "report_arms.py"), "--output", str(finished)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "HACL own cuts +50%" in (finished / "results.md").read_text()
+    assert (finished / "results-notes.png").stat().st_size > 20_000
