@@ -109,9 +109,9 @@ def train_tower(tower: nn.Module, data: Path, steps: int, seed: int) -> float:
 # --- language model ---------------------------------------------------------------------------------------------
 
 
-def new_library(data: Path, tokenizer: LlamaTokenizerFast, told_in: ToldIn, seed: int) -> Library:
-    """Documents about the scenes of the split `parts`, with the notes of what each patch of their pictures shows."""
-    records = [record for name, record in read_scenes(data).items() if name.startswith("parts")]
+def new_library(data: Path, tokenizer: LlamaTokenizerFast, told_in: ToldIn, seed: int, split: str = "parts") -> Library:
+    """Documents about the scenes of a split, with the notes of what each patch of their pictures shows."""
+    records = [record for name, record in read_scenes(data).items() if name.startswith(split)]
     words = torch.zeros(len(ATTRIBUTES), 1 + max(map(len, ATTRIBUTES.values())), dtype=torch.long)
     for row, values in enumerate(ATTRIBUTES.values()):
         for column, value in enumerate(values):

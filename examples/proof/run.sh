@@ -34,7 +34,8 @@ if [ ! -f $out/parts/parts.json ]; then
 fi
 step 3/5 "Stage 1 and stage 2 of every arm at every seed, two at once, each scored on held-out scenes"
 "$VENV/bin/python" examples/proof/run_arms.py --output $out ${arms[@]+"${arms[@]}"}
-step 4/5 "One seed: gradients of both losses, and representations without and with the contrast (the paper's Figure 1)"
+step 4/5 "What the language model says of scenes told without error; gradients of both losses; Figure 1 of the paper"
+"$VENV/bin/python" examples/proof/ceiling.py --data $out/data --parts $out/parts
 for regime in notes text; do
   with=$out/runs/$regime/HACL-own-1/pretrain without=$out/runs/$regime/none-1/pretrain
   [ -d $with ] && [ -d $without ] && [ ! -f $out/representations/$regime/representations.json ] || continue
