@@ -1,4 +1,4 @@
-"""What the frozen language model says of scenes that it is told of without error: no connector can do better in stage 1.
+"""What the frozen language model says of scenes told without error: no connector can do better in stage 1.
 
     python examples/proof/ceiling.py --data output/proof/data --parts output/proof/parts
 
