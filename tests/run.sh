@@ -2,7 +2,7 @@
 # Every test, from nothing but Python and pip:  bash tests/run.sh [pytest arguments]
 #   bash tests/run.sh --slurm [--full]   instead: jobs on a real Slurm on this host (tests/slurm; as root, with apt's slurmctld,
 #                                        slurmd, slurm-client and munge): 3.5 minutes on 2 cores with little else to do; --full
-#                                        adds ten preemptions (5 minutes), five layouts (2 minutes) and thirty kills
+#                                        adds ten preemptions, five layouts and thirty kills: half an hour beside other work
 # PYTHON=python3.12 picks another interpreter (and with it megatron-core 0.19.x); each has its own virtual environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
