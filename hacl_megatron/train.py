@@ -134,15 +134,15 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
 
 def resolve_lora(config: RunConfig, resume_from: Path | None) -> LoraFlags:
     """The flags' adapters, or those of the checkpoint that is resumed or started from where the flags ask for none."""
-    from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
+    from hacl_megatron.checkpoint.sharded import find_checkpoint
+    from hacl_megatron.checkpoint.sharded_reader import read_run_config
 
     source, found = config.model.pretrained_checkpoint, resume_from
     if found is None and source is not None and Path(source).is_dir():
         found = find_checkpoint(Path(source))
     if found is None:
         return config.lora
-    saved = from_yaml((found / RUN_CONFIG_FILE).read_text(encoding="utf-8"), str(found / RUN_CONFIG_FILE)).lora
-    return settle_lora(config.lora, saved, str(found), resumes=resume_from is not None)
+    return settle_lora(config.lora, read_run_config(found).lora, str(found), resumes=resume_from is not None)
 
 
 def planned_architecture(config: RunConfig) -> ModelConfig:

@@ -19,12 +19,13 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from hacl_megatron.checkpoint.choose import agree_on_checkpoint
 from hacl_megatron.checkpoint.hf_import import load_adapter, load_hf_weights
-from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint, load_checkpoint
+from hacl_megatron.checkpoint.sharded import find_checkpoint, load_checkpoint
+from hacl_megatron.checkpoint.sharded_reader import read_run_config
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks import Layout, padded_vocab_size
-from hacl_megatron.config.flags import LoraFlags, ModelFlags
+from hacl_megatron.config.flags import ModelFlags
 from hacl_megatron.config.lora import Lora, is_lora
-from hacl_megatron.config.run import RunConfig, from_yaml
+from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.sections import megatron_fields
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
@@ -119,14 +120,14 @@ def parts_of_transformers(flags: ModelFlags, architecture: ModelConfig) -> list[
 
 def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelConfig, layout: Layout) -> str:
     """Fill `module` from `--pretrained-checkpoint` and `--pretrain-mm-mlp-adapter`; returns a line for the user."""
-    source, own = config.model.pretrained_checkpoint, None
+    source, own, has_lora = config.model.pretrained_checkpoint, None, False
     lines = []
     if source is None:
         lines.append("random weights")
     elif (own := find_checkpoint(Path(source))) is not None:
         agree_on_checkpoint(own, fallback=False, flag="--pretrained-checkpoint")  # or say which file is cut
         # Extra states are FP8 scales: Transformer Engine's alone, and of the optimiser's kind, so they start fresh.
-        has_lora = saved_lora(own).lora_rank is not None
+        has_lora = read_run_config(own).lora.lora_rank is not None
 
         def starts_fresh(name: str) -> bool:
             return name.endswith("_extra_state") or (is_lora(name) and not has_lora)
@@ -153,14 +154,8 @@ def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelCon
         load_adapter(module, adapter, architecture)
         lines.append(f"connector from {adapter}")
     if (lora := Lora.of(config.lora)) is not None:
-        from_checkpoint = own is not None and saved_lora(own).lora_rank is not None
-        lines.append(f"{lora}, {'from there too' if from_checkpoint else 'fresh'}")
+        lines.append(f"{lora}, {'from there too' if has_lora else 'fresh'}")
     return "; ".join(lines)
-
-
-def saved_lora(checkpoint: Path) -> LoraFlags:
-    """The LoRA flags of the run that wrote a checkpoint folder of ours."""
-    return from_yaml((checkpoint / RUN_CONFIG_FILE).read_text(encoding="utf-8"), RUN_CONFIG_FILE).lora
 
 
 def build_trainee(
