@@ -228,8 +228,10 @@ class ReferenceTrainer:
         eps: float = 1e-8,
         clip_grad: float = 1.0,
         warmup_fraction: float = 0.03,
+        contrastive_warmup_fraction: float = 0.0,
     ) -> None:
         self.model = model
+        self.contrastive_warmup = int(contrastive_warmup_fraction * train_iters)
         self.clip_grad = clip_grad
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
@@ -247,6 +249,14 @@ class ReferenceTrainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         model.train()
 
+    @property
+    def contrastive_weight(self) -> float:
+        """Lambda in the next step: ten thousand times smaller before the first, and so many times more each step."""
+        done = self.scheduler.last_epoch + 1
+        if done >= self.contrastive_warmup:
+            return self.model.contrastive_weight
+        return self.model.contrastive_weight * 1e-4 ** (1 - done / self.contrastive_warmup)
+
     def step(self, micro_batches: Sequence[Sequence[Sample]]) -> dict[str, float]:
         """One step over a global batch; contrastive negatives come from the pair's own micro-batch.
 
@@ -261,7 +271,7 @@ class ReferenceTrainer:
         for samples in micro_batches:
             generation, image_to_text, text_to_image = model.loss_sums(samples, num_targets=max(num_targets, 1))
             contrastive = (image_to_text + text_to_image) / (2 * max(num_pairs, 1))
-            (generation + model.contrastive_weight * contrastive).backward()
+            (generation + self.contrastive_weight * contrastive).backward()
             for index, value in enumerate((generation, image_to_text, text_to_image)):
                 sums[index] += value.item()
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)

@@ -2,7 +2,7 @@
 
     python examples/proof/ceiling.py --data output/proof/data --parts output/proof/parts
 
-The model of regime `notes` gets the notes of what every patch shows in the image's place, in stage 2's template.
+It gets the notes of what every patch shows in the image's place, in stage 2's template.
 """
 
 import argparse
@@ -46,10 +46,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="scenes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(args.parts / "notes")
-    model = LlamaForCausalLM.from_pretrained(args.parts / "notes").eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.parts / "language")
+    model = LlamaForCausalLM.from_pretrained(args.parts / "language").eval()
     embed = model.model.embed_tokens
-    library = new_library(args.data, tokenizer, "notes", seed=0, split=args.split)
+    library = new_library(args.data, tokenizer, seed=0, split=args.split)
     ids = library.notes[: args.limit]
     notes = (embed(ids) * (ids > 0)[..., None]).sum(2) / (ids > 0).sum(2, keepdim=True).clamp(min=1)
     front = embed(torch.tensor([1, *library.ids(SYSTEM + "USER: ")]))

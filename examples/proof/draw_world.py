@@ -6,6 +6,7 @@ Splits are disjoint sets of scenes; everything follows from --seed and the pictu
 
     parts       what the vision tower and the language model learn from, before any arm: scenes.jsonl alone
     pretrain    stage 1: one alt text and one twin a picture                             pretrain.json
+                the same among what web captions say beside what is seen                 pretrain-web.json
     finetune    stage 2: a description or questions a picture                            finetune.json
     dev, test   held out: pairs DEV.json, questions (POPE's lines) DEV.questions.json    (dev tunes, test is reported)
 """
@@ -26,6 +27,7 @@ from world import (
     Group,
     Scene,
     alt_text,
+    as_on_the_web,
     description,
     draw_scene,
     hallucinate,
@@ -80,6 +82,18 @@ def pair_sample(rng: random.Random, name: str, scene: Scene, twins: int = 1) -> 
     return sample
 
 
+def web_sample(seed: int, sample: dict[str, Any]) -> dict[str, Any]:
+    """A pair whose caption and twins stand among the same words that the picture does not show."""
+
+    def wrapped(text: str) -> str:
+        return as_on_the_web(random.Random(f"{seed}/{sample['id']}/web"), text)
+
+    turns = [dict(turn) for turn in sample["conversations"]]
+    turns[1]["value"] = wrapped(sample["text"])
+    twins = [wrapped(twin) for twin in sample["Hallucination caption"]]
+    return sample | {"text": turns[1]["value"], "Hallucination caption": twins, "conversations": turns}
+
+
 def dialogue_sample(rng: random.Random, name: str, scene: Scene) -> dict[str, Any]:
     """Stage 2: a full description first half of the time, then questions, adversarial half of the time."""
     turns = [(DETAILED, description(scene))] if rng.random() < 0.5 else []
@@ -115,6 +129,8 @@ def draw(output: Path, sizes: dict[str, int], seed: int, processes: int) -> None
             made.setdefault(split, []).append(pair_sample(rng, name, scene))
             if split != "pretrain":
                 made.setdefault(f"{split}.questions", []).extend(questions_of(rng, name, scene))
+    for split in ("pretrain", "dev", "test"):
+        made[f"{split}-web"] = [web_sample(seed, sample) for sample in made[split]]
     for split, samples in made.items():
         for number, sample in enumerate(samples, 1):
             if split.endswith("questions"):

@@ -1,6 +1,6 @@
 """Why an arm fares as it does: the connector's gradients of L_G and of the contrastive loss, at a checkpoint.
 
-    python examples/proof/gradients.py --load output/proof/runs/notes/HACL-own-1/pretrain --data output/proof/data
+    python examples/proof/gradients.py --load output/proof/runs/web/HACL-own-1/pretrain --data output/proof/data
 
 For batches of held-out pairs: both gradients' lengths, the cosine between them, and how far each agrees with itself
 from one batch to the next (the mean cosine over pairs of batches). A loss teaches the connector quickly where its

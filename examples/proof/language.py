@@ -3,18 +3,14 @@
 HACL reads the state at </s>. In a large language model that state holds what was read; a small one has no reason to
 keep it, so this one is given one: a linear probe, thrown away afterwards, tells from it which facts were stated.
 
-Two educations, for two regimes of the proof:
-
-    notes   scenes are told in *notes*: sixteen places, as an image has, each the mean of the embeddings of the words
-            that hold there. Such a model can describe and answer behind anything that resembles its words; what it
-            lacks is eyes. A stand-in for a large model that takes soft tokens in its stride.
-    text    scenes are told in words alone. Such a model has never met a soft token.
+Scenes are told in *notes*: sixteen places, as an image has, each the mean of the embeddings of the words that hold
+there. Such a model can describe and answer behind anything that resembles its words; what it lacks is eyes. A stand-in
+for a large model that takes soft tokens in its stride.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +25,7 @@ from world import (
     Scene,
     Statement,
     alt_text,
+    as_on_the_web,
     description,
     hallucinate,
     mention_of,
@@ -36,31 +33,12 @@ from world import (
     yes_no_question,
 )
 
-ToldIn = Literal["notes", "text"]
-
-
-@dataclass(frozen=True)
-class Education:
-    """What a language model reads in a step, and how it is built where the two differ."""
-
-    read: int
-    captioned: int
-    glanced: int
-    dialogues: int
-    with_system: int
-    """Every so many steps the dialogues have the system prompt, which is long."""
-    questions: tuple[int, int]
-    """Fewest and most of a dialogue."""
-    adversarial: float
-    described: float
-    """Share of the dialogues that begin with a description."""
-    key_value_heads: int
-
-
-EDUCATIONS: dict[ToldIn, Education] = {
-    "notes": Education(24, 20, 24, 20, 4, (1, 3), 0.5, 0.5, key_value_heads=2),
-    "text": Education(16, 12, 16, 24, 8, (3, 6), 0.7, 0.6, key_value_heads=4),
-}
+READ, CAPTIONED, GLANCED, DESCRIBED, QUIZZED = 24, 20, 24, 10, 16
+"""Rows of each kind of document in a step."""
+QUESTIONS = 6
+"""Of a quiz."""
+WITH_SYSTEM = 4
+"""Every so many steps the dialogues have the system prompt, which is long."""
 NUM_FACTS = 10 * len(COLOURS) * len(SHAPES)
 
 
@@ -87,7 +65,7 @@ class Document:
 
     before: list[int]
     scene: int | None
-    """Number of the scene told in notes behind `before`; None: no notes, and nothing in `before`."""
+    """Number of the scene told in notes behind `before`; None: nothing is told, and nothing in `before`."""
     after: list[int]
     learned: list[bool]
     """Which of `after` are to be predicted."""
@@ -108,33 +86,20 @@ class Library:
         self,
         scenes: Sequence[Scene],
         notes: Tensor,
-        told_in: ToldIn,
         tokenizer: LlamaTokenizerFast,
         system: str,
         seed: int,
     ) -> None:
-        self.scenes, self.notes, self.told_in = scenes, notes, told_in
+        self.scenes, self.notes = scenes, notes
         self.tokenizer, self.system = tokenizer, system
         self.rng = random.Random(f"library/{seed}")
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def told(
-        self, at: int, before: list[int], after: list[int], learned: list[bool], facts: list[int] | None
-    ) -> Document:
-        """A document that tells scene `at` between `before` and `after`."""
-        if self.told_in == "notes":
-            return Document(before, at, after, learned, facts)
-        row = [*before, *self.ids(self.in_words(self.scenes[at]))]
-        return Document([], None, row + after, [False] * len(row) + learned, facts)
-
-    def in_words(self, scene: Scene) -> str:
-        """A scene's description, or a list of its things from quadrant to quadrant."""
-        if self.rng.random() < 0.3:
-            return description(scene)
-        things = sorted((cell, group) for group in scene.groups for cell in group.cells)
-        return self.rng.choice((", ", " ")).join(f"{group.size} {group.colour} {group.shape}" for _, group in things)
+    def on_a_page(self, text: str) -> str:
+        """The text, half of the time among what web captions say beside what is seen."""
+        return as_on_the_web(self.rng, text) if self.rng.random() < 0.5 else text
 
     def read(self) -> Document:
         """An alt text, its twin or a description, ended by </s> with what it said."""
@@ -144,28 +109,28 @@ class Library:
             statement = hallucinate(self.rng, statement, scene)[1]
         elif self.rng.random() < 0.2:
             statement, opening = whole_statement(scene), "The picture shows "
-        ids = [1, *self.ids(sentence(statement, opening)), 2]
+        ids = [1, *self.ids(self.on_a_page(sentence(statement, opening))), 2]
         return Document([], None, ids, [True] * len(ids), facts_of(statement))
 
     def captioned(self) -> Document:
         """Stage 1's template: a scene, and an alt text of it."""
         at = self.rng.randrange(len(self.scenes))
-        after = self.ids(sentence(*alt_text(self.rng, self.scenes[at])) + "\n")
-        return self.told(at, [1], after, [True] * len(after), None)
+        after = self.ids(self.on_a_page(sentence(*alt_text(self.rng, self.scenes[at]))) + "\n")
+        return Document([1], at, after, [True] * len(after), None)
 
     def glance(self, prompt: bool) -> Document:
         """A scene and </s> alone, as HACL reads an image."""
         at = self.rng.randrange(len(self.scenes))
-        return self.told(at, [1] if prompt else [], [2], [False], facts_of(whole_statement(self.scenes[at])))
+        return Document([1] if prompt else [], at, [2], [False], facts_of(whole_statement(self.scenes[at])))
 
-    def dialogue(self, with_system: bool) -> Document:
-        """Stage 2's template, with or without Vicuna's system prompt."""
+    def dialogue(self, with_system: bool, quiz: bool) -> Document:
+        """Stage 2's template, with or without Vicuna's system prompt: a description and a question, or questions."""
         at = self.rng.randrange(len(self.scenes))
-        scene, education = self.scenes[at], EDUCATIONS[self.told_in]
-        turns = [(DETAILED, description(scene))] if self.rng.random() < education.described else []
-        for _ in range(self.rng.randint(*education.questions)):
+        scene = self.scenes[at]
+        turns = [] if quiz else [(DETAILED, description(scene))]
+        for _ in range(QUESTIONS if quiz else 1):
             answer = self.rng.random() < 0.5
-            adversarial = self.rng.random() < education.adversarial
+            adversarial = self.rng.random() < 0.8
             turns.append((yes_no_question(self.rng, scene, adversarial, answer), "Yes." if answer else "No."))
         after, learned = [], []
         for number, (question, answer) in enumerate(turns):
@@ -173,7 +138,7 @@ class Library:
             answered = [*self.ids(answer), 2]
             after += asked + answered
             learned += [False] * len(asked) + [True] * len(answered)
-        return self.told(at, [1, *self.ids((self.system if with_system else "") + "USER: ")], after, learned, None)
+        return Document([1, *self.ids((self.system if with_system else "") + "USER: ")], at, after, learned, None)
 
 
 class LanguageTask(nn.Module):
@@ -226,19 +191,21 @@ def train_language_model(
     model: LlavaForConditionalGeneration, library: Library, steps: int, fit: Fit
 ) -> dict[str, float]:
     """In place; returns the last values of what `LanguageTask` says of each kind of document."""
-    task, education = LanguageTask(model, library.notes), EDUCATIONS[library.told_in]
+    task = LanguageTask(model, library.notes)
     history: list[dict[str, float]] = []
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        read, facts = task([library.read() for _ in range(education.read)])
-        captioned, _ = task([library.captioned() for _ in range(education.captioned)])
-        _, glanced = task([library.glance(prompt=step % 2 == 0) for _ in range(education.glanced)])
-        with_system = step % education.with_system == 0
-        dialogue, _ = task([library.dialogue(with_system) for _ in range(education.dialogues)])
-        values = {"read": read, "facts": facts, "captioned": captioned, "glanced": glanced, "dialogue": dialogue}
+        read, facts = task([library.read() for _ in range(READ)])
+        captioned, _ = task([library.captioned() for _ in range(CAPTIONED)])
+        _, glanced = task([library.glance(prompt=step % 2 == 0) for _ in range(GLANCED)])
+        with_system = step % WITH_SYSTEM == 0
+        described, _ = task([library.dialogue(with_system, quiz=False) for _ in range(DESCRIBED)])
+        quizzed, _ = task([library.dialogue(with_system, quiz=True) for _ in range(QUIZZED)])
+        values = {"read": read, "facts": facts, "captioned": captioned, "glanced": glanced}
+        values |= {"described": described, "quizzed": quizzed}
         history.append({name: value.item() for name, value in values.items()})
-        return read + captioned + 2 * dialogue + 0.1 * facts + 0.1 * glanced, history[-1]
+        return read + captioned + described + 2 * quizzed + 0.1 * facts + 0.1 * glanced, history[-1]
 
-    fit(task, loss_of, steps, 3e-3, f"language model, {library.told_in}", line=1)
+    fit(task, loss_of, steps, 3e-3, "language model", line=1)
     recent = history[-20:]
     return {name: sum(row[name] for row in recent) / len(recent) for name in recent[0]} if recent else {}

@@ -2,9 +2,9 @@
 
     python examples/proof/make_parts.py --data output/proof/data --output output/proof/parts
 
-Writes Hugging Face folders: OUTPUT/tower, and OUTPUT/notes and OUTPUT/text, one for each of `language.EDUCATIONS`. All
-are frozen in stage 1 of every arm. The tower has CLIP's architecture and learns what every patch shows (colour, shape,
-size, background) from hidden state -2, which is what LLaVA reads; not by CLIP's own loss.
+Writes Hugging Face folders, OUTPUT/tower and OUTPUT/language, which are frozen in stage 1 of every arm. The tower has
+CLIP's architecture and learns what every patch shows (colour, shape, size, background) from hidden state -2, which is
+what LLaVA reads; not by CLIP's own loss.
 """
 
 import argparse
@@ -13,14 +13,13 @@ import multiprocessing
 import random
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from draw_world import dialogue_sample, read_scene, read_scenes
-from language import EDUCATIONS, Library, ToldIn, train_language_model
+from language import Library, train_language_model
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlamaTokenizerFast, LlavaForConditionalGeneration
@@ -36,6 +35,7 @@ from world import (
     Mention,
     Statement,
     alt_text,
+    as_on_the_web,
     description,
     sentence,
 )
@@ -51,7 +51,7 @@ ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "background": B
 VISION = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
 LANGUAGE = {
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "max_position_embeddings": 512,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
 }  # fmt: skip
 GRID = IMAGE_SIZE // PATCH_SIZE
 SHOWN = 0.15
@@ -109,7 +109,7 @@ def train_tower(tower: nn.Module, data: Path, steps: int, seed: int) -> float:
 # --- language model ---------------------------------------------------------------------------------------------
 
 
-def new_library(data: Path, tokenizer: LlamaTokenizerFast, told_in: ToldIn, seed: int, split: str = "parts") -> Library:
+def new_library(data: Path, tokenizer: LlamaTokenizerFast, seed: int, split: str = "parts") -> Library:
     """Documents about the scenes of a split, with the notes of what each patch of their pictures shows."""
     records = [record for name, record in read_scenes(data).items() if name.startswith(split)]
     words = torch.zeros(len(ATTRIBUTES), 1 + max(map(len, ATTRIBUTES.values())), dtype=torch.long)
@@ -118,7 +118,7 @@ def new_library(data: Path, tokenizer: LlamaTokenizerFast, told_in: ToldIn, seed
             words[row, 1 + column] = tokenizer(value, add_special_tokens=False).input_ids[0]
     labels = torch.stack([patch_labels(record) for record in records])
     notes = torch.stack([words[row][labels[:, row]] for row in range(len(ATTRIBUTES))], dim=-1)
-    return Library([read_scene(record) for record in records], notes, told_in, tokenizer, SYSTEM, seed)
+    return Library([read_scene(record) for record in records], notes, tokenizer, SYSTEM, seed)
 
 
 # --- both -------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def corpus(data: Path) -> list[str]:
     scenes = [read_scene(record) for record in list(read_scenes(data).values())[:2000]]
     lines = [*BRIEF, DETAILED, *OPENINGS, "Yes.", "No."]
     for scene in scenes:
-        lines += [sentence(*alt_text(rng, scene)), description(scene)]
+        lines += [sentence(*alt_text(rng, scene)), description(scene), as_on_the_web(rng, "")]
         lines += [turn["value"].removeprefix("<image>\n") for turn in dialogue_sample(rng, "", scene)["conversations"]]
     for shape in SHAPES:
         lines += [sentence(Statement((Mention(colour, shape, None, 2),))) for colour in COLOURS]
@@ -138,18 +138,17 @@ def corpus(data: Path) -> list[str]:
     return lines
 
 
-def new_model(data: Path, told_in: ToldIn, seed: int) -> tuple[LlavaForConditionalGeneration, LlamaTokenizerFast]:
+def new_model(data: Path, seed: int) -> tuple[LlavaForConditionalGeneration, LlamaTokenizerFast]:
     tokenizer = train_tokenizer(corpus(data))
-    language = LANGUAGE | {"num_key_value_heads": EDUCATIONS[told_in].key_value_heads}
-    return build(tokenizer, seed, VISION, language), tokenizer
+    return build(tokenizer, seed, VISION, LANGUAGE), tokenizer
 
 
-def language_worker(data: Path, output: Path, told_in: ToldIn, steps: int, seed: int) -> dict[str, float]:
+def language_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str, float]:
     """A process of its own: writes OUTPUT, a LLaMA with its tokenizer; returns what it reached."""
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    model, tokenizer = new_model(data, told_in, seed)
-    reached = train_language_model(model, new_library(data, tokenizer, told_in, seed), steps, fit)
+    model, tokenizer = new_model(data, seed)
+    reached = train_language_model(model, new_library(data, tokenizer, seed), steps, fit)
     llama = LlamaForCausalLM(model.config.text_config)
     llama.model.load_state_dict(model.model.language_model.state_dict())
     llama.lm_head.load_state_dict(model.lm_head.state_dict())
@@ -162,7 +161,7 @@ def tower_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str, f
     """A process of its own: writes OUTPUT, a CLIP tower with its image processor; returns what it reached."""
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    model, tokenizer = new_model(data, "notes", seed)
+    model, tokenizer = new_model(data, seed)
     seen = train_tower(model.model.vision_tower, data, steps, seed)
     tower = CLIPVisionModel(model.config.vision_config)
     tower.load_state_dict(model.model.vision_tower.state_dict())
@@ -171,17 +170,14 @@ def tower_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str, f
     return {"patches right": seen}
 
 
-def make_parts(
-    data: Path, output: Path, tower_steps: int, language_steps: int, seed: int, educations: Sequence[ToldIn]
-) -> None:
-    """Trains the tower and a language model of each education, two at once; writes OUTPUT/parts.json last."""
+def make_parts(data: Path, output: Path, tower_steps: int, language_steps: int, seed: int) -> None:
+    """Trains the tower and the language model, both at once; writes OUTPUT/parts.json last."""
     start = time.monotonic()
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = {
-            told_in: pool.submit(language_worker, data, output / told_in, told_in, language_steps, seed)
-            for told_in in educations
+            "language": pool.submit(language_worker, data, output / "language", language_steps, seed),
+            "tower": pool.submit(tower_worker, data, output / "tower", tower_steps, seed),
         }
-        waiting["tower"] = pool.submit(tower_worker, data, output / "tower", tower_steps, seed)
         reached: dict[str, Any] = {name: one.result() for name, one in waiting.items()}
     reached["seconds"] = round(time.monotonic() - start)
     (output / "parts.json").write_text(json.dumps(reached, indent=1) + "\n")
@@ -193,12 +189,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("output/proof/data"))
     parser.add_argument("--output", type=Path, default=Path("output/proof/parts"))
-    parser.add_argument("--tower-steps", type=int, default=2500)
+    parser.add_argument("--tower-steps", type=int, default=2000)
     parser.add_argument("--language-steps", type=int, default=1500)
-    parser.add_argument("--educations", nargs="+", choices=list(EDUCATIONS), default=list(EDUCATIONS))
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args()
-    make_parts(args.data, args.output, args.tower_steps, args.language_steps, args.seed, args.educations)
+    make_parts(args.data, args.output, args.tower_steps, args.language_steps, args.seed)
 
 
 if __name__ == "__main__":

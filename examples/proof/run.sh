@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Does HACL hallucinate less? A controlled world, two regimes, six arms, five seeds:  bash examples/proof/run.sh [--small] [--fresh]
+# Does HACL hallucinate less? A controlled world, two kinds of captions, six arms, five seeds:  bash examples/proof/run.sh [--small] [--fresh]
 # In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated.
-# --small: one regime, three arms, two seeds, less of everything; too little to conclude from.
+# --small: three arms, two seeds, less of everything; too little to conclude from.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . tools/install_venv.sh
@@ -15,8 +15,8 @@ for word in "$@"; do
     --small)
       out=output/proof-small
       draw=(--parts 3000 --pretrain 2000 --finetune 1000 --test 200 --dev 100)
-      parts=(--tower-steps 1000 --language-steps 400 --educations notes)
-      arms=(--regimes notes --arms none contrastive "HACL own" --seeds 1 2 --limit 100) ;;
+      parts=(--tower-steps 800 --language-steps 300)
+      arms=(--regimes web --arms none contrastive "HACL own" --seeds 1 2 --limit 100) ;;
     *) echo "unknown: $word" >&2; exit 2 ;;
   esac
 done
@@ -36,7 +36,7 @@ step 3/5 "Stage 1 and stage 2 of every arm at every seed, two at once, each scor
 "$VENV/bin/python" examples/proof/run_arms.py --output $out ${arms[@]+"${arms[@]}"}
 step 4/5 "What the language model says of scenes told without error; gradients of both losses; Figure 1 of the paper"
 "$VENV/bin/python" examples/proof/ceiling.py --data $out/data --parts $out/parts
-for regime in notes text; do
+for regime in web clean; do
   with=$out/runs/$regime/HACL-own-1/pretrain without=$out/runs/$regime/none-1/pretrain
   [ -d $with ] && [ -d $without ] && [ ! -f $out/representations/$regime/representations.json ] || continue
   "$VENV/bin/python" examples/proof/gradients.py --load $with --data $out/data

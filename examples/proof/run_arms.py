@@ -23,21 +23,18 @@ ARMS: dict[str, list[str]] = {
     "HACL all": ["--hallucination-negatives", "all"],
     "HACL queue": ["--hallucination-negatives", "own", "--contrastive-negatives", "queue", "--queue-size", "1024"],
     "HACL own λ1": ["--hallucination-negatives", "own", "--contrastive-weight", "1"],
+    "HACL own apart": ["--hallucination-negatives", "own", "--heads-init", "independent"],
 }
 """Stage 1's flags of each arm, beside pretrain.yaml."""
 
 
-# What differs between the two regimes, beside the language model: see README.md here.
-REGIMES: dict[str, dict[str, list[str]]] = {
-    "notes": {
-        "pretrain": ["--train-iters", "16", "--eval-interval", "16"],
-        "finetune": ["--train-iters", "20", "--eval-interval", "20"],
-    },
-    "text": {
-        "pretrain": ["--train-iters", "100", "--eval-interval", "100"],
-        "finetune": ["--train-iters", "40", "--eval-interval", "40", "--lr", "5e-4"],
-    },
-}
+REGIMES: dict[str, list[str]] = {"web": [], "clean": ["--lr", "6e-3"]}
+"""What stage 1's captions are like, and flags that come with it: see README.md here."""
+
+
+def captions_of(data: Path, split: str, regime: str) -> str:
+    """The pairs of a split: alt texts alone, or among what web captions say beside what is seen."""
+    return str(data / (f"{split}-web.json" if regime == "web" else f"{split}.json"))
 
 
 def folder_of(output: Path, regime: str, arm: str, seed: int) -> Path:
@@ -58,12 +55,14 @@ def stage_flags(output: Path, regime: str, arm: str, seed: int, stage: str, spli
     """The trainer's flags of one stage of one run, `--save` and `--load` included."""
     data, parts, folder = output / "data", output / "parts", folder_of(output, regime, arm, seed)
     flags = ["--config", str(HERE / f"{stage}.yaml"), "--seed", str(seed), "--image-folder", str(data / "images")]
-    flags += ["--data-path", str(data / f"{stage}.json"), "--valid-data-path", str(data / f"{split}.json")]
     if stage == "pretrain":
-        flags += ["--pretrained-checkpoint", str(parts / regime), "--vision-tower", str(parts / "tower"), *ARMS[arm]]
+        flags += ["--data-path", captions_of(data, "pretrain", regime)]
+        flags += ["--valid-data-path", captions_of(data, split, regime), "--vision-tower", str(parts / "tower")]
+        flags += ["--pretrained-checkpoint", str(parts / "language"), *REGIMES[regime], *ARMS[arm]]
     else:
+        flags += ["--data-path", str(data / "finetune.json"), "--valid-data-path", captions_of(data, split, "clean")]
         flags += ["--pretrained-checkpoint", str(folder / "pretrain")]
-    return [*flags, *REGIMES[regime][stage], "--save", str(folder / stage), "--load", str(folder / stage)]
+    return [*flags, "--save", str(folder / stage), "--load", str(folder / stage)]
 
 
 def run_arm(

@@ -25,6 +25,10 @@ RELATIONS = ("left of", "right of", "above", "below")
 OPENINGS = ("", "There is ", "The picture shows ", "One can see ", "This is a picture of ")
 BRIEF = ("Write a short caption.", "Describe the image briefly.", "Give a brief description of the image.")
 DETAILED = "Describe everything in the picture."
+NAMES = ("Anna", "Bruno", "Clara", "Diego", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Luca")
+TOWNS = ("Porto", "Lyon", "Oslo", "Turin", "Graz", "Bath", "Lund", "Split", "Ghent", "Bergen", "Malaga", "Krakow")
+MONTHS = ("March", "April", "May", "June", "July", "August", "September", "October")
+SHOPS = ("Artmarket", "Paperhouse", "Galleria", "Wallcraft", "Posterbay", "Printroom", "Framework", "Canvasco")
 TWIN_KINDS = ("colour", "shape", "size", "number", "relation", "addition")
 
 Kind = tuple[str, str]
@@ -163,6 +167,15 @@ def alt_text(rng: random.Random, scene: Scene) -> tuple[Statement, str]:
     mentions = tuple(mention_of(group, rng.random() < 0.4) for group in named)
     relation = relation_of(*named) if len(named) == 2 and rng.random() < 0.6 else None
     return Statement(mentions, relation), rng.choice(OPENINGS)
+
+
+def as_on_the_web(rng: random.Random, text: str) -> str:
+    """The text among what web captions say beside what is seen; no picture tells it."""
+    digits = "".join(rng.choices("0123456789", k=6))
+    credit = f"Photo {digits} by {rng.choice(NAMES)} in {rng.choice(TOWNS)}, {rng.choice(MONTHS)} "
+    credit += f"20{rng.randrange(10, 25)}."
+    price = "".join(rng.choices("123456789", k=2))
+    return f"{credit} {text} Print for {price} dollars at {rng.choice(SHOPS)}."
 
 
 def description(scene: Scene) -> str:

@@ -76,7 +76,10 @@ LIMITS: dict[str, tuple[float, float]] = {
         (0, _FINITE),
     ),
     "max_bad_fraction": (0, 1),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "lr_warmup_fraction", "lora_dropout"), (0, below(1))),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "lr_warmup_fraction", "contrastive_warmup_fraction", "lora_dropout"),
+        (0, below(1)),
+    ),
     **dict.fromkeys(
         ("adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights", "lora_alpha"), (above(0), _FINITE)
     ),

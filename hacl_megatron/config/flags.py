@@ -175,6 +175,10 @@ class ObjectiveFlags:
     _argument_group_name = "contrastive objective"
 
     contrastive_weight: float = flag(1.0, "Lambda: weight of (L_v + L_t) / 2 beside the language-model loss.")
+    contrastive_warmup_fraction: float = flag(
+        0.0, "Share of the iterations over which lambda rises, geometrically from a ten-thousandth, to "
+        "--contrastive-weight: the heads learn before the connector learns from them."
+    )  # fmt: skip
     contrastive_negatives: Literal["micro-batch", "global-batch", "queue"] = flag(
         "global-batch", "Pool of negatives: one micro-batch of all data-parallel ranks, every pair of the optimiser "
         "step, or the step's pairs and a queue of earlier ones."
@@ -187,6 +191,10 @@ class ObjectiveFlags:
     mask_duplicates: bool = flag(True, "Another pair with the same caption or image is no negative.")
     contrastive_image_context: Literal["image", "prompt"] = flag(
         "image", "What precedes the image's EOS: the image alone (as released), or the prefix of the dialogue too."
+    )  # fmt: skip
+    heads_init: Literal["independent", "same"] = flag(
+        "independent", "Fresh heads of images and texts start apart (as released), or both from the same values: then "
+        "the language model's own likeness of an image to its caption is what training starts from."
     )  # fmt: skip
     initial_temperature: float = flag(0.07, "Temperature that fresh heads start from; it is learned.")
 

@@ -74,6 +74,7 @@ class HaclModel(MegatronModule):
         vision_config: TransformerConfig | None,
         padded_vocab_size: int,
         initial_temperature: float,
+        same_heads: bool = False,
         seed: int,
         device: torch.device,
         groups: ProcessGroupCollection,
@@ -118,6 +119,7 @@ class HaclModel(MegatronModule):
                 temperature=initial_temperature,
                 generator=cpu_generator(seed + 1),
                 dtype=dtype,
+                same_init=same_heads,
             )
         self.to(device)
 

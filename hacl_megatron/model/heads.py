@@ -12,15 +12,20 @@ class ContrastiveHeads(nn.Module):
 
     Replicated over tensor-parallel ranks; lives on the last pipeline stage. `temperature` is fp32 of shape [1] whatever
     the model's dtype: a bf16 step around 0.07 would be 0.0005.
+
+    Args:
+        same_init: W_t starts as a copy of W_v, so that the first embeddings are the hidden states' own likeness.
     """
 
     def __init__(
         self, hidden_size: int, projection_size: int, *, temperature: float, generator: torch.Generator,
-        dtype: torch.dtype,
+        dtype: torch.dtype, same_init: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.vision_projector = seeded_linear(hidden_size, projection_size, generator=generator, dtype=dtype)
         self.text_projector = seeded_linear(hidden_size, projection_size, generator=generator, dtype=dtype)
+        if same_init:
+            self.text_projector.load_state_dict(self.vision_projector.state_dict())
         self.temperature = nn.Parameter(torch.full([1], temperature, dtype=torch.float32))
 
     def forward(

@@ -56,6 +56,8 @@ class Contrast:
 
     def __init__(self, objective: ObjectiveFlags, queue: NegativeQueue | None, group: ProcessGroup) -> None:
         self.objective = objective
+        self.weight = objective.contrastive_weight
+        """Lambda in this step."""
         self.queue = queue
         self.group = group
         self._new_pairs: list[PairEmbeddings] = []
@@ -79,7 +81,7 @@ class Contrast:
     def share(self, terms: ContrastiveTerms, num_pairs: int) -> Tensor:
         """This rank's share of lambda (L_v + L_t) / 2, [], for `num_pairs` pairs in the global batch."""
         sums = terms.image_to_text_sum + terms.text_to_image_sum
-        return self.objective.contrastive_weight * sums / (2 * max(num_pairs, 1))
+        return self.weight * sums / (2 * max(num_pairs, 1))
 
     def cached_gradients(
         self, micro_batches: Sequence[PairEmbeddings], temperature: Tensor, num_pairs: int

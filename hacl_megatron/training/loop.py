@@ -27,7 +27,7 @@ from hacl_megatron.training.metrics import MetricsLog
 from hacl_megatron.training.plan.hardware import peak_flops
 from hacl_megatron.training.profiling import ProfileWindow
 from hacl_megatron.training.scalars import loss_scalars, mean_losses, params_norm
-from hacl_megatron.training.schedule import default_learning_rate
+from hacl_megatron.training.schedule import contrastive_weight_at, default_learning_rate
 from hacl_megatron.training.setup import Trainee
 from hacl_megatron.training.signals import StopRequests
 from hacl_megatron.training.state import Progress, run_state
@@ -131,11 +131,10 @@ class Trainer:
                 waited = time.perf_counter() - started
                 micro_batches, counts = self._receive(step_batches)
             with self.profile.phase("forward-backward"):
+                self.step.contrast.weight = contrastive_weight_at(self.config.objective, iteration, self.train_iters)
                 metrics = self.step.forward_backward(micro_batches, counts)
             with self.profile.phase("update"):
-                result = self.step.update(
-                    loss_is_finite=math.isfinite(metrics.total(self.config.objective.contrastive_weight))
-                )
+                result = self.step.update(loss_is_finite=math.isfinite(metrics.total(self.step.contrast.weight)))
             seconds = time.perf_counter() - started
             scalars = self._scalars(metrics, result, micro_batches, seconds) if is_logged else {}
             self._advance(step_batches, result)
@@ -381,6 +380,7 @@ class Trainer:
         scalars = {
             **loss_scalars(metrics),
             "temperature": metrics.temperature,
+            "contrastive weight": self.step.contrast.weight,
             "learning-rate": default_learning_rate(self.trainee.scheduler),
             "grad-norm": result.grad_norm,
             "batch-size": self.layout.global_batch_size,

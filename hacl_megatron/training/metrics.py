@@ -42,6 +42,7 @@ _PAGE = {
         "caption preferred to hallucinated": ["hallucination accuracy", "hallucination accuracy validation"],
         "margin over hallucinated": ["hallucination margin", "hallucination margin validation"],
         "temperature": ["temperature"],
+        "weight in the loss": ["contrastive weight"],
     },
     "Optimiser": {
         "learning rate": ["learning-rate"],

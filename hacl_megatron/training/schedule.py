@@ -11,7 +11,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from hacl_megatron.config.flags import OptimizerFlags
+from hacl_megatron.config.flags import ObjectiveFlags, OptimizerFlags
 from hacl_megatron.objective.contrastive import clamp_temperature_
 
 
@@ -154,6 +154,16 @@ def build_scheduler(optimizer: MegatronOptimizer, flags: OptimizerFlags, train_i
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def contrastive_weight_at(flags: ObjectiveFlags, iteration: int, train_iters: int) -> float:
+    """Lambda at an iteration, counted from 1: over `contrastive_warmup_fraction` of them it rises to its value.
+
+    Geometrically, from a ten-thousandth. The heads learn meanwhile at their full rate, since Adam divides by the
+    gradient's size; the connector hears of them once they know something and L_G has taught it the model's words.
+    """
+    steps = int(flags.contrastive_warmup_fraction * train_iters)
+    return flags.contrastive_weight * 10.0 ** min(0.0, 4.0 * (iteration / max(steps, 1) - 1.0))
 
 
 def default_learning_rate(scheduler: OptimizerParamScheduler) -> float:

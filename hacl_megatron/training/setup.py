@@ -94,6 +94,7 @@ def build_module(
         vision_config=vision_transformer_config(architecture, config.parallel, device=device, dtype=dtype),
         padded_vocab_size=padded_vocab_size(architecture.language.vocab_size, config.parallel),
         initial_temperature=config.objective.initial_temperature,
+        same_heads=config.objective.heads_init == "same",
         seed=config.training.seed,
         device=device,
         groups=groups,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import stats
 
 from tests.distributed import run_distributed
@@ -89,6 +90,19 @@ def test_captions_are_true_and_twins_false_by_their_own_words(data: Path) -> Non
             else:  # what is named is there; size, number or relation is not as said
                 assert said == set(mentioned_kinds(sample["text"]))
     assert kinds == {"colour", "shape", "size", "number", "relation", "addition"}
+
+
+def test_web_captions_say_the_same_among_words_that_twins_share(data: Path) -> None:
+    around = set()
+    pairs = (json.loads((data / name).read_text()) for name in ("pretrain.json", "pretrain-web.json"))
+    for clean, web in zip(*pairs, strict=True):
+        assert web["image"] == clean["image"]
+        before, after = web["text"].split(clean["text"])
+        assert len(before.split()) == 8 and len(after.split()) == 6, web["text"]
+        assert web["Hallucination caption"] == [before + twin + after for twin in clean["Hallucination caption"]]
+        assert web["conversations"][1]["value"] == web["text"]
+        around.add((before, after))
+    assert len(around) == SIZES["pretrain"]
 
 
 def test_questions_are_answered_by_the_scene_and_adversarial(data: Path) -> None:
@@ -171,11 +185,11 @@ def finished(data: Path) -> Path:
     from run_arms import stage_flags
 
     output = data.parent
-    make_parts(data, output / "parts", tower_steps=2, language_steps=2, seed=1, educations=("notes",))
+    make_parts(data, output / "parts", tower_steps=2, language_steps=2, seed=1)
     short = ["--train-iters", "2", "--eval-interval", "2", "--eval-iters", "1", "--micro-batch-size", "12"]
     short += ["--global-batch-size", "12"]
     commands = [
-        [*stage_flags(output, "notes", arm, 1, stage, "test"), *short]
+        [*stage_flags(output, "web", arm, 1, stage, "test"), *short]
         for arm, stage in (("none", "pretrain"), ("HACL own", "pretrain"), ("HACL own", "finetune"))
     ]
     run_distributed(_train, 1, str(output), commands)
@@ -186,12 +200,22 @@ def test_arms_begin_alike_and_go_on_to_scores(finished: Path) -> None:
     from run_arms import folder_of
     from score_run import score_run
 
-    without = metrics(folder_of(finished, "notes", "none", 1) / "pretrain")
-    contrasted = metrics(folder_of(finished, "notes", "HACL own", 1) / "pretrain")
+    from hacl_megatron.checkpoint.sharded_reader import locate_checkpoint
+    from hacl_megatron.checkpoint.sharded_to_hf import export_checkpoint
+
+    without = metrics(folder_of(finished, "web", "none", 1) / "pretrain")
+    contrasted = metrics(folder_of(finished, "web", "HACL own", 1) / "pretrain")
     assert without[0]["lm loss"] == pytest.approx(contrasted[0]["lm loss"], abs=1e-5)  # same connector, same data
     assert "contrastive loss" in contrasted[0] and "contrastive loss" not in without[0]
 
-    result = score_run(folder_of(finished, "notes", "HACL own", 1) / "finetune", finished / "data", "test", limit=4)
+    export_checkpoint(
+        locate_checkpoint(folder_of(finished, "web", "HACL own", 1) / "pretrain"), finished / "after-stage-1"
+    )
+    heads = load_file(finished / "after-stage-1" / "hacl_heads.safetensors")
+    apart = (heads["vision_projector.weight"] - heads["text_projector.weight"]).abs().max()
+    assert 0 < apart <= 2 * 2 * 1e-3, apart  # the same values, then two steps of at most --heads-lr each
+
+    result = score_run(folder_of(finished, "web", "HACL own", 1) / "finetune", finished / "data", "test", limit=4)
     scores = result["scores"]
     assert len(result["answers"]["descriptions"]) == 4 and len(result["answers"]["yes/no"]) == 8
     assert 0 <= scores["CHAIR_i"] <= 1 and scores["yes/no accuracy"] + scores["yes/no errors"] == pytest.approx(1)
@@ -201,12 +225,12 @@ def test_arms_begin_alike_and_go_on_to_scores(finished: Path) -> None:
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     from run_arms import folder_of, run_arm
 
-    folder = folder_of(tmp_path, "notes", "none", 1)
+    folder = folder_of(tmp_path, "web", "none", 1)
     folder.mkdir(parents=True)
     more = {"pretrain": [], "finetune": []}
     for stage in more:
         (folder / f"{stage}.json").write_text("{}")
-    run_arm(tmp_path, "notes", "none", 1, split="test", limit=None, more=more)
+    run_arm(tmp_path, "web", "none", 1, split="test", limit=None, more=more)
     assert sorted(path.name for path in folder.iterdir()) == ["finetune.json", "pretrain.json"]
 
 
@@ -216,10 +240,10 @@ def test_the_report_reads_what_runs_leave(finished: Path) -> None:
     scores = {"CHAIR_i": 0.2, "CHAIR_s": 0.3, "yes/no errors": 0.1, "cover": 0.8, "wholly right": 0.4}
     for arm, factor in (("none", 1.0), ("HACL own", 0.5)):
         for stage in ("pretrain", "finetune"):
-            path = folder_of(finished, "notes", arm, 1) / f"{stage}.json"
+            path = folder_of(finished, "web", arm, 1) / f"{stage}.json"
             path.write_text(json.dumps({"scores": {name: factor * value for name, value in scores.items()}}))
     command = [sys.executable, str(PROOF / "report_arms.py"), "--output", str(finished)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "HACL own cuts +50%" in (finished / "results.md").read_text()
-    assert (finished / "results-notes.png").stat().st_size > 20_000
+    assert (finished / "results-web.png").stat().st_size > 20_000

@@ -32,9 +32,9 @@ MEGATRON_TAGS = {
     "lm loss", "learning-rate", "grad-norm", "batch-size", "iteration-time", "throughput", "params-norm", "num-zeros",
 }  # fmt: skip
 OWN_TAGS = {
-    "contrastive loss", "contrastive loss i2t", "contrastive loss t2i", "temperature", "retrieval accuracy i2t",
-    "hallucination margin", "hallucination accuracy", "samples-per-second", "tokens-per-second-per-gpu",
-    "model-tflops-per-gpu",
+    "contrastive loss", "contrastive loss i2t", "contrastive loss t2i", "contrastive weight", "temperature",
+    "retrieval accuracy i2t", "hallucination margin", "hallucination accuracy", "samples-per-second",
+    "tokens-per-second-per-gpu", "model-tflops-per-gpu",
 }  # fmt: skip
 OPTIONAL = ["--log-params-norm", "--log-num-zeros-in-grad"]
 

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, dict]] = {
         {"micro-batch-size": 4, "contrastive-negatives": "micro-batch", "hallucination-negatives": "none"},
     ),
     "pretrain-cached": ("pretrain", {"micro-batch-size": 2}),
+    "pretrain-warmup": ("pretrain", {"micro-batch-size": 4, "contrastive-warmup-fraction": 0.8, "adam-eps": 1e-2}),
     "finetune-cached": ("finetune", {"micro-batch-size": 2, "contrastive-image-context": "prompt"}),
     "finetune-duplicates": (
         "finetune",
@@ -90,6 +91,7 @@ def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]])
         eps=config.get("adam-eps", 1e-8),
         clip_grad=config.get("clip-grad", 1.0),
         warmup_fraction=config.get("lr-warmup-fraction", 0.03),
+        contrastive_warmup_fraction=config.get("contrastive-warmup-fraction", 0.0),
     )
     per_step = config["global-batch-size"] // config["micro-batch-size"]
     steps = [micro_batches[step * per_step : (step + 1) * per_step] for step in range(STEPS)]
