@@ -83,6 +83,11 @@ def measure(hf: Path, data: Path, batch_size: int, batches: int) -> dict[str, fl
     """The numbers named at the top of this file, over `batches` of `batch_size` pairs of the split dev."""
     losses = Losses(hf, data / "images")
     samples = json.loads((data / "dev.json").read_text())
+    if len(samples) < batch_size * batches:
+        raise SystemExit(
+            f"{data / 'dev.json'}: {len(samples)} pairs, expected {batch_size * batches} for --batch-size "
+            f"{batch_size} and --batches {batches}: lower one of them"
+        )
     generation, contrast = [], []
     for start in range(0, batch_size * batches, batch_size):
         chosen = samples[start : start + batch_size]

@@ -15,7 +15,7 @@ for word in "$@"; do
     --small)
       small=1
       out=output/proof-small
-      draw=(--parts 3000 --pretrain 2000 --finetune 1000 --test 200 --dev 100)
+      draw=(--parts 3000 --pretrain 2000 --finetune 1000 --test 200)
       parts=(--tower-steps 800 --language-steps 300)
       arms=(--arms none contrastive "HACL own" --seeds 1 2 --limit 100) ;;
     *) echo "unknown: $word" >&2; exit 2 ;;
