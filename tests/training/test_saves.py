@@ -88,14 +88,21 @@ def failing_disk() -> list:
 
 
 def filled_disk(folder: Path) -> list:
-    """Something else fills the disk that `folder` is on while iteration 2 is reported, and is gone two steps later."""
+    """Something else fills the disk that `folder` is on while iteration 2 is reported, and is gone two steps later.
+
+    Not before iteration 1 is saved: it is written in the background, on a busy machine slowly.
+    """
     report, filler = Trainer._report, folder / "filler"
+    first_saved = folder / "run" / "latest_checkpointed_iteration.txt"
 
     def report_and_fill(self: Trainer, *arguments: Any) -> None:
         report(self, *arguments)
         if torch.distributed.get_rank() != 0:
             return
         if self.progress.iteration == 2:
+            deadline = time.monotonic() + 100
+            while not first_saved.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
             try:
                 with filler.open("wb", buffering=0) as file:
                     while True:
