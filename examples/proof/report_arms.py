@@ -167,7 +167,8 @@ def draw(output: Path, regime: str, stages: Mapping[str, Mapping[str, Mapping[in
         axis.set_title(f"stage 1: {tag}, mean over seeds")
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.lines:  # `none` alone has no contrastive loss
+            axis.legend(fontsize=8)
     for axis, metric in zip(axes[1], CLAIMED, strict=True):
         for offset, (stage, scored) in zip((-0.15, 0.15), stages.items(), strict=True):
             for number, seeds in enumerate(scored.values()):
