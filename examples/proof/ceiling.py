@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from draw_world import read_scene, read_scenes
+from language import embed_notes
 from make_parts import SYSTEM, new_library
 from score_run import LONGEST, score_answers
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -50,8 +51,7 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(args.parts / "language").eval()
     embed = model.model.embed_tokens
     library = new_library(args.data, tokenizer, seed=0, split=args.split)
-    ids = library.notes[: args.limit]
-    notes = (embed(ids) * (ids > 0)[..., None]).sum(2) / (ids > 0).sum(2, keepdim=True).clamp(min=1)
+    notes = embed_notes(embed, library.notes[: args.limit])
     front = embed(torch.tensor([1, *library.ids(SYSTEM + "USER: ")]))
     names = [name for name in read_scenes(args.data) if name.startswith(args.split)][: args.limit]
     assert [read_scene(read_scenes(args.data)[name]) for name in names[:3]] == list(library.scenes[:3])

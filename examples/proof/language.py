@@ -141,6 +141,12 @@ class Library:
         return Document([1, *self.ids((self.system if with_system else "") + "USER: ")], at, after, learned, None)
 
 
+def embed_notes(embed: nn.Module, notes: Tensor) -> Tensor:
+    """Token ids [..., P, A], 0 where there is nothing to say -> at each place the mean of its words, [..., P, H]."""
+    said = (notes > 0)[..., None]
+    return (embed(notes) * said).sum(-2) / said.sum(-2).clamp(min=1)
+
+
 class LanguageTask(nn.Module):
     """Next-token prediction, and the facts told from the last state by a probe."""
 
@@ -157,10 +163,7 @@ class LanguageTask(nn.Module):
         for document in documents:
             parts = [embed(torch.tensor(document.before, dtype=torch.long))]
             if document.scene is not None:
-                notes = self.notes[document.scene]
-                parts.append(
-                    (embed(notes) * (notes > 0)[..., None]).sum(1) / (notes > 0).sum(1, keepdim=True).clamp(min=1)
-                )
+                parts.append(embed_notes(embed, self.notes[document.scene]))
             before = sum(map(len, parts))
             parts.append(embed(torch.tensor(document.after)))
             rows.append(torch.cat(parts))
