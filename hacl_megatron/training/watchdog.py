@@ -1,7 +1,8 @@
 """Ends a process that is silent for too long, with the stack of its every thread in the log.
 
 When one rank hangs, all others soon wait for it in a collective, and nobody says where the one is. Every rank has a
-watchdog, and all fall silent at the same step, so all stacks are in the log before the first rank leaves.
+watchdog, and all fall silent at the same step, so all stacks are in the log before the first rank leaves. They come at
+the same moment into one log, so every line says whose it is and is written whole.
 """
 
 import faulthandler
@@ -9,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from hacl_megatron.config.console import rank_and_node
 
@@ -54,14 +55,34 @@ class Watchdog:
                 break
         else:
             return
-        stderr = sys.__stderr__
-        print(
-            f"hacl_megatron: hang: {rank_and_node()} was silent for {silent:.0f} s, more than --hang-timeout; "
-            "its threads, the latest call first:",
-            file=stderr,
-            flush=True,
+        who = rank_and_node()
+        _write_line(
+            f"hacl_megatron: hang: {who} was silent for {silent:.0f} s, more than --hang-timeout; "
+            "its threads, the latest call first:"
         )
-        faulthandler.dump_traceback(file=stderr, all_threads=True)
-        stderr.flush()
+        for line in stacks():
+            _write_line(f"[{who}] {line}")
         if not self._closed.wait(self._grace):  # unless it woke up and came to its end
             os._exit(1)
+
+
+def stacks() -> list[str]:
+    """Where every thread of this process is, in the lines of a traceback without the source, the latest call first.
+
+    Opens no file: a hang is often a file system's. faulthandler's own dump comes in pieces of lines, between which
+    other ranks' pieces fall.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, frame in sys._current_frames().items():
+        lines.append(f"thread {names.get(ident, ident)}:")
+        at: FrameType | None = frame
+        while at is not None:
+            lines.append(f'  File "{at.f_code.co_filename}", line {at.f_lineno}, in {at.f_code.co_name}')
+            at = at.f_back
+    return lines
+
+
+def _write_line(line: str) -> None:
+    """One write to stderr's descriptor: whole between other processes' lines, and past any lock a hung thread holds."""
+    os.write(2, f"{line}\n".encode(errors="backslashreplace"))
