@@ -4,7 +4,7 @@
 
 Reads runs/*/*/{pretrain,finetune}.json, which score_run.py wrote. Intervals are Student's t over seeds; differences are
 paired: one seed has the same fresh connector, the same data order and the same stage 2 in every arm. Writes results.md,
-results.json and results-REGIME.png.
+results.json and results-REGIME.png; with --first-seed N, of the seeds from N on alone, results-from-N.md and so on.
 """
 
 import argparse
@@ -72,13 +72,13 @@ class Interval:
         return f"{self.mean:{sign}.{digits}f} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
 
 
-def read_runs(output: Path, regime: str, stage: str) -> dict[str, dict[int, dict[str, float]]]:
-    """Scores by arm and seed, of the runs that are finished."""
+def read_runs(output: Path, regime: str, stage: str, first_seed: int = 0) -> dict[str, dict[int, dict[str, float]]]:
+    """Scores by arm and seed, of the runs that are finished, of the seeds from `first_seed` on."""
     runs: dict[str, dict[int, dict[str, float]]] = {}
     for arm in ARMS:
         for path in sorted(folder_of(output, regime, arm, 0).parent.glob(f"*/{stage}.json")):
             seed = int(path.parent.name.rsplit("-", 1)[1])
-            if path.parent == folder_of(output, regime, arm, seed):
+            if seed >= first_seed and path.parent == folder_of(output, regime, arm, seed):
                 runs.setdefault(arm, {})[seed] = json.loads(path.read_text())["scores"]
     return runs
 
@@ -194,9 +194,9 @@ def draw(output: Path, regime: str, stages: Mapping[str, Mapping[str, Mapping[in
     plt.close(figure)
 
 
-def section(output: Path, regime: str) -> tuple[list[str], dict[str, Any]]:
-    """(lines, numbers) of one regime; nothing where no run of it is finished."""
-    stages = {stage: read_runs(output, regime, stage) for stage in ("pretrain", "finetune")}
+def section(output: Path, regime: str, first_seed: int, name: str) -> tuple[list[str], dict[str, Any]]:
+    """(lines, numbers) of one regime, its plot as NAME-REGIME.png; nothing where no run of it is finished."""
+    stages = {stage: read_runs(output, regime, stage, first_seed) for stage in ("pretrain", "finetune")}
     runs = stages["finetune"]
     if not runs:
         return [], {}
@@ -207,9 +207,10 @@ def section(output: Path, regime: str) -> tuple[list[str], dict[str, Any]]:
         table(runs),
     ]
     text += ["", "After stage 1, before the language model has trained:", "", table(stages["pretrain"]), ""]
-    conclusions = verdict(runs)
-    text += ["The claim, after stage 2:", "", *(f"- {line}" for line in conclusions), ""]
-    draw(output, regime, stages, output / f"results-{regime}.png")
+    conclusions = {stage: verdict(scored) for stage, scored in stages.items()}
+    text += ["The claim, after stage 2:", "", *(f"- {line}" for line in conclusions["finetune"]), ""]
+    text += ["The same after stage 1:", "", *(f"- {line}" for line in conclusions["pretrain"]), ""]
+    draw(output, regime, stages, output / f"{name}-{regime}.png")
     changes = {
         arm: {
             metric: asdict(change)
@@ -225,17 +226,19 @@ def section(output: Path, regime: str) -> tuple[list[str], dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/proof"))
-    output = parser.parse_args().output
-    sections = {regime: section(output, regime) for regime in REGIMES}
+    parser.add_argument("--first-seed", type=int, default=0, help="leave out the seeds before")
+    args = parser.parse_args()
+    output, name = args.output, f"results-from-{args.first_seed}" if args.first_seed else "results"
+    sections = {regime: section(output, regime, args.first_seed, name) for regime in REGIMES}
     text = [line for lines, _ in sections.values() for line in lines]
     if not text:
         raise SystemExit(f"no finished run in {output / 'runs'}: run examples/proof/run_arms.py first")
     text.append(PAPER)
-    (output / "results.md").write_text("\n".join(text))
+    (output / f"{name}.md").write_text("\n".join(text))
     numbers = {regime: values for regime, (_, values) in sections.items() if values}
-    (output / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (output / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     print("\n".join(text))
-    print(f"{output / 'results.md'}, {output / 'results.json'}, {output}/results-*.png")
+    print(f"{output / name}.md, {output / name}.json, {output / name}-*.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -247,3 +248,14 @@ def test_the_report_reads_what_runs_leave(finished: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "HACL own cuts +50%" in (finished / "results.md").read_text()
     assert (finished / "results-web.png").stat().st_size > 20_000
+    with_six = finished.parent / "with seed 6"
+    shutil.copytree(finished / "runs", with_six / "runs")
+    for path in with_six.glob("runs/web/*-1"):
+        shutil.copytree(path, path.parent / path.name.replace("-1", "-6"))
+    for path in with_six.glob("runs/web/HACL-own-6/*.json"):
+        path.write_text(path.read_text().replace("0.05", "0.075"))  # of yes/no errors, half of 0.1
+    command[-1] = str(with_six)
+    subprocess.run([*command, "--first-seed", "6"], check=True, capture_output=True)
+    said = (with_six / "results-from-6.md").read_text()
+    assert "yes/no errors: HACL own cuts +25% of none's at one seed" in said and "CHAIR_i: HACL own cuts +50%" in said
+    assert not (with_six / "results.md").exists()
