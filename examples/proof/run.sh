@@ -39,8 +39,9 @@ step 3/5 "Stage 1 and stage 2 of every arm at every seed, two at once, each scor
 "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web ${arms[@]+"${arms[@]}"}
 [ -n "$small" ] || "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes clean --arms none contrastive "HACL own"
 [ -z "$more" ] || "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web --arms none contrastive "HACL own" --seeds {6..20}
-step 4/5 "What the language model says of scenes told without error; gradients of both losses; Figure 1 of the paper"
+step 4/5 "What the language model says, and tells apart, of scenes told without error; gradients of both losses; Figure 1 of the paper"
 "$VENV/bin/python" examples/proof/ceiling.py --data $out/data --parts $out/parts
+"$VENV/bin/python" examples/proof/teacher.py --data $out/data --parts $out/parts
 for regime in web clean; do
   with=$out/runs/$regime/HACL-own-1/pretrain without=$out/runs/$regime/none-1/pretrain
   [ -d $with ] && [ -d $without ] && [ ! -f $out/representations/$regime/representations.json ] || continue

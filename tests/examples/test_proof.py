@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
@@ -221,6 +222,42 @@ def test_arms_begin_alike_and_go_on_to_scores(finished: Path) -> None:
     assert len(result["answers"]["descriptions"]) == 4 and len(result["answers"]["yes/no"]) == 8
     assert 0 <= scores["CHAIR_i"] <= 1 and scores["yes/no accuracy"] + scores["yes/no errors"] == pytest.approx(1)
     assert 0 <= scores["preference accuracy sum"] <= 1
+
+
+def test_what_a_teacher_knows_is_read_at_the_right_places(finished: Path) -> None:
+    from teacher import Told, measure, train_heads
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    folder, data = finished / "parts" / "language", finished / "data"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), LlamaForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        told = Told(model, tokenizer, data, "pretrain", data / "pretrain-web.json", 20)
+        states = told.states()
+        assert [len(kind) for kind in states] == [20] * 3
+        sums = []
+        for texts, kind in ((told.texts, states[1]), (told.twins, states[2])):
+            for row, state in zip(texts, kind, strict=True):  # each alone, without padding
+                alone = model.model(torch.tensor([[1, *row, 2]])).last_hidden_state[0, -1]
+                torch.testing.assert_close(state, alone, rtol=0, atol=1e-5)
+            likelihoods = []
+            for row, notes in zip(texts, told.notes, strict=True):
+                words = model.model.embed_tokens(torch.tensor([1, *row]))
+                labels = torch.tensor([[-100] * (1 + len(notes)) + row])
+                scored = model(inputs_embeds=torch.cat([words[:1], notes, words[1:]])[None], labels=labels)
+                likelihoods.append(-scored.loss.item() * len(row))
+            sums.append(likelihoods)
+        assert told.preferred() == sum(a > b for a, b in zip(*sums, strict=True)) / 20
+        shown = torch.cat([words[:1], told.notes[-1], model.model.embed_tokens(torch.tensor([2]))])[None]
+        last = model.model(inputs_embeds=shown).last_hidden_state[0, -1]
+        torch.testing.assert_close(states[0][-1], last, rtol=0, atol=1e-5)
+
+    # Told apart without fail where image and caption lie together, twins at the other end.
+    apart = torch.nn.functional.normalize(torch.randn(128, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    learned = train_heads((apart, apart, -apart), steps=0, seed=1)
+    assert measure(learned, (apart, apart, -apart)) == (1.0, 1.0)
+    assert measure(learned, (apart, -apart, apart))[0] == 0.0
+    shuffled = apart[torch.arange(128).view(2, 64).flip(1).flatten()]  # the caption of another image
+    assert measure(learned, (apart, shuffled, -apart))[1] < 0.1
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:

@@ -1,0 +1,167 @@
+"""What the contrast could teach: what the states at </s> tell apart when nothing stands between scene and model.
+
+    python examples/proof/teacher.py --data output/proof/data --parts output/proof/parts
+
+Images are told in notes without error, as in ceiling.py, in the place and context where HACL reads them. The trainer's
+heads, from the same values, learn its contrastive loss with own twins on stage 1's pairs, for much longer than stage 1.
+On held-out pairs: how often is an image nearer to its caption than to the twin, and nearest to it among 64; beside it,
+how often the language model finds the caption likelier than the twin. Where likelihoods know more than states do, the
+contrast has little to add to L_G.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from draw_world import read_scenes
+from language import embed_notes
+from make_parts import new_library
+from run_arms import REGIMES, captions_of
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from hacl_megatron.model.heads import ContrastiveHeads
+from hacl_megatron.objective.contrastive import contrastive_loss
+from hacl_megatron.objective.negatives import PairEmbeddings
+
+ROWS = 64
+"""Pairs a step, and pool of the retrieval."""
+PAIRS = 3840
+"""Those of stage 1."""
+BOS, EOS = 1, 2
+
+
+class Told:
+    """Pairs of one split as the frozen language model holds them.
+
+    Args:
+        captions: the split's file of pairs, one twin each.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, tokenizer: AutoTokenizer, data: Path, split: str, captions: Path, limit: int
+    ) -> None:
+        self.model = model
+        samples = json.loads(captions.read_text())[:limit]
+        names = [name for name in read_scenes(data) if name.startswith(split)]
+        scenes = torch.tensor([names.index(sample["image"]) for sample in samples])
+        library = new_library(data, tokenizer, seed=0, split=split)
+        self.notes = embed_notes(model.model.embed_tokens, library.notes[scenes])
+        """[N, P, H]: the scene in the image's place."""
+        self.texts = [library.ids(sample["text"]) for sample in samples]
+        self.twins = [library.ids(sample["Hallucination caption"][0]) for sample in samples]
+
+    def embed(self, rows: Sequence[Sequence[int]], notes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """<s>, the notes if any, the ids: embeddings padded behind [n, L, H], and each row's last place [n]."""
+        table = self.model.model.embed_tokens
+        between = table.weight.new_zeros(len(rows), 0, table.embedding_dim) if notes is None else notes
+        start = table(torch.tensor([BOS]))
+        whole = [torch.cat([start, told, table(torch.tensor(row))]) for row, told in zip(rows, between, strict=True)]
+        return pad_sequence(whole, batch_first=True), torch.tensor([len(row) - 1 for row in whole])
+
+    def states(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Last hidden states at </s> of images, captions and twins, each [N, H]."""
+        found: tuple[list[Tensor], ...] = ([], [], [])
+        for start in range(0, len(self.texts), ROWS):
+            at = slice(start, start + ROWS)
+            inputs = [self.embed([[EOS]] * len(self.texts[at]), self.notes[at])]
+            inputs += [self.embed([[*row, EOS] for row in rows[at]]) for rows in (self.texts, self.twins)]
+            for into, (embeddings, last) in zip(found, inputs, strict=True):
+                hidden = self.model.model(inputs_embeds=embeddings).last_hidden_state
+                into.append(hidden[torch.arange(len(last)), last])
+        return torch.cat(found[0]), torch.cat(found[1]), torch.cat(found[2])
+
+    def preferred(self) -> float:
+        """Share of captions likelier than their twins behind the notes, in sum over tokens."""
+        sums = []
+        for rows in (self.texts, self.twins):
+            likelihoods = []
+            for start in range(0, len(rows), ROWS):
+                batch, notes = rows[start : start + ROWS], self.notes[start : start + ROWS]
+                embeddings, last = self.embed(batch, notes)
+                logs = self.model(inputs_embeds=embeddings).logits.log_softmax(-1)
+                for row, ids, end in zip(logs, batch, last.tolist(), strict=True):
+                    likelihoods.append(row[end - len(ids) : end].gather(1, torch.tensor(ids)[:, None]).sum())
+            sums.append(torch.stack(likelihoods))
+        return (sums[0] > sums[1]).double().mean().item()
+
+
+def pairs_of(heads: ContrastiveHeads, images: Tensor, captions: Tensor, twins: Tensor) -> PairEmbeddings:
+    number = torch.arange(len(images))
+    return PairEmbeddings(
+        image=heads.embed_images(images), caption=heads.embed_texts(captions), hallucinated=heads.embed_texts(twins),
+        hallucinated_owner=number, image_keys=number, caption_keys=number, hallucinated_keys=number + len(number),
+    )  # fmt: skip
+
+
+def train_heads(states: tuple[Tensor, Tensor, Tensor], steps: int, seed: int) -> ContrastiveHeads:
+    """Heads of hidden / 4, as stage 1's, taught by the contrastive loss alone."""
+    generator = torch.Generator().manual_seed(seed)
+    width = states[0].shape[1]
+    heads = ContrastiveHeads(
+        width, width // 4, temperature=0.07, generator=generator, dtype=torch.float32, same_init=True
+    )
+    optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for _ in range(steps):
+        chosen = torch.randperm(len(states[0]), generator=generator)[:ROWS]
+        pairs = pairs_of(heads, *(kind[chosen] for kind in states))
+        terms = contrastive_loss(
+            pairs, pairs, 0, heads.temperature, hallucination_negatives="own", mask_duplicates=False
+        )
+        optimizer.zero_grad()
+        ((terms.image_to_text_sum + terms.text_to_image_sum) / (2 * len(chosen))).backward()
+        optimizer.step()
+        schedule.step()
+    return heads
+
+
+@torch.no_grad()
+def measure(heads: ContrastiveHeads, states: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+    """(nearer to the caption than to the twin, nearest to it in pools of ROWS), shares of the pairs in whole pools."""
+    if len(states[0]) < ROWS:
+        raise SystemExit(f"{len(states[0])} held-out pairs are no pool of {ROWS}: draw more with draw_world.py")
+    pools = range(0, len(states[0]) - ROWS + 1, ROWS)
+    nearer = nearest = 0.0
+    for start in pools:
+        pairs = pairs_of(heads, *(kind[start : start + ROWS] for kind in states))
+        terms = contrastive_loss(
+            pairs, pairs, 0, heads.temperature, hallucination_negatives="none", mask_duplicates=False
+        )
+        nearer += terms.hallucination_correct_sum.item()
+        nearest += terms.correct_i2t_sum.item()
+    return nearer / (len(pools) * ROWS), nearest / (len(pools) * ROWS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("output/proof/data"))
+    parser.add_argument("--parts", type=Path, default=Path("output/proof/parts"))
+    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--steps", type=int, default=3000)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(args.parts / "language")
+    model = LlamaForCausalLM.from_pretrained(args.parts / "language").eval()
+    for regime in REGIMES:
+        with torch.no_grad():
+            told = {
+                split: Told(model, tokenizer, args.data, split, Path(captions_of(args.data, split, regime)), PAIRS)
+                for split in ("pretrain", args.split)
+            }
+            likelier = told[args.split].preferred()
+            learned, held_out = told["pretrain"].states(), told[args.split].states()
+        for steps in (0, args.steps):
+            nearer, nearest = measure(train_heads(learned, steps, seed=1), held_out)
+            print(
+                f"{regime}, told without error, heads of {steps} steps: nearer to the caption than to its twin "
+                f"{nearer:.3f}, nearest among {ROWS} {nearest:.3f}; by likelihood {likelier:.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
