@@ -19,10 +19,11 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hacl_megatron.checkpoint.hf_config import data_flags, read_model_config
-from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, RUN_CONFIG_FILE, find_checkpoint
+from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, find_checkpoint
+from hacl_megatron.checkpoint.sharded_reader import read_run_config
 from hacl_megatron.config.checks import EVAL_TASKS, Layout, check_architecture
 from hacl_megatron.config.flags import ModelFlags, ParallelFlags
-from hacl_megatron.config.run import RunConfig, from_yaml, with_architecture
+from hacl_megatron.config.run import RunConfig, with_architecture
 from hacl_megatron.data.conversation import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
 from hacl_megatron.data.manifest import Manifest
@@ -113,10 +114,7 @@ def saved_config(load: Path) -> tuple[Path, RunConfig]:
     """
     own = find_checkpoint(load)
     if own is not None:
-        config = from_yaml((own / RUN_CONFIG_FILE).read_text(encoding="utf-8"), str(own / RUN_CONFIG_FILE))
-        if config.architecture is None:
-            raise ValueError(f"{own} does not describe its model: the checkpoint is not one of this trainer's")
-        return own, config
+        return own, read_run_config(own)
     if not (load / "config.json").is_file():
         raise ValueError(
             f"--load {load}: found no checkpoint; give a SAVE folder of a run, one of its iter_* folders, or a Hugging "

@@ -19,7 +19,7 @@ from hacl_megatron.config.checks import Layout, check_architecture, check_flags
 from hacl_megatron.config.console import exit_with_error, is_first_rank, notify, report_crash, report_error
 from hacl_megatron.config.flags import LoraFlags, ModelFlags
 from hacl_megatron.config.lora import settle_lora
-from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config, to_yaml, with_architecture
+from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
 from hacl_megatron.training.status import reason_not_to_restart, write_status
 
@@ -111,10 +111,11 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
     `--mm-projector-type` and `--mm-vision-select-layer` are laid over it by `with_architecture`.
     """
     from hacl_megatron.checkpoint.hf_config import read_model_config
-    from hacl_megatron.checkpoint.sharded import RUN_CONFIG_FILE, find_checkpoint
+    from hacl_megatron.checkpoint.sharded import find_checkpoint
+    from hacl_megatron.checkpoint.sharded_reader import read_run_config
 
     if resume_from is not None:
-        found = _architecture_in(resume_from / RUN_CONFIG_FILE)
+        found = read_run_config(resume_from).architecture
         _refuse_other_parts(config.model, found, resume_from)
         return found
     if config.model.pretrained_checkpoint is not None:
@@ -123,7 +124,7 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
         tower = config.model.vision_tower
         if own is not None and tower is not None:
             raise ValueError(f"--pretrained-checkpoint {source} holds its vision tower; leave --vision-tower out")
-        found = _architecture_in(own / RUN_CONFIG_FILE) if own is not None else read_model_config(source, tower)
+        found = read_run_config(own).architecture if own is not None else read_model_config(source, tower)
         _refuse_other_sizes(config, found, source)
         if own is not None:
             _refuse_other_parts(config.model, found, own)
@@ -398,13 +399,6 @@ def _checkpoint_to_resume(config: RunConfig) -> Path | None:
         if not config.checkpoint.load_fallback:
             raise
         return choose_checkpoint(Path(load), fallback=True)[0]
-
-
-def _architecture_in(run_config: Path) -> ModelConfig:
-    architecture = from_yaml(run_config.read_text(encoding="utf-8")).architecture
-    if architecture is None:
-        raise ValueError(f"{run_config} does not describe its model: the checkpoint is not one of this trainer's")
-    return architecture
 
 
 def _assets_folder(config: RunConfig, resume_from: Path | None) -> Path | None:

@@ -6,8 +6,9 @@
 
 DIR is a `LlavaForConditionalGeneration`, a `Blip2ForConditionalGeneration` with a LLaMA, or a folder in the original
 LLaVA layout. From a LLaMA and a CLIP, SigLIP or BLIP-2 (of which vision tower and Q-Former are taken), connector and
-heads start fresh, as a run with that --seed has them. The model is never held: memory does not grow with it. OUT
-appears when it is complete; OUT/converted_from.json says what became of every tensor.
+heads are drawn by --seed; a run that starts from OUT draws them anew, by its own --seed and flags. The model is never
+held: memory does not grow with it. OUT appears when it is complete; OUT/converted_from.json says what became of every
+tensor.
 """
 
 import argparse

@@ -131,6 +131,14 @@ def convert_to_sharded(
     )
 
 
+def drawn_by_conversion(checkpoint: Path) -> list[str]:
+    """Parameters of a checkpoint that no file held when it was converted, by our names; none if a run has saved it."""
+    report = checkpoint.parent / SOURCE_FILE
+    if checkpoint.name != iteration_folder(checkpoint.parent, 0).name or not report.is_file():
+        return []
+    return list(json.loads(report.read_text(encoding="utf-8"))["fresh"])
+
+
 def why_no_conversion(save: Path) -> str | None:
     """Why a folder is not one that a conversion may replace, or None: a run may have gone on in it since."""
     if not (save / SOURCE_FILE).is_file():

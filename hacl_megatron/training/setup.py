@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from hacl_megatron.checkpoint.choose import agree_on_checkpoint
 from hacl_megatron.checkpoint.hf_import import load_adapter, load_hf_weights
+from hacl_megatron.checkpoint.hf_to_sharded import drawn_by_conversion
 from hacl_megatron.checkpoint.sharded import find_checkpoint, load_checkpoint
 from hacl_megatron.checkpoint.sharded_reader import read_run_config
 from hacl_megatron.config.architecture import ModelConfig
@@ -129,15 +130,17 @@ def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelCon
         agree_on_checkpoint(own, fallback=False, flag="--pretrained-checkpoint")  # or say which file is cut
         # Extra states are FP8 scales: Transformer Engine's alone, and of the optimiser's kind, so they start fresh.
         has_lora = read_run_config(own).lora.lora_rank is not None
+        # What no Hugging Face file held starts by this run's --seed and flags, as from the Hugging Face folder itself.
+        drawn = drawn_by_conversion(own)
 
         def starts_fresh(name: str) -> bool:
-            return name.endswith("_extra_state") or (is_lora(name) and not has_lora)
+            return name.endswith("_extra_state") or (is_lora(name) and not has_lora) or name in drawn
 
         state = module.sharded_state_dict(metadata={})
         wanted = {name: part for name, part in state.items() if not starts_fresh(name)}
         found = module.load_state_dict(load_checkpoint({"model": wanted}, own)["model"], strict=False)
         assert all(starts_fresh(name) for name in found.missing_keys) and not found.unexpected_keys, found
-        lines.append(f"weights from {own}")
+        lines.append(f"weights from {own}" + (f"; fresh: {', '.join(drawn)}" if drawn else ""))
     else:
         report = load_hf_weights(
             module,
