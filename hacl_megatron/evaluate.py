@@ -21,8 +21,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from hacl_megatron.checkpoint.hf_config import data_flags, read_model_config
 from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, find_checkpoint
 from hacl_megatron.checkpoint.sharded_reader import read_run_config
-from hacl_megatron.config.checks import EVAL_TASKS, Layout, check_architecture
+from hacl_megatron.config.architecture_checks import check_architecture
+from hacl_megatron.config.checks import EVAL_TASKS
 from hacl_megatron.config.flags import ModelFlags, ParallelFlags
+from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig, with_architecture
 from hacl_megatron.data.conversation import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder, resolve_backend

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import Layout, check_architecture, check_flags
+from hacl_megatron.config.architecture_checks import check_architecture
+from hacl_megatron.config.checks import check_flags
 from hacl_megatron.config.console import exit_with_error, is_first_rank, notify, report_crash, report_error
 from hacl_megatron.config.flags import LoraFlags, ModelFlags
+from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.lora import settle_lora
 from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment

@@ -155,7 +155,7 @@ def package_side(work: Work, flags: tuple[str, ...], without: tuple[str, ...] = 
     warnings.filterwarnings("ignore")
 
     from hacl_megatron.checkpoint.hf_config import read_model_config
-    from hacl_megatron.config.checks import Layout
+    from hacl_megatron.config.layout import Layout
     from hacl_megatron.config.run import parse_run_config, with_architecture
     from hacl_megatron.platform.processes import start_platform
     from hacl_megatron.training import setup

@@ -59,7 +59,8 @@ def _positive(kind: type):
 
 
 def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
-    from hacl_megatron.config.checks import check_architecture, check_flags
+    from hacl_megatron.config.architecture_checks import check_architecture
+    from hacl_megatron.config.checks import check_flags
     from hacl_megatron.config.run import parse_run_config, with_architecture
     from hacl_megatron.train import planned_architecture, resolve_lora
     from hacl_megatron.training.plan.hardware import GIB, Cluster

@@ -27,7 +27,7 @@ from hacl_megatron.checkpoint.sharded import (
     write_atomically,
 )
 from hacl_megatron.checkpoint.sharded_writer import plan_chunks, write_sharded
-from hacl_megatron.config.checks import padded_vocab_size
+from hacl_megatron.config.architecture_checks import padded_vocab_size
 from hacl_megatron.config.flags import ModelFlags, ParallelFlags
 from hacl_megatron.config.run import RunConfig, to_yaml
 

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from tabulate import tabulate
 
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import Layout
+from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.platform.processes import prepare_device
 from hacl_megatron.training import setup

@@ -16,7 +16,7 @@ from hacl_megatron.checkpoint.local_parts import frozen_keys
 from hacl_megatron.checkpoint.saver import CheckpointSaver
 from hacl_megatron.checkpoint.sharded import state_metadata
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import Layout
+from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.lora import Lora
 from hacl_megatron.config.run import RunConfig, to_yaml
 from hacl_megatron.data.loader import StepLoader

@@ -23,8 +23,9 @@ from hacl_megatron.checkpoint.hf_to_sharded import drawn_by_conversion
 from hacl_megatron.checkpoint.sharded import find_checkpoint, load_checkpoint
 from hacl_megatron.checkpoint.sharded_reader import read_run_config
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import Layout, padded_vocab_size
+from hacl_megatron.config.architecture_checks import padded_vocab_size
 from hacl_megatron.config.flags import ModelFlags
+from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.lora import Lora, is_lora
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.sections import megatron_fields

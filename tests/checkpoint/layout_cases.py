@@ -14,7 +14,7 @@ def load_compute_save(reference: Path, converted: Path, save: Path, layout: Layo
     """Largest differences from transformers' outputs on this rank ({} before the last stage); saves to `save`."""
     from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, copy_assets, find_checkpoint, save_checkpoint
     from hacl_megatron.checkpoint.sharded_reader import read_run_config
-    from hacl_megatron.config.checks import Layout as RunLayout
+    from hacl_megatron.config.layout import Layout as RunLayout
     from hacl_megatron.config.run import to_yaml
     from hacl_megatron.platform.processes import start_platform
     from hacl_megatron.training.setup import load_pretrained

@@ -14,8 +14,9 @@ from typing import get_args
 
 import pytest
 
-from hacl_megatron.config.checks import LIMITS, Layout, check_flags
+from hacl_megatron.config.checks import LIMITS, check_flags
 from hacl_megatron.config.file_checks import LATEST_FILE, check_inputs, check_writable
+from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.parser import GROUPS, HINTS
 from hacl_megatron.config.run import RunConfig, to_yaml, with_architecture
 from tests.config.test_round_trip import MODEL

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from hacl_megatron.config.checks import check_architecture, check_flags
+from hacl_megatron.config.architecture_checks import check_architecture
+from hacl_megatron.config.checks import check_flags
 from hacl_megatron.config.run import RunConfig, from_yaml
 from hacl_megatron.training.plan.hardware import Cluster
 from hacl_megatron.training.plan.planner import Plan, make_plan

@@ -10,7 +10,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from hacl_megatron.batch import MicroBatch, PackedBatch, SegmentLengths
-from hacl_megatron.config.checks import check_architecture, check_flags
+from hacl_megatron.config.architecture_checks import check_architecture
+from hacl_megatron.config.checks import check_flags
 from hacl_megatron.config.run import RunConfig, parse_run_config, with_architecture
 from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample
 from hacl_megatron.data.packing import PackSlot, pack

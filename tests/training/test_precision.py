@@ -8,7 +8,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from hacl_megatron.config.checks import check_architecture, check_flags
+from hacl_megatron.config.architecture_checks import check_architecture
+from hacl_megatron.config.checks import check_flags
 from hacl_megatron.config.run import parse_run_config, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
 from hacl_megatron.train import resolve_architecture

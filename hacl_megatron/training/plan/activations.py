@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import padded_vocab_size
+from hacl_megatron.config.architecture_checks import padded_vocab_size
 from hacl_megatron.config.lora import Lora, split_of
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.training.plan.image_parts import kept_by_connector, kept_by_tower

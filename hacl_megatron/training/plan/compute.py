@@ -8,7 +8,7 @@ is megatron-core's: tensor-parallel ranks are neighbours, then data-parallel, th
 from dataclasses import dataclass
 
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import Layout
+from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.lora import Lora
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.training.flops import lora_flops, qformer_flops, tower_flops, vision_flops

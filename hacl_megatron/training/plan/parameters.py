@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import padded_vocab_size
+from hacl_megatron.config.architecture_checks import padded_vocab_size
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.config.lora import FUSED, SUFFIX, Lora, is_lora, split_of, target_shapes
 from hacl_megatron.config.run import RunConfig

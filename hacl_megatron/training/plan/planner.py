@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import Layout
+from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.objective.row_blocks import BLOCK_BYTES
 from hacl_megatron.training.plan.activations import stage_activations

@@ -11,7 +11,7 @@ from typing import Literal
 
 from hacl_megatron.batch import Parts
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.checks import Layout
+from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.training.packs import pack_plan
 
