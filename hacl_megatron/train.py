@@ -18,9 +18,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.architecture_checks import check_architecture
 from hacl_megatron.config.checks import check_flags
 from hacl_megatron.config.console import exit_with_error, is_first_rank, notify, report_crash, report_error
-from hacl_megatron.config.flags import LoraFlags, ModelFlags
 from hacl_megatron.config.layout import Layout
-from hacl_megatron.config.lora import settle_lora
 from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
 from hacl_megatron.training.status import reason_not_to_restart, write_status
@@ -61,9 +59,11 @@ def train(config: RunConfig) -> None:
         return
     _refuse_dry_run_flags(config)
     layout = check_flags(config, world_size_from_environment())
-    resume_from = _checkpoint_to_resume(config)
-    config = with_architecture(config, resolve_architecture(config, resume_from))
-    config.lora = resolve_lora(config, resume_from)
+    from hacl_megatron.training import start_from
+
+    resume_from = start_from.checkpoint_to_resume(config)
+    config = with_architecture(config, start_from.resolve_architecture(config, resume_from))
+    config.lora = start_from.resolve_lora(config, resume_from)
     architecture = config.architecture
     check_architecture(config, architecture, layout)
     if config.training.print_config:
@@ -107,70 +107,15 @@ def _write_status_of(trainer: Any, state: str, reason: str | None = None) -> Non
     write_status(trainer.config.checkpoint.save, state, iteration=done, train_iters=wanted, reason=reason)
 
 
-def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelConfig:
-    """Sizes of the model: the checkpoint's to resume, else the pretrained one's, else the YAML's `model:` section.
-
-    `--mm-projector-type` and `--mm-vision-select-layer` are laid over it by `with_architecture`.
-    """
-    from hacl_megatron.checkpoint.hf_config import read_model_config
-    from hacl_megatron.checkpoint.sharded import find_checkpoint
-    from hacl_megatron.checkpoint.sharded_reader import read_run_config
-
-    if resume_from is not None:
-        found = read_run_config(resume_from).architecture
-        _refuse_other_parts(config.model, found, resume_from)
-        return found
-    if config.model.pretrained_checkpoint is not None:
-        source = Path(config.model.pretrained_checkpoint)
-        own = find_checkpoint(source)
-        tower = config.model.vision_tower
-        if own is not None and tower is not None:
-            raise ValueError(f"--pretrained-checkpoint {source} holds its vision tower; leave --vision-tower out")
-        found = read_run_config(own).architecture if own is not None else read_model_config(source, tower)
-        _refuse_other_sizes(config, found, source)
-        if own is not None:
-            _refuse_other_parts(config.model, found, own)
-        return found
-    assert config.architecture is not None  # check_flags has asked for one of the three
-    return config.architecture
-
-
-def resolve_lora(config: RunConfig, resume_from: Path | None) -> LoraFlags:
-    """The flags' adapters, or those of the checkpoint that is resumed or started from where the flags ask for none."""
-    from hacl_megatron.checkpoint.sharded import find_checkpoint
-    from hacl_megatron.checkpoint.sharded_reader import read_run_config
-
-    source, found = config.model.pretrained_checkpoint, resume_from
-    if found is None and source is not None and Path(source).is_dir():
-        found = find_checkpoint(Path(source))
-    if found is None:
-        return config.lora
-    return settle_lora(config.lora, read_run_config(found).lora, str(found), resumes=resume_from is not None)
-
-
-def planned_architecture(config: RunConfig) -> ModelConfig:
-    """As `resolve_architecture`, but the YAML's `model:` section is enough where the weights are not here yet."""
-    resume_from = _checkpoint_to_resume(config)
-    folders = [config.model.pretrained_checkpoint, config.model.vision_tower]
-    missing = [folder for folder in folders if folder is not None and not Path(folder).is_dir()]
-    if resume_from is None and (missing or config.model.pretrained_checkpoint is None):
-        if config.architecture is None:
-            found = f"{missing[0]}: no such folder" if missing else "there is no --pretrained-checkpoint"
-            raise ValueError(
-                f"{found}, and the --config file has no `model:` section; give one of them, for the model's sizes"
-            )
-        return config.architecture
-    return resolve_architecture(config, resume_from)
-
-
 def _dry_run(config: RunConfig) -> None:
+    from hacl_megatron.training import start_from
     from hacl_megatron.training.dry_run import dry_run
 
     training = config.training
     world_size = training.world_size or world_size_from_environment()
     layout = check_flags(config, world_size, files=False)
-    config = with_architecture(config, planned_architecture(config))
-    config.lora = resolve_lora(config, _checkpoint_to_resume(config))
+    config = with_architecture(config, start_from.planned_architecture(config))
+    config.lora = start_from.resolve_lora(config, start_from.checkpoint_to_resume(config))
     check_architecture(config, config.architecture, layout)
     notify(dry_run(config, config.architecture, layout, rank=training.dry_run_rank))
 
@@ -181,31 +126,6 @@ def _refuse_dry_run_flags(config: RunConfig) -> None:
             flag = name.replace("_", "-")
             raise ValueError(
                 f"--{flag} is given without --dry-run; a run takes its processes from torchrun: leave it out"
-            )
-
-
-def _refuse_other_parts(flags: ModelFlags, found: ModelConfig, checkpoint: Path) -> None:
-    # Loading would not notice: a linear connector is the first layer of an MLP, and the rest would be left out.
-    asked = flags.mm_projector_type
-    if asked is not None and asked != found.projector_type:
-        raise ValueError(
-            f"--mm-projector-type is {asked}, but the connector in checkpoint {checkpoint} is {found.projector_type}; "
-            "leave the flag out"
-        )
-    if flags.vision_backend not in (None, found.vision.backend):
-        raise ValueError(
-            f"--vision-backend is {flags.vision_backend}, but the vision tower in checkpoint {checkpoint} is "
-            f"{found.vision.backend}'s; leave the flag out, or export the checkpoint and start from that"
-        )
-
-
-def _refuse_other_sizes(config: RunConfig, found: ModelConfig, source: Path) -> None:
-    asked, found = config.architecture, with_architecture(config, found).architecture
-    for part in ("language", "vision", "image", "qformer"):
-        if asked is not None and getattr(asked, part) != getattr(found, part):
-            raise ValueError(
-                f"the YAML's model.{part} is {getattr(asked, part)}, but --pretrained-checkpoint {source} holds "
-                f"{getattr(found, part)}; leave the `model:` section out"
             )
 
 
@@ -220,7 +140,7 @@ def build_trainer(
     """Everything a run consists of, ready to `train()`; it calls `beat` whenever something is done."""
     from hacl_megatron.checkpoint.sharded import copy_assets
     from hacl_megatron.data.tokenizer import load_tokenizer
-    from hacl_megatron.training import setup, state
+    from hacl_megatron.training import setup, start_from, state
     from hacl_megatron.training.loop import Trainer
     from hacl_megatron.training.metrics import MetricsLog, keep_iterations
     from hacl_megatron.training.plan.parameters import trained_and_frozen, whole_model
@@ -232,7 +152,7 @@ def build_trainer(
         progress, data_state = state.saved_progress(resume_from)
 
     reads_data = groups.mp.rank() == 0
-    assets = _assets_folder(config, resume_from)
+    assets = start_from.assets_folder(config, resume_from)
     loader = None
     tokenizer = load_tokenizer(config.model.tokenizer or assets) if reads_data else None
     if reads_data:
@@ -259,7 +179,7 @@ def build_trainer(
     evaluate_tasks = None
     if config.training.eval_tasks:
         evaluate_tasks = open_tasks(config, layout, trainee, tokenizer, device)
-    hf_model = architecture if _starts_from_hf(config, resume_from) else None
+    hf_model = architecture if start_from.starts_from_hf(config, resume_from) else None
     log, save = None, config.checkpoint.save
     tensorboard = config.logging.tensorboard_dir or (f"{save}/tensorboard" if save else None)
     tensorboard_dir = Path(tensorboard) if tensorboard else None
@@ -385,43 +305,6 @@ def open_tasks(config: RunConfig, layout: Layout, trainee: Any, tokenizer: Any, 
 
 def _no_loader() -> None:
     """Validation on a rank that receives its batches from another."""
-
-
-def _checkpoint_to_resume(config: RunConfig) -> Path | None:
-    """What `--load` names; its files are looked at later, by one rank for all."""
-    from hacl_megatron.checkpoint.choose import choose_checkpoint
-    from hacl_megatron.checkpoint.sharded import find_checkpoint
-
-    load = config.checkpoint.load
-    if load is None:
-        return None
-    try:
-        return find_checkpoint(Path(load))
-    except ValueError:
-        if not config.checkpoint.load_fallback:
-            raise
-        return choose_checkpoint(Path(load), fallback=True)[0]
-
-
-def _assets_folder(config: RunConfig, resume_from: Path | None) -> Path | None:
-    """Where tokenizer and image-processor files are: in a checkpoint of ours, or in the Hugging Face folder itself."""
-    from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, find_checkpoint
-
-    if resume_from is not None:
-        return resume_from / ASSETS_FOLDER
-    for source in (config.model.pretrained_checkpoint, config.model.tokenizer):
-        if source is not None:
-            own = find_checkpoint(Path(source))
-            return own / ASSETS_FOLDER if own is not None else Path(source)
-    raise ValueError("no tokenizer: give --tokenizer FOLDER, since there is no --pretrained-checkpoint to take it from")
-
-
-def _starts_from_hf(config: RunConfig, resume_from: Path | None) -> bool:
-    """Whether the weights come from a Hugging Face folder, which then holds tensors that exports will need."""
-    from hacl_megatron.checkpoint.sharded import find_checkpoint
-
-    source = config.model.pretrained_checkpoint
-    return resume_from is None and source is not None and find_checkpoint(Path(source)) is None
 
 
 def _from_rank_0(value: int | None) -> int:

@@ -62,12 +62,12 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
     from hacl_megatron.config.architecture_checks import check_architecture
     from hacl_megatron.config.checks import check_flags
     from hacl_megatron.config.run import parse_run_config, with_architecture
-    from hacl_megatron.train import planned_architecture, resolve_lora
     from hacl_megatron.training.plan.hardware import GIB, Cluster
     from hacl_megatron.training.plan.planner import make_plan
     from hacl_megatron.training.plan.report import ranking, report
     from hacl_megatron.training.plan.suggest import suggest_layouts
     from hacl_megatron.training.plan.workload import Samples, assumed_samples
+    from hacl_megatron.training.start_from import planned_architecture, resolve_lora
 
     config = parse_run_config(flags)
     config = with_architecture(config, planned_architecture(config))

@@ -17,13 +17,13 @@ from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample
 from hacl_megatron.data.packing import PackSlot, pack
 from hacl_megatron.objective.generation import generation_loss_sum
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
-from hacl_megatron.train import resolve_architecture
 from hacl_megatron.training import setup
 from hacl_megatron.training.packs import pack_plan
 from hacl_megatron.training.plan.activations import cpu_kernels, stage_activations
 from hacl_megatron.training.plan.parameters import stage_parameters
 from hacl_megatron.training.plan.state import StateBytes, state_bytes
 from hacl_megatron.training.plan.workload import MicroBatchShape, PackShape, Segments
+from hacl_megatron.training.start_from import resolve_architecture
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 RECOMPUTE: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import torch
 
 from hacl_megatron.checkpoint.integrity import FROZEN_FOLDER
 from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml
-from hacl_megatron.train import resolve_architecture
+from hacl_megatron.training.start_from import resolve_architecture
 from tests.distributed import run_distributed
 from tests.model.hf_architecture import architecture
 from tests.tiny import tiny_blip2_config, tiny_llava_config, tiny_siglip_config

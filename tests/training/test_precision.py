@@ -12,8 +12,8 @@ from hacl_megatron.config.architecture_checks import check_architecture
 from hacl_megatron.config.checks import check_flags
 from hacl_megatron.config.run import parse_run_config, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
-from hacl_megatron.train import resolve_architecture
 from hacl_megatron.training import setup
+from hacl_megatron.training.start_from import resolve_architecture
 from tests.distributed import run_distributed
 from tests.training.runs import LOSSES, layout_flags, make_inputs, metrics, tensors, train, weights
 
