@@ -41,7 +41,7 @@ class ChatServer:
                 with lock:
                     outer.under_way -= 1
                 if reply is None:
-                    time.sleep(2)
+                    time.sleep(6)  # longer than --timeout in test_hallucinate_llm
                     self.close_connection = True
                 elif isinstance(reply, int):
                     self.send(reply, {"error": {"message": f"error {reply}: key {self.headers['Authorization']}"}})

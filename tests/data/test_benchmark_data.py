@@ -10,7 +10,7 @@ import pytest
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark_data.py"
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_both_ways_run_and_make_the_same_pixels(tmp_path):
     sizes = ["--drawn-images", "12", "--micro-batch-size", "2", "--steps", "2", "--repetitions", "1"]
     command = [sys.executable, str(TOOL), *sizes, "--save", str(tmp_path / "figures.json")]

@@ -131,7 +131,7 @@ def test_read_only_data_is_prepared_elsewhere(home_mode):
         queue = multiprocessing.get_context("fork").Queue()
         child = multiprocessing.get_context("fork").Process(target=_unprivileged, args=(path, folder, queue))
         child.start()
-        found, made = queue.get(timeout=60)
+        found, made = queue.get(timeout=300)
         child.join()
         assert found == ["a"] and len(made) == 1
         assert made[0].startswith(f"{folder}/home/.cache/hacl_megatron/" if home_mode == 0o777 else f"{folder}/tmp/")
@@ -189,7 +189,7 @@ def test_of_several_ranks_one_prepares_and_the_others_wait(tmp_path):
         )
         for _ in range(4)
     ]  # fmt: skip
-    lines = [line for rank in ranks for line in rank.communicate(timeout=120)[0].splitlines()]
+    lines = [line for rank in ranks for line in rank.communicate(timeout=300)[0].splitlines()]
     assert [rank.returncode for rank in ranks] == [0] * 4
     assert lines.count("prepared") == 1
     assert len({line for line in lines if line != "prepared"}) == 1 and len(lines) == 5
@@ -198,7 +198,7 @@ def test_of_several_ranks_one_prepares_and_the_others_wait(tmp_path):
 def test_a_rank_that_dies_while_it_prepares_does_not_block_the_others(tmp_path):
     path = write(tmp_path, [record(id="a")])
     dying = START.replace("time.sleep(1.0)", "os._exit(9)")
-    done = subprocess.run([sys.executable, "-c", dying, path], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    done = subprocess.run([sys.executable, "-c", dying, path], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
     assert done.returncode == 9 and (tmp_path / CACHE_FOLDER).is_dir()
     assert names(path) == ["a"]
 

@@ -462,7 +462,7 @@ next(loader)
 print("drawn", flush=True)
 {EXITS[how]}
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert "drawn" in done.stdout, done.stderr
     expected = (0,) if how.startswith("end") else (-2, 1, 130)
     assert done.returncode in expected, (done.returncode, done.stderr)

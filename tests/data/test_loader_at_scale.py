@@ -122,7 +122,7 @@ def test_files_of_the_next_step_are_read_while_this_one_is_decoded(dataset, monk
     def decode_when_more_are_read(self, files):
         of_this_step = len(fetched_before) + len(files)
         with began:
-            if not began.wait_for(lambda: len(fetched) > of_this_step, timeout=20):
+            if not began.wait_for(lambda: len(fetched) > of_this_step, timeout=60):
                 missing.append(len(fetched))
         fetched_before.extend(files)
         return decode(self, files)
@@ -143,7 +143,7 @@ def test_as_many_files_are_read_at_a_time_as_the_flag_says(dataset, monkeypatch)
             under_way.append(image)
             most.append(len(under_way))
             now.notify_all()
-            now.wait_for(lambda: max(most) >= 4, timeout=20)
+            now.wait_for(lambda: max(most) >= 4, timeout=60)
         time.sleep(0.005)  # for a fifth to come
         with now:
             under_way.remove(image)

@@ -417,12 +417,12 @@ def test_mistakes_are_one_line(source, changes, complaint):
 def test_the_tool_prints_its_report_and_names_faults_in_one_line(source):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     more = ["--image-folder", str(source / "images"), "--verify-images", "--tokenizer", str(source / "tokenizer")]
-    done = subprocess.run(tool(source, *more), env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(tool(source, *more), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"samples: {len(RECORDS)}\n" in done.stdout and "bad images: 1\n" in done.stdout
     assert f"train with --data-path {source / 'out'}" in done.stdout
     (source / "a.json").write_text('[{"id": 1}]')
-    done = subprocess.run(tool(source), env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(tool(source), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "key 'conversations' is missing" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -52,7 +52,7 @@ def test_a_killed_run_goes_on_where_it_stopped(pope: list[str], whole: dict, tmp
     # A process of the tests' fork server, which has paid the imports.
     process = _context.Process(target=run_tool, args=("evaluate", *pope, "--output", str(output)))
     process.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not answers.is_file() or answers.read_bytes().count(b"\n") < 4:
         assert process.is_alive() and time.monotonic() < deadline, "ended before it could be killed"
         time.sleep(0.002)

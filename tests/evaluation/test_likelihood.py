@@ -207,7 +207,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(folder: Path, tmp_path: Pa
     journal = tmp_path / "killed.preference.jsonl"
     process = _context.Process(target=run_tool, args=("evaluate", *arguments))
     process.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not journal.is_file() or journal.read_bytes().count(b"\n") < 2:
         assert process.is_alive() and time.monotonic() < deadline, "ended before it could be killed"
         time.sleep(0.002)

@@ -27,7 +27,7 @@ def draw_to(folder: Path, *, seed: int = 7, processes: int = 2) -> Path:
     """60 training and 20 held-out drawings, by the command a user types."""
     command = [sys.executable, str(SCRIPTS / "draw.py"), "--output", str(folder), "--train", "60", "--valid", "20"]
     command += ["--seed", str(seed), "--processes", str(processes)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     return folder
 
 

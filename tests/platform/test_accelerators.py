@@ -51,7 +51,7 @@ def test_layers_and_adam_follow_megatron_cores_order():
 
 
 def in_new_process(*arguments: str, folder=None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=folder)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=folder)
 
 
 FIND = """

@@ -393,7 +393,7 @@ def processes(mistakes) -> dict[str, subprocess.CompletedProcess[str]]:
             for name, arguments in pair
         }  # fmt: skip
         for name, process in started.items():
-            output, errors = process.communicate(timeout=120)
+            output, errors = process.communicate(timeout=300)
             found[name] = subprocess.CompletedProcess(process.args, process.returncode, output, errors)
     return found
 
