@@ -3,10 +3,10 @@
     python examples/proof/teacher.py --data output/proof/data --parts output/proof/parts
 
 Images are told in notes without error, as in ceiling.py, in the place and context where HACL reads them. The trainer's
-heads, from the same values, learn its contrastive loss with own twins on stage 1's pairs, for much longer than stage 1.
-On held-out pairs: how often is an image nearer to its caption than to the twin, and nearest to it among 64; beside it,
-how often the language model finds the caption likelier than the twin. Where likelihoods know more than states do, the
-contrast has little to add to L_G.
+heads, from the same values, learn its contrastive loss, without twins and with own ones, on stage 1's pairs, for much
+longer than stage 1. On held-out pairs: how often is an image nearer to its caption than to the twin, and nearest to it
+among 64; beside it, how often the language model finds the caption likelier than the twin. Where likelihoods know more
+than states do, the contrast has little to add to L_G; where twins add nothing to heads, they add nothing to a run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from hacl_megatron.model.heads import ContrastiveHeads
-from hacl_megatron.objective.contrastive import contrastive_loss
+from hacl_megatron.objective.contrastive import HallucinationNegatives, contrastive_loss
 from hacl_megatron.objective.negatives import PairEmbeddings
 
 ROWS = 64
@@ -97,7 +97,9 @@ def pairs_of(heads: ContrastiveHeads, images: Tensor, captions: Tensor, twins: T
     )  # fmt: skip
 
 
-def train_heads(states: tuple[Tensor, Tensor, Tensor], steps: int, seed: int) -> ContrastiveHeads:
+def train_heads(
+    states: tuple[Tensor, Tensor, Tensor], twins: HallucinationNegatives, steps: int, seed: int
+) -> ContrastiveHeads:
     """Heads of hidden / 4, as stage 1's, taught by the contrastive loss alone."""
     generator = torch.Generator().manual_seed(seed)
     width = states[0].shape[1]
@@ -110,7 +112,7 @@ def train_heads(states: tuple[Tensor, Tensor, Tensor], steps: int, seed: int) ->
         chosen = torch.randperm(len(states[0]), generator=generator)[:ROWS]
         pairs = pairs_of(heads, *(kind[chosen] for kind in states))
         terms = contrastive_loss(
-            pairs, pairs, 0, heads.temperature, hallucination_negatives="own", mask_duplicates=False
+            pairs, pairs, 0, heads.temperature, hallucination_negatives=twins, mask_duplicates=False
         )
         optimizer.zero_grad()
         ((terms.image_to_text_sum + terms.text_to_image_sum) / (2 * len(chosen))).backward()
@@ -154,11 +156,11 @@ def main() -> None:
             }
             likelier = told[args.split].preferred()
             learned, held_out = told["pretrain"].states(), told[args.split].states()
-        for steps in (0, args.steps):
-            nearer, nearest = measure(train_heads(learned, steps, seed=1), held_out)
+        for steps, twins in ((0, "none"), (args.steps, "none"), (args.steps, "own")):
+            nearer, nearest = measure(train_heads(learned, twins, steps, seed=1), held_out)
             print(
-                f"{regime}, told without error, heads of {steps} steps: nearer to the caption than to its twin "
-                f"{nearer:.3f}, nearest among {ROWS} {nearest:.3f}; by likelihood {likelier:.3f}",
+                f"{regime}, told without error, heads of {steps} steps, twins {twins}: nearer to the caption than to "
+                f"its twin {nearer:.3f}, nearest among {ROWS} {nearest:.3f}; by likelihood {likelier:.3f}",
                 flush=True,
             )
 

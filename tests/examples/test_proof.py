@@ -253,11 +253,15 @@ def test_what_a_teacher_knows_is_read_at_the_right_places(finished: Path) -> Non
 
     # Told apart without fail where image and caption lie together, twins at the other end.
     apart = torch.nn.functional.normalize(torch.randn(128, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
-    learned = train_heads((apart, apart, -apart), steps=0, seed=1)
+    learned = train_heads((apart, apart, -apart), "own", steps=0, seed=1)
     assert measure(learned, (apart, apart, -apart)) == (1.0, 1.0)
     assert measure(learned, (apart, -apart, apart))[0] == 0.0
     shuffled = apart[torch.arange(128).view(2, 64).flip(1).flatten()]  # the caption of another image
     assert measure(learned, (apart, shuffled, -apart))[1] < 0.1
+    turned = apart @ torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
+    assert measure(learned, (apart, turned, -apart))[1] < 0.1
+    learned = train_heads((apart, turned, -apart), "own", steps=200, seed=1)
+    assert min(measure(learned, (apart, turned, -apart))) > 0.9
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
