@@ -6,11 +6,14 @@ keep it, so this one is given one: a linear probe, thrown away afterwards, tells
 Scenes are told in *notes*: sixteen places, as an image has, each the mean of the embeddings of the words that hold
 there. Such a model can describe and answer behind anything that resembles its words; what it lacks is eyes. A stand-in
 for a large model that takes soft tokens in its stride.
+
+`train_to_tell` makes of it a second model, whose state at </s> tells captions from their twins nearly as well as its
+likelihoods do.
 """
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +42,8 @@ QUESTIONS = 6
 """Of a quiz."""
 WITH_SYSTEM = 4
 """Every so many steps the dialogues have the system prompt, which is long."""
+TOLD_APART = 48
+"""Scenes of a step of `train_to_tell`."""
 NUM_FACTS = 10 * len(COLOURS) * len(SHAPES)
 
 
@@ -123,6 +128,18 @@ class Library:
         at = self.rng.randrange(len(self.scenes))
         return Document([1] if prompt else [], at, [2], [False], facts_of(whole_statement(self.scenes[at])))
 
+    def told_apart(self, prompt: bool) -> tuple[Document, Document, Document]:
+        """A scene as HACL reads an image, and as it reads texts, an alt text and its twin in the same words."""
+        at = self.rng.randrange(len(self.scenes))
+        statement, opening = alt_text(self.rng, self.scenes[at])
+        twin = hallucinate(self.rng, statement, self.scenes[at])[1]
+        texts = [sentence(one, opening) for one in (statement, twin)]
+        if self.rng.random() < 0.5:
+            seed = self.rng.random()
+            texts = [as_on_the_web(random.Random(seed), text) for text in texts]
+        read = [Document([], None, [1, *self.ids(text), 2], [], None) for text in texts]
+        return Document([1] if prompt else [], at, [2], [], None), *read
+
     def dialogue(self, with_system: bool, quiz: bool) -> Document:
         """Stage 2's template, with or without Vicuna's system prompt: a description and a question, or questions."""
         at = self.rng.randrange(len(self.scenes))
@@ -158,18 +175,13 @@ class LanguageTask(nn.Module):
 
     def forward(self, documents: Sequence[Document]) -> tuple[Tensor, Tensor]:
         """(loss of the learned tokens, loss of the facts), each 0 where there is none to learn."""
-        embed = self.language_model.embed_tokens
-        rows, targets, last = [], [], []
-        for document in documents:
-            parts = [embed(torch.tensor(document.before, dtype=torch.long))]
-            if document.scene is not None:
-                parts.append(embed_notes(embed, self.notes[document.scene]))
-            before = sum(map(len, parts))
-            parts.append(embed(torch.tensor(document.after)))
-            rows.append(torch.cat(parts))
+        rows = [self.embed(document) for document in documents]
+        last = [len(row) - 1 for row in rows]
+        targets = []
+        for document, row in zip(documents, rows, strict=True):
             learned = zip(document.after, document.learned, strict=True)
+            before = len(row) - len(document.after)
             targets.append(torch.tensor([-100] * before + [token if wanted else -100 for token, wanted in learned]))
-            last.append(len(rows[-1]) - 1)
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         states = self.language_model(inputs_embeds=padded).last_hidden_state
         wanted = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)[:, 1:]
@@ -185,6 +197,21 @@ class LanguageTask(nn.Module):
             hot[row, documents[at].facts] = 1.0
         logits = self.probe(states[with_facts, [last[at] for at in with_facts]])
         return loss, F.binary_cross_entropy_with_logits(logits, hot, reduction="sum") / len(with_facts)
+
+    def embed(self, document: Document) -> Tensor:
+        """[L, H]: the embeddings of a row."""
+        table = self.language_model.embed_tokens
+        parts = [table(torch.tensor(document.before, dtype=torch.long))]
+        if document.scene is not None:
+            parts.append(embed_notes(table, self.notes[document.scene]))
+        return torch.cat([*parts, table(torch.tensor(document.after))])
+
+    def ends(self, documents: Sequence[Document]) -> Tensor:
+        """[N, H]: unit vectors of the states at the rows' last tokens."""
+        rows = [self.embed(document) for document in documents]
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        states = self.language_model(inputs_embeds=padded).last_hidden_state
+        return F.normalize(states[torch.arange(len(rows)), [len(row) - 1 for row in rows]], dim=-1)
 
 
 Fit = Callable[..., None]
@@ -210,5 +237,45 @@ def train_language_model(
         return read + captioned + described + 2 * quizzed + 0.1 * facts + 0.1 * glanced, history[-1]
 
     fit(task, loss_of, steps, 3e-3, "language model", line=1)
+    recent = history[-20:]
+    return {name: sum(row[name] for row in recent) / len(recent) for name in recent[0]} if recent else {}
+
+
+def train_to_tell(model: LlavaForConditionalGeneration, library: Library, steps: int, fit: Fit) -> dict[str, float]:
+    """In place: a scene's state at </s> comes to lie nearer to its alt texts' than to twins' and other scenes'.
+
+    What the model could before is kept up. Returns the last values of the losses and of both accuracies.
+    """
+    task = LanguageTask(model, library.notes)
+    task.probe = None  # no facts here
+    task.log_temperature = nn.Parameter(torch.tensor(0.07).log())
+    history: list[dict[str, float]] = []
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        with_system = step % WITH_SYSTEM == 0
+        kept = [
+            task(documents)[0]
+            for documents in (
+                [replace(library.read(), facts=None) for _ in range(READ // 2)],
+                [library.captioned() for _ in range(CAPTIONED // 2)],
+                [library.dialogue(with_system, quiz=False) for _ in range(DESCRIBED // 2)],
+                [library.dialogue(with_system, quiz=True) for _ in range(QUIZZED // 2)],
+            )
+        ]
+        triples = [library.told_apart(prompt=step % 3 > 0) for _ in range(TOLD_APART)]
+        scenes, texts, twins = (task.ends(documents) for documents in zip(*triples, strict=True))
+        temperature = task.log_temperature.exp().clamp(min=0.01)
+        likeness, false = scenes @ texts.T / temperature, (scenes * twins).sum(-1, keepdim=True) / temperature
+        here = torch.arange(len(scenes))
+        among = (F.cross_entropy(torch.cat([likeness, false], 1), here) + F.cross_entropy(likeness.T, here)) / 2
+        true = likeness.diagonal()[:, None]
+        beside = F.softplus(false - true).mean()  # against the twin alone, which is one of many above
+        values = {"kept": sum(kept), "among": among, "beside": beside}
+        values |= {"told from twins": (true > false).float().mean()}
+        values |= {"told among": (likeness.argmax(1) == here).float().mean()}
+        history.append({name: value.item() for name, value in values.items()})
+        return sum(kept) + kept[-1] + (among + beside) / 2, history[-1]
+
+    fit(task, loss_of, steps, 1e-3, "language model that tells", line=0)
     recent = history[-20:]
     return {name: sum(row[name] for row in recent) / len(recent) for name in recent[0]} if recent else {}

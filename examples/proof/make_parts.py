@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from draw_world import dialogue_sample, read_scene, read_scenes
-from language import Library, train_language_model
+from language import Library, train_language_model, train_to_tell
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlamaTokenizerFast, LlavaForConditionalGeneration
@@ -149,12 +149,29 @@ def language_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str
     torch.set_num_threads(1)
     model, tokenizer = new_model(data, seed)
     reached = train_language_model(model, new_library(data, tokenizer, seed), steps, fit)
+    save_language_model(model, tokenizer, output)
+    return reached
+
+
+def telling_worker(data: Path, language: Path, output: Path, steps: int, seed: int) -> dict[str, float]:
+    """A process of its own: goes on from `language`; writes OUTPUT, returns what it reached."""
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    model, tokenizer = new_model(data, seed)
+    llama = LlamaForCausalLM.from_pretrained(language)
+    model.model.language_model.load_state_dict(llama.model.state_dict())
+    model.lm_head.load_state_dict(llama.lm_head.state_dict())
+    reached = train_to_tell(model, new_library(data, tokenizer, seed + 1), steps, fit)
+    save_language_model(model, tokenizer, output)
+    return reached
+
+
+def save_language_model(model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizerFast, output: Path) -> None:
     llama = LlamaForCausalLM(model.config.text_config)
     llama.model.load_state_dict(model.model.language_model.state_dict())
     llama.lm_head.load_state_dict(model.lm_head.state_dict())
     llama.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    return reached
 
 
 def tower_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str, float]:
@@ -170,17 +187,30 @@ def tower_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str, f
     return {"patches right": seen}
 
 
-def make_parts(data: Path, output: Path, tower_steps: int, language_steps: int, seed: int) -> None:
-    """Trains the tower and the language model, both at once; writes OUTPUT/parts.json last."""
-    start = time.monotonic()
+def make_parts(
+    data: Path, output: Path, *, tower_steps: int, language_steps: int, telling_steps: int, seed: int
+) -> None:
+    """Trains the tower and the language model, both at once, then the second language model from the first.
+
+    OUTPUT/parts.json lists what is finished, which is not repeated.
+    """
+    record = output / "parts.json"
+    reached: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    output.mkdir(parents=True, exist_ok=True)
+    rounds = (
+        {
+            "language": (language_worker, data, output / "language", language_steps, seed),
+            "tower": (tower_worker, data, output / "tower", tower_steps, seed),
+        },
+        {"telling": (telling_worker, data, output / "language", output / "telling", telling_steps, seed)},
+    )
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {
-            "language": pool.submit(language_worker, data, output / "language", language_steps, seed),
-            "tower": pool.submit(tower_worker, data, output / "tower", tower_steps, seed),
-        }
-        reached: dict[str, Any] = {name: one.result() for name, one in waiting.items()}
-    reached["seconds"] = round(time.monotonic() - start)
-    (output / "parts.json").write_text(json.dumps(reached, indent=1) + "\n")
+        for jobs in rounds:
+            start = time.monotonic()
+            waiting = {name: pool.submit(*job) for name, job in jobs.items() if name not in reached}
+            for name, one in waiting.items():
+                reached[name] = one.result() | {"seconds": round(time.monotonic() - start)}
+                record.write_text(json.dumps(reached, indent=1) + "\n")
     for name, values in reached.items():
         print(f"{name}: {values}")
 
@@ -191,9 +221,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/proof/parts"))
     parser.add_argument("--tower-steps", type=int, default=2000)
     parser.add_argument("--language-steps", type=int, default=1500)
+    parser.add_argument("--telling-steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args()
-    make_parts(args.data, args.output, args.tower_steps, args.language_steps, args.seed)
+    make_parts(
+        args.data,
+        args.output,
+        tower_steps=args.tower_steps,
+        language_steps=args.language_steps,
+        telling_steps=args.telling_steps,
+        seed=args.seed,
+    )
 
 
 if __name__ == "__main__":
