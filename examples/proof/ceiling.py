@@ -1,4 +1,4 @@
-"""What the frozen language model says of scenes told without error: no connector can do better in stage 1.
+"""What the frozen language models say of scenes told without error: no connector can do better in stage 1.
 
     python examples/proof/ceiling.py --data output/proof/data --parts output/proof/parts
 
@@ -14,6 +14,7 @@ import torch
 from draw_world import read_scene, read_scenes
 from language import embed_notes
 from make_parts import SYSTEM, new_library
+from run_arms import REGIMES
 from score_run import LONGEST, score_answers
 from transformers import AutoTokenizer, LlamaForCausalLM
 from world import DETAILED
@@ -39,6 +40,30 @@ def answers_to(
     return answers
 
 
+@torch.no_grad()
+def ceiling_of(language: Path, data: Path, split: str, limit: int) -> dict[str, float]:
+    """Scores of one language model on the first `limit` scenes of a split."""
+    tokenizer = AutoTokenizer.from_pretrained(language)
+    model = LlamaForCausalLM.from_pretrained(language).eval()
+    embed = model.model.embed_tokens
+    library = new_library(data, tokenizer, seed=0, split=split)
+    notes = embed_notes(embed, library.notes[:limit])
+    front = embed(torch.tensor([1, *library.ids(SYSTEM + "USER: ")]))
+    names = [name for name in read_scenes(data) if name.startswith(split)][:limit]
+    assert [read_scene(read_scenes(data)[name]) for name in names[:3]] == list(library.scenes[:3])
+
+    def say(questions: Sequence[str], at: Sequence[int], length: int) -> list[str]:
+        asked = [library.ids(f"\n{question} ASSISTANT:") for question in questions]
+        said = answers_to(model, front, notes[list(at)], asked, length, tokenizer.pad_token_id)
+        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in said]
+
+    described = say([DETAILED] * len(names), range(len(names)), LONGEST)
+    lines = [line for line in json.loads((data / f"{split}.questions.json").read_text()) if line["image"] in names]
+    said = say([line["text"] for line in lines], [names.index(line["image"]) for line in lines], 3)
+    answered = [line | {"answer": answer} for line, answer in zip(lines, said, strict=True)]
+    return score_answers({"descriptions": dict(zip(names, described, strict=True)), "yes/no": answered}, data)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("output/proof/data"))
@@ -47,27 +72,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="scenes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(args.parts / "language")
-    model = LlamaForCausalLM.from_pretrained(args.parts / "language").eval()
-    embed = model.model.embed_tokens
-    library = new_library(args.data, tokenizer, seed=0, split=args.split)
-    notes = embed_notes(embed, library.notes[: args.limit])
-    front = embed(torch.tensor([1, *library.ids(SYSTEM + "USER: ")]))
-    names = [name for name in read_scenes(args.data) if name.startswith(args.split)][: args.limit]
-    assert [read_scene(read_scenes(args.data)[name]) for name in names[:3]] == list(library.scenes[:3])
-
-    def say(questions: Sequence[str], at: Sequence[int], length: int) -> list[str]:
-        asked = [library.ids(f"\n{question} ASSISTANT:") for question in questions]
-        said = answers_to(model, front, notes[list(at)], asked, length, tokenizer.pad_token_id)
-        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in said]
-
-    described = say([DETAILED] * len(names), range(len(names)), LONGEST)
-    lines = [line for line in json.loads((args.data / f"{args.split}.questions.json").read_text())]
-    lines = [line for line in lines if line["image"] in names]
-    said = say([line["text"] for line in lines], [names.index(line["image"]) for line in lines], 3)
-    answered = [line | {"answer": answer} for line, answer in zip(lines, said, strict=True)]
-    scores = score_answers({"descriptions": dict(zip(names, described, strict=True)), "yes/no": answered}, args.data)
-    print("told without error: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    for language in dict.fromkeys(regime.language for regime in REGIMES.values()):
+        scores = ceiling_of(args.parts / language, args.data, args.split, args.limit)
+        print(f"{language}, told without error: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
 
 
 if __name__ == "__main__":

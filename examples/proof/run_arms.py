@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -28,13 +29,31 @@ ARMS: dict[str, list[str]] = {
 """Stage 1's flags of each arm, beside pretrain.yaml."""
 
 
-REGIMES: dict[str, list[str]] = {"web": [], "clean": ["--lr", "6e-3"]}
-"""What stage 1's captions are like, and flags that come with it: see README.md here."""
+class Regime(NamedTuple):
+    """What stage 1 is like in every arm."""
+
+    captions: str
+    """`clean`: alt texts alone; `web`: among what web captions say beside what is seen."""
+    language: str
+    """The language model, of `make_parts.py`."""
+    flags: list[str]
+    """Stage 1's, beside pretrain.yaml; an arm's come after them."""
 
 
-def captions_of(data: Path, split: str, regime: str) -> str:
-    """The pairs of a split: alt texts alone, or among what web captions say beside what is seen."""
-    return str(data / (f"{split}-web.json" if regime == "web" else f"{split}.json"))
+REGIMES: dict[str, Regime] = {
+    "web": Regime("web", "language", []),
+    "clean": Regime("clean", "language", ["--lr", "6e-3"]),
+    "telling": Regime("web", "telling", ["--contrastive-weight", "0.1"]),
+    "telling-150": Regime(
+        "web", "telling", ["--contrastive-weight", "0.1", "--train-iters", "150", "--eval-interval", "150"]
+    ),
+}
+"""See README.md here."""
+
+
+def captions_of(data: Path, split: str, captions: str) -> str:
+    """The pairs of a split, as a regime's captions are."""
+    return str(data / (f"{split}-web.json" if captions == "web" else f"{split}.json"))
 
 
 def folder_of(output: Path, regime: str, arm: str, seed: int) -> Path:
@@ -54,11 +73,12 @@ def call(command: list[str], log: Path) -> None:
 def stage_flags(output: Path, regime: str, arm: str, seed: int, stage: str, split: str) -> list[str]:
     """The trainer's flags of one stage of one run, `--save` and `--load` included."""
     data, parts, folder = output / "data", output / "parts", folder_of(output, regime, arm, seed)
+    captions, language, more = REGIMES[regime]
     flags = ["--config", str(HERE / f"{stage}.yaml"), "--seed", str(seed), "--image-folder", str(data / "images")]
     if stage == "pretrain":
-        flags += ["--data-path", captions_of(data, "pretrain", regime)]
-        flags += ["--valid-data-path", captions_of(data, split, regime), "--vision-tower", str(parts / "tower")]
-        flags += ["--pretrained-checkpoint", str(parts / "language"), *REGIMES[regime], *ARMS[arm]]
+        flags += ["--data-path", captions_of(data, "pretrain", captions)]
+        flags += ["--valid-data-path", captions_of(data, split, captions), "--vision-tower", str(parts / "tower")]
+        flags += ["--pretrained-checkpoint", str(parts / language), *more, *ARMS[arm]]
     else:
         flags += ["--data-path", str(data / "finetune.json"), "--valid-data-path", captions_of(data, split, "clean")]
         flags += ["--pretrained-checkpoint", str(folder / "pretrain")]

@@ -146,12 +146,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(args.parts / "language")
-    model = LlamaForCausalLM.from_pretrained(args.parts / "language").eval()
-    for regime in REGIMES:
+    for captions, language in dict.fromkeys((regime.captions, regime.language) for regime in REGIMES.values()):
+        tokenizer = AutoTokenizer.from_pretrained(args.parts / language)
+        model = LlamaForCausalLM.from_pretrained(args.parts / language).eval()
         with torch.no_grad():
             told = {
-                split: Told(model, tokenizer, args.data, split, Path(captions_of(args.data, split, regime)), PAIRS)
+                split: Told(model, tokenizer, args.data, split, Path(captions_of(args.data, split, captions)), PAIRS)
                 for split in ("pretrain", args.split)
             }
             likelier = told[args.split].preferred()
@@ -159,8 +159,9 @@ def main() -> None:
         for steps, twins in ((0, "none"), (args.steps, "none"), (args.steps, "own")):
             nearer, nearest = measure(train_heads(learned, twins, steps, seed=1), held_out)
             print(
-                f"{regime}, told without error, heads of {steps} steps, twins {twins}: nearer to the caption than to "
-                f"its twin {nearer:.3f}, nearest among {ROWS} {nearest:.3f}; by likelihood {likelier:.3f}",
+                f"{language}, captions {captions}, told without error, heads of {steps} steps, twins {twins}: nearer "
+                f"to the caption than to its twin {nearer:.3f}, nearest among {ROWS} {nearest:.3f}; by likelihood "
+                f"{likelier:.3f}",
                 flush=True,
             )
 

@@ -107,6 +107,28 @@ def test_web_captions_say_the_same_among_words_that_twins_share(data: Path) -> N
     assert len(around) == SIZES["pretrain"]
 
 
+def test_what_is_to_be_told_apart_differs_in_one_error_alone(data: Path) -> None:
+    from draw_world import read_scene
+    from language import Library
+    from make_parts import new_library, new_model
+
+    library: Library = new_library(data, new_model(data, seed=1)[1], seed=4)
+    records = [record for name, record in scenes_of(data).items() if name.startswith("parts")]
+    on_the_web = 0
+    for _ in range(60):
+        scene, text, twin = library.told_apart(prompt=True)
+        assert (scene.before, scene.after, text.after[0], text.after[-1]) == ([1], [2], 1, 2)
+        assert text.scene is None and twin.scene is None and not any([*scene.learned, *text.learned, *twin.learned])
+        said, false = (library.tokenizer.decode(one.after[1:-1]) for one in (text, twin))
+        shown = read_scene(records[scene.scene])
+        assert set(mentioned_kinds(said)) <= shown.kinds and said != false
+        on_the_web += "Photo" in said
+        words, others = said.split(), false.split()
+        assert words[0] == others[0] or "Photo" not in said
+        assert words[-1] == others[-1] or "Print" not in said
+    assert 15 < on_the_web < 45
+
+
 def test_questions_are_answered_by_the_scene_and_adversarial(data: Path) -> None:
     scenes = scenes_of(data)
     lines = json.loads((data / "test.questions.json").read_text())
@@ -187,7 +209,7 @@ def finished(data: Path) -> Path:
     from run_arms import stage_flags
 
     output = data.parent
-    make_parts(data, output / "parts", tower_steps=2, language_steps=2, seed=1)
+    make_parts(data, output / "parts", tower_steps=2, language_steps=2, telling_steps=2, seed=1)
     short = ["--train-iters", "2", "--eval-interval", "2", "--eval-iters", "1", "--micro-batch-size", "12"]
     short += ["--global-batch-size", "12"]
     commands = [
