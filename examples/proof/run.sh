@@ -35,7 +35,11 @@ step 2/5 "Training the vision tower and two language models, before any arm"
 "$VENV/bin/python" examples/proof/make_parts.py --data $out/data --output $out/parts ${parts[@]+"${parts[@]}"}
 step 3/5 "Stage 1 and stage 2 of every arm at every seed, two at once, each scored on held-out scenes"
 "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web ${arms[@]+"${arms[@]}"}
-[ -n "$small" ] || "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes clean --arms none contrastive "HACL own"
+three=(--arms none contrastive "HACL own")
+if [ -z "$small" ]; then
+  "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes clean "${three[@]}"
+  "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes telling "${three[@]}" --seeds {1..10}
+fi
 [ -z "$more" ] || "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web --arms none contrastive "HACL own" --seeds {6..20}
 step 4/5 "What the language model says, and tells apart, of scenes told without error; gradients of both losses; Figure 1 of the paper"
 "$VENV/bin/python" examples/proof/ceiling.py --data $out/data --parts $out/parts
