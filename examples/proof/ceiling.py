@@ -14,7 +14,7 @@ import torch
 from draw_world import read_scene, read_scenes
 from language import embed_notes
 from make_parts import SYSTEM, new_library
-from run_arms import REGIMES
+from run_arms import languages_in
 from score_run import LONGEST, score_answers
 from transformers import AutoTokenizer, LlamaForCausalLM
 from world import DETAILED
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="scenes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for language in dict.fromkeys(regime.language for regime in REGIMES.values()):
+    for language in languages_in(args.parts):
         scores = ceiling_of(args.parts / language, args.data, args.split, args.limit)
         print(f"{language}, told without error: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
 

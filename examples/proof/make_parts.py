@@ -2,9 +2,9 @@
 
     python examples/proof/make_parts.py --data output/proof/data --output output/proof/parts
 
-Writes Hugging Face folders, OUTPUT/tower and OUTPUT/language, which are frozen in stage 1 of every arm. The tower has
-CLIP's architecture and learns what every patch shows (colour, shape, size, background) from hidden state -2, which is
-what LLaVA reads; not by CLIP's own loss.
+Writes Hugging Face folders, OUTPUT/tower, OUTPUT/language and OUTPUT/telling (a second language model, made from the
+first), which are frozen in stage 1 of every arm. The tower has CLIP's architecture and learns what every patch shows
+(colour, shape, size, background) from hidden state -2, which is what LLaVA reads; not by CLIP's own loss.
 """
 
 import argparse
@@ -202,7 +202,9 @@ def make_parts(
             "language": (language_worker, data, output / "language", language_steps, seed),
             "tower": (tower_worker, data, output / "tower", tower_steps, seed),
         },
-        {"telling": (telling_worker, data, output / "language", output / "telling", telling_steps, seed)},
+        {"telling": (telling_worker, data, output / "language", output / "telling", telling_steps, seed)}
+        if telling_steps
+        else {},
     )
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         for jobs in rounds:
@@ -221,7 +223,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/proof/parts"))
     parser.add_argument("--tower-steps", type=int, default=2000)
     parser.add_argument("--language-steps", type=int, default=1500)
-    parser.add_argument("--telling-steps", type=int, default=800)
+    parser.add_argument("--telling-steps", type=int, default=800, help="0: no second language model")
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args()
     make_parts(

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 "$VENV/bin/python" -c "import sklearn" 2>/dev/null || "$VENV/bin/python" -m pip -q install -c tests/constraints.txt -e '.[plots]'
 
 out=output/proof fresh= small= more=
-draw=() parts=() arms=()
+draw=() parts=() teacher=() arms=()
 for word in "$@"; do
   case $word in
     --fresh) fresh=1 ;;
@@ -18,7 +18,8 @@ for word in "$@"; do
       small=1
       out=output/proof-small
       draw=(--parts 3000 --pretrain 2000 --finetune 1000 --test 200)
-      parts=(--tower-steps 800 --language-steps 300)
+      parts=(--tower-steps 800 --language-steps 300 --telling-steps 0)
+      teacher=(--steps 500)
       arms=(--arms none contrastive "HACL own" --seeds 1 2 --limit 100) ;;
     *) echo "unknown: $word" >&2; exit 2 ;;
   esac
@@ -43,8 +44,8 @@ fi
 [ -z "$more" ] || "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web --arms none contrastive "HACL own" --seeds {6..20}
 step 4/5 "What the language model says, and tells apart, of scenes told without error; gradients of both losses; Figure 1 of the paper"
 "$VENV/bin/python" examples/proof/ceiling.py --data $out/data --parts $out/parts
-"$VENV/bin/python" examples/proof/teacher.py --data $out/data --parts $out/parts
-for regime in web clean; do
+"$VENV/bin/python" examples/proof/teacher.py --data $out/data --parts $out/parts ${teacher[@]+"${teacher[@]}"}
+for regime in web clean telling; do
   with=$out/runs/$regime/HACL-own-1/pretrain without=$out/runs/$regime/none-1/pretrain
   [ -d $with ] && [ -d $without ] && [ ! -f $out/representations/$regime/representations.json ] || continue
   "$VENV/bin/python" examples/proof/gradients.py --load $with --data $out/data

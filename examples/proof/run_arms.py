@@ -51,6 +51,11 @@ REGIMES: dict[str, Regime] = {
 """See README.md here."""
 
 
+def languages_in(parts: Path) -> list[str]:
+    """The regimes' language models that are there; --small makes the first alone."""
+    return [name for name in dict.fromkeys(regime.language for regime in REGIMES.values()) if (parts / name).is_dir()]
+
+
 def captions_of(data: Path, split: str, captions: str) -> str:
     """The pairs of a split, as a regime's captions are."""
     return str(data / (f"{split}-web.json" if captions == "web" else f"{split}.json"))

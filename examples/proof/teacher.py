@@ -18,7 +18,7 @@ import torch
 from draw_world import read_scenes
 from language import embed_notes
 from make_parts import new_library
-from run_arms import REGIMES, captions_of
+from run_arms import REGIMES, captions_of, languages_in
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -147,6 +147,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     for captions, language in dict.fromkeys((regime.captions, regime.language) for regime in REGIMES.values()):
+        if language not in languages_in(args.parts):
+            continue
         tokenizer = AutoTokenizer.from_pretrained(args.parts / language)
         model = LlamaForCausalLM.from_pretrained(args.parts / language).eval()
         with torch.no_grad():
