@@ -17,6 +17,7 @@ from hacl_megatron.checkpoint.carried import CARRIED_FILE, write_carried
 from hacl_megatron.checkpoint.fresh_folder import check_target, fresh_folder
 from hacl_megatron.checkpoint.hf_config import data_flags
 from hacl_megatron.checkpoint.hf_import import SourceTensors
+from hacl_megatron.checkpoint.hf_json import read_json
 from hacl_megatron.checkpoint.hf_names import Rule
 from hacl_megatron.checkpoint.sharded import (
     ASSETS_FOLDER,
@@ -136,7 +137,10 @@ def drawn_by_conversion(checkpoint: Path) -> list[str]:
     report = checkpoint.parent / SOURCE_FILE
     if checkpoint.name != iteration_folder(checkpoint.parent, 0).name or not report.is_file():
         return []
-    return list(json.loads(report.read_text(encoding="utf-8"))["fresh"])
+    drawn = read_json(report).get("fresh")
+    if not isinstance(drawn, list):
+        raise ValueError(f"{report}: `fresh` is {drawn!r}, expected a list of parameters; convert again")
+    return drawn
 
 
 def why_no_conversion(save: Path) -> str | None:

@@ -72,3 +72,12 @@ def test_what_a_run_has_learned_is_kept(runs: Path) -> None:
     assert [name for name in trained if not torch.equal(trained[name], started[name])] == []
     before = weights(runs / "resting")
     assert not torch.equal(trained["heads.vision_projector.weight"], before["heads.vision_projector.weight"])
+
+
+def test_a_damaged_report_of_a_conversion_is_one_line(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "iter_0000000"
+    for text, words in (('{"fresh": [', "not valid JSON"), ('{"fresh": 3}', "expected a list of parameters")):
+        (tmp_path / "converted_from.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            drawn_by_conversion(checkpoint)
+    assert drawn_by_conversion(tmp_path / "iter_0000001") == []
