@@ -44,9 +44,6 @@ REGIMES: dict[str, Regime] = {
     "web": Regime("web", "language", []),
     "clean": Regime("clean", "language", ["--lr", "6e-3"]),
     "telling": Regime("web", "telling", ["--contrastive-weight", "0.03"]),
-    "telling-150": Regime(
-        "web", "telling", ["--contrastive-weight", "0.03", "--train-iters", "150", "--eval-interval", "150"]
-    ),
 }
 """See README.md here."""
 
