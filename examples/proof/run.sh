@@ -32,7 +32,7 @@ if [ ! -f $out/data/scenes.jsonl ]; then
   step 1/5 "Drawing the world"
   "$VENV/bin/python" examples/proof/draw_world.py --output $out/data ${draw[@]+"${draw[@]}"}
 fi
-step 2/5 "Training the vision tower and two language models, before any arm"
+step 2/5 "Training the vision tower and the language models, before any arm"
 "$VENV/bin/python" examples/proof/make_parts.py --data $out/data --output $out/parts ${parts[@]+"${parts[@]}"}
 step 3/5 "Stage 1 and stage 2 of every arm at every seed, two at once, each scored on held-out scenes"
 "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web ${arms[@]+"${arms[@]}"}
