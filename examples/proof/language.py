@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaTokenizerFast, LlavaForConditionalGeneration
+from transformers import LlamaForCausalLM, LlamaModel, LlamaTokenizerFast, LlavaForConditionalGeneration
 from world import (
     COLOURS,
     DETAILED,
@@ -167,23 +167,20 @@ def embed_notes(embed: nn.Module, notes: Tensor) -> Tensor:
 class LanguageTask(nn.Module):
     """Next-token prediction, and the facts told from the last state by a probe."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, notes: Tensor) -> None:
+    def __init__(self, language_model: LlamaModel, lm_head: nn.Linear, notes: Tensor) -> None:
         super().__init__()
-        self.language_model, self.lm_head = model.model.language_model, model.lm_head
-        self.probe = nn.Linear(model.config.text_config.hidden_size, NUM_FACTS)
+        self.language_model, self.lm_head = language_model, lm_head
+        self.probe = nn.Linear(language_model.config.hidden_size, NUM_FACTS)
         self.notes = notes
 
     def forward(self, documents: Sequence[Document]) -> tuple[Tensor, Tensor]:
         """(loss of the learned tokens, loss of the facts), each 0 where there is none to learn."""
-        rows = [self.embed(document) for document in documents]
-        last = [len(row) - 1 for row in rows]
+        states, last = self.states(documents)
         targets = []
-        for document, row in zip(documents, rows, strict=True):
+        for document, end in zip(documents, last, strict=True):
             learned = zip(document.after, document.learned, strict=True)
-            before = len(row) - len(document.after)
+            before = end + 1 - len(document.after)
             targets.append(torch.tensor([-100] * before + [token if wanted else -100 for token, wanted in learned]))
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        states = self.language_model(inputs_embeds=padded).last_hidden_state
         wanted = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)[:, 1:]
         chosen = wanted != -100
         loss = states.sum() * 0
@@ -206,12 +203,16 @@ class LanguageTask(nn.Module):
             parts.append(embed_notes(table, self.notes[document.scene]))
         return torch.cat([*parts, table(torch.tensor(document.after))])
 
-    def ends(self, documents: Sequence[Document]) -> Tensor:
-        """[N, H]: unit vectors of the states at the rows' last tokens."""
+    def states(self, documents: Sequence[Document]) -> tuple[Tensor, list[int]]:
+        """Last hidden states [N, L, H] of rows padded behind, and every row's last place."""
         rows = [self.embed(document) for document in documents]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        states = self.language_model(inputs_embeds=padded).last_hidden_state
-        return F.normalize(states[torch.arange(len(rows)), [len(row) - 1 for row in rows]], dim=-1)
+        return self.language_model(inputs_embeds=padded).last_hidden_state, [len(row) - 1 for row in rows]
+
+    def ends(self, documents: Sequence[Document]) -> Tensor:
+        """[N, H]: the states at the rows' last tokens."""
+        states, last = self.states(documents)
+        return states[torch.arange(len(last)), last]
 
 
 Fit = Callable[..., None]
@@ -221,7 +222,7 @@ def train_language_model(
     model: LlavaForConditionalGeneration, library: Library, steps: int, fit: Fit
 ) -> dict[str, float]:
     """In place; returns the last values of what `LanguageTask` says of each kind of document."""
-    task = LanguageTask(model, library.notes)
+    task = LanguageTask(model.model.language_model, model.lm_head, library.notes)
     history: list[dict[str, float]] = []
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -237,17 +238,21 @@ def train_language_model(
         return read + captioned + described + 2 * quizzed + 0.1 * facts + 0.1 * glanced, history[-1]
 
     fit(task, loss_of, steps, 3e-3, "language model", line=1)
+    return last_values(history)
+
+
+def last_values(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the last 20 steps."""
     recent = history[-20:]
     return {name: sum(row[name] for row in recent) / len(recent) for name in recent[0]} if recent else {}
 
 
-def train_to_tell(model: LlavaForConditionalGeneration, library: Library, steps: int, fit: Fit) -> dict[str, float]:
+def train_to_tell(model: LlamaForCausalLM, library: Library, steps: int, fit: Fit) -> dict[str, float]:
     """In place: a scene's state at </s> comes to lie nearer to its alt texts' than to twins' and other scenes'.
 
     What the model could before is kept up. Returns the last values of the losses and of both accuracies.
     """
-    task = LanguageTask(model, library.notes)
-    task.probe = None  # no facts here
+    task = LanguageTask(model.model, model.lm_head, library.notes)
     task.log_temperature = nn.Parameter(torch.tensor(0.07).log())
     history: list[dict[str, float]] = []
 
@@ -263,7 +268,7 @@ def train_to_tell(model: LlavaForConditionalGeneration, library: Library, steps:
             )
         ]
         triples = [library.told_apart(prompt=step % 3 > 0) for _ in range(TOLD_APART)]
-        scenes, texts, twins = (task.ends(documents) for documents in zip(*triples, strict=True))
+        scenes, texts, twins = (F.normalize(task.ends(kind), dim=-1) for kind in zip(*triples, strict=True))
         temperature = task.log_temperature.exp().clamp(min=0.01)
         likeness, false = scenes @ texts.T / temperature, (scenes * twins).sum(-1, keepdim=True) / temperature
         here = torch.arange(len(scenes))
@@ -277,5 +282,4 @@ def train_to_tell(model: LlavaForConditionalGeneration, library: Library, steps:
         return sum(kept) + kept[-1] + (among + beside) / 2, history[-1]
 
     fit(task, loss_of, steps, 1e-3, "language model that tells", line=0)
-    recent = history[-20:]
-    return {name: sum(row[name] for row in recent) / len(recent) for name in recent[0]} if recent else {}
+    return last_values(history)

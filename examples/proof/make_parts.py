@@ -22,7 +22,13 @@ from draw_world import dialogue_sample, read_scene, read_scenes
 from language import Library, train_language_model, train_to_tell
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlamaForCausalLM, LlamaTokenizerFast, LlavaForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    LlamaTokenizerFast,
+    LlavaForConditionalGeneration,
+)
 from transformers.utils import logging as transformers_logging
 from world import (
     BACKGROUNDS,
@@ -149,7 +155,11 @@ def language_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str
     torch.set_num_threads(1)
     model, tokenizer = new_model(data, seed)
     reached = train_language_model(model, new_library(data, tokenizer, seed), steps, fit)
-    save_language_model(model, tokenizer, output)
+    llama = LlamaForCausalLM(model.config.text_config)
+    llama.model.load_state_dict(model.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(model.lm_head.state_dict())
+    llama.save_pretrained(output)
+    tokenizer.save_pretrained(output)
     return reached
 
 
@@ -157,21 +167,11 @@ def telling_worker(data: Path, language: Path, output: Path, steps: int, seed: i
     """A process of its own: goes on from `language`; writes OUTPUT, returns what it reached."""
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    model, tokenizer = new_model(data, seed)
-    llama = LlamaForCausalLM.from_pretrained(language)
-    model.model.language_model.load_state_dict(llama.model.state_dict())
-    model.lm_head.load_state_dict(llama.lm_head.state_dict())
+    model, tokenizer = LlamaForCausalLM.from_pretrained(language), AutoTokenizer.from_pretrained(language)
     reached = train_to_tell(model, new_library(data, tokenizer, seed + 1), steps, fit)
-    save_language_model(model, tokenizer, output)
-    return reached
-
-
-def save_language_model(model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizerFast, output: Path) -> None:
-    llama = LlamaForCausalLM(model.config.text_config)
-    llama.model.load_state_dict(model.model.language_model.state_dict())
-    llama.lm_head.load_state_dict(model.lm_head.state_dict())
-    llama.save_pretrained(output)
+    model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    return reached
 
 
 def tower_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str, float]:

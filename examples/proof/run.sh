@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does HACL hallucinate less? A controlled world, two kinds of captions, seven arms, five seeds:  bash examples/proof/run.sh [--small] [--more] [--fresh]
+# Does HACL hallucinate less? A controlled world, three regimes, up to seven arms, five or ten seeds:  bash examples/proof/run.sh [--small] [--more] [--fresh]
 # In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated.
 # --small: three arms, two seeds, less of everything; too little to conclude from.
 # --more: fifteen further seeds of three arms on web captions, told from 0 more finely.
@@ -41,7 +41,7 @@ if [ -z "$small" ]; then
   "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes clean "${three[@]}"
   "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes telling "${three[@]}" --seeds {1..10}
 fi
-[ -z "$more" ] || "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web --arms none contrastive "HACL own" --seeds {6..20}
+[ -z "$more" ] || "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web "${three[@]}" --seeds {6..20}
 step 4/5 "What the language model says, and tells apart, of scenes told without error; gradients of both losses; Figure 1 of the paper"
 "$VENV/bin/python" examples/proof/ceiling.py --data $out/data --parts $out/parts
 "$VENV/bin/python" examples/proof/teacher.py --data $out/data --parts $out/parts ${teacher[@]+"${teacher[@]}"}

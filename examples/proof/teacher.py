@@ -11,16 +11,15 @@ than states do, the contrast has little to add to L_G; where twins add nothing t
 
 import argparse
 import json
-from collections.abc import Sequence
+import statistics
 from pathlib import Path
 
 import torch
 from draw_world import read_scenes
-from language import embed_notes
+from language import Document, LanguageTask
 from make_parts import new_library
 from run_arms import REGIMES, captions_of, languages_in
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from hacl_megatron.model.heads import ContrastiveHeads
@@ -44,49 +43,34 @@ class Told:
     def __init__(
         self, model: LlamaForCausalLM, tokenizer: AutoTokenizer, data: Path, split: str, captions: Path, limit: int
     ) -> None:
-        self.model = model
+        library = new_library(data, tokenizer, seed=0, split=split)
+        self.task = LanguageTask(model.model, model.lm_head, library.notes)
         samples = json.loads(captions.read_text())[:limit]
         names = [name for name in read_scenes(data) if name.startswith(split)]
-        scenes = torch.tensor([names.index(sample["image"]) for sample in samples])
-        library = new_library(data, tokenizer, seed=0, split=split)
-        self.notes = embed_notes(model.model.embed_tokens, library.notes[scenes])
-        """[N, P, H]: the scene in the image's place."""
+        self.scenes = [names.index(sample["image"]) for sample in samples]
         self.texts = [library.ids(sample["text"]) for sample in samples]
         self.twins = [library.ids(sample["Hallucination caption"][0]) for sample in samples]
 
-    def embed(self, rows: Sequence[Sequence[int]], notes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """<s>, the notes if any, the ids: embeddings padded behind [n, L, H], and each row's last place [n]."""
-        table = self.model.model.embed_tokens
-        between = table.weight.new_zeros(len(rows), 0, table.embedding_dim) if notes is None else notes
-        start = table(torch.tensor([BOS]))
-        whole = [torch.cat([start, told, table(torch.tensor(row))]) for row, told in zip(rows, between, strict=True)]
-        return pad_sequence(whole, batch_first=True), torch.tensor([len(row) - 1 for row in whole])
-
     def states(self) -> tuple[Tensor, Tensor, Tensor]:
         """Last hidden states at </s> of images, captions and twins, each [N, H]."""
-        found: tuple[list[Tensor], ...] = ([], [], [])
-        for start in range(0, len(self.texts), ROWS):
-            at = slice(start, start + ROWS)
-            inputs = [self.embed([[EOS]] * len(self.texts[at]), self.notes[at])]
-            inputs += [self.embed([[*row, EOS] for row in rows[at]]) for rows in (self.texts, self.twins)]
-            for into, (embeddings, last) in zip(found, inputs, strict=True):
-                hidden = self.model.model(inputs_embeds=embeddings).last_hidden_state
-                into.append(hidden[torch.arange(len(last)), last])
-        return torch.cat(found[0]), torch.cat(found[1]), torch.cat(found[2])
+        images = [Document([BOS], scene, [EOS], [], None) for scene in self.scenes]
+        texts = [Document([], None, [BOS, *ids, EOS], [], None) for ids in self.texts]
+        twins = [Document([], None, [BOS, *ids, EOS], [], None) for ids in self.twins]
+        return self._ends(images), self._ends(texts), self._ends(twins)
+
+    def _ends(self, rows: list[Document]) -> Tensor:
+        return torch.cat([self.task.ends(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)])
 
     def preferred(self) -> float:
-        """Share of captions likelier than their twins behind the notes, in sum over tokens."""
-        sums = []
-        for rows in (self.texts, self.twins):
-            likelihoods = []
-            for start in range(0, len(rows), ROWS):
-                batch, notes = rows[start : start + ROWS], self.notes[start : start + ROWS]
-                embeddings, last = self.embed(batch, notes)
-                logs = self.model(inputs_embeds=embeddings).logits.log_softmax(-1)
-                for row, ids, end in zip(logs, batch, last.tolist(), strict=True):
-                    likelihoods.append(row[end - len(ids) : end].gather(1, torch.tensor(ids)[:, None]).sum())
-            sums.append(torch.stack(likelihoods))
-        return (sums[0] > sums[1]).double().mean().item()
+        """Share of captions likelier than their twins behind the scene, in sum over tokens."""
+        sums = [
+            [self._loss(scene, ids) * len(ids) for scene, ids in zip(self.scenes, rows, strict=True)]
+            for rows in (self.texts, self.twins)
+        ]
+        return statistics.fmean(text < twin for text, twin in zip(*sums, strict=True))
+
+    def _loss(self, scene: int, ids: list[int]) -> float:
+        return self.task([Document([BOS], scene, ids, [True] * len(ids), None)])[0].item()
 
 
 def pairs_of(heads: ContrastiveHeads, images: Tensor, captions: Tensor, twins: Tensor) -> PairEmbeddings:
