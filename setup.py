@@ -30,8 +30,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["hacl_megatron", "hacl_megatron.*"]),
     package_data={
-        "hacl_megatron.data.hallucinate": ["words/*.txt"],  # word lists of the rules
-        "hacl_megatron.evaluation": ["coco_synonyms.txt"],  # CHAIR's, as published
+        "hacl_megatron.hallucinate": ["words/*.txt"],  # word lists of the rules
+        "hacl_megatron.evaluation.answers": ["coco_synonyms.txt"],  # CHAIR's, as published
     },
     install_requires=[
         "torch>=2.6",  # tensors, autograd, torch.distributed

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.architecture_checks import check_architecture
-from hacl_megatron.config.checks import check_flags
+from hacl_megatron.config.checks.architecture import check_architecture
+from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.console import exit_with_error, is_first_rank, notify, report_crash, report_error
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
-from hacl_megatron.training.status import reason_not_to_restart, write_status
+from hacl_megatron.training.reporting.status import reason_not_to_restart, write_status
 
 PACKAGE = Path(__file__).parent
 
@@ -59,7 +59,7 @@ def train(config: RunConfig) -> None:
         return
     _refuse_dry_run_flags(config)
     layout = check_flags(config, world_size_from_environment())
-    from hacl_megatron.training import start_from
+    from hacl_megatron.assemble import start_from
 
     resume_from = start_from.checkpoint_to_resume(config)
     config = with_architecture(config, start_from.resolve_architecture(config, resume_from))
@@ -73,7 +73,7 @@ def train(config: RunConfig) -> None:
     from hacl_megatron.training.watchdog import Watchdog
 
     joined_already = dist.is_initialized()
-    from hacl_megatron.checkpoint.choose import agree_on_checkpoint
+    from hacl_megatron.checkpoint.run.choose import agree_on_checkpoint
 
     device = start_platform(config.parallel.device, config.parallel.distributed_timeout_minutes)
     note = None
@@ -108,8 +108,8 @@ def _write_status_of(trainer: Any, state: str, reason: str | None = None) -> Non
 
 
 def _dry_run(config: RunConfig) -> None:
-    from hacl_megatron.training import start_from
-    from hacl_megatron.training.dry_run import dry_run
+    from hacl_megatron.assemble import start_from
+    from hacl_megatron.plan.dry_run import dry_run
 
     training = config.training
     world_size = training.world_size or world_size_from_environment()
@@ -138,15 +138,19 @@ def build_trainer(
     beat: Callable[[], None] = lambda: None,
 ):
     """Everything a run consists of, ready to `train()`; it calls `beat` whenever something is done."""
-    from hacl_megatron.checkpoint.sharded import copy_assets
+    from hacl_megatron.assemble import start_from
+    from hacl_megatron.assemble.module import build_module, load_pretrained, parts_of_transformers
+    from hacl_megatron.assemble.parameters import trained_and_frozen, whole_model
+    from hacl_megatron.assemble.processes import initialize_parallelism
+    from hacl_megatron.checkpoint.run.folder import copy_assets
     from hacl_megatron.data.tokenizer import load_tokenizer
-    from hacl_megatron.training import setup, start_from, state
+    from hacl_megatron.training import state
     from hacl_megatron.training.loop import Trainer
-    from hacl_megatron.training.metrics import MetricsLog, keep_iterations
-    from hacl_megatron.training.plan.parameters import trained_and_frozen, whole_model
-    from hacl_megatron.training.profiling import ProfileWindow
+    from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
+    from hacl_megatron.training.reporting.profiling import ProfileWindow
+    from hacl_megatron.training.trainee import build_trainee
 
-    groups = setup.initialize_parallelism(config, layout)
+    groups = initialize_parallelism(config, layout)
     progress, data_state = state.Progress(), None
     if resume_from is not None:
         progress, data_state = state.saved_progress(resume_from)
@@ -162,9 +166,9 @@ def build_trainer(
     if train_iters is None:
         train_iters = ceil(config.training.num_train_epochs * num_samples / layout.global_batch_size)
 
-    module = setup.build_module(config, architecture, layout, groups, device)
-    said = None if resume_from is not None else setup.load_pretrained(module, config, architecture, layout)
-    trainee = setup.build_trainee(module, config, groups, device, train_iters)
+    module = build_module(config, architecture, layout, groups, device)
+    said = None if resume_from is not None else load_pretrained(module, config, architecture, layout)
+    trainee = build_trainee(module, config, groups, device, train_iters)
     if resume_from is not None:
         state.restore_run(trainee, resume_from)
         said = f"resumed iteration {progress.iteration} from {resume_from}"
@@ -199,7 +203,7 @@ def build_trainer(
         log.say(
             f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {device.type}, "
             f"{layout.global_batch_size} samples a step, {num_samples} an epoch, {train_iters} iterations"
-            + "".join(f"\n{line}" for line in setup.parts_of_transformers(config.model, architecture))
+            + "".join(f"\n{line}" for line in parts_of_transformers(config.model, architecture))
         )
     return Trainer(
         config,
@@ -232,8 +236,8 @@ def open_loader(
     data_state: dict[str, Any] | None = None,
 ):
     """The loader over the training data, from `data_state` on, or over the validation data from its start."""
+    from hacl_megatron.assemble.module import pad_multiple
     from hacl_megatron.data.loader import MicroBatching, build_loader
-    from hacl_megatron.training import setup
     from hacl_megatron.training.packs import pack_plan
 
     balance = config.training.balance_micro_batches
@@ -254,7 +258,7 @@ def open_loader(
         ),
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=layout.dp,
-        pad_multiple=setup.pad_multiple(config),
+        pad_multiple=pad_multiple(config),
         shuffle=not for_validation,
         data_state=data_state,
         decode_device="mixed" if torch.cuda.is_available() and config.parallel.device != "cpu" else "cpu",
@@ -263,12 +267,12 @@ def open_loader(
 
 def open_tasks(config: RunConfig, layout: Layout, trainee: Any, tokenizer: Any, device: torch.device):
     """`--eval-tasks` over the samples that a validation sees; `tokenizer` is there on the ranks that read data."""
-    from hacl_megatron.data.conversation import EncodingSettings
+    from hacl_megatron.assemble.forward import ForwardOnly
+    from hacl_megatron.data.encoding import EncodingSettings
     from hacl_megatron.data.manifest import Manifest
-    from hacl_megatron.evaluate import item_reader
-    from hacl_megatron.evaluation.task_run import TaskRunner
-    from hacl_megatron.evaluation.validation_tasks import ValidationTasks, manifest_tasks
-    from hacl_megatron.training.forward import ForwardOnly
+    from hacl_megatron.evaluation.likelihood.run import item_reader
+    from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
+    from hacl_megatron.evaluation.likelihood.validation_tasks import ValidationTasks, manifest_tasks
 
     training, data, architecture = config.training, config.data, config.architecture
     forward = ForwardOnly(

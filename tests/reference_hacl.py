@@ -1,7 +1,7 @@
 """HACL on transformers' `LlavaForConditionalGeneration` as the released code has it: four padded passes a step.
 
 Written against torch and transformers alone, with nothing of this package, so that it serves as an oracle for the
-trainer (`tests/training/test_reference.py`) and as the other side of the benchmark (`tools/benchmark_step.py`):
+trainer (`tests/training/test_reference.py`) and as the other side of the benchmark (`tests/measure/measure_step.py`):
 
     images              vision tower, connector
     dialogue            LLM, LM head on every row          L_G

@@ -133,7 +133,7 @@ class PillowDataset:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
 
-        from hacl_megatron.data.conversation import EncodingSettings
+        from hacl_megatron.data.encoding import EncodingSettings
         from hacl_megatron.data.manifest import Manifest
         from hacl_megatron.data.tokenizer import load_tokenizer
 
@@ -171,7 +171,7 @@ class PillowDataset:
         return levels.sub_(self.mean).div_(self.std)
 
     def __getitem__(self, index: int):
-        from hacl_megatron.data.conversation import encode
+        from hacl_megatron.data.encoding import encode
         from hacl_megatron.data.store import image_key
 
         sample = self.samples[index]

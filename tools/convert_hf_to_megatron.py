@@ -15,7 +15,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from hacl_megatron.checkpoint.prefetch import prefetch
+from hacl_megatron.checkpoint.convert.prefetch import prefetch
 from hacl_megatron.config.console import exit_with_error
 
 
@@ -58,11 +58,11 @@ def convert(args: argparse.Namespace) -> None:
     prefetch(folder)
     from tqdm import tqdm
 
-    from hacl_megatron.checkpoint.freed_memory import keep_freed_memory
-    from hacl_megatron.checkpoint.hf_config import read_model_config
-    from hacl_megatron.checkpoint.hf_export import DTYPES
-    from hacl_megatron.checkpoint.hf_import import open_sources
-    from hacl_megatron.checkpoint.hf_to_sharded import convert_to_sharded
+    from hacl_megatron.checkpoint.convert.freed_memory import keep_freed_memory
+    from hacl_megatron.checkpoint.convert.hf_to_megatron import convert_to_sharded
+    from hacl_megatron.checkpoint.hf.config_read import read_model_config
+    from hacl_megatron.checkpoint.hf.export import DTYPES
+    from hacl_megatron.checkpoint.hf.import_weights import open_sources
     from hacl_megatron.model.fresh import fresh_parts
 
     keep_freed_memory()

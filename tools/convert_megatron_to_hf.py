@@ -46,10 +46,11 @@ def parse() -> argparse.Namespace:
 def convert(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from hacl_megatron.checkpoint.freed_memory import keep_freed_memory
-    from hacl_megatron.checkpoint.hf_export import DTYPES
-    from hacl_megatron.checkpoint.sharded_reader import ShardedReader, locate_checkpoint
-    from hacl_megatron.checkpoint.sharded_to_hf import export_checkpoint
+    from hacl_megatron.checkpoint.convert.freed_memory import keep_freed_memory
+    from hacl_megatron.checkpoint.convert.megatron_to_hf import export_checkpoint
+    from hacl_megatron.checkpoint.convert.reader import ShardedReader
+    from hacl_megatron.checkpoint.hf.export import DTYPES
+    from hacl_megatron.checkpoint.run.folder import locate_checkpoint
 
     keep_freed_memory()
     if args.verify and args.format != "hf":

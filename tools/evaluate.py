@@ -15,8 +15,9 @@ torchrun at any layout. Without a GPU it runs on the CPU, in fp32.
 import argparse
 from pathlib import Path
 
-from hacl_megatron.config.console import exit_with_error
 from hacl_megatron.evaluation.arguments import add_data_arguments, add_layout_arguments
+
+from hacl_megatron.config.console import exit_with_error
 
 TASKS = ("pope", "chair", "amber", "mmhal")
 
@@ -90,7 +91,7 @@ def evaluate(args: argparse.Namespace) -> None:
         from hacl_megatron.train import quiet_libraries
 
         quiet_libraries()
-        from hacl_megatron.evaluate import evaluate_checkpoint
+        from hacl_megatron.evaluation.likelihood.run import evaluate_checkpoint
 
         evaluate_checkpoint(args)
         return
@@ -98,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError("--tasks compares likelihoods of a checkpoint; give it by --load")
     if args.task is None:
         raise ValueError(f"nothing to evaluate: give --task ({', '.join(TASKS)}), or --load and --tasks")
-    from hacl_megatron.evaluation.benchmark_run import evaluate_benchmark
+    from hacl_megatron.evaluation.answers.run import evaluate_benchmark
 
     evaluate_benchmark(args)
 

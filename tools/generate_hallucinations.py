@@ -56,8 +56,8 @@ def parse() -> argparse.Namespace:
 
 
 def generate(args: argparse.Namespace) -> None:
-    from hacl_megatron.data.hallucinate.ask import Endpoint
-    from hacl_megatron.data.hallucinate.generate import check_paths, generate_by_llm, generate_by_rules
+    from hacl_megatron.hallucinate.ask import Endpoint
+    from hacl_megatron.hallucinate.run import check_paths, generate_by_llm, generate_by_rules
 
     check_paths(args.input, args.output, force=args.force)
     shared = {"per_caption": args.per_caption, "replace": args.replace}

@@ -11,7 +11,7 @@ from hacl_megatron.config.console import exit_with_error
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from hacl_megatron.checkpoint.describe import Holdings, describe, differences
+    from hacl_megatron.checkpoint.convert.describe import Holdings, describe, differences
 
     holdings = [Holdings(folder, args.vision_tower) for folder in args.folders]
     for one in holdings:

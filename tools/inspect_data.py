@@ -70,9 +70,8 @@ def choose(manifest: Sequence, ids: Sequence[str] | None, number: int, seed: int
 
 def sizes_and_tokenizer(args: argparse.Namespace):
     """(ImageConfig, visual tokens an image, tokenizer folder)."""
-    from hacl_megatron.checkpoint.hf_config import read_model_config
-    from hacl_megatron.checkpoint.sharded import ASSETS_FOLDER, find_checkpoint
-    from hacl_megatron.checkpoint.sharded_reader import read_run_config
+    from hacl_megatron.checkpoint.hf.config_read import read_model_config
+    from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, find_checkpoint, read_run_config
     from hacl_megatron.config.architecture import ImageConfig
 
     if args.pretrained_checkpoint is None:
@@ -93,7 +92,7 @@ def visible(value: object) -> object:
 def inspect(args: argparse.Namespace) -> None:
     import jinja2
 
-    from hacl_megatron.data.conversation import EncodingSettings
+    from hacl_megatron.data.encoding import EncodingSettings
     from hacl_megatron.data.images import ImageDecoder, resolve_backend
     from hacl_megatron.data.manifest import Manifest
     from hacl_megatron.data.show import show

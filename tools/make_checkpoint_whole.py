@@ -20,7 +20,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    from hacl_megatron.checkpoint.whole import make_whole
+    from hacl_megatron.checkpoint.run.whole import make_whole
 
     args = parse()
     out = make_whole(args.load, args.save)

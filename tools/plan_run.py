@@ -14,7 +14,7 @@ from hacl_megatron.config.console import exit_with_error
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    from hacl_megatron.training.plan.hardware import GIB, GPUS, Cluster
+    from hacl_megatron.platform.hardware import GIB, GPUS, Cluster
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -59,15 +59,15 @@ def _positive(kind: type):
 
 
 def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
-    from hacl_megatron.config.architecture_checks import check_architecture
-    from hacl_megatron.config.checks import check_flags
+    from hacl_megatron.assemble.start_from import planned_architecture, resolve_lora
+    from hacl_megatron.config.checks.architecture import check_architecture
+    from hacl_megatron.config.checks.flags import check_flags
     from hacl_megatron.config.run import parse_run_config, with_architecture
-    from hacl_megatron.training.plan.hardware import GIB, Cluster
-    from hacl_megatron.training.plan.planner import make_plan
-    from hacl_megatron.training.plan.report import ranking, report
-    from hacl_megatron.training.plan.suggest import suggest_layouts
-    from hacl_megatron.training.plan.workload import Samples, assumed_samples
-    from hacl_megatron.training.start_from import planned_architecture, resolve_lora
+    from hacl_megatron.plan.planner import make_plan
+    from hacl_megatron.plan.report import ranking, report
+    from hacl_megatron.plan.suggest import suggest_layouts
+    from hacl_megatron.plan.workload import Samples, assumed_samples
+    from hacl_megatron.platform.hardware import GIB, Cluster
 
     config = parse_run_config(flags)
     config = with_architecture(config, planned_architecture(config))

@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hacl_megatron.config.console import exit_with_error
 from hacl_megatron.evaluation.arguments import add_data_arguments, add_layout_arguments
+
+from hacl_megatron.config.console import exit_with_error
 
 
 def parse() -> argparse.Namespace:
@@ -34,9 +35,9 @@ def parse() -> argparse.Namespace:
 def records_of(source: Path, config: Any, args: argparse.Namespace, joined: tuple) -> list[dict[str, Any]] | None:
     """Representations of all samples on rank 0, None elsewhere. Every rank calls it."""
     from hacl_megatron.data.manifest import Manifest
-    from hacl_megatron.evaluate import load_model
-    from hacl_megatron.evaluation.representations import CollectStates, Representations
-    from hacl_megatron.evaluation.task_run import TaskRunner
+    from hacl_megatron.evaluation.likelihood.representations import CollectStates, Representations
+    from hacl_megatron.evaluation.likelihood.run import load_model
+    from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
 
     model = load_model(source, config, *joined)
     task = None
@@ -64,7 +65,7 @@ def plot(args: argparse.Namespace) -> None:
 
     quiet_libraries()
     import_plotting()
-    from hacl_megatron.evaluate import evaluation_config, joined_processes
+    from hacl_megatron.evaluation.likelihood.run import evaluation_config, joined_processes
 
     for name in ("limit", "batch_size"):
         if getattr(args, name) < 1:
@@ -97,8 +98,8 @@ def write(records: dict[str, list[dict[str, Any]]], checkpoints: dict[str, str],
     import matplotlib.pyplot as plt
     from torch.utils.tensorboard import SummaryWriter
 
-    from hacl_megatron.evaluation.representation_plots import figure
-    from hacl_megatron.evaluation.representations import SPACES, PointCloud
+    from hacl_megatron.evaluation.likelihood.representation_plots import figure
+    from hacl_megatron.evaluation.likelihood.representations import SPACES, PointCloud
     from hacl_megatron.evaluation.scores import write_whole
 
     output.mkdir(parents=True, exist_ok=True)

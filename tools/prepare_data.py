@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # The tool's own threads share the work out; the tokenizer's threads inside each would only get in their way.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from hacl_megatron.data.prepare_run import PrepareSettings, run_prepare
+    from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
 
     values = vars(args)
     report = run_prepare(PrepareSettings(inputs=values.pop("input"), **values))

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hacl_megatron.checkpoint.sharded_reader import locate_checkpoint
-from hacl_megatron.checkpoint.sharded_to_hf import export_checkpoint
-from hacl_megatron.evaluation.generate import Answerer
+from hacl_megatron.checkpoint.convert.megatron_to_hf import export_checkpoint
+from hacl_megatron.checkpoint.run.folder import locate_checkpoint
+from hacl_megatron.evaluation.answers.answerer import Answerer
 
 
 class Losses:

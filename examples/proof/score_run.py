@@ -19,10 +19,10 @@ from draw_world import read_scene, read_scenes
 from transformers.utils import logging as transformers_logging
 from world import DETAILED, chair, read_description
 
-from hacl_megatron.checkpoint.sharded_reader import locate_checkpoint
-from hacl_megatron.checkpoint.sharded_to_hf import export_checkpoint
-from hacl_megatron.evaluation.generate import Answerer, GenerationSettings, Question
-from hacl_megatron.evaluation.pope import score_pope
+from hacl_megatron.checkpoint.convert.megatron_to_hf import export_checkpoint
+from hacl_megatron.checkpoint.run.folder import locate_checkpoint
+from hacl_megatron.evaluation.answers.answerer import Answerer, GenerationSettings, Question
+from hacl_megatron.evaluation.answers.pope import score_pope
 
 LONGEST = 48
 """Tokens of an answer; a description of four kinds has 30."""

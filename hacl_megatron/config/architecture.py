@@ -1,6 +1,6 @@
 """Sizes of the model's parts. They belong to the checkpoint, not to the user: no flag sets them.
 
-Both are filled from a Hugging Face `config.json` (`hacl_megatron.checkpoint.hf_config`) or from the
+Both are filled from a Hugging Face `config.json` (`hacl_megatron.checkpoint.hf.config_read`) or from the
 `run_config.yaml` inside a checkpoint of this trainer; a YAML file may also spell them out under `model:` to
 train from random weights.
 """
@@ -148,5 +148,5 @@ class ModelConfig:
 
     @property
     def projection_size(self) -> int:
-        """Width of the contrastive embeddings (DESIGN: hidden / 4)."""
+        """Width of the contrastive embeddings (hidden / 4)."""
         return self.language.hidden_size // 4

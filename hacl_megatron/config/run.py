@@ -18,8 +18,8 @@ from hacl_megatron.config import flags
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import exit_with_error
 from hacl_megatron.config.parser import COMMAND_LINE_ONLY, GROUPS, FlagParser
-from hacl_megatron.config.records import build_record
 from hacl_megatron.config.sections import check_section
+from hacl_megatron.config.typed_yaml import build_record
 from hacl_megatron.config.yaml_text import Document, dump_yaml, load_yaml
 
 

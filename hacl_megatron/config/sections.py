@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from hacl_megatron.config.names import did_you_mean
-from hacl_megatron.config.records import convert, underscored
+from hacl_megatron.config.typed_yaml import convert, underscored
 
 SECTIONS = {
     "transformer": "megatron.core.transformer.transformer_config.TransformerConfig",

@@ -23,7 +23,7 @@ from hacl_megatron.batch import BadSample, MicroBatch, PackedBatch, PackPlan, Pa
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.flags import DataFlags
 from hacl_megatron.data.assignment import balanced, in_order, within_tokens
-from hacl_megatron.data.conversation import EncodedSample, EncodingSettings, UnusableSample, encode
+from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
 from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack

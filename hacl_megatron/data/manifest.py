@@ -7,7 +7,7 @@
 or the same objects one a line (`.jsonl`), or a folder that tools/prepare_data.py made of such files. `text` and
 `Hallucination caption` are the released HACL code's keys; a record without them is LLaVA's own. Faults of a file's
 structure raise when it is read, before any training; faults of one sample's text are found when it is encoded
-(`hacl_megatron.data.conversation`) and cost that sample alone.
+(`hacl_megatron.data.encoding`) and cost that sample alone.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from hacl_megatron.data.cache import open_data
-from hacl_megatron.data.records import CAPTION_KEYS, IMAGE_TAG, Record, caption_of
+from hacl_megatron.data.prepare.cache import open_data
+from hacl_megatron.data.prepare.llava_json import CAPTION_KEYS, IMAGE_TAG, Record, caption_of
 from hacl_megatron.data.store import StoredImage
 
 __all__ = ["CAPTION_KEYS", "IMAGE_TAG", "Manifest", "Sample", "sample_of"]
@@ -79,7 +79,7 @@ class Manifest(Sequence[Sample]):
     def read(cls, paths: Sequence[str], *, version: str, cache_dir: str | None = None) -> "Manifest":
         """Opens the files one after another; `version` (`plain`, `v1`) decides which answers are captions.
 
-        Raw JSON is prepared into a cache first (`hacl_megatron.data.cache`; `cache_dir` says where).
+        Raw JSON is prepared into a cache first (`hacl_megatron.data.prepare.cache`; `cache_dir` says where).
         Raises ValueError naming file, record and key for whatever is missing, broken or of the wrong type.
         """
         return cls(paths, version=version, cache_dir=cache_dir)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.batch import PackedBatch, Parts, rows_to_read
-from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample
+from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from hacl_megatron.config.architecture import ImageConfig
-from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample, EncodingSettings, UnusableSample, encode
+from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
 from hacl_megatron.data.store import ImageStore, UnusableImage

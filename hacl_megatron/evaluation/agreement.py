@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
-from hacl_megatron.checkpoint.hf_config_write import to_config_json
-from hacl_megatron.checkpoint.hf_import import SourceTensors
-from hacl_megatron.checkpoint.hf_names import connector_depth
-from hacl_megatron.checkpoint.sharded_reader import ShardedReader
+from hacl_megatron.checkpoint.convert.reader import ShardedReader
+from hacl_megatron.checkpoint.hf.config_write import to_config_json
+from hacl_megatron.checkpoint.hf.import_weights import SourceTensors
+from hacl_megatron.checkpoint.hf.names import connector_depth
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import exit_with_error
 
@@ -222,7 +222,7 @@ def our_logits(reader: ShardedReader, batch: PackedBatch, dtype: torch.dtype | N
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from hacl_megatron.checkpoint.sharded import load_checkpoint
+    from hacl_megatron.checkpoint.run.load import load_checkpoint
     from hacl_megatron.config.flags import ParallelFlags
     from hacl_megatron.model.hacl import HaclModel
     from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config

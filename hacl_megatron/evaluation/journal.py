@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hacl_megatron.evaluation.records import read_json
+from hacl_megatron.evaluation.json_files import read_json
 from hacl_megatron.evaluation.scores import write_whole
 
 

@@ -1,4 +1,4 @@
-"""The contrastive heads: W_v, W_t and the learned temperature (DESIGN section 2)."""
+"""The contrastive heads: W_v, W_t and the learned temperature."""
 
 import torch
 from torch import Tensor, nn

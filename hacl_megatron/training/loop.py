@@ -11,28 +11,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hacl_megatron.assemble.exchange import exchange_step, global_sums
 from hacl_megatron.batch import BadSample, MicroBatch, StepBatches
-from hacl_megatron.checkpoint.local_parts import frozen_keys
-from hacl_megatron.checkpoint.saver import CheckpointSaver
-from hacl_megatron.checkpoint.sharded import state_metadata
+from hacl_megatron.checkpoint.run.load import state_metadata
+from hacl_megatron.checkpoint.run.local_parts import frozen_keys
+from hacl_megatron.checkpoint.run.save import CheckpointSaver
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.lora import Lora
 from hacl_megatron.config.run import RunConfig, to_yaml
 from hacl_megatron.data.loader import StepLoader
+from hacl_megatron.platform.hardware import peak_flops
 from hacl_megatron.platform.stopwatch import device_name, memory_in_use
-from hacl_megatron.training.exchange import exchange_step, global_sums
 from hacl_megatron.training.flops import step_flops
-from hacl_megatron.training.metrics import MetricsLog
-from hacl_megatron.training.plan.hardware import peak_flops
-from hacl_megatron.training.profiling import ProfileWindow
-from hacl_megatron.training.scalars import loss_scalars, mean_losses, params_norm
+from hacl_megatron.training.reporting.metrics import MetricsLog
+from hacl_megatron.training.reporting.profiling import ProfileWindow
+from hacl_megatron.training.reporting.scalars import loss_scalars, mean_losses, params_norm
+from hacl_megatron.training.reporting.step_time import RankNumbers, rank_scalars
 from hacl_megatron.training.schedule import contrastive_weight_at, default_learning_rate
-from hacl_megatron.training.setup import Trainee
 from hacl_megatron.training.signals import StopRequests
 from hacl_megatron.training.state import Progress, run_state
 from hacl_megatron.training.step import GlobalCounts, Step, StepMetrics, UpdateResult
-from hacl_megatron.training.step_time import RankNumbers, rank_scalars
+from hacl_megatron.training.trainee import Trainee
 
 _BAD_FRACTION_MIN_SAMPLES = 1000
 """The bad share is judged from here on (or from one epoch of a smaller set): one of the first ten is not 10 %."""

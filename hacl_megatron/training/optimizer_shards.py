@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from hacl_megatron.checkpoint.local_parts import flat_blocks
+from hacl_megatron.checkpoint.run.local_parts import flat_blocks
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from hacl_megatron.checkpoint.sharded import load_checkpoint, load_common_state, state_metadata
+from hacl_megatron.checkpoint.run.load import load_checkpoint, load_common_state, state_metadata
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.optimizer_shards import ShardsToLoad, shards_to_save
 from hacl_megatron.training.schedule import groups_kept, load_optimizer, optimizer_parts, without_groups
-from hacl_megatron.training.setup import Trainee
+from hacl_megatron.training.trainee import Trainee
 
 
 @dataclass

@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from hacl_megatron.assemble.exchange import global_sums
 from hacl_megatron.batch import MicroBatch
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.model.hacl import ModelOutput
@@ -27,9 +28,8 @@ from hacl_megatron.objective.negatives import PairEmbeddings, concatenate_pairs
 from hacl_megatron.objective.queue import NegativeQueue
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings
-from hacl_megatron.training.exchange import global_sums
 from hacl_megatron.training.packs import has_dropout, pool_spans_micro_batches
-from hacl_megatron.training.step_time import OwnTime
+from hacl_megatron.training.reporting.step_time import OwnTime
 
 # Sums over this rank's pairs, in this order.
 _TERMS = (
@@ -67,7 +67,7 @@ class StepMetrics:
         return (self.contrastive_i2t + self.contrastive_t2i) / 2
 
     def total(self, contrastive_weight: float) -> float:
-        """L of DESIGN section 2, for deciding whether the step is finite."""
+        """L = L_G + lambda (L_v + L_t) / 2, for deciding whether the step is finite."""
         contrastive = self.contrastive_loss if self.counts.pairs else 0.0
         return (self.lm_loss if self.counts.targets else 0.0) + contrastive_weight * contrastive
 

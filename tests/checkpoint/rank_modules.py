@@ -20,8 +20,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from hacl_megatron.checkpoint.hf_import import ImportReport, global_name, load_hf_weights
-from hacl_megatron.checkpoint.hf_names import merge_shards
+from hacl_megatron.checkpoint.hf.import_weights import ImportReport, global_name, load_hf_weights
+from hacl_megatron.checkpoint.hf.names import merge_shards
 from hacl_megatron.config.architecture import ModelConfig
 
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, QFormerConfig, VisionConfig
-from hacl_megatron.config.architecture_checks import check_architecture, padded_vocab_size
+from hacl_megatron.config.checks.architecture import check_architecture, padded_vocab_size
 from hacl_megatron.config.flags import DataFlags, ParallelFlags
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig

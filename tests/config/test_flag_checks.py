@@ -14,8 +14,8 @@ from typing import get_args
 
 import pytest
 
-from hacl_megatron.config.checks import LIMITS, check_flags
-from hacl_megatron.config.file_checks import LATEST_FILE, check_inputs, check_writable
+from hacl_megatron.config.checks.files import LATEST_FILE, check_inputs, check_writable
+from hacl_megatron.config.checks.flags import LIMITS, check_flags
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.parser import GROUPS, HINTS
 from hacl_megatron.config.run import RunConfig, to_yaml, with_architecture
@@ -89,7 +89,7 @@ def test_numbers_outside_their_limits(base, name):
     ],
 )  # fmt: skip
 def test_numbers_on_their_limits(base, name, wrong, right):
-    """The table itself, from DESIGN and the meaning of each flag."""
+    """The table itself, from the meaning of each flag."""
     assert f"--{name.replace('_', '-')} is {wrong}, expected" in refused(changed(base, **{name: wrong}))
     check_flags(changed(base, **{name: right}), 1)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hacl_megatron.config.checks import check_flags
+from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.flags import LoraFlags
 from hacl_megatron.config.lora import TARGETS, Lora, is_lora, settle_lora
 from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config, to_yaml

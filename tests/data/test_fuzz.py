@@ -21,8 +21,8 @@ import pytest
 from PIL import Image
 
 from hacl_megatron.config.flags import TEMPLATE_NAMES
-from hacl_megatron.data.conversation import EncodedSample, EncodingSettings, UnusableSample
-from hacl_megatron.data.conversation import encode as encode_sample
+from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample
+from hacl_megatron.data.encoding import encode as encode_sample
 from hacl_megatron.data.images import MAX_JPEG_SCANS, ImageDecoder
 from hacl_megatron.data.loader import MicroBatching
 from hacl_megatron.data.manifest import Manifest

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hacl_megatron.data.show import compare
-from tests.checkpoint.tool_runs import run_tool
+from tests.checkpoint.convert.tool_runs import run_tool
 from tests.data import test_images
 from tests.data.tiny_tokenizer import write_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.loader import MicroBatching
-from hacl_megatron.data.prepare_run import PrepareSettings, run_prepare
+from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
 from hacl_megatron.data.store import ImageStore
 from tests.data.test_loader import (
     NUM_CONTRASTIVE,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hacl_megatron.batch import Parts
-from hacl_megatron.data.conversation import IGNORE, IMAGE, EncodedSample, rows_key
+from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample, rows_key
 from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
 
 BOS, EOS, CAT, DOG, RED, ASK = 1, 2, 7, 8, 9, 5

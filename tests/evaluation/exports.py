@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from tests.checkpoint.tool_runs import to_hf, to_megatron
+from tests.checkpoint.convert.tool_runs import to_hf, to_megatron
 from tests.tiny import draw_scene, write_scene, write_tiny_llava
 
 NUM_IMAGES = 6

@@ -217,7 +217,7 @@ def test_model_loads_in_transformers_and_generates(data, model):
 
 def test_finetune_keeps_its_labels(data, model):
     """LLaVA's v1 rule counts rounds on Vicuna's vocabulary, and drops all labels where the count is wrong."""
-    from hacl_megatron.data.conversation import IGNORE, EncodingSettings, encode
+    from hacl_megatron.data.encoding import IGNORE, EncodingSettings, encode
     from hacl_megatron.data.manifest import Manifest
     from hacl_megatron.data.tokenizer import load_tokenizer
 

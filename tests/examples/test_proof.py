@@ -224,8 +224,8 @@ def test_arms_begin_alike_and_go_on_to_scores(finished: Path) -> None:
     from run_arms import folder_of
     from score_run import score_run
 
-    from hacl_megatron.checkpoint.sharded_reader import locate_checkpoint
-    from hacl_megatron.checkpoint.sharded_to_hf import export_checkpoint
+    from hacl_megatron.checkpoint.convert.megatron_to_hf import export_checkpoint
+    from hacl_megatron.checkpoint.run.folder import locate_checkpoint
 
     without = metrics(folder_of(finished, "web", "none", 1) / "pretrain")
     contrasted = metrics(folder_of(finished, "web", "HACL own", 1) / "pretrain")

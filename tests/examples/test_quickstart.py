@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hacl_megatron.config.checks import check_flags
+from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.run import parse_run_config
 from tests.distributed import run_distributed
 from tests.training.runs import metrics

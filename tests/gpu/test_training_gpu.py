@@ -139,7 +139,7 @@ def test_fp32_outputs_and_gradients_are_those_of_transformers_on_the_host(in_fp3
 
 def test_initial_values_are_those_of_a_cpu_run(in_fp32, folders):
     """Connector and heads are drawn on the host: a GPU run starts from the same numbers."""
-    from hacl_megatron.checkpoint.hf_config import read_model_config
+    from hacl_megatron.checkpoint.hf.config_read import read_model_config
     from hacl_megatron.model.connector import Connector
     from hacl_megatron.model.init import cpu_generator
 

@@ -139,10 +139,10 @@ def build(folder: Path, case: Case, variant: Variant, device: torch.device, **lo
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from hacl_megatron.checkpoint.hf_config import read_model_config
+    from hacl_megatron.assemble.module import build_module
+    from hacl_megatron.checkpoint.hf.config_read import read_model_config
     from hacl_megatron.config.flags import LoraFlags, ParallelFlags
     from hacl_megatron.config.run import RunConfig
-    from hacl_megatron.training import setup
 
     layout = case.layout
     parallel_state.destroy_model_parallel()
@@ -159,7 +159,7 @@ def build(folder: Path, case: Case, variant: Variant, device: torch.device, **lo
     flags = LoraFlags(lora_rank=RANK, lora_alpha=ALPHA, lora_target_modules=list(variant.targets), **lora)
     config = RunConfig(parallel=parallel, lora=flags, transformer=dict(case.transformer))
     architecture = read_model_config(folder)
-    module = setup.build_module(config, architecture, None, groups, device)
+    module = build_module(config, architecture, None, groups, device)
     load(module, folder, architecture, layout, groups)
     module.freeze(language_model=True, vision_tower=True)
     return module, groups

@@ -273,7 +273,7 @@ def build(folder: Path, layout: Layout, device: torch.device, *, dtype: torch.dt
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from hacl_megatron.checkpoint.hf_config import read_model_config
+    from hacl_megatron.checkpoint.hf.config_read import read_model_config
     from hacl_megatron.config.flags import ParallelFlags
     from hacl_megatron.model.hacl import HaclModel
     from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
@@ -304,7 +304,7 @@ def build(folder: Path, layout: Layout, device: torch.device, *, dtype: torch.dt
 def load(module, folder: Path, architecture, layout: Layout, groups) -> None:
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from hacl_megatron.checkpoint.hf_import import load_hf_weights
+    from hacl_megatron.checkpoint.hf.import_weights import load_hf_weights
 
     if architecture.vision.backend == "hf":
         _load_by_name(module, folder, architecture, groups)
@@ -323,8 +323,8 @@ def _load_by_name(module, folder: Path, architecture, groups) -> None:
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
     from safetensors.torch import load_file
 
-    from hacl_megatron.checkpoint.hf_import import global_name
-    from hacl_megatron.checkpoint.hf_names import NameTable
+    from hacl_megatron.checkpoint.hf.import_weights import global_name
+    from hacl_megatron.checkpoint.hf.names import NameTable
 
     clip = replace(architecture.vision, backend="megatron", hf=None)
     table = NameTable(replace(architecture, vision=clip, qformer=None, projector_type="linear"))

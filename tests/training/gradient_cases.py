@@ -10,13 +10,13 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from hacl_megatron.config.checks import check_flags
+from hacl_megatron.assemble.start_from import resolve_architecture
+from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.run import parse_run_config, with_architecture
 from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.train import build_trainer, open_loader
 from hacl_megatron.training.loop import Trainer
-from hacl_megatron.training.start_from import resolve_architecture
 from tests.memory import peak_bytes
 
 SAMPLES = 16

@@ -6,10 +6,11 @@ import pytest
 import torch
 import yaml
 
-from hacl_megatron.checkpoint.hf_to_sharded import drawn_by_conversion
-from hacl_megatron.checkpoint.sharded_reader import ShardedReader, locate_checkpoint
-from tests.checkpoint.test_hf_round_trip import write_parts
-from tests.checkpoint.tool_runs import run_tool
+from hacl_megatron.checkpoint.convert.hf_to_megatron import drawn_by_conversion
+from hacl_megatron.checkpoint.convert.reader import ShardedReader
+from hacl_megatron.checkpoint.run.folder import locate_checkpoint
+from tests.checkpoint.convert.tool_runs import run_tool
+from tests.checkpoint.hf.test_round_trip import write_parts
 from tests.training.runs import LOSSES, layout_flags, make_inputs, metrics, train
 
 RESTING = ["--lr", "1e-30"]

@@ -1,4 +1,4 @@
-"""A tiny MiniGPT-4-like model and a SigLIP tower in training: the invariance of DESIGN section 2, resuming, files.
+"""A tiny MiniGPT-4-like model and a SigLIP tower in training: the same losses at every layout, resuming, files.
 
 Both run parts of transformers (`model.hf_parts`), replicated over tensor-parallel ranks.
 """
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hacl_megatron.checkpoint.integrity import FROZEN_FOLDER
+from hacl_megatron.assemble.start_from import resolve_architecture
+from hacl_megatron.checkpoint.run.integrity import FROZEN_FOLDER
 from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml
-from hacl_megatron.training.start_from import resolve_architecture
 from tests.distributed import run_distributed
 from tests.model.hf_architecture import architecture
 from tests.tiny import tiny_blip2_config, tiny_llava_config, tiny_siglip_config

@@ -1,4 +1,4 @@
-"""The invariance of DESIGN section 2: tensor, sequence, pipeline and data parallel sizes only change rounding."""
+"""The invariance of the losses: tensor, sequence, pipeline and data parallel sizes only change rounding."""
 
 from pathlib import Path
 

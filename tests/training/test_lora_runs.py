@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hacl_megatron.checkpoint.sharded_metadata import read_metadata
+from hacl_megatron.checkpoint.convert.metadata import read_metadata
 from hacl_megatron.config.lora import is_lora
 from tests.training.runs import (
     LOSSES,

@@ -11,7 +11,7 @@ import torch
 import yaml
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from hacl_megatron.checkpoint.sharded import load_checkpoint
+from hacl_megatron.checkpoint.run.load import load_checkpoint
 from hacl_megatron.train import run
 from hacl_megatron.training.step import _Losses
 from tests.training.runs import LOSSES, assert_same_state, latest_checkpoint, layout_flags, make_inputs, metrics, train

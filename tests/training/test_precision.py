@@ -8,12 +8,14 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from hacl_megatron.config.architecture_checks import check_architecture
-from hacl_megatron.config.checks import check_flags
+from hacl_megatron.assemble.module import build_module, load_pretrained
+from hacl_megatron.assemble.processes import initialize_parallelism
+from hacl_megatron.assemble.start_from import resolve_architecture
+from hacl_megatron.config.checks.architecture import check_architecture
+from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.run import parse_run_config, with_architecture
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
-from hacl_megatron.training import setup
-from hacl_megatron.training.start_from import resolve_architecture
+from hacl_megatron.training.trainee import Trainee, build_trainee
 from tests.distributed import run_distributed
 from tests.training.runs import LOSSES, layout_flags, make_inputs, metrics, tensors, train, weights
 
@@ -31,17 +33,17 @@ def command(folder: Path, stage: str, layout: str, save: str | None, *extra: str
     return ["--config", str(folder / f"{stage}.yaml"), *where, *flags, *extra]
 
 
-def build(arguments: Sequence[str]) -> setup.Trainee:
+def build(arguments: Sequence[str]) -> Trainee:
     """Model, optimiser and schedule as a run builds them."""
     config = parse_run_config(arguments)
     layout = check_flags(config, world_size_from_environment())
     config = with_architecture(config, resolve_architecture(config, None))
     check_architecture(config, config.architecture, layout)
     device = start_platform("cpu")
-    groups = setup.initialize_parallelism(config, layout)
-    module = setup.build_module(config, config.architecture, layout, groups, device)
-    setup.load_pretrained(module, config, config.architecture, layout)
-    return setup.build_trainee(module, config, groups, device, config.training.train_iters)
+    groups = initialize_parallelism(config, layout)
+    module = build_module(config, config.architecture, layout, groups, device)
+    load_pretrained(module, config, config.architecture, layout)
+    return build_trainee(module, config, groups, device, config.training.train_iters)
 
 
 # ------------------------------------------------------------------------------------------------- runs as a whole

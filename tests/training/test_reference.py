@@ -57,7 +57,7 @@ def train_and_record(command: list[str], recorded: str) -> None:
 
 
 def _as_sample(slot, pixels) -> Sample:
-    from hacl_megatron.data.conversation import IMAGE
+    from hacl_megatron.data.encoding import IMAGE
 
     encoded = slot.encoded
     rows = torch.from_numpy(encoded.dialogue).clone()

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from hacl_megatron.checkpoint import saver
-from hacl_megatron.checkpoint.sharded_reader import ShardedReader
-from hacl_megatron.checkpoint.whole import make_whole
+from hacl_megatron.checkpoint.convert.reader import ShardedReader
+from hacl_megatron.checkpoint.run import save as saver
+from hacl_megatron.checkpoint.run.whole import make_whole
 from hacl_megatron.train import run
 from hacl_megatron.training.loop import Trainer, TrainingStopped
 from tests.training.runs import (

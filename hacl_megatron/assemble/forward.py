@@ -1,0 +1,96 @@
+"""Packs through the model without gradients, at any layout; what the last stage makes of them reaches every rank.
+
+reader's packs ─exchange→ all ranks of the replica ─stage 0 … P-1→ ModelOutput ─collect→ result ─broadcast→ all ranks
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+from hacl_megatron.assemble.exchange import exchange_step
+from hacl_megatron.batch import MicroBatch, PackedBatch, SegmentLengths
+from hacl_megatron.model.hacl import HaclModel, ModelOutput
+
+Result = TypeVar("Result")
+
+
+class ForwardOnly:
+    """Runs packs of one replica through its pipeline.
+
+    Args:
+        module: this rank's stage.
+        model: the same, wrapped for data parallelism or not.
+        image_size: S of the packs' images.
+    """
+
+    def __init__(
+        self,
+        module: HaclModel,
+        model: nn.Module,
+        *,
+        groups: ProcessGroupCollection,
+        image_size: int,
+        device: torch.device,
+    ) -> None:
+        self.module = module
+        self.model = model
+        self.groups = groups
+        self.image_size = image_size
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(
+        self, packs: Sequence[PackedBatch] | None, collect: Callable[[ModelOutput, PackedBatch], Result]
+    ) -> list[Result]:
+        """`collect` of every pack, on every rank of the replica.
+
+        Args:
+            packs: at least one, on rank 0 of the model-parallel group; None on its other ranks.
+            collect: called on all ranks of the last stage, pack after pack, each directly after its forward pass; what
+                it returns is sent on by tensor-parallel rank 0, so its tensors should be on the host.
+        """
+        mode = self.model.training
+        self.model.eval()
+        micro_batches = exchange_step(
+            None if packs is None else [MicroBatch(main=pack) for pack in packs],
+            model_parallel_group=self.groups.mp,
+            tensor_parallel_group=self.groups.tp,
+            holds_vision_tower=self.module.pre_process,
+            image_size=self.image_size,
+            device=self.device,
+        )
+        received = [micro_batch.main for micro_batch in micro_batches]
+        lengths = [SegmentLengths.of(pack) for pack in received]
+
+        def forward_step(indices: Iterator[int], model: nn.Module):
+            index = next(indices)
+            output = model(received[index], lengths[index])
+            return output, lambda output, non_loss_data: collect(output, received[index])
+
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(range(len(received))),
+            model=self.model,
+            num_microbatches=len(received),
+            seq_length=received[0].num_rows,  # a formality: lengths vary and are sent along
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        self.model.train(mode)
+        return self._from_last_stage(results)
+
+    def _from_last_stage(self, results: list[Result]) -> list[Result]:
+        group, tp = self.groups.mp, self.groups.tp
+        if group.size() == 1:
+            return results
+        # The pipeline is the outermost axis of the group, so the last `tp` ranks are the last stage's.
+        source = group.size() - tp.size()
+        box = [results if group.rank() == source else None]
+        dist.broadcast_object_list(box, dist.get_global_rank(group, source), group=group)
+        return box[0]

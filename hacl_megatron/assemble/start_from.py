@@ -1,0 +1,115 @@
+"""What a run starts from, by its flags: which checkpoint, whose model's sizes, adapters, tokenizer and processor."""
+
+from pathlib import Path
+
+from hacl_megatron.checkpoint.hf.config_read import read_model_config
+from hacl_megatron.checkpoint.run.choose import choose_checkpoint
+from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, find_checkpoint, read_run_config
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.flags import LoraFlags, ModelFlags
+from hacl_megatron.config.lora import settle_lora
+from hacl_megatron.config.run import RunConfig, with_architecture
+
+
+def checkpoint_to_resume(config: RunConfig) -> Path | None:
+    """What `--load` names; its files are looked at later, by one rank for all."""
+    load = config.checkpoint.load
+    if load is None:
+        return None
+    try:
+        return find_checkpoint(Path(load))
+    except ValueError:
+        if not config.checkpoint.load_fallback:
+            raise
+        return choose_checkpoint(Path(load), fallback=True)[0]
+
+
+def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelConfig:
+    """Sizes of the model: the checkpoint's to resume, else the pretrained one's, else the YAML's `model:` section.
+
+    `--mm-projector-type` and `--mm-vision-select-layer` are laid over it by `with_architecture`.
+    """
+    if resume_from is not None:
+        found = read_run_config(resume_from).architecture
+        _refuse_other_parts(config.model, found, resume_from)
+        return found
+    if config.model.pretrained_checkpoint is not None:
+        source = Path(config.model.pretrained_checkpoint)
+        own = find_checkpoint(source)
+        tower = config.model.vision_tower
+        if own is not None and tower is not None:
+            raise ValueError(f"--pretrained-checkpoint {source} holds its vision tower; leave --vision-tower out")
+        found = read_run_config(own).architecture if own is not None else read_model_config(source, tower)
+        _refuse_other_sizes(config, found, source)
+        if own is not None:
+            _refuse_other_parts(config.model, found, own)
+        return found
+    assert config.architecture is not None  # check_flags has asked for one of the three
+    return config.architecture
+
+
+def resolve_lora(config: RunConfig, resume_from: Path | None) -> LoraFlags:
+    """The flags' adapters, or those of the checkpoint that is resumed or started from where the flags ask for none."""
+    source, found = config.model.pretrained_checkpoint, resume_from
+    if found is None and source is not None and Path(source).is_dir():
+        found = find_checkpoint(Path(source))
+    if found is None:
+        return config.lora
+    return settle_lora(config.lora, read_run_config(found).lora, str(found), resumes=resume_from is not None)
+
+
+def planned_architecture(config: RunConfig) -> ModelConfig:
+    """As `resolve_architecture`, but the YAML's `model:` section is enough where the weights are not here yet."""
+    resume_from = checkpoint_to_resume(config)
+    folders = [config.model.pretrained_checkpoint, config.model.vision_tower]
+    missing = [folder for folder in folders if folder is not None and not Path(folder).is_dir()]
+    if resume_from is None and (missing or config.model.pretrained_checkpoint is None):
+        if config.architecture is None:
+            found = f"{missing[0]}: no such folder" if missing else "there is no --pretrained-checkpoint"
+            raise ValueError(
+                f"{found}, and the --config file has no `model:` section; give one of them, for the model's sizes"
+            )
+        return config.architecture
+    return resolve_architecture(config, resume_from)
+
+
+def assets_folder(config: RunConfig, resume_from: Path | None) -> Path | None:
+    """Where tokenizer and image-processor files are: in a checkpoint of ours, or in the Hugging Face folder itself."""
+    if resume_from is not None:
+        return resume_from / ASSETS_FOLDER
+    for source in (config.model.pretrained_checkpoint, config.model.tokenizer):
+        if source is not None:
+            own = find_checkpoint(Path(source))
+            return own / ASSETS_FOLDER if own is not None else Path(source)
+    raise ValueError("no tokenizer: give --tokenizer FOLDER, since there is no --pretrained-checkpoint to take it from")
+
+
+def starts_from_hf(config: RunConfig, resume_from: Path | None) -> bool:
+    """Whether the weights come from a Hugging Face folder, which then holds tensors that exports will need."""
+    source = config.model.pretrained_checkpoint
+    return resume_from is None and source is not None and find_checkpoint(Path(source)) is None
+
+
+def _refuse_other_parts(flags: ModelFlags, found: ModelConfig, checkpoint: Path) -> None:
+    # Loading would not notice: a linear connector is the first layer of an MLP, and the rest would be left out.
+    asked = flags.mm_projector_type
+    if asked is not None and asked != found.projector_type:
+        raise ValueError(
+            f"--mm-projector-type is {asked}, but the connector in checkpoint {checkpoint} is {found.projector_type}; "
+            "leave the flag out"
+        )
+    if flags.vision_backend not in (None, found.vision.backend):
+        raise ValueError(
+            f"--vision-backend is {flags.vision_backend}, but the vision tower in checkpoint {checkpoint} is "
+            f"{found.vision.backend}'s; leave the flag out, or export the checkpoint and start from that"
+        )
+
+
+def _refuse_other_sizes(config: RunConfig, found: ModelConfig, source: Path) -> None:
+    asked, found = config.architecture, with_architecture(config, found).architecture
+    for part in ("language", "vision", "image", "qformer"):
+        if asked is not None and getattr(asked, part) != getattr(found, part):
+            raise ValueError(
+                f"the YAML's model.{part} is {getattr(asked, part)}, but --pretrained-checkpoint {source} holds "
+                f"{getattr(found, part)}; leave the `model:` section out"
+            )

@@ -1,0 +1,151 @@
+"""A Hugging Face folder -> a distributed checkpoint of this trainer: what `tools/convert_hf_to_megatron.py` does.
+
+open_sources: every tensor named, its shape checked ─ plan of chunks ─ disk space ─ write_sharded ┐
+run_config.yaml, hf_assets/ (tokenizer, processor, carried.safetensors) ──────────────────────────┴─ rename → SAVE
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hacl_megatron.checkpoint.convert.writer import plan_chunks, write_sharded
+from hacl_megatron.checkpoint.hf.carried import CARRIED_FILE, write_carried
+from hacl_megatron.checkpoint.hf.config_read import data_flags
+from hacl_megatron.checkpoint.hf.fresh_folder import check_target, fresh_folder
+from hacl_megatron.checkpoint.hf.import_weights import SourceTensors
+from hacl_megatron.checkpoint.hf.json_files import read_json
+from hacl_megatron.checkpoint.hf.names import Rule
+from hacl_megatron.checkpoint.run.folder import (
+    ASSETS_FOLDER,
+    LATEST_FILE,
+    RUN_CONFIG_FILE,
+    copy_assets,
+    iteration_folder,
+    write_atomically,
+)
+from hacl_megatron.config.checks.architecture import padded_vocab_size
+from hacl_megatron.config.flags import ModelFlags, ParallelFlags
+from hacl_megatron.config.run import RunConfig, to_yaml
+
+SOURCE_FILE = "converted_from.json"
+"""In a SAVE folder that a conversion wrote: where the weights came from, and what became of each tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What was written."""
+
+    checkpoint: Path
+    num_parameters: int
+    num_bytes: int
+    fresh: list[str]
+    """Parameters that no file held: heads, or the connector of a two-part start."""
+    ignored: dict[str, str]
+    """Tensor of the source -> why the model does not use it."""
+
+
+def convert_to_sharded(
+    sources: SourceTensors,
+    folder: str | Path,
+    save: str | Path,
+    *,
+    fresh: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    workers: int = 2,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConversionReport:
+    """Write SAVE/iter_0000000, which `--pretrained-checkpoint SAVE` loads at every layout.
+
+    Args:
+        sources: of `open_sources`.
+        folder: the Hugging Face folder, for tokenizer and processor.
+        fresh: initial values of the parameters that the sources may lack, by our names.
+        dtype: of all parameters but the heads; default each tensor's own.
+        workers: threads, each of which reads, fuses and writes a chunk of a layer at a time.
+        force: replace an earlier conversion at `save`.
+        progress: called with the bytes written since the last call, and with all there are.
+
+    Raises:
+        ValueError: `save` is taken, the disk is too full, or layers of one tensor differ in dtype. Nothing is left
+            behind then.
+    """
+    save, config, table = Path(save), sources.table.config, sources.table
+    check_target(save, force=force, why_not=why_no_conversion)
+    names = [rule.ours for rule in table.rules.values() if any(s not in sources.found for s in rule.sources)]
+    fresh_tensors = {source: tensor for ours in names for source, tensor in table.rules[ours].to_sources(fresh[ours])}
+
+    def dtype_of(rule: Rule) -> torch.dtype:
+        found = [
+            fresh_tensors[source].dtype if source in fresh_tensors else sources.dtype(source) for source in rule.sources
+        ]
+        if rule.ours.startswith("heads.") or dtype is None:
+            whole = found[0]
+            for other in found[1:]:
+                whole = torch.promote_types(whole, other)
+            return whole
+        return dtype
+
+    def read(source: str, rows: slice, columns: slice) -> Tensor:
+        if source not in fresh_tensors:
+            return sources.read(source, rows, columns)
+        tensor = fresh_tensors[source]
+        return tensor[rows] if tensor.dim() == 1 else tensor[rows, columns]
+
+    padded = padded_vocab_size(config.language.vocab_size, ParallelFlags())
+    chunks = plan_chunks(table, dtype_of, padded)
+    total = sum(chunk.num_bytes for chunk in chunks)
+    with fresh_folder(save, total, force=force, why_not=why_no_conversion) as partial:
+        checkpoint = iteration_folder(partial, 0)
+        checkpoint.mkdir()
+        copy_assets(Path(folder), checkpoint / ASSETS_FOLDER)
+        write_carried(sources, checkpoint / ASSETS_FOLDER / CARRIED_FILE, dtype)
+        run = RunConfig(
+            model=ModelFlags(pretrained_checkpoint=str(folder)),
+            data=data_flags(config),
+            architecture=config,
+        )
+        (checkpoint / RUN_CONFIG_FILE).write_text(to_yaml(run), encoding="utf-8")
+        write_sharded(
+            checkpoint,
+            chunks,
+            read,
+            padded_vocab_size=padded,
+            workers=workers,
+            progress=None if progress is None else lambda done: progress(done, total),
+        )
+        report = {"files": sources.files, "fresh": names, "ignored": sources.ignored}
+        (partial / SOURCE_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_atomically(partial / LATEST_FILE, "0\n")
+    num_parameters = sum(math.prod(chunk.sizes) for chunk in chunks)
+    return ConversionReport(
+        checkpoint=iteration_folder(save, 0),
+        num_parameters=num_parameters,
+        num_bytes=total,
+        fresh=names,
+        ignored=dict(sources.ignored),
+    )
+
+
+def drawn_by_conversion(checkpoint: Path) -> list[str]:
+    """Parameters of a checkpoint that no file held when it was converted, by our names; none if a run has saved it."""
+    report = checkpoint.parent / SOURCE_FILE
+    if checkpoint.name != iteration_folder(checkpoint.parent, 0).name or not report.is_file():
+        return []
+    drawn = read_json(report).get("fresh")
+    if not isinstance(drawn, list):
+        raise ValueError(f"{report}: `fresh` is {drawn!r}, expected a list of parameters; convert again")
+    return drawn
+
+
+def why_no_conversion(save: Path) -> str | None:
+    """Why a folder is not one that a conversion may replace, or None: a run may have gone on in it since."""
+    if not (save / SOURCE_FILE).is_file():
+        return f"is no earlier conversion (no {SOURCE_FILE})"
+    others = sorted({path.name for path in save.iterdir()} - {SOURCE_FILE, LATEST_FILE, iteration_folder(save, 0).name})
+    return f"holds {others[0]} too, more than a conversion" if others else None

@@ -1,0 +1,189 @@
+"""Writes a distributed checkpoint that megatron-core reads at every layout, chunk by chunk and never holding the model.
+
+    read(canonical name, rows, columns) ─ rule ─ chunk of one layer ─ worker threads ─→ __0_0.distcp, __1_0.distcp, ...
+                                          plan of all chunks ─→ .metadata, metadata.json, common.pt
+
+Tensors are cut the way tensor parallelism cuts them, into up to `MAX_PIECES`, so that a rank of a parallel run reads
+little more than its own part. The names are megatron-core's: layers stacked along a new first dim, a layer's norms
+under the linear layer that follows them.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hacl_megatron.checkpoint.convert.metadata import StoredChunk, StoredTensor, prepare_to_write, write_metadata
+from hacl_megatron.checkpoint.convert.tensor_records import frame
+from hacl_megatron.checkpoint.hf.file_blocks import BlockWriter, bytes_of
+from hacl_megatron.checkpoint.hf.names import FUSED_NORMS, NameTable, ReadRows, Rule
+
+MAX_PIECES = 8
+"""Tensor-parallel ranks that find their own chunks; more ranks share them."""
+SMALLEST_CHUNK = 1 << 18
+"""Bytes below which a tensor is not cut further."""
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+          "common_backend_version": 1}  # fmt: skip
+_LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)\.(.*)")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One contiguous part of a stored tensor: piece `piece` of `pieces` of the parameter of `rule`."""
+
+    rule: Rule
+    piece: int
+    pieces: int
+    key: str
+    """Name in the checkpoint."""
+    layer: int | None
+    """Row of the stacked dim."""
+    dtype: torch.dtype
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+    def read(self, read: ReadRows, padded_vocab_size: int) -> Tensor:
+        """The chunk's values, from the tensors that the rule names."""
+        rule, pieces = self.rule, self.pieces
+        if rule.partition == "gate_up":  # stored as [gate; up], so a piece is rows of one of them
+            half, piece = divmod(self.piece, pieces // 2)
+            rows = self.sizes[-2]
+            start = piece * rows
+            part = read(rule.sources[half], slice(start, start + rows), slice(None))
+        else:
+            part = rule.read_shard(read, tp_rank=self.piece, tp_size=pieces, padded_vocab_size=padded_vocab_size)
+        return part.to(self.dtype).reshape(self.sizes).contiguous()
+
+
+def stored_name(ours: str) -> tuple[str, int | None]:
+    """Our name -> megatron-core's key in a checkpoint, and the layer if it is one of a stack."""
+    if not (match := _LAYER.fullmatch(ours)):
+        return ours, None
+    rest = next((theirs for theirs, name in FUSED_NORMS.items() if name == match[3]), match[3])
+    return match[1] + rest, int(match[2])
+
+
+def plan_chunks(table: NameTable, dtype_of: Callable[[Rule], torch.dtype], padded_vocab_size: int) -> list[Chunk]:
+    """All chunks in the table's order. A tied output layer is not stored."""
+    chunks: list[Chunk] = []
+    for rule in table.rules.values():
+        if table.config.language.tie_word_embeddings and rule.ours == "language_model.output_layer.weight":
+            continue
+        key, layer = stored_name(rule.ours)
+        dtype, dim = dtype_of(rule), 1 if rule.partition == "row" else 0
+        whole = rule.local_shape(1, padded_vocab_size)
+        pieces = _num_pieces(rule, whole, dim, dtype)
+        sizes = tuple(size // pieces if i == dim else size for i, size in enumerate(whole))
+        for piece in range(pieces):
+            offsets = tuple(piece * sizes[i] if i == dim else 0 for i in range(len(sizes)))
+            stack = ((), ()) if layer is None else ((layer,), (1,))
+            chunks.append(Chunk(rule, piece, pieces, key, layer, dtype, stack[0] + offsets, stack[1] + sizes))
+
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for chunk in chunks:
+        dtypes.setdefault(chunk.key, set()).add(chunk.dtype)
+    for key, several in dtypes.items():
+        if len(several) > 1:
+            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in several))
+            raise ValueError(f"{key}: its layers are stored as {found}; choose one with --dtype")
+    return chunks
+
+
+def _num_pieces(rule: Rule, whole: tuple[int, ...], dim: int, dtype: torch.dtype) -> int:
+    if rule.partition in ("replicated", "class_token"):
+        return 1
+    halves = 2 if rule.partition == "gate_up" else 1
+    units = whole[dim] // halves
+    if rule.partition == "qkv":  # whole query groups, each source's rows of which are contiguous
+        units //= sum(rule.blocks) * rule.head_dim
+    pieces = math.gcd(units, MAX_PIECES)
+    while pieces > 1 and math.prod(whole) * dtype.itemsize // (pieces * halves) < SMALLEST_CHUNK:
+        pieces //= 2
+    return pieces * halves
+
+
+def write_sharded(
+    folder: Path,
+    chunks: list[Chunk],
+    read: ReadRows,
+    *,
+    padded_vocab_size: int,
+    workers: int = 2,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the planned chunks into `folder`, one file for each worker, and what makes a checkpoint of them.
+
+    A worker holds one chunk and the slices that it is made of; of a tensor cut by columns, the whole.
+    """
+    shares = _split(chunks, max(1, workers))
+    failures: list[BaseException] = []
+
+    def write(number: int) -> list[StoredChunk]:
+        name, end, written = f"__{number}_0.distcp", 0, []
+        try:
+            with BlockWriter(folder / name) as file:
+                for chunk, values in _read_chunks(shares[number], read, padded_vocab_size):
+                    if failures:  # of another worker
+                        return []
+                    around, start = frame(chunk.dtype, chunk.sizes), end
+                    end = file.write(start, [around.before, bytes_of(values), around.after])
+                    written.append(StoredChunk(chunk.offsets, chunk.sizes, name, start, end - start))
+                    if progress is not None:
+                        progress(values.nbytes)
+        except BaseException as error:
+            failures.append(error)
+            raise
+        return written
+
+    with ThreadPoolExecutor(len(shares) + 1) as pool:
+        try:
+            futures = [pool.submit(write, number) for number in range(len(shares))]
+            pool.submit(prepare_to_write)
+            wait(futures)
+        except BaseException as error:  # an interrupt of the user's
+            failures.append(error)
+            raise
+    if failures:
+        raise failures[0]
+    stored = [chunk for future in futures for chunk in future.result()]
+    tensors: dict[str, StoredTensor] = {}
+    for chunk, place in zip(chunks, stored, strict=True):
+        tensors.setdefault(chunk.key, StoredTensor(chunk.dtype, [])).chunks.append(place)
+    write_metadata(folder, tensors)
+    torch.save({}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(FORMAT))
+
+
+def _read_chunks(share: list[Chunk], read: ReadRows, padded_vocab_size: int) -> Iterator[tuple[Chunk, Tensor]]:
+    """Each chunk and its values, read when its turn has come."""
+    for rule, chunks in groupby(share, lambda chunk: chunk.rule):
+        whole: Tensor | None = None
+        if rule.partition == "row":  # columns lie scattered in the file: one read serves all pieces
+            whole = read(rule.sources[0], slice(None), slice(None))
+        for chunk in chunks:
+            part = read if whole is None else lambda _, rows, columns, whole=whole: whole[rows, columns]
+            yield chunk, chunk.read(part, padded_vocab_size)
+
+
+def _split(chunks: list[Chunk], workers: int) -> list[list[Chunk]]:
+    """Runs of neighbours with about the same number of bytes each, none of them empty."""
+    share = sum(chunk.num_bytes for chunk in chunks) / workers
+    shares: list[list[Chunk]] = [[]]
+    filled = 0
+    for chunk in chunks:
+        if shares[-1] and filled >= share * len(shares):
+            shares.append([])
+        shares[-1].append(chunk)
+        filled += chunk.num_bytes
+    return shares

@@ -1,0 +1,252 @@
+"""`ModelConfig` -> the JSON files of a Hugging Face folder, in HF's or in the original LLaVA layout."""
+
+from typing import Any, Literal, NamedTuple
+
+from hacl_megatron.checkpoint.hf.tower_config import KNOWN_TOWERS
+from hacl_megatron.config.architecture import ModelConfig
+
+Layout = Literal["hf", "llava"]
+
+
+class Vocabulary(NamedTuple):
+    """Rows and special tokens of a folder of some layout."""
+
+    size: int
+    image_token: int | None
+    """None in the original layout, whose prompts mark an image by -200, outside the vocabulary."""
+    pad_token: int | None
+
+
+def vocabulary_of_layout(config: ModelConfig, layout: Layout, num_tokens: int | None = None) -> Vocabulary:
+    """The vocabulary that a folder of that layout has.
+
+    Within one layout nothing changes. From the original layout to HF's, `<image>` and `<pad>` get the first ids behind
+    the tokenizer's; where the rows do not reach that far they are rounded up to 64 (32000 -> 32064, as the published
+    conversions have it). The other way, the rows from there on are cut (32064 -> 32000) when they are such a tail; a
+    vocabulary that holds `<image>` within itself keeps it.
+
+    Args:
+        num_tokens: length of the tokenizer that goes along. Default: as many as rows.
+    """
+    rows, extra = config.language.vocab_size, config.extra
+    image, pad = extra.get("image_token_index"), extra.get("pad_token_id")
+    if layout == "hf":
+        if image is not None:
+            return Vocabulary(rows, image, pad)
+        image = min(rows, num_tokens or rows)
+        return Vocabulary(rows if image + 2 <= rows else (image + 2 + 63) // 64 * 64, image, image + 1)
+    if image is None or rows - image > 64:
+        return Vocabulary(rows, None, pad)
+    if pad is not None and rows - pad <= 64:
+        image = min(image, pad)
+    return Vocabulary(image, None, 0)
+
+
+def to_config_json(
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    dtype: str,
+    image_aspect_ratio: str | None = None,
+    vocabulary: Vocabulary | None = None,
+    vision_tower: str | None = None,
+    carries_tower: bool = True,
+) -> dict[str, Any]:
+    """The `config.json` of an exported folder.
+
+    Args:
+        dtype: of the weights, as `bfloat16`.
+        image_aspect_ratio: `pad` or `square`; default as the model came.
+        vocabulary: default `vocabulary_of_layout`.
+        vision_tower: `mm_vision_tower` of the original layout; default as the model came.
+        carries_tower: whether the original layout's weight files hold the vision tower too.
+
+    Raises:
+        ValueError: no model of that layout has such a connector or tower.
+    """
+    vocab_size, image_token, pad = vocabulary or vocabulary_of_layout(config, layout)
+    extra, language, vision = config.extra, config.language, config.vision
+    scaling = language.rope_scaling
+    text = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": language.hidden_size,
+        "intermediate_size": language.ffn_hidden_size,
+        "num_hidden_layers": language.num_layers,
+        "num_attention_heads": language.num_attention_heads,
+        "num_key_value_heads": language.num_query_groups,
+        "head_dim": language.head_dim,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": language.max_position_embeddings,
+        "rms_norm_eps": language.norm_epsilon,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": language.tie_word_embeddings,
+        "bos_token_id": extra.get("bos_token_id", 1),
+        "eos_token_id": extra.get("eos_token_id", 2),
+        "pad_token_id": pad,
+        # Both spellings: transformers 4.x knows the first two, 5.x the third.
+        "rope_theta": language.rotary_base,
+        **({"rope_scaling": scaling} if scaling else {}),
+        "rope_parameters": {"rope_type": "default", "rope_theta": language.rotary_base, **(scaling or {})},
+    }
+    if layout == "llava":
+        return {
+            **text,
+            "model_type": "llava_llama",
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "torch_dtype": dtype,
+            "use_cache": True,
+            "mm_projector_type": config.projector_type,
+            "mm_hidden_size": vision.hidden_size,
+            "mm_vision_tower": vision_tower or tower_name(config),
+            "mm_vision_select_layer": config.vision_select_layer,
+            "mm_vision_select_feature": "patch",
+            "mm_patch_merge_type": "flat",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "use_mm_proj": True,
+            # Makes LLaVA build the tower before the weights are read, so that they fill it.
+            "unfreeze_mm_vision_tower": carries_tower,
+            "image_aspect_ratio": image_aspect_ratio or extra.get("image_aspect_ratio", "pad"),
+        }
+    if why := why_not_layout(config, layout):
+        raise ValueError(why)
+    if config.qformer is not None:
+        return {
+            "model_type": "blip-2",
+            "architectures": ["Blip2ForConditionalGeneration"],
+            "torch_dtype": dtype,
+            "text_config": text,
+            "vision_config": tower_config_json(config),
+            "qformer_config": config.qformer.hf,
+            "num_query_tokens": config.qformer.num_query_tokens,
+            "image_token_index": image_token,
+        }
+    return {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "torch_dtype": dtype,
+        "text_config": text,
+        "vision_config": tower_config_json(config),
+        "image_token_index": image_token,
+        "image_seq_length": config.visual_tokens,
+        "pad_token_id": pad,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config.vision_select_layer,
+        "vision_feature_select_strategy": select_strategy(config),
+        "tie_word_embeddings": language.tie_word_embeddings,
+    }
+
+
+def why_not_layout(config: ModelConfig, layout: Layout) -> str | None:
+    """Why there is no folder of that layout for a model with these parts, or None."""
+    tower = _model_type(config)
+    if layout == "llava":
+        if config.qformer is not None or tower != "clip_vision_model":
+            part = f"vision tower is a {tower}" if config.qformer is None else "connector is a Q-Former"
+            return f"the {part}, which the original LLaVA layout has no place for; export the layout hf instead"
+        return None
+    if config.qformer is not None:
+        if tower != "blip_2_vision_model":
+            return f"the vision tower is a {tower}, but Blip2ForConditionalGeneration has its own ViT only"
+        return None
+    if tower == "blip_2_vision_model":
+        return (
+            f"the connector is {config.projector_type} over BLIP-2's vision tower, which is in no model of "
+            "transformers: Blip2ForConditionalGeneration has a Q-Former, LlavaForConditionalGeneration another tower"
+        )
+    if config.projector_type != "mlp2x_gelu":
+        instead = "; export the original layout (llava) instead" if tower == "clip_vision_model" else ""
+        return (
+            f"the connector is {config.projector_type}, but LlavaForConditionalGeneration has mlp2x_gelu only{instead}"
+        )
+    return None
+
+
+def select_strategy(config: ModelConfig) -> str:
+    """LLaVA's `vision_feature_select_strategy`: `default` drops the class token, where there is one."""
+    return "default" if config.vision.kind.has_class_token else "full"
+
+
+def _model_type(config: ModelConfig) -> str:
+    return (config.vision.hf or {}).get("model_type", "clip_vision_model")
+
+
+def tower_config_json(config: ModelConfig) -> dict[str, Any]:
+    """The vision tower's part: `vision_config` in HF's layout, `config.json` of a CLIP folder."""
+    if _model_type(config) != "clip_vision_model":
+        return config.vision.hf
+    vision = config.vision
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.ffn_hidden_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "num_channels": 3,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_act": vision.activation,
+        "layer_norm_eps": vision.norm_epsilon,
+        "projection_dim": config.extra.get("vision_projection_dim", 768),
+    }
+
+
+def tower_name(config: ModelConfig) -> str | None:
+    """`mm_vision_tower`: what the source called it, else the published tower with these very sizes, else None."""
+    vision = config.vision
+    if named := config.extra.get("mm_vision_tower"):
+        return named
+    for name, sizes in KNOWN_TOWERS.items():
+        same = (vision.num_layers, vision.hidden_size, vision.image_size, vision.patch_size) == tuple(
+            sizes[key] for key in ("num_hidden_layers", "hidden_size", "image_size", "patch_size")
+        )
+        if same and vision.ffn_hidden_size == sizes["intermediate_size"]:
+            return name
+    return None
+
+
+def to_preprocessor_json(config: ModelConfig, *, image_aspect_ratio: str | None = None) -> dict[str, Any]:
+    """`preprocessor_config.json`: LLaVA's own when images are padded to squares, CLIP's when they are cut to squares,
+    BLIP-2's or SigLIP's when both sides are resized."""
+    image, aspect = config.image, image_aspect_ratio or config.extra.get("image_aspect_ratio")
+    square = {"height": image.size, "width": image.size}
+    stretches = "BlipImageProcessor" if config.qformer is not None else "SiglipImageProcessor"
+    kinds = {"pad": "LlavaImageProcessor", "stretch": stretches}
+    crops = {"do_center_crop": True, "crop_size": square}
+    return {
+        "image_processor_type": kinds.get(aspect, "CLIPImageProcessor"),
+        "processor_class": processor_class(config),
+        **({"do_pad": True} if aspect == "pad" else {}),
+        "do_resize": True,
+        "size": square if aspect == "stretch" else {"shortest_edge": image.size},
+        "resample": 3,
+        **(crops if aspect != "stretch" else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+        "do_convert_rgb": True,
+    }
+
+
+def to_processor_json(config: ModelConfig) -> dict[str, Any]:
+    """`processor_config.json` of HF's layout."""
+    if config.qformer is not None:
+        return {"processor_class": processor_class(config), "num_query_tokens": config.qformer.num_query_tokens}
+    return {
+        "processor_class": processor_class(config),
+        "image_token": "<image>",
+        "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": select_strategy(config),
+        # the class token, which the strategy takes off again
+        "num_additional_image_tokens": int(config.vision.kind.has_class_token),
+    }
+
+
+def processor_class(config: ModelConfig) -> str:
+    return "LlavaProcessor" if config.qformer is None else "Blip2Processor"

@@ -1,0 +1,376 @@
+"""The one name table between this trainer's parameters and Hugging Face's tensors, in both directions.
+
+Three kinds of names occur:
+
+    ours        language_model.decoder.layers.3.self_attention.linear_qkv.weight     megatron-core's parameter names
+    canonical   text.layers.3.self_attn.q_proj.weight                                one per Hugging Face tensor
+    spelled     language_model.model.layers.3.self_attn.q_proj.weight                what a file says (`spellings`)
+
+A `Rule` ties one of ours to its canonical sources and says how the tensor is cut over tensor-parallel ranks. Layout of
+the fused tensors, as megatron-core's SelfAttention and MLP read them:
+
+    linear_qkv   rows by query group: [q heads of the group, k, v] of head_dim rows each; groups are dealt to the ranks
+    linear_fc1   SwiGLU: a rank holds [its gate rows; its up rows], so unsharded [gate; up]
+    vocabulary   rows padded with zeros to the same number on every rank
+
+transformers' own modules, a vision tower of the backend hf and the Q-Former, are replicated under their own names:
+`vision_tower.model.NAME` is `vision.NAME`, `connector.qformer.NAME` is `qformer.NAME`.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hacl_megatron.checkpoint.hf.modules import module_shapes, tower_shapes
+from hacl_megatron.checkpoint.hf.spellings import canonical_name, reason_to_ignore, spelled_name
+from hacl_megatron.config.architecture import ModelConfig
+
+Partition = Literal["replicated", "class_token", "column", "row", "qkv", "gate_up", "vocab"]
+"""How tensor parallelism cuts a parameter: not at all, on dim 0, on dim 1, or in one of the fused ways above."""
+
+ReadRows = Callable[[str, slice, slice], Tensor]
+"""(canonical name, rows of dim 0, columns of dim 1 if there is one) -> that part of the tensor."""
+
+# Each row: our name, its partition, and its sources with their shapes in the symbols of `_sizes`.
+LANGUAGE_LAYER = (
+    ("input_layernorm.weight", "replicated", (("input_layernorm.weight", "h"),)),
+    ("self_attention.linear_qkv.weight", "qkv", (
+        ("self_attn.q_proj.weight", "q h"), ("self_attn.k_proj.weight", "kv h"), ("self_attn.v_proj.weight", "kv h"),
+    )),
+    ("self_attention.linear_proj.weight", "row", (("self_attn.o_proj.weight", "h q"),)),
+    ("pre_mlp_layernorm.weight", "replicated", (("post_attention_layernorm.weight", "h"),)),
+    ("mlp.linear_fc1.weight", "gate_up", (("mlp.gate_proj.weight", "f h"), ("mlp.up_proj.weight", "f h"))),
+    ("mlp.linear_fc2.weight", "row", (("mlp.down_proj.weight", "h f"),)),
+)  # fmt: skip
+LANGUAGE = (
+    ("embedding.word_embeddings.weight", "vocab", (("embed_tokens.weight", "v h"),)),
+    ("decoder.final_layernorm.weight", "replicated", (("norm.weight", "h"),)),
+    ("output_layer.weight", "vocab", (("lm_head.weight", "v h"),)),
+)
+VISION_LAYER = (
+    ("input_layernorm.weight", "replicated", (("layer_norm1.weight", "h"),)),
+    ("input_layernorm.bias", "replicated", (("layer_norm1.bias", "h"),)),
+    ("self_attention.linear_qkv.weight", "qkv", (
+        ("self_attn.q_proj.weight", "h h"), ("self_attn.k_proj.weight", "h h"), ("self_attn.v_proj.weight", "h h"),
+    )),
+    ("self_attention.linear_qkv.bias", "qkv", (
+        ("self_attn.q_proj.bias", "h"), ("self_attn.k_proj.bias", "h"), ("self_attn.v_proj.bias", "h"),
+    )),
+    ("self_attention.linear_proj.weight", "row", (("self_attn.out_proj.weight", "h h"),)),
+    ("self_attention.linear_proj.bias", "replicated", (("self_attn.out_proj.bias", "h"),)),
+    ("pre_mlp_layernorm.weight", "replicated", (("layer_norm2.weight", "h"),)),
+    ("pre_mlp_layernorm.bias", "replicated", (("layer_norm2.bias", "h"),)),
+    ("mlp.linear_fc1.weight", "column", (("mlp.fc1.weight", "f h"),)),
+    ("mlp.linear_fc1.bias", "column", (("mlp.fc1.bias", "f"),)),
+    ("mlp.linear_fc2.weight", "row", (("mlp.fc2.weight", "h f"),)),
+    ("mlp.linear_fc2.bias", "replicated", (("mlp.fc2.bias", "h"),)),
+)  # fmt: skip
+VISION = (
+    ("class_token", "class_token", (("embeddings.class_embedding", "h"),)),
+    ("conv1.weight", "replicated", (("embeddings.patch_embedding.weight", "h c p p"),)),
+    ("position_embeddings.weight", "replicated", (("embeddings.position_embedding.weight", "n h"),)),
+    ("ln_pre.weight", "replicated", (("pre_layrnorm.weight", "h"),)),  # transformers' own spelling
+    ("ln_pre.bias", "replicated", (("pre_layrnorm.bias", "h"),)),
+)
+VISION_POST_NORM = (("post_layernorm.weight", "h"), ("post_layernorm.bias", "h"))
+HEADS = (
+    ("vision_projector.weight", "replicated", (("vision_projector.weight", "e h"),)),
+    ("vision_projector.bias", "replicated", (("vision_projector.bias", "e"),)),
+    ("text_projector.weight", "replicated", (("text_projector.weight", "e h"),)),
+    ("text_projector.bias", "replicated", (("text_projector.bias", "e"),)),
+    ("temperature", "replicated", (("temperature", "1"),)),
+)
+
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
+}
+"""A layer's norms as Transformer Engine's fused layers and every distributed checkpoint call them -> our name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one of our parameters, unsharded, relates to Hugging Face tensors."""
+
+    ours: str
+    partition: Partition
+    sources: tuple[str, ...]
+    """Canonical names, in the order in which the fused tensor takes them."""
+    source_shapes: tuple[tuple[int, ...], ...]
+    blocks: tuple[int, ...] = ()
+    """qkv only: heads per query group of each source, (q heads of a group, 1, 1)."""
+    head_dim: int = 0
+    """qkv only: rows of a head."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of our unsharded tensor, the vocabulary without padding."""
+        if self.partition == "class_token":
+            return (1, 1, *self.source_shapes[0])
+        return (sum(shape[0] for shape in self.source_shapes), *self.source_shapes[0][1:])
+
+    def local_shape(self, tp_size: int, padded_vocab_size: int) -> tuple[int, ...]:
+        """Of one tensor-parallel rank's shard; ValueError if `tp_size` does not divide it."""
+        shape = list(self.shape)
+        if self.partition == "vocab":
+            shape[0] = padded_vocab_size
+        if self.partition in ("replicated", "class_token"):
+            return tuple(shape)
+        dim = 1 if self.partition == "row" else 0
+        parts = tp_size * (2 if self.partition == "gate_up" else 1)
+        if shape[dim] % parts:
+            raise ValueError(
+                f"{self.ours} has {shape[dim]} {'columns' if dim else 'rows'}, which {tp_size} tensor-parallel ranks "
+                "cannot share evenly; choose another --tensor-model-parallel-size"
+            )
+        shape[dim] //= tp_size
+        return tuple(shape)
+
+    def read_shard(self, read: ReadRows, *, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
+        """This rank's part, reading nothing else. The vocabulary's padding rows are zero."""
+        local = self.local_shape(tp_size, padded_vocab_size)
+        every = slice(None)
+        if self.partition == "class_token":
+            return read(self.sources[0], every, every).reshape(local)
+        if self.partition == "replicated":
+            return read(self.sources[0], every, every)
+        if self.partition == "row":
+            return read(self.sources[0], every, slice(tp_rank * local[1], (tp_rank + 1) * local[1]))
+        if self.partition == "gate_up":
+            half = local[0] // 2
+            rows = slice(tp_rank * half, (tp_rank + 1) * half)
+            return torch.cat([read(source, rows, every) for source in self.sources])
+        first, last = tp_rank * local[0], (tp_rank + 1) * local[0]
+        if self.partition == "vocab":
+            total = self.source_shapes[0][0]
+            part = read(self.sources[0], slice(min(first, total), min(last, total)), every)
+            missing = local[0] - part.shape[0]
+            return part if not missing else torch.cat([part, part.new_zeros(missing, *local[1:])])
+        if self.partition == "column":
+            return read(self.sources[0], slice(first, last), every)
+        return self._read_qkv(read, first, last)
+
+    def _read_qkv(self, read: ReadRows, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the fused tensor. Each source is read once, over the groups that the rows touch.
+
+        Borders may fall inside a group: with more ranks than groups megatron-core cuts the same rows evenly.
+        """
+        group_rows = sum(self.blocks) * self.head_dim
+        groups = slice(first // group_rows, -(-last // group_rows))
+        parts = []
+        for source, heads in zip(self.sources, self.blocks, strict=True):
+            rows = heads * self.head_dim
+            part = read(source, slice(groups.start * rows, groups.stop * rows), slice(None))
+            parts.append(part.reshape(groups.stop - groups.start, rows, *part.shape[1:]))
+        fused = torch.cat(parts, dim=1).flatten(0, 1)
+        offset = groups.start * group_rows
+        return fused[first - offset : last - offset]
+
+    def to_sources(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Our unsharded tensor -> (canonical name, tensor) of each source. Vocabulary padding may still be there."""
+        rows = self.shape[0]
+        if self.partition == "vocab" and tensor.shape[0] > rows:
+            tensor = tensor[:rows]
+        assert tuple(tensor.shape) == self.shape, f"{self.ours}: found {tuple(tensor.shape)}, expected {self.shape}"
+        if self.partition == "class_token":
+            yield self.sources[0], tensor.reshape(-1)
+        elif self.partition == "gate_up":
+            yield from zip(self.sources, tensor.chunk(2), strict=True)
+        elif self.partition == "qkv":
+            group_rows = sum(self.blocks) * self.head_dim
+            grouped = tensor.reshape(-1, group_rows, *tensor.shape[1:])
+            parts = grouped.split([heads * self.head_dim for heads in self.blocks], dim=1)
+            for source, part in zip(self.sources, parts, strict=True):
+                yield source, part.flatten(0, 1)
+        else:
+            yield self.sources[0], tensor
+
+
+class NameTable:
+    """Every parameter of a model with these sizes, and every tensor that a Hugging Face folder of it has."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.rules: dict[str, Rule] = {rule.ours: rule for rule in _build_rules(config)}
+
+    @cached_property
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every tensor that our parameters come from, heads included."""
+        return {
+            source: shape
+            for rule in self.rules.values()
+            for source, shape in zip(rule.sources, rule.source_shapes, strict=True)
+        }
+
+    @cached_property
+    def carried(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of the tensors that no part of ours uses but a Hugging Face folder must have.
+
+        They are the vision layers behind the selected one, the tower's post-norm, and SigLIP's pooling head.
+        """
+        config, sizes = self.config, _sizes(self.config)["vision"]
+        if config.vision.backend == "hf":
+            return {f"vision.{name}": shape for name, shape in tower_shapes(config)[1].items()}
+        carried = {}
+        for layer in range(config.num_vision_layers_built, config.vision.num_layers):
+            for _, _, sources in VISION_LAYER:
+                for name, shape in sources:
+                    carried[f"vision.encoder.layers.{layer}.{name}"] = _shape(shape, sizes)
+        return carried | {f"vision.{name}": _shape(shape, sizes) for name, shape in VISION_POST_NORM}
+
+    def canonical(self, spelled: str, *, tower_folder: bool = False) -> str | None:
+        """Canonical form of a name in a file, or None; it need not be one that this model has.
+
+        Args:
+            tower_folder: the file is of a vision tower's own folder, where names have no `vision_tower.`.
+        """
+        return canonical_name(self.config, spelled, tower_folder=tower_folder)
+
+    def spelled(self, canonical: str, layout: str) -> str:
+        """How a folder of `layout` ("hf", "llava", "tower") or "minigpt4"'s file spells a canonical name."""
+        return spelled_name(self.config, canonical, layout)
+
+    def ignored_reason(self, spelled: str, canonical: str | None, *, tower_folder: bool = False) -> str | None:
+        """Why a tensor of a file has no place in our model, or None if it should have one."""
+        return reason_to_ignore(self.config, spelled, canonical, carried=self.carried, tower_folder=tower_folder)
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The names most like `name`, for an error message; empty when none is."""
+    return ", ".join(difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.6))
+
+
+def partition_of(ours: str) -> Partition:
+    """How tensor parallelism cuts one of our parameters, from its name alone."""
+    prefix, _, rest = ours.partition(".")
+    if prefix == "vision_tower" and rest.startswith("model."):
+        return "replicated"  # transformers' own
+    if prefix in ("language_model", "vision_tower"):
+        if layer := re.fullmatch(r"decoder\.layers\.\d+\.(.*)", rest):
+            rows, rest = (LANGUAGE_LAYER if prefix == "language_model" else VISION_LAYER), layer[1]
+        else:
+            rows = LANGUAGE if prefix == "language_model" else VISION
+        for name, partition, _ in rows:
+            if name == rest:
+                return partition
+    elif prefix in ("connector", "heads"):
+        return "replicated"
+    raise KeyError(f"{ours} is no parameter of this model")
+
+
+def merge_shards(name: str, shards: list[Tensor]) -> Tensor:
+    """The unsharded tensor from those of all tensor-parallel ranks, in rank order; the inverse of `Rule.read_shard`.
+
+    The vocabulary keeps its padding. Replicated parameters must be equal on all ranks.
+    """
+    partition = partition_of(name)
+    if partition in ("replicated", "class_token"):
+        assert all(torch.equal(shard, shards[0]) for shard in shards), f"{name} differs between tensor-parallel ranks"
+        return shards[0]
+    if partition == "gate_up":
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+    return torch.cat(shards, dim=1 if partition == "row" else 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+def _sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
+    language, vision = config.language, config.vision
+    return {
+        "language": {
+            "h": language.hidden_size,
+            "q": language.num_attention_heads * language.head_dim,
+            "kv": language.num_query_groups * language.head_dim,
+            "f": language.ffn_hidden_size,
+            "v": language.vocab_size,
+        },
+        "vision": {
+            "h": vision.hidden_size,
+            "f": vision.ffn_hidden_size,
+            "p": vision.patch_size,
+            "c": 3,
+            "n": vision.num_patches + 1,
+        },
+        "heads": {"h": language.hidden_size, "e": config.projection_size, "1": 1},
+    }
+
+
+def _shape(symbols: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[symbol] for symbol in symbols.split())
+
+
+def _build_rules(config: ModelConfig) -> Iterator[Rule]:
+    language, vision, sizes = config.language, config.vision, _sizes(config)
+    language_attention = ((language.num_attention_heads // language.num_query_groups, 1, 1), language.head_dim)
+    vision_attention = ((1, 1, 1), vision.hidden_size // vision.num_attention_heads)
+
+    def rules(rows, ours: str, theirs: str, part: str, attention=((), 0)) -> Iterator[Rule]:
+        for name, partition, sources in rows:
+            blocks, head_dim = attention if partition == "qkv" else ((), 0)
+            yield Rule(
+                ours=ours + name,
+                partition=partition,
+                sources=tuple(theirs + source for source, _ in sources),
+                source_shapes=tuple(_shape(shape, sizes[part]) for _, shape in sources),
+                blocks=blocks,
+                head_dim=head_dim,
+            )
+
+    def replicated(ours: str, canonical: str, shape: tuple[int, ...]) -> Rule:
+        return Rule(ours=ours, partition="replicated", sources=(canonical,), source_shapes=(shape,))
+
+    if vision.backend == "hf":
+        for name, shape in tower_shapes(config)[0].items():
+            yield replicated(f"vision_tower.model.{name}", f"vision.{name}", shape)
+    else:
+        yield from rules(VISION, "vision_tower.", "vision.", "vision")
+        for i in range(config.num_vision_layers_built):
+            prefixes = f"vision_tower.decoder.layers.{i}.", f"vision.encoder.layers.{i}."
+            yield from rules(VISION_LAYER, *prefixes, "vision", vision_attention)
+
+    width, numbered = vision.hidden_size, "connector.{}"
+    if qformer := config.qformer:
+        yield replicated(
+            "connector.query_tokens", "qformer.query_tokens", (1, qformer.num_query_tokens, qformer.hidden_size)
+        )
+        for name, shape in module_shapes(qformer.hf).items():
+            yield replicated(f"connector.qformer.{name}", f"qformer.{name}", shape)
+        width, numbered = qformer.hidden_size, "connector.projection"
+    for i in range(0, 2 * connector_depth(config.projector_type), 2):
+        ours = numbered.format(i)
+        yield replicated(f"{ours}.weight", f"projector.{i}.weight", (language.hidden_size, width))
+        yield replicated(f"{ours}.bias", f"projector.{i}.bias", (language.hidden_size,))
+        width = language.hidden_size
+
+    embedding, final_norm, output = rules(LANGUAGE, "language_model.", "text.", "language")
+    yield embedding
+    for i in range(language.num_layers):
+        prefixes = f"language_model.decoder.layers.{i}.", f"text.layers.{i}."
+        yield from rules(LANGUAGE_LAYER, *prefixes, "language", language_attention)
+    yield final_norm
+    if language.tie_word_embeddings:
+        # A last pipeline stage keeps its own copy of a tied embedding under the output layer's name.
+        output = Rule(
+            ours=output.ours, partition="vocab", sources=embedding.sources, source_shapes=embedding.source_shapes
+        )
+    yield output
+    yield from rules(HEADS, "heads.", "heads.", "heads")
+
+
+def connector_depth(projector_type: str) -> int:
+    """Linear layers of a connector: `linear` has one, `mlpNx_gelu` N, and one stands behind a `qformer`."""
+    if projector_type in ("linear", "qformer"):
+        return 1
+    if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", projector_type):
+        return int(match[1])
+    raise ValueError(f"connector {projector_type!r} is unknown; expected linear, mlpNx_gelu or qformer")

@@ -1,0 +1,199 @@
+"""Everything that can be wrong with a model's sizes before it is built. Each check is a ValueError of one line."""
+
+import math
+import re
+
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.checks.require import require as _require
+from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.config.layout import Layout
+from hacl_megatron.config.run import RunConfig
+from hacl_megatron.config.towers import HF_SIZES
+
+
+def check_architecture(config: RunConfig, model: ModelConfig, layout: Layout) -> None:
+    """Check that the model can be built, cut as `layout` wants it, and fed as the flags say.
+
+    Raises:
+        ValueError: one line for the first mistake found.
+    """
+    language, vision = model.language, model.vision
+    for part, record in (("language", language), ("vision", vision), ("image", model.image)):
+        for name, value in vars(record).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+                raise ValueError(f"the model's {part}.{name} is {value}, expected more than 0; correct it")
+    _check_widths(model)
+    _check_tensor_parallel(model, layout.tp)
+    _check_pipeline(config.parallel, language.num_layers)
+    check_projector_type(model.projector_type)
+    _check_qformer(model)
+
+    is_hf = vision.backend == "hf"
+    _require(
+        is_hf == (vision.hf is not None),
+        f"the vision tower's backend is {vision.backend}, but its `hf` is {'' if vision.hf is None else 'not '}empty",
+        "`hf` holds the transformers configuration of the backend hf, and of it alone",
+    )
+    _require(
+        is_hf or vision.image_size % vision.patch_size == 0,
+        f"the vision tower's image_size {vision.image_size} is no multiple of its patch_size {vision.patch_size}",
+        "correct the tower's configuration",
+    )
+    _require(
+        model.image.size == vision.image_size,
+        f"images are resized to {model.image.size}, but the vision tower takes {vision.image_size}",
+        "make `image.size` and `vision.image_size` equal",
+    )
+    _require(
+        1 <= model.num_vision_layers_built <= vision.num_layers,
+        f"--mm-vision-select-layer {model.vision_select_layer} is outside the {vision.num_layers} layers of the tower",
+        f"expected 1..{vision.num_layers} or -{vision.num_layers}..-1",
+    )
+    for ours, theirs in HF_SIZES.items():
+        found = getattr(vision, ours) if vision.hf is None else vision.hf.get(theirs, getattr(vision, ours))
+        _require(
+            found == getattr(vision, ours),
+            f"the model's vision.hf.{theirs} is {found}, but vision.{ours} {getattr(vision, ours)}",
+            "make them equal",
+        )
+    fixed = vision.kind.fixed_select_layer  # or a ValueError for a tower of an unknown kind
+    _require(
+        fixed in (None, model.vision_select_layer),
+        f"--mm-vision-select-layer is {model.vision_select_layer}, but a {(vision.hf or {}).get('model_type')} hands "
+        "on its last hidden state alone",
+        f"expected {fixed}, or leave the flag out",
+    )
+    _require(
+        is_hf or vision.activation in ("quick_gelu", "gelu"),
+        f"the vision tower's activation is {vision.activation!r}",
+        "expected quick_gelu or gelu, or --vision-backend hf",
+    )
+    rope = language.rope_scaling
+    _require(
+        rope is None or rope.get("rope_type") == "llama3",
+        f"the language model's rope_scaling is {rope}",
+        "expected none, or rope_type llama3; other scalings are not supported",
+    )
+    length = config.data.model_max_length
+    _require(
+        length > model.visual_tokens,
+        f"--model-max-length {length} leaves no room for text beside the {model.visual_tokens} tokens of an image",
+        f"give more than {model.visual_tokens}",
+    )
+    _require(
+        length <= language.max_position_embeddings,
+        f"--model-max-length {length} is beyond the {language.max_position_embeddings} positions of the language model",
+        f"give at most {language.max_position_embeddings}",
+    )
+
+
+def padded_vocab_size(vocab_size: int, parallel: ParallelFlags) -> int:
+    """Rows of embedding and LM head over all tensor-parallel ranks.
+
+    The next multiple of both numbers, not of their product as in Megatron-LM: so the tables of a checkpoint keep their
+    size at every tensor-parallel size that divides `make_vocab_size_divisible_by`.
+    """
+    multiple = math.lcm(parallel.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_projector_type(projector_type: str) -> None:
+    """ValueError unless the connector is `linear`, `mlpNx_gelu` with N >= 1, or `qformer`."""
+    _require(
+        projector_type in ("linear", "qformer") or re.fullmatch(r"mlp[1-9]\d*x_gelu", projector_type) is not None,
+        f"--mm-projector-type is {projector_type!r}",
+        "expected linear, mlp2x_gelu or another mlpNx_gelu, or qformer",
+    )
+
+
+def _check_widths(model: ModelConfig) -> None:
+    language, vision = model.language, model.vision
+    for part, record in (("language model", language), ("vision tower", vision)):
+        _require(
+            getattr(record, "kv_channels", None) is not None or record.hidden_size % record.num_attention_heads == 0,
+            f"the {part}'s hidden_size {record.hidden_size} is no multiple of its {record.num_attention_heads} heads",
+            "correct the model's configuration",
+        )
+    _require(
+        language.head_dim % 2 == 0,
+        f"the language model's heads are {language.head_dim} wide",
+        "rotary positions need an even width",
+    )
+    _require(
+        language.num_attention_heads % language.num_query_groups == 0,
+        f"{language.num_attention_heads} attention heads cannot share {language.num_query_groups} query groups",
+        "expected a divisor",
+    )
+    _require(
+        language.hidden_size % 4 == 0,
+        f"the language model's hidden_size is {language.hidden_size}",
+        "the contrastive heads are a quarter as wide: expected a multiple of 4",
+    )
+
+
+def _check_qformer(model: ModelConfig) -> None:
+    qformer, width = model.qformer, model.vision.hidden_size
+    _require(
+        (model.projector_type == "qformer") == (qformer is not None),
+        f"--mm-projector-type is {model.projector_type}, but the checkpoint or `model:` section holds "
+        f"{'no' if qformer is None else 'a'} Q-Former",
+        "start from a BLIP-2 model, or use linear or mlp2x_gelu" if qformer is None else "expected qformer",
+    )
+    if qformer is None:
+        return
+    _require(
+        qformer.num_query_tokens > 0,
+        f"the Q-Former has {qformer.num_query_tokens} query tokens",
+        "expected at least 1; correct it",
+    )
+    for key, expected in (
+        ("hidden_size", qformer.hidden_size), ("num_hidden_layers", None), ("intermediate_size", None),
+        ("num_attention_heads", None), ("cross_attention_frequency", None),
+    ):  # fmt: skip
+        found = qformer.hf.get(key)
+        _require(
+            found is not None and expected in (None, found),
+            f"the model's qformer.hf.{key} is {found}" + ("" if expected is None else f", qformer.{key} {expected}"),
+            "`hf` holds the Q-Former's whole transformers configuration",
+        )
+    takes = qformer.hf.get("encoder_hidden_size")
+    _require(
+        takes == width,
+        f"the Q-Former takes features {takes} wide, but the vision tower's are {width}",
+        "give the tower that it was trained with",
+    )
+
+
+def _check_tensor_parallel(model: ModelConfig, tp: int) -> None:
+    parts = [("language model", model.language), ("vision tower", model.vision)]
+    for part, record in parts[: 1 if model.vision.backend == "hf" else 2]:  # transformers' tower is replicated
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            size = getattr(record, name, tp)
+            _require(
+                size % tp == 0,
+                f"the {part}'s {name} {size} cannot be shared by {tp} tensor-parallel ranks",
+                f"choose a --tensor-model-parallel-size that divides {size}",
+            )
+
+
+def _check_pipeline(parallel: ParallelFlags, num_layers: int) -> None:
+    """As megatron-core's TransformerConfig and get_num_layers_to_build check it, but before anything is built."""
+    stages = parallel.pipeline_model_parallel_size
+    given = [parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers]
+    given = [layers for layers in given if layers is not None]
+    layers_left, stages_left = num_layers - sum(given), stages - len(given)
+    if not given:
+        expected = "choose a --pipeline-model-parallel-size that divides them, or set " + (
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"
+        )
+        _require(
+            num_layers % stages == 0, f"{num_layers} layers cannot be shared by {stages} pipeline stages", expected
+        )
+        return
+    even = layers_left == 0 if stages_left == 0 else layers_left > 0 and layers_left % stages_left == 0
+    _require(
+        even,
+        f"--decoder-first/last-pipeline-num-layers take {sum(given)} of {num_layers} layers and leave {layers_left} to "
+        f"the other {stages_left} pipeline stages",
+        "expected a positive multiple" if stages_left else "expected none",
+    )

@@ -1,0 +1,118 @@
+"""Checks of the files and folders that a run reads and writes, on the machine that looks."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from hacl_megatron.config.checks.require import dashed, require
+from hacl_megatron.config.flags import MANIFEST_FILE
+from hacl_megatron.config.run import RunConfig
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+"""Says that a folder holds a checkpoint of this trainer, as in Megatron-LM."""
+
+
+# os.path says False where pathlib raises, for instance below a folder that may not be searched.
+
+
+def check_inputs(config: RunConfig) -> None:
+    """ValueError unless data, weights and tokenizer are there."""
+    model, data = config.model, config.data
+    require(bool(data.data_path), "--data-path is empty", "give one or more LLaVA JSON files")
+    for name in ("data_path", "contrastive_data_path", "valid_data_path"):
+        for path in getattr(data, name):
+            require(
+                os.path.isfile(path) or os.path.isfile(os.path.join(path, MANIFEST_FILE)),
+                f"{dashed(name)} {path}: no such file, or a folder without {MANIFEST_FILE}",
+                "expected a LLaVA JSON file or a folder of tools/prepare_data.py",
+            )
+    require(
+        len(data.data_weights) in (0, len(data.data_path)),
+        f"--data-weights has {len(data.data_weights)} numbers for {len(data.data_path)} of --data-path",
+        "give one for each",
+    )
+    require(
+        os.path.isdir(data.image_folder),
+        f"--image-folder {data.image_folder}: no such folder",
+        "expected the folder that image names are relative to",
+    )
+    if _resumes(config):  # model, weights and tokenizer come out of --load
+        return
+    require(
+        model.pretrained_checkpoint is not None or config.architecture is not None,
+        "there is nothing to build the model from: no --pretrained-checkpoint, no `model:` section in the --config "
+        "file, no checkpoint in --load",
+        "give one of them",
+    )
+    require(
+        model.tokenizer is not None or model.pretrained_checkpoint is not None,
+        "there is no tokenizer: neither --tokenizer nor --pretrained-checkpoint is given",
+        "give --tokenizer",
+    )
+    for name in ("pretrained_checkpoint", "vision_tower", "tokenizer"):
+        path = getattr(model, name)
+        require(
+            path is None or os.path.isdir(path), f"{dashed(name)} {path}: no such folder", "expected a local folder"
+        )
+    adapter = model.pretrain_mm_mlp_adapter
+    require(
+        adapter is None or os.path.isfile(adapter),
+        f"--pretrain-mm-mlp-adapter {adapter}: no such file",
+        "expected LLaVA's mm_projector.bin",
+    )
+
+
+def _resumes(config: RunConfig) -> bool:
+    """Whether --load names a SAVE folder with a checkpoint in it, or one of its iter_* folders."""
+    load = config.checkpoint.load
+    return load is not None and any(os.path.isfile(os.path.join(load, f)) for f in (LATEST_FILE, "run_config.yaml"))
+
+
+def check_outputs(config: RunConfig) -> None:
+    """ValueError unless what the run leaves behind can be written, and overwrites nothing."""
+    checkpoint, training, logging = config.checkpoint, config.training, config.logging
+    for name, wanted in (
+        ("save_interval", checkpoint.save_interval > 0),
+        ("save_retain", checkpoint.save_retain is not None),
+        ("exit_interval", training.exit_interval is not None),
+        ("exit_duration_in_mins", training.exit_duration_in_mins is not None),
+    ):
+        require(
+            not wanted or bool(checkpoint.save), f"{dashed(name)} is given without a folder to save to", "add --save"
+        )
+    require(
+        checkpoint.save_keep_interval is None or checkpoint.save_retain is not None,
+        f"--save-keep-interval {checkpoint.save_keep_interval} is given, but without --save-retain nothing is deleted",
+        "add --save-retain, or leave it out",
+    )
+    holds_a_run = checkpoint.save is not None and (Path(checkpoint.save) / LATEST_FILE).is_file()
+    require(
+        not holds_a_run or _resumes(config),
+        f"--save {checkpoint.save} holds a run already, which a new one would overwrite",
+        f"add --load {checkpoint.save} to go on with it, or give another --save",
+    )
+    for name, path in (("save", checkpoint.save), ("tensorboard_dir", logging.tensorboard_dir)):
+        if path is not None:
+            check_writable(name, path)
+    require(
+        checkpoint.load is None or os.path.isdir(checkpoint.load) or not os.path.exists(checkpoint.load),
+        f"--load {checkpoint.load}: is no folder",
+        "expected the --save folder of an earlier run, which need not exist yet",
+    )
+    require(
+        logging.wandb_project is None or importlib.util.find_spec("wandb") is not None,
+        "--wandb-project is given, but the package wandb is not installed",
+        "pip install wandb, or leave the flag out",
+    )
+
+
+def check_writable(name: str, path: str) -> None:
+    """ValueError unless the folder, or the nearest one above it that exists, is a folder that can be written to."""
+    existing = Path(path).absolute()
+    while not os.path.exists(existing) and existing != existing.parent:
+        existing = existing.parent
+    require(
+        path != "" and os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK),
+        f"{dashed(name)} {path!r}: {existing} is {'not writable' if os.path.isdir(existing) else 'no folder'}",
+        "expected a folder that can be written to or created",
+    )

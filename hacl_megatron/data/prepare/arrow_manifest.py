@@ -1,0 +1,253 @@
+"""The prepared form of LLaVA JSON: one Arrow file that every rank maps into memory and none reads whole.
+
+    records ─build_batch→ record batches ─merge→ manifest.arrow ─memory map→ ArrowManifest.record(17)
+
+The columns say nothing about the conversation template: `plain` and `v1` read the same file. What Arrow's UTF-8 cannot
+hold (a lone surrogate, a turn that is no string) travels as JSON in the column `exact`, so that such a record is that
+sample's fault and not the file's. Any Arrow reader opens the file (pyarrow, pandas, DuckDB, Polars, `datasets`).
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from hacl_megatron.data.prepare.llava_json import Record
+from hacl_megatron.data.store import StoredImage
+
+FORMAT = 1
+"""Raised when files written before can no longer be read."""
+SHARDS_FOLDER = "shards"
+"""Folder beside the manifest that holds its tar shards."""
+SHARD_NAME = re.compile(r"images-\d{6}\.tar")
+"""The only names that a manifest may give a shard: they cannot leave the folder."""
+
+_METADATA_KEY = b"hacl_megatron"
+_TURNS = pa.list_(pa.struct([pa.field("from", pa.string()), pa.field("value", pa.string())]))
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("image", pa.string()),  # null: a text-only sample
+        pa.field("conversations", _TURNS, nullable=False),
+        pa.field("text", pa.string()),  # the key `text`, the released files' caption
+        pa.field("first_answer_is_caption", pa.bool_(), nullable=False),
+        pa.field("hallucinated_captions", pa.list_(pa.string()), nullable=False),
+        pa.field("exact", pa.string()),  # the record as JSON where the columns above cannot hold it
+        pa.field("file", pa.int32(), nullable=False),  # index in the metadata's `files`
+        pa.field("content", pa.uint64(), nullable=False),  # hash of all that training sees of the record
+        pa.field("num_words", pa.int32(), nullable=False),  # of the dialogue, as LLaVA's modality_lengths counts
+        pa.field("dialogue_tokens", pa.int32()),  # with BOS, the image as one; null: not counted, or unusable
+        pa.field("caption_tokens", pa.int32()),  # with BOS and EOS
+        pa.field("hallucinated_tokens", pa.int32()),  # of all hallucinated captions, each with BOS and EOS
+        pa.field("width", pa.int32()),  # pixels; null: not known
+        pa.field("height", pa.int32()),
+        pa.field("image_fault", pa.string()),  # why the image is unusable, where images were checked
+        pa.field("shard", pa.int32()),  # index in the metadata's `shards`; null: the image is in the folder
+        pa.field("offset", pa.int64()),  # of the image's first byte in the shard
+        pa.field("size", pa.int64()),  # bytes
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record on its way into the manifest."""
+
+    record: Record
+    file: int
+    """Index of the JSON file."""
+    content: int
+    """Hash of what training sees of the record: all but its name. Unsigned, 64 bits."""
+    num_bytes: int
+    """Roughly, of its text."""
+    fits: bool
+    """Whether Arrow's columns can hold it."""
+
+
+@dataclass(kw_only=True)
+class Measures:
+    """What is found out about the samples of one batch beyond their JSON; None where it was not asked for."""
+
+    tokens: Sequence[tuple[int | None, int | None, int | None]] | None = None
+    """Dialogue, caption and hallucinated tokens of each sample."""
+    images: Sequence[tuple[int | None, int | None, str | None]] | None = None
+    """Width, height and fault of each sample's image."""
+
+
+def make_entry(record: Record, file: int, name: str | None = None) -> Entry:
+    """Hashes a record; `name` takes the place of its own."""
+    seen = [record.image, record.turns, record.text, record.first_answer_is_caption, record.hallucinated]
+    text = json.dumps(seen, ensure_ascii=False, separators=(",", ":"))
+    try:
+        data, fits = text.encode(), True
+        record.name.encode()
+        fits = all(type(role) is str and type(value) is str for role, value in record.turns)
+    except UnicodeEncodeError:
+        data, fits = text.encode("utf-8", "surrogatepass"), False
+    content = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    if name is not None:
+        record = Record(name, *astuple_but_name(record))
+    return Entry(record, file, content, len(data), fits)
+
+
+def astuple_but_name(record: Record) -> tuple[Any, ...]:
+    """The fields of a record behind its name, in order."""
+    return (record.image, record.turns, record.text, record.first_answer_is_caption, record.hallucinated)
+
+
+def build_batch(entries: Sequence[Entry], measures: Measures) -> pa.RecordBatch:
+    """The manifest's rows of some records."""
+    records = [entry.record if entry.fits else _without_text(entry.record) for entry in entries]
+    turns = [turn for record in records for turn in record.turns]
+    hallucinated = [caption for record in records for caption in record.hallucinated]
+    nothing = [(None, None, None)] * len(entries)
+    dialogue, caption, wrong_captions = zip(*(measures.tokens or nothing), strict=True)
+    width, height, fault = zip(*(measures.images or nothing), strict=True)
+    count = len(entries)
+    columns = [
+        [record.name for record in records],
+        [record.image for record in records],
+        pa.ListArray.from_arrays(
+            _offsets([len(record.turns) for record in records]),
+            pa.StructArray.from_arrays(
+                [
+                    pa.array([role for role, _ in turns], pa.string()),
+                    pa.array([text for _, text in turns], pa.string()),
+                ],
+                fields=list(_TURNS.value_type),
+            ),
+        ),
+        [record.text for record in records],
+        [record.first_answer_is_caption for record in records],
+        pa.ListArray.from_arrays(
+            _offsets([len(record.hallucinated) for record in records]), pa.array(hallucinated, pa.string())
+        ),
+        [None if entry.fits else json.dumps(astuple(entry.record)) for entry in entries],
+        [entry.file for entry in entries],
+        [entry.content for entry in entries],
+        [num_words(entry.record) for entry in entries],
+        *(dialogue, caption, wrong_captions, width, height, fault),
+        *([None] * count for _ in ("shard", "offset", "size")),
+    ]
+    return pa.record_batch(
+        [
+            column if isinstance(column, pa.Array) else pa.array(column, field.type)
+            for column, field in zip(columns, SCHEMA, strict=True)
+        ],
+        schema=SCHEMA,
+    )
+
+
+def num_words(record: Record) -> int:
+    """Words of the dialogue between blanks: LLaVA's `modality_lengths` (llava/train/train.py), without its sign."""
+    return sum(len(value.split()) for _, value in record.turns if isinstance(value, str))
+
+
+def _without_text(record: Record) -> Record:
+    """What the columns show of a record that they cannot hold."""
+
+    def replaced(text: str) -> str:
+        return text.encode("utf-8", "replace").decode()
+
+    image = None if record.image is None else replaced(record.image)
+    return Record(replaced(record.name), image, (), None, record.first_answer_is_caption, ())
+
+
+def _offsets(lengths: list[int]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32))
+
+
+def with_metadata(metadata: dict[str, Any]) -> pa.Schema:
+    """The manifest's schema with what holds for the whole file: files, version, shards, ..."""
+    return SCHEMA.with_metadata({_METADATA_KEY: json.dumps({"format": FORMAT, **metadata})})
+
+
+class ArrowManifest:
+    """A prepared file, mapped into memory. Threads may share it.
+
+    Raises ValueError when the file is missing, no manifest, cut off, or of another format.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(path))
+            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file; expected a manifest of tools/prepare_data.py") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            first = (str(error).splitlines() or [""])[0][:100]
+            raise ValueError(
+                f"{path}: not a whole Arrow file ({first}); prepare the data again with tools/prepare_data.py"
+            ) from None
+        try:
+            self.metadata: dict[str, Any] = json.loads((reader.schema.metadata or {})[_METADATA_KEY])
+            found = self.metadata["format"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}: an Arrow file, but no manifest of tools/prepare_data.py") from None
+        if found != FORMAT or not reader.schema.equals(SCHEMA):
+            raise ValueError(
+                f"{path}: a manifest of format {found}, expected {FORMAT}; prepare the data again with "
+                "tools/prepare_data.py"
+            )
+        for batch in self._batches:
+            batch.validate()
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._columns = [dict(zip(SCHEMA.names, batch.columns, strict=True)) for batch in self._batches]
+        self.files: tuple[str, ...] = tuple(map(str, self.metadata["files"]))
+        """The JSON files that the samples came from."""
+        self._shards = self._find_shards()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def record(self, index: int) -> tuple[Record, str, StoredImage | None]:
+        """A record, the JSON file it came from, and its image's place where the image is in a shard."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row, columns = index - int(self._starts[number]), self._columns[number]
+
+        def value(name: str) -> Any:
+            return columns[name][row].as_py()
+
+        exact = value("exact")
+        if exact is not None:
+            name, image, turns, text, is_caption, hallucinated = json.loads(exact)
+            turns = tuple((role, said) for role, said in turns)
+        else:
+            name, image, text, is_caption = (value(key) for key in ("id", "image", "text", "first_answer_is_caption"))
+            turns = tuple((turn["from"], turn["value"]) for turn in value("conversations"))
+            hallucinated = value("hallucinated_captions")
+        shard, stored = value("shard"), None
+        if shard is not None:
+            stored = StoredImage(path=self._shards[shard], offset=value("offset"), size=value("size"))
+        record = Record(name, image, turns, text, is_caption, tuple(hallucinated))
+        return record, self.files[value("file")], stored
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A whole column, without a copy."""
+        return pa.chunked_array([columns[name] for columns in self._columns], SCHEMA.field(name).type)
+
+    def numbers(self, name: str, missing: int = 0) -> np.ndarray:
+        """A numeric column [num_samples], `missing` where it is null."""
+        return self.column(name).fill_null(missing).to_numpy()
+
+    def _find_shards(self) -> list[str]:
+        names = self.metadata.get("shards", [])
+        folder = os.path.join(os.path.dirname(os.path.abspath(self.path)), SHARDS_FOLDER)
+        for name in names:
+            if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+                raise ValueError(f"{self.path}: names {name!r} as a shard, expected images-000000.tar; is it yours?")
+        there = set(os.listdir(folder)) if names and os.path.isdir(folder) else set()
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise ValueError(
+                f"{self.path}: {len(missing)} of its {len(names)} shards are missing, first {missing[0]}; expected "
+                f"them in {folder}: move them beside the manifest or prepare again"
+            )
+        return [os.path.join(folder, name) for name in names]

@@ -1,0 +1,148 @@
+"""Raw LLaVA JSON as `--data-path`: prepared into a cache when it is first used, by one process while others wait.
+
+    data.json ─(path, size, mtime)→ .hacl_megatron_cache/data.json-1a2b…-3c4d….arrow ─→ ArrowManifest
+
+The cache lies beside the file, where all nodes see it; where that folder cannot be written, in ~/.cache/hacl_megatron,
+else in the temporary folder. Its records are the file's, one for one: duplicates are dropped by tools/prepare_data.py
+alone.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+
+from hacl_megatron.config.console import notify
+from hacl_megatron.config.flags import MANIFEST_FILE
+from hacl_megatron.data.prepare.arrow_manifest import FORMAT, ArrowManifest
+from hacl_megatron.data.prepare.parts import build_parts, merge_parts, remove_folder
+
+CACHE_FOLDER = ".hacl_megatron_cache"
+"""Beside the JSON file."""
+NOTICE_BYTES = 100 << 20
+"""Files from this size on take long enough to say so."""
+
+
+def open_data(path: str, cache_dir: str | None = None) -> ArrowManifest:
+    """What `--data-path` names: a folder of tools/prepare_data.py, its manifest.arrow, or raw LLaVA JSON.
+
+    `cache_dir` replaces the places where prepared JSON is kept. Raises ValueError for whatever is wrong with the data.
+    """
+    if os.path.isdir(path):
+        return ArrowManifest(os.path.join(path, MANIFEST_FILE))
+    if path.endswith(".arrow"):
+        return ArrowManifest(path)
+    return _open_json(path, cache_dir)
+
+
+def _open_json(path: str, cache_dir: str | None) -> ArrowManifest:
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file; expected a LLaVA JSON or JSONL file, check --data-path")
+    name = _cache_name(path)
+    folders = [cache_dir] if cache_dir else _default_folders(path)
+    for folder in folders:  # a file beside the data may be older than the right to write there
+        file = os.path.join(folder, name)
+        if os.path.isfile(file):
+            with contextlib.suppress(ValueError):
+                return ArrowManifest(file)
+    problem: OSError | None = None
+    for folder in (*folders, _temporary_folder()):
+        file = os.path.join(folder, name)
+        try:
+            _make_folder(folder)
+            with _locked(f"{file}.lock"):
+                with contextlib.suppress(ValueError):
+                    return ArrowManifest(file)  # another process has prepared it while this one waited
+                _build(path, file)
+        except OSError as error:  # read-only, full, over quota, forbidden: the next one may do
+            problem = error
+            continue
+        return ArrowManifest(file)
+    raise ValueError(
+        f"{path}: nowhere to keep its prepared form ({problem}); give --data-cache-dir a folder with room for it"
+    )
+
+
+def _cache_name(path: str) -> str:
+    """File name that says which file, in which state, read by which version of this code."""
+    real = os.path.realpath(path)
+    state = os.stat(real)
+
+    def key(*parts: object) -> str:
+        return hashlib.blake2b("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+
+    stem = os.path.basename(path)[-100:]
+    return f"{stem}-{key(real)}-{key(FORMAT, state.st_size, state.st_mtime_ns)}.arrow"
+
+
+def _default_folders(path: str) -> list[str]:
+    beside = os.path.join(os.path.dirname(os.path.abspath(path)), CACHE_FOLDER)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return [beside, os.path.join(home, "hacl_megatron")]
+
+
+def _temporary_folder() -> str:
+    return os.path.join(tempfile.gettempdir(), f"hacl_megatron-{os.geteuid()}")
+
+
+def _make_folder(folder: str) -> None:
+    """Raises OSError also where the temporary folder, whose name anyone can guess, belongs to someone else."""
+    ours = folder == _temporary_folder()
+    os.makedirs(folder, mode=0o700 if ours else 0o777, exist_ok=True)
+    if ours and (os.path.islink(folder) or os.lstat(folder).st_uid != os.geteuid()):
+        raise PermissionError(errno.EACCES, "the folder belongs to another user", folder)
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Holds a lock that the kernel frees with the process. Without it (file systems that know none) each process
+    prepares for itself, and whoever is last puts the same content in place."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        yield
+    finally:
+        os.close(file)
+
+
+def _build(path: str, output: str) -> None:
+    name, size = _cache_name(path), os.path.getsize(path)
+    if size >= NOTICE_BYTES:
+        notify(f"preparing {path} ({size / 1e9:.1f} GB), once: {output}")
+    work = tempfile.mkdtemp(prefix=f"{os.path.basename(output)}.parts-", dir=os.path.dirname(output))
+    try:
+        parts, _ = build_parts([path], work, deduplicate=False, num_workers=1)
+        if _cache_name(path) != name:
+            raise ValueError(f"{path}: changed while it was read; start again when it is finished")
+        merge_parts(parts, output, {"files": [path]})
+        os.chmod(output, 0o644)
+    finally:
+        remove_folder(work)
+    _remove_older(output)
+
+
+ABANDONED_SECONDS = 3600
+"""A work folder that was not touched for so long belongs to a process that was killed."""
+
+
+def _remove_older(output: str) -> None:
+    """Removes what was prepared, wholly or in part, from earlier states of the same file."""
+    folder, name = os.path.split(output)
+    stem = name.rpartition("-")[0]
+    for other in os.listdir(folder):
+        path = os.path.join(folder, other)
+        with contextlib.suppress(OSError):
+            if other == name or not other.startswith(f"{stem}-"):
+                continue
+            if other.endswith(".arrow"):
+                os.unlink(path)
+            elif ".parts-" in other and time.time() - os.stat(path).st_mtime > ABANDONED_SECONDS:
+                remove_folder(path)

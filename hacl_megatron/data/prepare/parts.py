@@ -1,0 +1,203 @@
+"""From LLaVA JSON to one Arrow manifest: streaming, in parallel, and going on where it was killed.
+
+    JSON ─read_records→ Entry ─duplicates dropped→ chunk ─threads: measure, build_batch→ parts/00012-….arrow ─merge→
+                                                                                                     manifest.arrow
+
+One thread reads, checks and hashes; `num_workers` others count tokens and decode images, which both leave the
+interpreter's lock. A chunk's part is named by the hash of its records and of what is measured about them: a second
+start reads the JSON again (seconds) and skips every part that is there and still right.
+"""
+
+import hashlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from hacl_megatron.data.prepare.arrow_manifest import Entry, Measures, build_batch, make_entry, with_metadata
+from hacl_megatron.data.prepare.llava_json import Record, read_records
+
+CHUNK_SAMPLES = 4096
+CHUNK_BYTES = 16 << 20
+"""A chunk ends at whichever comes first."""
+
+Measure = Callable[[Sequence[Record]], Measures]
+"""Finds out about the images and texts of a chunk; runs in several threads at once."""
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What became of the records."""
+
+    samples_per_file: list[int] = field(default_factory=list)
+    """Kept."""
+    dropped: int = 0
+    """Same id and same content as an earlier record."""
+    renamed: int = 0
+    """Same id as an earlier record with other content: kept as `id#2`, `id#3`, ..."""
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.samples_per_file)
+
+
+def build_parts(
+    paths: Sequence[str],
+    folder: str,
+    *,
+    measure: Measure | None = None,
+    fingerprint: str = "",
+    deduplicate: bool,
+    num_workers: int,
+    progress: Callable[[int], Any] = lambda num_bytes: None,
+) -> tuple[list[str], Counts]:
+    """Writes the record batches of some JSON files into `folder`, each a file; returns those files and the counts.
+
+    Args:
+        fingerprint: says what `measure` depends on besides the records; parts made under another are not taken over.
+        progress: called with the number of bytes read since the last call.
+
+    Raises ValueError for the first fault of the files' structure.
+    """
+    os.makedirs(folder, exist_ok=True)
+    counts, parts = Counts(), []
+    pending: deque[Future[str]] = deque()
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="prepare") as threads:
+        try:
+            for entries in _chunks(_entries(paths, deduplicate, counts, progress)):
+                path = os.path.join(folder, f"{len(parts) + len(pending):06d}-{_chunk_key(entries, fingerprint)}.arrow")
+                pending.append(threads.submit(_write_part, path, entries, measure))
+                while len(pending) > num_workers + 1:
+                    parts.append(pending.popleft().result())
+            parts += [future.result() for future in pending]
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+    return parts, counts
+
+
+def merge_parts(parts: Sequence[str], output: str, metadata: dict[str, Any], edit: Any = None) -> None:
+    """Writes the parts as one manifest, which appears at `output` whole or not at all.
+
+    `edit` changes each record batch on its way.
+    """
+    temporary = f"{output}.tmp-{os.getpid()}"
+    schema = with_metadata(metadata)
+    try:
+        with pa.OSFile(temporary, "wb") as sink:
+            with pa.ipc.new_file(sink, schema) as writer:
+                for part in parts:
+                    batch = read_part(part)
+                    batch = batch if edit is None else edit(batch)
+                    writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+            sink.flush()
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, output)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read_part(path: str) -> pa.RecordBatch:
+    """The record batch of one part, mapped into memory."""
+    return pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
+
+
+def write_arrow(path: str, batch: pa.RecordBatch) -> None:
+    """Writes one record batch as an Arrow file that is there whole or not at all."""
+    with pa.OSFile(f"{path}.tmp", "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    os.replace(f"{path}.tmp", path)
+
+
+def _write_part(path: str, entries: list[Entry], measure: Measure | None) -> str:
+    if not _is_whole(path):
+        measures = Measures() if measure is None else measure([entry.record for entry in entries])
+        write_arrow(path, build_batch(entries, measures))
+    return path
+
+
+def _is_whole(path: str) -> bool:
+    """Whether an earlier start wrote this part; a power cut may have left a renamed file without its content."""
+    try:
+        read_part(path).validate()
+    except (OSError, pa.ArrowInvalid, IndexError):
+        return False
+    return True
+
+
+def _chunk_key(entries: list[Entry], fingerprint: str) -> str:
+    digest = hashlib.blake2b(fingerprint.encode(), digest_size=8)
+    for entry in entries:
+        name = entry.record.name.encode("utf-8", "surrogatepass")
+        digest.update(b"%d %d %d " % (entry.file, entry.content, len(name)) + name)
+    return digest.hexdigest()
+
+
+def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
+    chunk, num_bytes = [], 0
+    for entry in entries:
+        chunk.append(entry)
+        num_bytes += entry.num_bytes
+        if len(chunk) >= CHUNK_SAMPLES or num_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def _entries(
+    paths: Sequence[str], deduplicate: bool, counts: Counts, progress: Callable[[int], Any]
+) -> Iterator[Entry]:
+    """The records to keep, in the files' order."""
+    seen: dict[bytes, int | list[int]] = {}
+    for file, path in enumerate(paths):
+        counts.samples_per_file.append(0)
+        reported = 0
+        for number, (record, position) in enumerate(read_records(path)):
+            entry = make_entry(record, file)
+            if deduplicate:
+                kept = _unless_duplicate(entry, seen, counts)
+                if kept is None:
+                    continue
+                entry = kept
+            counts.samples_per_file[-1] += 1
+            yield entry
+            if number % 256 == 0:
+                progress(position - reported)
+                reported = position
+        progress(os.path.getsize(path) - reported)
+
+
+def _unless_duplicate(entry: Entry, seen: dict[bytes, int | list[int]], counts: Counts) -> Entry | None:
+    """The entry, under another name where its own is taken; None where it repeats an earlier one.
+
+    `seen` has the contents met under each name (its hash): one number, or a list where there are more.
+    """
+    key = hashlib.blake2b(entry.record.name.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+    known = seen.get(key)
+    if known is None:
+        seen[key] = entry.content
+        return entry
+    contents = known if isinstance(known, list) else [known]
+    if entry.content in contents:
+        counts.dropped += 1
+        return None
+    seen[key] = [*contents, entry.content]
+    counts.renamed += 1
+    name = f"{entry.record.name}#{len(contents) + 1}"
+    while (key := hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=12).digest()) in seen:
+        name += "#2"  # the file has such a name itself
+    seen[key] = entry.content
+    return make_entry(entry.record, entry.file, name)
+
+
+def remove_folder(folder: str) -> None:
+    """Removes a work folder with all its parts."""
+    shutil.rmtree(folder, ignore_errors=True)

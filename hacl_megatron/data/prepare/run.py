@@ -1,0 +1,273 @@
+"""The whole of tools/prepare_data.py: manifest, checked images, shards and the report of one prepared folder.
+
+OUT/manifest.arrow     OUT/shards/images-000000.tar ...     OUT/report.json  histograms.png  bad_images.jsonl
+OUT/.partial/          what a killed start had finished; removed at the end
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from hacl_megatron.config.architecture import ImageConfig
+from hacl_megatron.config.flags import MANIFEST_FILE, TemplateName
+from hacl_megatron.data.images import ImageDecoder
+from hacl_megatron.data.manifest import sample_of
+from hacl_megatron.data.prepare.arrow_manifest import ArrowManifest, Measures
+from hacl_megatron.data.prepare.llava_json import Record
+from hacl_megatron.data.prepare.parts import build_parts, merge_parts, remove_folder
+from hacl_megatron.data.prepare.shards import write_shards
+from hacl_megatron.data.prepare.token_lengths import count_tokens
+from hacl_megatron.data.store import FolderStore, UnusableImage
+from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
+
+WORK_FOLDER = ".partial"
+REPORT_FILE = "report.json"
+BAD_IMAGES_FILE = "bad_images.jsonl"
+
+
+@dataclass(kw_only=True)
+class PrepareSettings:
+    """What tools/prepare_data.py was asked for."""
+
+    inputs: list[str]
+    output: str
+    image_folder: str | None = None
+    tokenizer: str | None = None
+    version: TemplateName = "v1"
+    """Template whose token lengths are counted."""
+    verify_images: bool = False
+    write_shards: bool = False
+    images_per_shard: int = 4096
+    keep_duplicates: bool = False
+    num_workers: int = 2
+    max_image_pixels: int = 178_956_970
+    progress_bar: bool = True
+
+
+def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
+    """Prepares a folder and returns its report (also in OUT/report.json).
+
+    Raises ValueError for a user's mistake and for the first fault of the files' structure.
+    """
+    _check(settings)
+    os.makedirs(settings.output, exist_ok=True)
+    work = os.path.join(settings.output, WORK_FOLDER)
+    os.makedirs(work, exist_ok=True)
+    with _alone(settings.output):
+        tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+        images = _Images(settings) if settings.verify_images or settings.write_shards else None
+        total = sum(os.path.getsize(path) for path in settings.inputs)
+        with _bar(settings, total=total, unit="B", unit_scale=True, desc="records") as bar:
+            parts, counts = build_parts(
+                settings.inputs,
+                work,
+                measure=partial(_measure, settings, tokenizer, None if settings.write_shards else images),
+                fingerprint=_fingerprint(settings, tokenizer),
+                deduplicate=not settings.keep_duplicates,
+                num_workers=settings.num_workers,
+                progress=bar.update,
+            )
+        metadata: dict[str, Any] = {"files": [os.path.abspath(path) for path in settings.inputs]}
+        if tokenizer is not None:
+            metadata |= {"version": settings.version, "tokenizer": _tokenizer_key(tokenizer)}
+        edit = None
+        if settings.write_shards:
+            assert images is not None
+            with _bar(settings, unit=" images", desc="shards") as bar:
+                sharded = write_shards(
+                    parts,
+                    images.store,
+                    settings.output,
+                    work,
+                    measure=images.measure_bytes,
+                    fingerprint=_fingerprint(settings, None),
+                    images_per_shard=settings.images_per_shard,
+                    num_workers=settings.num_workers,
+                    progress=bar.update,
+                )
+            metadata["shards"], edit = sharded.shards, sharded.place
+        manifest_path = os.path.join(settings.output, MANIFEST_FILE)
+        merge_parts(parts, manifest_path, metadata, edit)
+        report = _report(ArrowManifest(manifest_path), settings, asdict(counts), images is not None)
+        remove_folder(work)
+    return report
+
+
+def _check(settings: PrepareSettings) -> None:
+    for name in ("num_workers", "images_per_shard", "max_image_pixels"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; expected at least 1")
+    for flag, wanted in (("--verify-images", settings.verify_images), ("--write-shards", settings.write_shards)):
+        if wanted and settings.image_folder is None:
+            raise ValueError(f"{flag} is given without the images; add --image-folder")
+    if len(set(map(os.path.realpath, settings.inputs))) < len(settings.inputs):
+        raise ValueError("--input names a file twice; to draw its samples more often use --data-weights in training")
+    for path in settings.inputs:
+        if not os.path.isfile(path):
+            raise ValueError(f"--input {path}: no such file; expected a LLaVA JSON or JSONL file")
+    if os.path.exists(settings.output) and not os.path.isdir(settings.output):
+        raise ValueError(f"--output {settings.output} is a file; expected a folder, which need not exist yet")
+
+
+@contextlib.contextmanager
+def _alone(output: str) -> Iterator[None]:
+    """Keeps a second start of the tool out of the folder for as long as this one runs."""
+    file = os.open(os.path.join(output, WORK_FOLDER), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--output {output} is being prepared by another process; wait for it, or give another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(file)
+
+
+def _bar(settings: PrepareSettings, **options: Any) -> Any:
+    return tqdm(disable=not settings.progress_bar, mininterval=1.0, **options)
+
+
+class _Images:
+    """Reads and checks images, each name once."""
+
+    def __init__(self, settings: PrepareSettings) -> None:
+        self.store = FolderStore(settings.image_folder)
+        self._decode = settings.verify_images
+        # `square` has no bound on padding: whether an image may be padded is for the run to say.
+        self._decoder = ImageDecoder(
+            ImageConfig(size=336), aspect_ratio="square", backend="pillow", max_image_pixels=settings.max_image_pixels
+        )
+        self._known: dict[str, tuple[int | None, int | None, str | None]] = {}
+
+    def measure_bytes(self, data: bytes) -> tuple[int, int]:
+        return self._decoder.measure(data, decode=self._decode)
+
+    def measure(self, name: str | None) -> tuple[int | None, int | None, str | None]:
+        """Width, height and fault of the image of that name."""
+        if name is None:
+            return None, None, None
+        if name not in self._known:
+            try:
+                self._known[name] = (*self.measure_bytes(self.store.read(name)), None)
+            except UnusableImage as error:
+                self._known[name] = (None, None, str(error))
+        return self._known[name]
+
+
+def _measure(
+    settings: PrepareSettings, tokenizer: Tokenizer | None, images: _Images | None, records: Sequence[Record]
+) -> Measures:
+    measures = Measures()
+    if tokenizer is not None:
+        samples = [
+            sample_of(record, sample_id=index, version=settings.version, source="")
+            for index, record in enumerate(records)
+        ]
+        measures = replace(measures, tokens=count_tokens(samples, tokenizer, settings.version))
+    if images is not None:
+        measures = replace(measures, images=[images.measure(record.image) for record in records])
+    return measures
+
+
+def _fingerprint(settings: PrepareSettings, tokenizer: Tokenizer | None) -> str:
+    """What the measured columns depend on besides the records."""
+    parts: list[Any] = []
+    if tokenizer is not None:
+        parts += [settings.version, _tokenizer_key(tokenizer)]
+    if settings.verify_images or settings.write_shards:
+        parts += [os.path.realpath(str(settings.image_folder)), settings.verify_images, settings.max_image_pixels]
+        parts += [settings.write_shards]
+    return json.dumps(parts)
+
+
+def _tokenizer_key(tokenizer: Tokenizer) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, content in sorted(tokenizer.files.items()):
+        digest.update(name.encode() + len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def _report(
+    manifest: ArrowManifest, settings: PrepareSettings, counts: dict[str, Any], checked: bool
+) -> dict[str, Any]:
+    """Counts and quantiles; writes report.json, bad_images.jsonl and histograms.png."""
+    per_file = counts.pop("samples_per_file")
+    image = manifest.column("image")
+    report: dict[str, Any] = {
+        "samples": len(manifest),
+        "files": dict(zip(manifest.files, per_file, strict=True)),
+        "duplicates dropped": counts["dropped"],
+        "renamed, same id as another record": counts["renamed"],
+        "text only": image.null_count,
+        "distinct images": len(image.unique()) - bool(image.null_count),
+        "with caption": pc.sum(
+            pc.or_(manifest.column("text").is_valid(), manifest.column("first_answer_is_caption"))
+        ).as_py()
+        or 0,
+        "with hallucinated captions": int(
+            np.count_nonzero(pc.list_value_length(manifest.column("hallucinated_captions")).to_numpy())
+        ),
+    }
+    lengths = {
+        "words of a dialogue": "num_words", "tokens of a dialogue, image as one": "dialogue_tokens",
+        "tokens of a caption": "caption_tokens", "width": "width", "height": "height",
+    }  # fmt: skip
+    values = {label: manifest.column(name).drop_null().to_numpy() for label, name in lengths.items()}
+    values = {label: found for label, found in values.items() if len(found)}
+    for label, found in values.items():
+        report[label] = dict(
+            zip(("min", "median", "99 %", "max"), np.percentile(found, [0, 50, 99, 100]).round().astype(int).tolist())  # noqa: B905
+        )
+    if settings.tokenizer:
+        report["unusable text"] = manifest.column("dialogue_tokens").null_count
+    if checked:
+        report["bad images"] = _write_bad_images(manifest, os.path.join(settings.output, BAD_IMAGES_FILE))
+    with open(os.path.join(settings.output, REPORT_FILE), "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=2, ensure_ascii=False)
+    _draw_histograms(values, os.path.join(settings.output, "histograms.png"))
+    return report
+
+
+def _write_bad_images(manifest: ArrowManifest, path: str) -> int:
+    """One JSON object for each unusable image, with the samples that name it; returns their number."""
+    faults, names, ids = (manifest.column(key) for key in ("image_fault", "image", "id"))
+    bad: dict[str, dict[str, Any]] = {}
+    for row in pc.indices_nonzero(faults.is_valid()).to_pylist():
+        name = names[row].as_py()
+        known = bad.setdefault(name, {"image": name, "reason": faults[row].as_py(), "samples": []})
+        known["samples"].append(ids[row].as_py())
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad.values())
+    return len(bad)
+
+
+def _draw_histograms(values: dict[str, np.ndarray], path: str) -> None:
+    """Lengths and sizes as a picture; left out where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(4 * len(values), 3), layout="constrained")
+    for axes, (label, found) in zip(np.atleast_1d(figure.subplots(1, len(values))), values.items(), strict=True):
+        top = np.percentile(found, 99.5)
+        axes.hist(np.minimum(found, top), bins=50)  # the rest is in the last bar
+        axes.set_xlabel(label)
+        axes.set_ylabel("samples")
+    figure.savefig(path, dpi=100)

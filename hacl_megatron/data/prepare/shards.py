@@ -1,0 +1,185 @@
+"""Images packed into WebDataset tar shards, each image once, with its place for random access.
+
+    images-000003.tar:  000012288.jpg  000012288.json  000012289.png  000012289.json ...
+
+`{key}.json` is {"image": name, "records": [LLaVA records with this image, ...]}, so that webdataset and
+megatron-energon read whole samples; this trainer reads the images alone, by the offsets in its manifest. Keys are the
+images' numbers in order of first use, names appear inside the JSON only: nothing in a header comes from a user's file.
+Text-only records are in the manifest alone.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hacl_megatron.data.prepare.arrow_manifest import SCHEMA, SHARDS_FOLDER
+from hacl_megatron.data.prepare.parts import read_part, write_arrow
+from hacl_megatron.data.store import FolderStore, UnusableImage
+
+MeasureImage = Callable[[bytes], tuple[int, int]]
+"""Width and height of an image file; raises UnusableImage."""
+
+_SUFFIXES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
+"""By the first bytes, since LLaVA's data names GIFs .jpg; what is none of these is called jpg like all the rest."""
+
+_PLACES = pa.schema(
+    [
+        ("shard", pa.int32()), ("offset", pa.int64()), ("size", pa.int64()), ("width", pa.int32()),
+        ("height", pa.int32()), ("image_fault", pa.string()),
+    ]
+)  # fmt: skip
+"""What a shard's index says of each of its images; an unusable one has a fault and no place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedImages:
+    """The shards that were written and where each image went."""
+
+    shards: list[str]
+    """File names, in order."""
+    names: pa.Array
+    """[num_images]: the image names, each once."""
+    places: pa.RecordBatch
+    """[num_images]: shard, offset, size, width, height, image_fault."""
+
+    def place(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """A manifest's record batch with its images' places filled in."""
+        codes = pc.index_in(batch.column("image"), value_set=self.names)
+        columns = {name: self.places.column(name).take(codes) for name in _PLACES.names}
+        return pa.record_batch([columns.get(name, batch.column(name)) for name in SCHEMA.names], schema=batch.schema)
+
+
+def write_shards(
+    parts: Sequence[str],
+    store: FolderStore,
+    output: str,
+    work: str,
+    *,
+    measure: MeasureImage,
+    fingerprint: str,
+    images_per_shard: int,
+    num_workers: int,
+    progress: Callable[[int], Any] = lambda num_images: None,
+) -> ShardedImages:
+    """Packs every image of the parts' records into `output`/shards; a shard that is there already is left alone.
+
+    Args:
+        work: folder of the shards' indices, by which a second start knows what is finished.
+        fingerprint: says what `measure` depends on.
+        progress: called with the number of images done since the last call, from any thread.
+    """
+    batches = [read_part(part) for part in parts]
+    images = pa.chunked_array([batch.column("image") for batch in batches], pa.string())
+    encoded = images.combine_chunks().dictionary_encode()
+    names, codes = encoded.dictionary, encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    rows = np.argsort(codes, kind="stable")  # the rows of each image side by side, text-only ones first
+    starts = np.searchsorted(codes[rows], np.arange(len(names) + 1))
+    first_row = np.cumsum([0, *(batch.num_rows for batch in batches)])
+    folder = os.path.join(output, SHARDS_FOLDER)
+    os.makedirs(folder, exist_ok=True)
+
+    def records(image: int) -> list[dict[str, Any]]:
+        found = []
+        for row in rows[starts[image] : starts[image + 1]].tolist():
+            number = int(np.searchsorted(first_row, row, side="right")) - 1
+            found.append(_llava_record(batches[number], row - int(first_row[number])))
+        return found
+
+    def write(number: int) -> pa.RecordBatch:
+        begin = number * images_per_shard
+        some = names[begin : begin + images_per_shard].to_pylist()
+        key = hashlib.blake2b(json.dumps([fingerprint, begin, some]).encode(), digest_size=8).hexdigest()
+        shard, index = os.path.join(folder, shard_name(number)), os.path.join(work, f"shard-{number:06d}-{key}.arrow")
+        if not (os.path.isfile(index) and os.path.isfile(shard)):
+            write_arrow(index, _write_shard(shard, number, begin, some, store, records, measure))
+        progress(len(some))
+        return read_part(index)
+
+    count = -(-len(names) // images_per_shard)
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="shards") as threads:
+        try:
+            indices = list(threads.map(write, range(count)))
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+    table = pa.Table.from_batches(indices, _PLACES).combine_chunks()
+    places = table.to_batches()[0] if len(names) else pa.record_batch([[]] * len(_PLACES), schema=_PLACES)
+    return ShardedImages(shards=[shard_name(number) for number in range(count)], names=names, places=places)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard; `arrow_manifest.SHARD_NAME` takes no other."""
+    return f"images-{number:06d}.tar"
+
+
+def _write_shard(
+    path: str,
+    number: int,
+    first_key: int,
+    names: list[str],
+    store: FolderStore,
+    records: Callable[[int], list[dict[str, Any]]],
+    measure: MeasureImage,
+) -> pa.RecordBatch:
+    """Writes one shard, which appears whole or not at all, and returns its index."""
+    rows: list[tuple[Any, ...]] = []
+    with open(f"{path}.tmp", "wb") as file:
+        # USTAR: a header is one block, so that an image starts 512 bytes behind its member.
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, name in enumerate(names, start=first_key):
+                try:
+                    data = store.read(name)
+                    width, height = measure(data)
+                except UnusableImage as error:
+                    rows.append((None, None, None, None, None, str(error)))
+                    continue
+                rows.append((number, tar.offset + tarfile.BLOCKSIZE, len(data), width, height, None))
+                _add(tar, f"{key:09d}.{_suffix(data)}", data)
+                about = {"image": name, "records": records(key)}
+                _add(tar, f"{key:09d}.json", json.dumps(about, ensure_ascii=False).encode("utf-8", "replace"))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+    columns = zip(*rows, strict=True)
+    return pa.record_batch(
+        [pa.array(column, field.type) for column, field in zip(columns, _PLACES, strict=True)], schema=_PLACES
+    )
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # owner 0, time 0: the same images give the same file
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _suffix(data: bytes) -> str:
+    return next((suffix for begin, suffix in _SUFFIXES.items() if data.startswith(begin)), "jpg")
+
+
+def _llava_record(batch: pa.RecordBatch, row: int) -> dict[str, Any]:
+    """A row as LLaVA's JSON has it, with the released HACL code's keys where they are used."""
+    exact = batch.column("exact")[row].as_py()
+    if exact is not None:
+        name, image, turns, text, is_contrastive, hallucinated = json.loads(exact)
+        conversations = [{"from": role, "value": value} for role, value in turns]
+    else:
+        name, image, conversations, text, is_contrastive, hallucinated = (
+            batch.column(key)[row].as_py()
+            for key in ("id", "image", "conversations", "text", "first_answer_is_caption", "hallucinated_captions")
+        )
+    record = {"id": name, "image": image, "conversations": conversations}
+    if text is not None:
+        record["text"] = text
+    if hallucinated or is_contrastive:
+        record["Hallucination caption"] = hallucinated
+    return record

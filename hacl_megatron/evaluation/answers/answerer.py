@@ -1,0 +1,287 @@
+"""Answers of an exported LLaVA or MiniGPT-4 to questions about images, in batches, by transformers' `generate`.
+
+    Question(image, prompt) ─training's own template→ rows [L], IMAGE x V ┐
+                 └─FolderStore→ bytes ─ImageDecoder→ pixels [3, S, S] ────┴→ left-padded batch ─generate→ text
+
+Prompts are encoded by the very code that encodes training dialogues (`hacl_megatron.data.encoding`), since
+transformers' LlavaProcessor reads the text behind `<image>` differently: LLaVA tokenizes it on its own, with
+SentencePiece's dummy space, the processor does not. Pixels come from the trainer's own steps, too, by Pillow.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hacl_megatron.checkpoint.hf.config_read import data_flags, read_model_config
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.data.encoding import IMAGE, MINIGPT4_END, EncodingSettings, UnusableSample, encode
+from hacl_megatron.data.images import ImageDecoder
+from hacl_megatron.data.manifest import IMAGE_TAG, Sample
+from hacl_megatron.data.store import FolderStore
+from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from hacl_megatron.evaluation.image_files import read_images
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A message to the model about one image."""
+
+    image: str
+    """File name relative to the image folder."""
+    prompt: str
+    """The user's text, without the image tag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came of a question."""
+
+    text: str
+    """The model's answer without surrounding blanks; empty where there is an error."""
+    error: str | None
+    """Why the question could not be put, in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How answers are made."""
+
+    max_new_tokens: int
+    num_beams: int = 1
+    """1: greedy. Never sampled."""
+    batch_size: int = 8
+
+
+class Answerer:
+    """An exported model with its tokenizer and image processing.
+
+    Args:
+        folder: `LlavaForConditionalGeneration`, or `Blip2ForConditionalGeneration` with a LLaMA, with tokenizer and
+            processor (tools/convert_megatron_to_hf.py).
+        images: the folder of the questions' images.
+        dtype: default bfloat16 on a GPU, float32 on the CPU.
+
+    Raises:
+        ValueError: no such model, a part of it missing, no image folder, no GPU where one is asked for.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        images: Path,
+        *,
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+        dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    ) -> None:
+        self.config = read_export(folder)
+        self.device = choose_device(device)
+        self.dtype = DTYPES[dtype or default_dtype(self.device)]
+        self.tokenizer = load_tokenizer(str(folder))
+        self.store = FolderStore(images)
+        self.decoder = ImageDecoder(
+            self.config.image, aspect_ratio=self.config.extra["image_aspect_ratio"], backend="pillow", num_threads=4
+        )
+        self.template = data_flags(self.config).version
+        self.model = _load_model(folder, self.config, self.dtype).to(self.device).eval()
+
+    def answer(self, questions: Iterable[Question], settings: GenerationSettings) -> Iterator[Answer]:
+        """One answer for each question, in their order. The next batch is read while one is generated."""
+        batches = _batched(questions, settings.batch_size)
+        with ThreadPoolExecutor(1, thread_name_prefix="batch-reader") as reader:
+            waiting = next(batches, None)
+            ahead = None if waiting is None else reader.submit(self._prepare, waiting)
+            while ahead is not None:
+                prepared = ahead.result()
+                waiting = next(batches, None)
+                ahead = None if waiting is None else reader.submit(self._prepare, waiting)
+                yield from self._answer_batch(prepared, settings)
+
+    def close(self) -> None:
+        """Ends the threads that decode images."""
+        self.decoder.close()
+
+    def rows(self, prompt: str) -> np.ndarray:
+        """[L] token ids of a whole prompt, `<image>`'s id in V of them. Raises UnusableSample."""
+        return prompt_rows(prompt, self.tokenizer, self.config)
+
+    def _prepare(self, questions: Sequence[Question]) -> list[tuple[np.ndarray, Tensor] | str]:
+        """(rows, pixels) of each question, or why there are none."""
+        images = read_images((question.image for question in questions), self.store, self.decoder)
+        prepared: list[tuple[np.ndarray, Tensor] | str] = []
+        for question in questions:
+            try:
+                rows = self.rows(question.prompt)
+            except UnusableSample as error:
+                prepared.append(str(error))
+                continue
+            if (reason := images.reasons.get(question.image)) is None:
+                prepared.append((rows, images.pixel_values[images.places[question.image]]))
+            else:
+                prepared.append(f"{question.image}: {reason}")
+        return prepared
+
+    def _answer_batch(
+        self, prepared: Sequence[tuple[np.ndarray, Tensor] | str], settings: GenerationSettings
+    ) -> Iterator[Answer]:
+        good = [item for item in prepared if not isinstance(item, str)]
+        texts = iter(self._generate(good, settings) if good else ())
+        for item in prepared:
+            yield Answer(text="", error=item) if isinstance(item, str) else Answer(text=next(texts), error=None)
+
+    @torch.inference_mode()
+    def _generate(self, batch: Sequence[tuple[np.ndarray, Tensor]], settings: GenerationSettings) -> list[str]:
+        from transformers import GenerationConfig
+
+        ids, mask = left_padded([rows for rows, _ in batch], self.tokenizer.pad_id)
+        # Made anew: an export's own generation settings may ask for sampling.
+        generation = GenerationConfig(
+            do_sample=False,
+            num_beams=settings.num_beams,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=self.tokenizer.eos_id,
+            pad_token_id=self.tokenizer.pad_id,
+        )
+        try:
+            output = self.model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                pixel_values=torch.stack([pixels for _, pixels in batch]).to(self.device, self.dtype),
+                generation_config=generation,
+                stopping_criteria=self._stopping_criteria(ids.shape[1]),
+            )
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"out of GPU memory with --batch-size {settings.batch_size}: repeat the command with a smaller one, it "
+                "goes on where this one stopped"
+            ) from None
+        return [self._text(row) for row in output[:, ids.shape[1] :].tolist()]
+
+    def _stopping_criteria(self, prompt_length: int) -> list[Callable[..., Tensor]]:
+        """A MiniGPT-4 ends its answer by a text, in EOS's place.
+
+        transformers' `stop_strings` would not see it where a tokenizer spells it in bytes.
+        """
+
+        def ended(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            texts = [self.tokenizer.decode(row) for row in ids[:, prompt_length:].tolist()]
+            return torch.tensor([MINIGPT4_END in text for text in texts], device=ids.device)
+
+        return [ended] if self.template == "minigpt4" else []
+
+    def _text(self, row: list[int]) -> str:
+        text = self.tokenizer.decode(row)
+        return (text.partition(MINIGPT4_END)[0] if self.template == "minigpt4" else text).strip()
+
+
+def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.ndarray:
+    """int64 [L] rows of the prompt up to the answer in the model's own template, exactly as a training dialogue begins.
+
+    An image tag in the prompt is taken out, since the image stands at the front. Raises UnusableSample for a text that
+    does not tokenize, or is longer than the model's context.
+    """
+    message = f"{IMAGE_TAG}\n{prompt.replace(IMAGE_TAG, '')}"
+    sample = Sample(
+        sample_id=0,
+        name="question",
+        image="image",
+        conversations=(("human", message), ("gpt", "")),
+        caption=None,
+        hallucinated_captions=(),
+        source="",
+    )
+    limit = config.language.max_position_embeddings
+    settings = EncodingSettings(
+        version=data_flags(config).version, model_max_length=limit, visual_tokens=config.visual_tokens
+    )
+    encoded = encode(sample, tokenizer, settings)
+    if encoded.truncated:
+        raise UnusableSample(f"the prompt is longer than the model's context of {limit} tokens")
+    return np.where(encoded.dialogue == IMAGE, config.extra["image_token_index"], encoded.dialogue)
+
+
+def left_padded(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both int64 [n, longest], of prompts that all end in the last column."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.from_numpy(row)
+        mask[index, longest - len(row) :] = 1
+    return ids, mask
+
+
+def read_export(folder: Path) -> ModelConfig:
+    """Sizes of an exported model. Raises ValueError for a folder of any other layout."""
+    config = read_model_config(folder)
+    if config.extra.get("layout") != "hf":
+        raise ValueError(
+            f"--hf {folder}: found a model in another layout, expected LlavaForConditionalGeneration or "
+            "Blip2ForConditionalGeneration; export it with tools/convert_megatron_to_hf.py --format hf"
+        )
+    return config
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that `auto`, `cuda` or `cpu` means here. Raises ValueError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch sees no GPU; leave the flag out to run on the CPU")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> str:
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def fingerprint(folder: Path) -> str:
+    """`sha256:` over names, sizes and first and last MiB of a model's files: tells two exports apart in no time.
+
+    For its answers only: the whole of a 7B's 14 GB would take a minute to read.
+    """
+    digest, edge = hashlib.sha256(), 1 << 20
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(edge))
+            if size > edge:
+                file.seek(max(edge, size - edge))
+                digest.update(file.read())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+    from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
+
+    kind = LlavaForConditionalGeneration if config.qformer is None else Blip2ForConditionalGeneration
+    try:
+        model, report = kind.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--hf {folder}: transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
+    if missing := sorted(report["missing_keys"]):
+        # transformers would go on with random numbers for these.
+        raise ValueError(f"--hf {folder}: {len(missing)} weights are missing, such as {missing[0]}; export it again")
+    return model
+
+
+def _batched(questions: Iterable[Question], size: int) -> Iterator[list[Question]]:
+    batch: list[Question] = []
+    for question in questions:
+        batch.append(question)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,196 @@
+"""One benchmark from files to results: have the questions answered if a model is given, then score and show.
+
+--hf: items ─Answerer→ journal, JSON lines ─all there→ official answers file ┐
+                                         --answers, --captions ──────────────┴→ Scores → results, table
+"""
+
+import argparse
+import json
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hacl_megatron.checkpoint.hf.config_read import data_flags
+from hacl_megatron.evaluation.answers.benchmarks import BENCHMARKS, Benchmark, BenchmarkFiles, Item
+from hacl_megatron.evaluation.journal import Journal
+from hacl_megatron.evaluation.scores import Scores, file_digest, format_table, write_scores, write_whole
+
+TEMPLATES = {"v1": "LLaVA-1.5 v1", "minigpt4": "MiniGPT-4"}
+"""`--version` -> what the results call the template."""
+GENERATION_FLAGS = ("images", "prompt_suffix", "max_new_tokens", "dtype")
+"""Flags that mean nothing where no model answers."""
+
+
+def evaluate_benchmark(args: argparse.Namespace) -> Scores | None:
+    """Run what the flags of tools/evaluate.py ask for; prints the table and returns the scores.
+
+    None where other shards have answers to give yet. Raises ValueError for a user's mistake, before any model is loaded
+    where that is possible.
+    """
+    fields = ("questions", "annotations", "objects", "synonyms", "images", "amber_words", "amber_nouns",
+              "amber_spacy_model", "prompt_suffix")  # fmt: skip
+    files = BenchmarkFiles(**{name: getattr(args, name) for name in fields})
+    answers_path, flag = answers_file(args)
+    if args.hf is None:
+        if unused := [name for name in GENERATION_FLAGS if getattr(args, name) is not None]:
+            raise ValueError(f"--{unused[0].replace('_', '-')} is for generation; give --hf as well, or leave it out")
+        benchmark = BENCHMARKS[args.task](files, ask=False)
+        if answers_path is None:
+            raise ValueError(f"give --{flag} to score answers, or --hf to have a model answer")
+        settings: dict[str, Any] = {"task": args.task}
+    else:
+        benchmark = BENCHMARKS[args.task](files, ask=True)
+        suffix = ".jsonl" if benchmark.lines else ".json"
+        answers_path = answers_path or args.output.with_name(f"{args.output.stem}.answers{suffix}")
+        if not benchmark.lines and answers_path.suffix != ".json":
+            raise ValueError(f"--{flag} {answers_path}: {args.task} takes a JSON list; name a file that ends in .json")
+        if answers_path == args.output:
+            raise ValueError(f"--{flag} and --output are the same file, {args.output}; name two")
+        settings = answer_benchmark(benchmark, args, answers_path)
+        if settings is None:
+            return None
+    if args.task == "amber":
+        settings["amber_nouns"] = args.amber_nouns
+    answers = benchmark.read_answers(answers_path)
+    scores = benchmark.score(answers, answers_path)
+    return finish(args.output, scores, benchmark, answers, settings, {flag: answers_path})
+
+
+def answers_file(args: argparse.Namespace) -> tuple[Path | None, str]:
+    """The official answers file, to read or to write, and the flag that names it."""
+    flag, other = ("captions", "answers") if args.task == "chair" else ("answers", "captions")
+    if getattr(args, other) is not None:
+        raise ValueError(f"--task {args.task} takes its answers by --{flag}, not by --{other}")
+    return getattr(args, flag), flag
+
+
+def answer_benchmark(benchmark: Benchmark, args: argparse.Namespace, answers_path: Path) -> dict[str, Any] | None:
+    """Have a model answer what is not answered yet, and write the official answers file once all is.
+
+    Returns the settings the answers were made with; None while other shards are not done.
+    """
+    from hacl_megatron.evaluation.answers.answerer import choose_device, default_dtype, fingerprint, read_export
+
+    if args.images is None:
+        raise ValueError("--hf needs --images, the folder of the benchmark's images")
+    for name in ("batch_size", "num_beams", "num_shards", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}, expected at least 1")
+    if not 0 <= args.shard_index < args.num_shards:
+        raise ValueError(f"--shard-index {args.shard_index}, expected 0 to {args.num_shards - 1} (--num-shards - 1)")
+    items = benchmark.items()
+    keys = [benchmark.key(item.fields) for item in items]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the {benchmark.name} questions name {twice!r} twice; each needs its own id")
+    template = TEMPLATES[data_flags(read_export(args.hf)).version]
+    if not any((args.images / item.image).is_file() for item in items):
+        raise ValueError(
+            f"--images {args.images}: none of the {len(items)} images is there, such as {items[0].image}; give the "
+            "folder that holds them"
+        )
+    device = choose_device(args.device)
+    settings = {
+        "task": benchmark.name,
+        "model": fingerprint(args.hf),
+        "inputs": {name: file_digest(path) for name, path in benchmark.used_files().items() if path.is_file()},
+        "dtype": args.dtype or default_dtype(device),
+        "num_beams": args.num_beams,
+        "max_new_tokens": args.max_new_tokens or benchmark.max_new_tokens,
+        "prompt_suffix": benchmark.suffix_used,
+        "num_shards": args.num_shards,
+    }
+    path = journal_path(answers_path, args.num_shards, args.shard_index)
+    with Journal(path, settings, benchmark.key) as journal:
+        share = list(zip(keys, items, strict=True))[args.shard_index :: args.num_shards]
+        left = [(key, item) for key, item in share if key not in journal.done]
+        if left:
+            _generate(benchmark, [item for _, item in left], journal, args, settings, num_done=len(share) - len(left))
+    if not _gather(benchmark, keys, answers_path, args.num_shards):
+        return None
+    run = {"hf": str(args.hf), "images": str(args.images), "device": device.type, "batch_size": args.batch_size}
+    return {**settings, **run, "prompt_template": f"{template}, tokenized as in training"}
+
+
+def journal_path(answers_path: Path, num_shards: int, shard_index: int) -> Path:
+    """Where a process writes its answers: the official file itself, if that is JSON lines and one process writes it."""
+    if num_shards == 1:
+        return answers_path.with_suffix(".jsonl") if answers_path.suffix == ".json" else answers_path
+    return answers_path.with_name(f"{answers_path.stem}.shard-{shard_index}-of-{num_shards}.jsonl")
+
+
+def _generate(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    journal: Journal,
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    *,
+    num_done: int,
+) -> None:
+    from tqdm import tqdm
+
+    from hacl_megatron.evaluation.answers.answerer import Answerer, GenerationSettings, Question
+
+    answerer = Answerer(args.hf, args.images, device=args.device, dtype=settings["dtype"])
+    generation = GenerationSettings(
+        max_new_tokens=settings["max_new_tokens"], num_beams=args.num_beams, batch_size=args.batch_size
+    )
+    questions = [Question(image=item.image, prompt=item.prompt) for item in items]
+    if num_done:
+        print(f"{num_done} answers are in {journal.path} already; {len(items)} to go", flush=True)
+    with tqdm(total=num_done + len(items), initial=num_done, desc=benchmark.name, unit="answer") as bar:
+        for item, answer in zip(items, answerer.answer(questions, generation), strict=True):
+            error = {} if answer.error is None else {"error": answer.error}
+            journal.append({**benchmark.record(item, answer.text), **error})
+            bar.update()
+    answerer.close()
+
+
+def _gather(benchmark: Benchmark, keys: Sequence[Hashable], answers_path: Path, num_shards: int) -> bool:
+    """Write the official answers file in the official order; False, and a line about it, while shards are missing."""
+    paths = [journal_path(answers_path, num_shards, index) for index in range(num_shards)]
+    found: list[tuple[Hashable, dict[str, Any]]] = []
+    for path in paths:
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # behind the last: what another writes just now
+            found += [(benchmark.key(record), record) for record in map(json.loads, lines)]
+    if paths == [answers_path] and [key for key, _ in found] == list(keys):
+        return True
+    records = dict(found)
+    if missing := [key for key in keys if key not in records]:
+        print(f"{len(missing)} of {len(keys)} answers are still to come from other shards; the last one scores them")
+        return False
+    ordered = [records[key] for key in keys]
+    if benchmark.lines:
+        write_whole(answers_path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered))
+    else:
+        write_whole(answers_path, json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+    return True
+
+
+def finish(
+    output: Path,
+    scores: Scores,
+    benchmark: Benchmark,
+    answers: list[dict[str, Any]],
+    settings: dict[str, Any],
+    files: dict[str, Path],
+) -> Scores:
+    """Add what an answers file says of unusable images, write the results, print the table."""
+    bad = [answer for answer in answers if answer.get("error")]
+    if bad:
+        listed = [{"key": benchmark.key(answer), "reason": answer["error"]} for answer in bad]
+        scores = replace(
+            scores,
+            counts={**scores.counts, "unusable items": len(bad)},
+            notes=(*scores.notes, f"{len(bad)} items could not be put and count with an empty answer: {bad[0]['error']}"
+                   + (" ..." if len(bad) > 1 else "")),
+            details={**scores.details, "unusable_items": listed},
+        )  # fmt: skip
+    write_scores(output, scores, settings=settings, files={**benchmark.used_files(), **files})
+    print(format_table(scores))
+    print(f"results: {output}")
+    return scores

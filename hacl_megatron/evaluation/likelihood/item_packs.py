@@ -1,0 +1,151 @@
+"""From items to packs, and from what the model made of a pack back to items.
+
+keys ─┬─ image names ─FolderStore→ bytes ─ImageDecoder→ pixels, each image once ─┐
+      └─ Task.encode → token rows ───────────────────────────────────────────────┴→ PackedBatch
+                                                                                         │ model
+key → ItemOutput  ←──────────────── split at segments and owners ←─────────────── PackResult
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from hacl_megatron.batch import PackedBatch
+from hacl_megatron.data.encoding import EncodedSample, UnusableSample
+from hacl_megatron.data.images import ImageDecoder
+from hacl_megatron.data.packing import PackSlot, pack
+from hacl_megatron.data.store import FolderStore
+from hacl_megatron.evaluation.image_files import read_images
+from hacl_megatron.evaluation.likelihood.task import AnswerLikelihood, ItemOutput, Task
+from hacl_megatron.model.hacl import ModelOutput
+from hacl_megatron.objective.generation import generation_losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackResult:
+    """What the last stage made of one pack, on the host in fp32. Shape legend as in `hacl_megatron.batch`."""
+
+    losses: Tensor
+    """[K]: minus the log-likelihood of each target."""
+    images: Tensor
+    """[N, d]"""
+    captions: Tensor
+    """[N, d]"""
+    hallucinated: Tensor
+    """[M, d]"""
+    states: tuple[Tensor, Tensor, Tensor] | None = None
+    """[N, H], [N, H], [M, H]: the heads' inputs, where asked for."""
+
+
+def result_of_pack(output: ModelOutput, batch: PackedBatch, *, vocab_size: int, tp_group: ProcessGroup) -> PackResult:
+    """On every tensor-parallel rank of the last stage, whose logits are parts of one vocabulary."""
+    losses = generation_losses(output.logits, batch.target_ids, vocab_size=vocab_size, tp_group=tp_group)
+    return PackResult(
+        losses=losses.float().cpu(),
+        images=output.image_embeddings.cpu(),
+        captions=output.caption_embeddings.cpu(),
+        hallucinated=output.hallucinated_embeddings.cpu(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedItems:
+    """One pack of items, those that could not be used left out."""
+
+    pack: PackedBatch
+    sequences: dict[int, int]
+    """How many sequences each item in the pack has, in the pack's order."""
+    errors: dict[int, str]
+    """Why the other items are not in it."""
+
+
+class ItemReader:
+    """Reads, decodes and packs items. One thread at a time may call it.
+
+    Args:
+        visual_tokens: V.
+        pad_multiple: every pack's number of rows is a multiple of it.
+    """
+
+    def __init__(self, store: FolderStore, decoder: ImageDecoder, *, visual_tokens: int, pad_multiple: int = 1) -> None:
+        self.store = store
+        self.decoder = decoder
+        self.visual_tokens = visual_tokens
+        self.pad_multiple = pad_multiple
+
+    def read(self, task: Task, keys: Sequence[int]) -> PackedItems:
+        """The pack of the items `keys`; without any it is a pack of padding."""
+        errors: dict[int, str] = {}
+        encoded: dict[int, list[EncodedSample]] = {}
+        for key in keys:
+            try:
+                encoded[key] = task.encode(key)
+            except UnusableSample as error:
+                errors[key] = str(error)
+        names = {key: task.image(key) for key in encoded}
+        images = read_images(names.values(), self.store, self.decoder)
+        for key, name in names.items():
+            if name in images.reasons:
+                errors[key] = f"{name}: {images.reasons[name]}"
+                del encoded[key]
+        slots = [
+            PackSlot(sample_id=key, encoded=sequence, image_key=images.keys[names[key]])
+            for key, sequences in encoded.items()
+            for sequence in sequences
+        ]
+        batch = pack(
+            slots,
+            images.pixel_values[:0],
+            visual_tokens=self.visual_tokens,
+            pad_multiple=self.pad_multiple,
+            parts=task.parts,
+        )
+        # `pack` gives every sequence an image of its own; here those of an item, and items, share theirs.
+        place = torch.tensor([images.places[names[slot.sample_id]] for slot in slots], dtype=torch.int64)
+        image, offset = batch.feature_rows // self.visual_tokens, batch.feature_rows % self.visual_tokens
+        feature_rows = place[image] * self.visual_tokens + offset
+        batch = replace(batch, pixel_values=images.pixel_values, feature_rows=feature_rows)
+        return PackedItems(
+            pack=batch, sequences={key: len(sequences) for key, sequences in encoded.items()}, errors=errors
+        )
+
+    def close(self) -> None:
+        """Ends the threads that decode images."""
+        self.decoder.close()
+
+
+def outputs_of_items(items: PackedItems, result: PackResult) -> dict[int, ItemOutput]:
+    """What the model made of each item of one pack."""
+    batch, outputs = items.pack, {}
+    if batch.num_pairs:
+        for index, key in enumerate(items.sequences):
+            own = batch.hallucinated_owner == index
+            states = None
+            if result.states is not None:
+                image, caption, hallucinated = result.states
+                states = image[index].numpy(), caption[index].numpy(), hallucinated[own].numpy()
+            outputs[key] = ItemOutput(
+                image=result.images[index].numpy(),
+                caption=result.captions[index].numpy(),
+                hallucinated=result.hallucinated[own].numpy(),
+                states=states,
+            )
+        return outputs
+    # Dialogues alone: each is the segment of its number.
+    segments = torch.searchsorted(batch.cu_seqlens.long(), batch.target_rows, right=True) - 1
+    sums = torch.zeros(batch.cu_seqlens.numel(), dtype=torch.float64)
+    sums.index_add_(0, segments, -result.losses.double())
+    counts = torch.bincount(segments, minlength=sums.numel())
+    first = 0
+    for key, number in items.sequences.items():
+        outputs[key] = ItemOutput(
+            answers=tuple(
+                AnswerLikelihood(log_likelihood=float(sums[at]), num_tokens=int(counts[at]))
+                for at in range(first, first + number)
+            )
+        )
+        first += number
+    return outputs

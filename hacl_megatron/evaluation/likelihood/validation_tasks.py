@@ -1,0 +1,74 @@
+"""`--eval-tasks`: caption preference and retrieval on the validation data while a model trains."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch.distributed as dist
+
+from hacl_megatron.config.checks.flags import EVAL_TASKS
+from hacl_megatron.data.encoding import EncodingSettings
+from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.tokenizer import Tokenizer
+from hacl_megatron.evaluation.likelihood.item_packs import ItemReader
+from hacl_megatron.evaluation.likelihood.preference import Preference
+from hacl_megatron.evaluation.likelihood.retrieval import Retrieval
+from hacl_megatron.evaluation.likelihood.task import Task
+from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
+
+TASKS = {"preference": Preference, "retrieval": Retrieval}
+assert tuple(TASKS) == EVAL_TASKS
+
+
+def manifest_tasks(
+    names: list[str],
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    settings: EncodingSettings,
+    *,
+    limit: int | None,
+    options: Mapping[str, Mapping] | None = None,
+) -> dict[str, Task]:
+    """The tasks of these names over one manifest, `options` for the constructors by name. Raises ValueError."""
+    return {
+        name: TASKS[name](manifest, tokenizer, settings, limit=limit, **(options or {}).get(name, {})) for name in names
+    }
+
+
+class ValidationTasks:
+    """Called by every rank at each validation.
+
+    Args:
+        tasks: by name, in the same order on every rank; None on the ranks that do not read data.
+        make_runner: gives a runner around a reader, or around None.
+        make_reader: on the ranks that read data.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task | None],
+        make_runner: Callable[[ItemReader | None], TaskRunner],
+        make_reader: Callable[[], ItemReader] | None,
+    ) -> None:
+        self.tasks = tasks
+        self.make_runner = make_runner
+        self.make_reader = make_reader
+
+    def __call__(self) -> dict[str, float]:
+        """Scalars by tag, such as "preference accuracy sum", on rank 0; nothing elsewhere."""
+        reader = None if self.make_reader is None else self.make_reader()
+        try:
+            runner = self.make_runner(reader)
+            scalars: dict[str, float] = {}
+            for name, task in self.tasks.items():
+                records = runner.run(task)
+                if dist.get_rank() == 0:
+                    metrics = task.score(records).metrics
+                    scalars |= {
+                        f"{name} {metric}": value
+                        for metric, value in metrics.items()
+                        if value is not None and math.isfinite(value)
+                    }
+            return scalars
+        finally:
+            if reader is not None:
+                reader.close()

@@ -1,0 +1,186 @@
+"""From a LLaVA file to the same file with hallucinated captions: what the command line runs."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hacl_megatron.hallucinate.answers import AnswerLog
+from hacl_megatron.hallucinate.ask import Endpoint, Verdict, ask_all, import_openai, judge, request_key
+from hacl_megatron.hallucinate.by_rules import hallucinate_all
+from hacl_megatron.hallucinate.files import (
+    CAPTION_KEY,
+    EDITS_KEY,
+    RecordWriter,
+    caption_of,
+    name_of,
+    read_records,
+    writing,
+)
+from hacl_megatron.hallucinate.report import Report
+from hacl_megatron.hallucinate.rules import Hallucination, hallucinate
+
+
+@dataclass
+class Totals:
+    """What became of a file's records."""
+
+    records: int = 0
+    no_caption: int = 0
+    kept: int = 0
+    """Had hallucinated captions already."""
+    requests: int = 0
+    """Sent to the endpoint, its client's retries included."""
+    rejected: int = 0
+    """Captions with less than was asked for, for want of usable answers."""
+    filled: int = 0
+    """Hallucinated captions that the rules wrote in place of refused answers."""
+    report: Report = field(default_factory=Report)
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        lines = [f"{self.records:,} records: {self.no_caption:,} without a caption, {self.kept:,} kept as they were"]
+        if self.requests or self.rejected:
+            lines.append(
+                f"{self.requests:,} requests; {self.rejected:,} captions lack usable answers, "
+                f"{self.filled:,} texts filled by rules"
+            )
+        return "\n".join(lines)
+
+
+def check_paths(source: Path, target: Path, *, force: bool) -> None:
+    """Raises ValueError before any work: a missing input, an output that exists or is the input, a wrong ending."""
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file; expected a LLaVA JSON or JSONL file, check --input")
+    if target.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"--output {target}: expected a name that ends in .json or .jsonl")
+    if target.exists():
+        if os.path.samefile(source, target):
+            raise ValueError(f"--output {target} is --input; write to another file")
+        if not force:
+            raise ValueError(f"--output {target} exists; give --force to replace it, or another name")
+
+
+def generate_by_rules(
+    source: Path, target: Path, *, seed: int, per_caption: int, workers: int, replace: bool
+) -> Totals:
+    """Writes `target`; see `hacl_megatron.hallucinate.rules`. Memory does not grow with the file."""
+    totals = Totals()
+    with writing(target) as file, _bar(source, "rules") as bar:
+        writer = RecordWriter(file, lines=target.suffix == ".jsonl")
+        items = (((record, caption), name, caption) for record, name, caption in _items(source, totals, bar, replace))
+        for (record, caption), found in hallucinate_all(items, seed=seed, count=per_caption, workers=workers):
+            if caption is not None:
+                _add_to(record, found)
+                totals.report.add(caption, [(one.text, [edit.kind for edit in one.edits]) for one in found])
+            writer.write(record)
+        _end(writer, source, totals)
+    return totals
+
+
+def generate_by_llm(
+    source: Path,
+    target: Path,
+    endpoint: Endpoint,
+    *,
+    per_caption: int,
+    attempts: int,
+    replace: bool,
+    fill_seed: int | None = None,
+) -> Totals:
+    """Asks for what `TARGET.answers.jsonl` lacks, then `target` and, where answers failed, `TARGET.rejected.jsonl`.
+
+    `fill_seed`: of the rules that write what the model did not; None: nothing does. Raises ValueError as `ask_all`.
+    """
+    import_openai()
+    with closing(AnswerLog(target.with_name(target.name + ".answers.jsonl"))) as log:
+        totals = Totals()
+        with _bar(source, "ask") as bar:
+            asked = (
+                (name, caption) for _, name, caption in _items(source, totals, bar, replace) if caption is not None
+            )
+            requests, failed = ask_all(asked, endpoint, log, count=per_caption, attempts=attempts, progress=bar.refresh)
+        totals = Totals(requests=requests)
+        rejects = target.with_name(target.name + ".rejected.jsonl")
+        with writing(target) as file, writing(rejects) as rejected, _bar(source, "write") as bar:
+            writer = RecordWriter(file, lines=target.suffix == ".jsonl")
+            for record, name, caption in _items(source, totals, bar, replace):
+                if caption is not None:
+                    verdict = judge(log, endpoint, name, caption, count=per_caption, attempts=attempts)
+                    found = [Hallucination(text=text, edits=()) for text in verdict.accepted]
+                    if len(found) < per_caption:
+                        totals.rejected += 1
+                        reason = verdict.missing and failed.get(request_key(endpoint, name, caption, *verdict.missing))
+                        rejected.write(_reject(name, caption, verdict, reason))
+                        if fill_seed is not None:
+                            found = _filled(found, name, caption, per_caption, fill_seed, totals)
+                    _add_to(record, found)
+                    totals.report.add(caption, [(one.text, [edit.kind for edit in one.edits]) for one in found])
+                writer.write(record)
+            _end(writer, source, totals)
+        if not totals.rejected:
+            rejects.unlink()
+    return totals
+
+
+def _reject(name: str, caption: str, verdict: Verdict, failure: str | None) -> str:
+    answers = [{"answer": answer, "reason": reason} for answer, reason in verdict.refused]
+    if failure:
+        answers.append({"answer": None, "reason": failure})
+    return json.dumps({"id": name, "caption": caption, "accepted": len(verdict.accepted), "rejected": answers}) + "\n"
+
+
+def _filled(
+    found: list[Hallucination], name: str, caption: str, count: int, seed: int, totals: Totals
+) -> list[Hallucination]:
+    """`found` and, up to `count`, texts of the rules that differ from them."""
+    have = {" ".join(one.text.casefold().split()) for one in found}
+    more = [
+        one
+        for one in hallucinate(caption, seed=seed, name=name, count=count)
+        if " ".join(one.text.casefold().split()) not in have
+    ][: count - len(found)]
+    totals.filled += len(more)
+    return found + more
+
+
+def _add_to(record: dict[str, Any], found: list[Hallucination]) -> None:
+    """Put hallucinated captions into a record: a string if it is one, else a list; the edits, where known, as lists."""
+    for key in (CAPTION_KEY, EDITS_KEY):
+        record.pop(key, None)  # --replace: nothing of an earlier method stays
+    if found:
+        record[CAPTION_KEY] = found[0].text if len(found) == 1 else [one.text for one in found]
+    if any(one.edits for one in found):
+        record[EDITS_KEY] = [
+            [{"kind": edit.kind, "before": edit.before, "after": edit.after} for edit in one.edits] for one in found
+        ]
+
+
+def _bar(source: Path, name: str) -> tqdm:
+    return tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc=name, delay=0.5, dynamic_ncols=True)
+
+
+def _items(source: Path, totals: Totals, bar: tqdm, replace: bool) -> Iterator[tuple[dict[str, Any], str, str | None]]:
+    """(record, name, caption to falsify or None) of each record, counted."""
+    for at, record in read_records(source):
+        index, totals.records = totals.records, totals.records + 1
+        if at != bar.n:
+            bar.update(at - bar.n)
+        caption = caption_of(record)
+        if caption is None:
+            totals.no_caption += 1
+        elif record.get(CAPTION_KEY) and not replace:
+            totals.kept += 1
+            caption = None
+        yield record, name_of(record, index), caption
+
+
+def _end(writer: RecordWriter, source: Path, totals: Totals) -> None:
+    if not totals.records:
+        raise ValueError(f"{source}: holds no records; expected at least one")
+    writer.close()

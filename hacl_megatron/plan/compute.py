@@ -1,0 +1,203 @@
+"""FLOPs, bytes sent and seconds of one optimiser step: estimates.
+
+FLOPs are counted as `training.flops` does (2 per multiply-add of matrix products; forward once, input gradients once,
+weight gradients once where they train) but by pipeline stage, and with what is computed twice beside them. Rank order
+is megatron-core's: tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages.
+"""
+
+from dataclasses import dataclass
+
+from hacl_megatron.assemble.parameters import PlannedParameter, layers_by_stage
+from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.layout import Layout
+from hacl_megatron.config.lora import Lora
+from hacl_megatron.config.run import RunConfig
+from hacl_megatron.plan.activations import recompute_of
+from hacl_megatron.plan.state import FP32, StateBytes
+from hacl_megatron.plan.workload import MicroBatchShape, Segments
+from hacl_megatron.platform.hardware import Cluster
+from hacl_megatron.training.flops import lora_flops, qformer_flops, tower_flops, vision_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFlops:
+    """FLOPs of one micro-batch on one pipeline stage, over all its tensor-parallel ranks."""
+
+    model: float
+    repeated: float
+    """Forward passes of recomputed layers, what gradient caching runs ahead of the main pass, and the same images in
+    towers of transformers, which every tensor-parallel rank has whole."""
+
+    @property
+    def hardware(self) -> float:
+        return self.model + self.repeated
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentBytes:
+    """Bytes that one GPU sends in one optimiser step."""
+
+    tensor_parallel: float
+    pipeline: float
+    data_parallel: float
+    contrastive: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimiser step, by what it is spent on (the slowest stage)."""
+
+    compute: float
+    weights: float
+    """Reading the weights in every pass and adding up their gradients, once a micro-batch: what small ones cost."""
+    tensor_parallel: float
+    pipeline: float
+    """Sending between stages."""
+    bubble: float
+    """Waiting for the pipeline to fill and to drain."""
+    data_parallel: float
+    contrastive: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def stage_flops(config: RunConfig, model: ModelConfig, micro_batch: MicroBatchShape, stage: int) -> StageFlops:
+    language, parallel = model.language, config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    layers = layers_by_stage(parallel, language.num_layers)[stage]
+    is_first, is_last = stage == 0, stage == stages - 1
+    passes = 2 if config.language_model_is_frozen else 3
+    main, recompute = micro_batch.main, recompute_of(config)
+    last, lora = layers - 1 if is_last else None, Lora.of(config.lora)
+
+    def of_layers(segments: tuple[Segments, ...], passes: int, first: int = 0, end: int = layers) -> float:
+        return sum(_layer_flops(model, segments, passes, lora, reads=index == last) for index in range(first, end))
+
+    total = of_layers(main.segments, passes)
+    repeated = 0.0
+    if recompute.granularity == "full":
+        end = min(recompute.num_layers, layers) if recompute.method == "block" else layers
+        repeated += of_layers(main.segments, 1, end=end)
+    total += of_layers(micro_batch.runs_once_ahead, 1)
+    repeated += of_layers(micro_batch.runs_twice, 1)
+    if is_first:
+        before_images = total + repeated
+        tower_trained, qformer_trained = not config.model.freeze_ViT, not config.model.freeze_qformer
+        total += vision_flops(model, 1, trained=tower_trained, trains_qformer=qformer_trained) * main.images
+        if micro_batch.ahead is not None and micro_batch.ahead.image_rows:
+            again = tower_flops(model) if tower_trained else 0.0
+            if tower_trained or qformer_trained:
+                again += sum(qformer_flops(model))
+            repeated += again * main.images
+        if model.vision.backend == "hf":
+            repeated += (total + repeated - before_images) * (parallel.tensor_model_parallel_size - 1)
+    if is_last:
+        total += 2 * main.target_rows * language.hidden_size * language.vocab_size * passes
+    return StageFlops(model=total, repeated=repeated)
+
+
+def _layer_flops(
+    model: ModelConfig, segments: tuple[Segments, ...], passes: int, lora: Lora | None, *, reads: bool
+) -> float:
+    """One layer over `segments`; `reads`: the last, which goes on with the read rows alone behind keys and values.
+
+    Scores and values of attention cost the backward pass twice the forward, whatever trains.
+    """
+    language = model.language
+    width = language.head_dim * language.num_attention_heads
+    keys = 2 * language.hidden_size * language.head_dim * language.num_query_groups
+    rest = 2 * language.hidden_size * width + 3 * language.hidden_size * language.ffn_hidden_size
+    linear = seen = adapters = 0.0
+    for part in segments:
+        asking = part.read if reads else part.length
+        linear += part.count * (part.length * keys + asking * rest)
+        if lora is not None:
+            each = lora_flops(model, lora, part.length, asking)
+            adapters += part.count * (each if passes > 1 else each / 3)
+        # The last query sees its whole segment, the one before it a row less; a branch sees its context besides.
+        seen += part.count * (asking * (part.length - (asking - 1) / 2) + part.context)
+    return 2 * passes * linear + adapters + 4 * width * seen * (3 if passes > 1 else 1)
+
+
+def sent_bytes(
+    config: RunConfig,
+    model: ModelConfig,
+    layout: Layout,
+    micro_batch: MicroBatchShape,
+    stage: int,
+    parameters: list[PlannedParameter],
+) -> SentBytes:
+    """By ring algorithms: an all-gather or reduce-scatter of n bytes over r ranks sends n (r - 1) / r a rank."""
+    e = 2 if config.model.bf16 else 4
+    tp, dp, hidden = layout.tp, layout.dp, model.language.hidden_size
+    layers = layers_by_stage(config.parallel, model.language.num_layers)[stage]
+    rows = micro_batch.main.rows * e * hidden
+    ahead = micro_batch.ahead.rows * e * hidden if micro_batch.ahead is not None else 0.0
+    # Each layer: one all-reduce (or a gather and a scatter) behind attention and MLP, forward and backward each.
+    passes = 2 + (recompute_of(config).granularity == "full")
+    tensor = layers * 2 * 2 * (passes * rows + ahead) * (tp - 1) / tp * layout.num_micro_batches
+    to_next, to_previous = stage < layout.pp - 1, stage > 0
+    shard = tp if config.parallel.sequence_parallel else 1
+    pipeline = ((to_next + to_previous) * rows + to_next * ahead) / shard * layout.num_micro_batches
+    trained = [p for p in parameters if p.trained]
+    gradients = sum(p.numel for p in trained) * FP32
+    gathered = sum(p.num_bytes for p in trained) if config.parallel.use_distributed_optimizer else gradients
+    data = (gradients + gathered) * (dp - 1) / dp
+    contrastive = 0.0
+    if stage == layout.pp - 1:
+        pool = micro_batch.eos_rows * layout.num_micro_batches * dp * model.projection_size * FP32
+        contrastive = 2 * pool * (dp - 1) / dp  # embeddings forward, their gradients backward
+    return SentBytes(tensor_parallel=tensor, pipeline=pipeline, data_parallel=data, contrastive=contrastive)
+
+
+def step_time(
+    config: RunConfig,
+    layout: Layout,
+    cluster: Cluster,
+    flops: list[StageFlops],
+    sent: list[SentBytes],
+    states: list[StateBytes],
+    *,
+    runs_ahead: bool,
+) -> StepTime:
+    """1F1B: the slowest stage runs every micro-batch, and waits for stages - 1 of them besides.
+
+    Data-parallel communication is taken to hide behind the last micro-batch's backward pass (`--overlap-grad-reduce`)
+    and the next forward pass (`--overlap-param-gather`) as far as that is long enough.
+    """
+    gpu, nodes = cluster.gpu, cluster.gpus_per_node
+    peak = (gpu.bf16_flops if config.model.bf16 else gpu.fp32_flops) * cluster.compute_efficiency
+
+    def seconds(num_bytes: float, reach: int) -> float:
+        """`reach`: processes from the first to the last of a group."""
+        link = gpu.node_bandwidth if reach <= nodes else gpu.network_bandwidth
+        return num_bytes / (link * cluster.bandwidth_efficiency)
+
+    compute = [one.hardware * layout.num_micro_batches / layout.tp / peak for one in flops]
+    tensor = [seconds(one.tensor_parallel, layout.tp) for one in sent]
+    pipeline = [seconds(one.pipeline, layout.tp * layout.dp * 2) for one in sent]
+    passes = 2 + (recompute_of(config).granularity == "full") + runs_ahead
+    weights = [
+        layout.num_micro_batches * (passes * one.weights + 2 * one.gradients) / gpu.memory_bandwidth for one in states
+    ]
+    busy = [sum(times) for times in zip(compute, weights, tensor, pipeline, strict=True)]
+    slowest = max(range(layout.pp), key=busy.__getitem__)
+    bubble = busy[slowest] * (layout.pp - 1) / layout.num_micro_batches
+    data = max(seconds(one.data_parallel, layout.tp * layout.dp) for one in sent)
+    one_micro_batch = compute[slowest] / layout.num_micro_batches
+    if config.parallel.overlap_grad_reduce:
+        hidden = data / 2 * (1 + config.parallel.overlap_param_gather)
+        data -= min(hidden, one_micro_batch)
+    return StepTime(
+        compute=compute[slowest],
+        weights=weights[slowest],
+        tensor_parallel=tensor[slowest],
+        pipeline=pipeline[slowest],
+        bubble=bubble,
+        data_parallel=data,
+        contrastive=seconds(sent[-1].contrastive, layout.tp * layout.dp),
+        optimizer=max(2 * one.optimizer for one in states) / gpu.memory_bandwidth,
+    )

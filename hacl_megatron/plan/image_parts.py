@@ -1,0 +1,78 @@
+"""What stands in front of the LLM: what autograd keeps of an image there.
+
+F is the features an image that the tower hands on, h its width, V the query tokens of a Q-Former, q its width, L its
+layers and C those of them that attend to the image. A Q-Former keeps (a row a query, but for keys and values), where
+anything up to its output trains:
+
+    norms              their inputs, (2L + C) q, and mean and 1/std of each
+    attention          queries, keys and values 3Lq, queries behind the image's Cq, its keys and values 2CFq, outputs
+                       (L + C)q and log-sum-exps
+    feed-forward       GELU's input, and trained its output: L ffn each
+    products           trained: inputs (2L + C)q, and once the features, Fh
+    projection         its input, q
+
+A frozen one behind a trained tower has no gradient in the first layer's self-attention, whose queries are constants.
+"""
+
+from hacl_megatron.config.architecture import ModelConfig, QFormerConfig
+from hacl_megatron.config.flags import ModelFlags
+from hacl_megatron.model.connector import connector_depth
+
+FP32 = 4
+
+
+def features_for_a_second_pass(flags: ModelFlags, model: ModelConfig) -> int:
+    """Numbers an image that are kept between a pass ahead and the main one; 0 where the tower trains and runs twice."""
+    if not flags.freeze_ViT:
+        return 0
+    if model.qformer is not None and flags.freeze_qformer:
+        return model.qformer.num_query_tokens * model.qformer.hidden_size
+    return model.vision.num_features * model.vision.hidden_size
+
+
+def kept_by_connector(flags: ModelFlags, model: ModelConfig, bytes_each: int) -> float:
+    """Bytes an image that autograd keeps between the tower's output and the LLM's input."""
+    e, vision, qformer = bytes_each, model.vision, model.qformer
+    features = e * vision.num_features * vision.hidden_size
+    if qformer is None:
+        hidden = model.language.hidden_size
+        return features + e * vision.num_features * (connector_depth(model.projector_type) - 1) * 2 * hidden
+    queries = qformer.num_query_tokens
+    projected = e * queries * qformer.hidden_size
+    if flags.freeze_ViT and flags.freeze_qformer:
+        return projected
+    return (
+        projected
+        + _kept_by_qformer(qformer, vision.num_features, e, trained=not flags.freeze_qformer)
+        + (0 if flags.freeze_qformer else features)
+    )
+
+
+def _kept_by_qformer(qformer: QFormerConfig, num_features: int, e: int, *, trained: bool) -> float:
+    width, facts = qformer.hidden_size, qformer.hf
+    layers, ffn, heads = facts["num_hidden_layers"], facts["intermediate_size"], facts["num_attention_heads"]
+    crossing = -(-layers // facts["cross_attention_frequency"])
+    attending = layers if trained else layers - 1
+    norms = attending + layers + crossing
+    row = e * width * (norms + 4 * attending + 2 * crossing) + e * ffn * layers * (1 + trained)
+    row += trained * e * width * (2 * layers + crossing)
+    row += 2 * FP32 * (norms + trained) + FP32 * heads * (attending + crossing)
+    return qformer.num_query_tokens * row + 2 * e * crossing * num_features * width
+
+
+def kept_by_tower(model: ModelConfig, bytes_each: int, tp: int) -> float:
+    """Bytes an image that autograd keeps of a trained tower, its output apart.
+
+    A tower of transformers is not divided over the `tp` tensor-parallel ranks.
+    """
+    vision, e = model.vision, bytes_each
+    activation = vision.activation
+    if vision.hf is not None:
+        tp, activation = 1, vision.hf.get("hidden_act", "gelu")
+    width, ffn = vision.hidden_size, vision.ffn_hidden_size / tp
+    norm = e * width + 2 * FP32
+    of_ffn = 3 if activation == "quick_gelu" or vision.hf is None else 2  # quick GELU keeps its sigmoid too
+    layer = 2 * norm + 2 * e * width + (4 * e * width + FP32 * vision.num_attention_heads) / tp + of_ffn * e * ffn
+    outer_norms = 0 if vision.hf is not None and vision.hf["model_type"] == "siglip_vision_model" else 1
+    rows = vision.sequence_length * (outer_norms * norm + model.num_vision_layers_built * layer)
+    return rows + 3 * vision.image_size**2 * e

@@ -1,0 +1,52 @@
+"""A run's numbers under their tags: Megatron-LM's where it has the thing."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from hacl_megatron.assemble.exchange import global_sums
+from hacl_megatron.training.step import GlobalCounts, StepMetrics
+from hacl_megatron.training.trainee import Trainee
+
+
+def loss_scalars(metrics: StepMetrics) -> dict[str, float]:
+    """Losses and what is measured beside them; NaN where the batch has nothing to measure."""
+    return {
+        "lm loss": metrics.lm_loss,
+        "contrastive loss": metrics.contrastive_loss,
+        "contrastive loss i2t": metrics.contrastive_i2t,
+        "contrastive loss t2i": metrics.contrastive_t2i,
+        "retrieval accuracy i2t": metrics.retrieval_accuracy_i2t,
+        "hallucination margin": metrics.hallucination_margin,
+        "hallucination accuracy": metrics.hallucination_accuracy,
+    }
+
+
+def mean_losses(batches: Sequence[tuple[StepMetrics, GlobalCounts]]) -> dict[str, float]:
+    """Means over validation batches: per target token for the language-model loss, per pair for the rest."""
+    means = {}
+    for tag in loss_scalars(batches[0][0]):
+        weighted = [
+            (loss_scalars(metrics)[tag], counts.targets if tag == "lm loss" else counts.pairs)
+            for metrics, counts in batches
+        ]
+        finite = [(value, weight) for value, weight in weighted if math.isfinite(value) and weight]
+        if finite:
+            means[tag] = sum(value * weight for value, weight in finite) / sum(weight for _, weight in finite)
+    return means
+
+
+def params_norm(trainee: Trainee, device: torch.device) -> float:
+    """L2 norm of the trained parameters of the whole model; every rank calls it."""
+    trainee.gather_parameters()
+    local = sum(
+        parameter.detach().float().square().sum().item()
+        for parameter in trainee.module.parameters()
+        if parameter.requires_grad
+        and param_is_not_shared(parameter)
+        and param_is_not_tensor_parallel_duplicate(parameter)
+    )
+    return math.sqrt(global_sums([local], group=trainee.groups.mp, device=device)[0])

@@ -1,0 +1,104 @@
+"""What is trained: a module with parts frozen, wrapped for data parallelism, with its optimiser and schedule.
+
+The order matters: weights are loaded and parts frozen before the data-parallel wrap sizes its gradient buffers, and the
+optimiser is built last, around the wrapped parameters.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hacl_megatron.config.run import RunConfig
+from hacl_megatron.config.sections import megatron_fields
+from hacl_megatron.model.hacl import HaclModel
+from hacl_megatron.objective.queue import NegativeQueue
+from hacl_megatron.training.schedule import build_optimizer, build_scheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """The model being trained, with what updates it. One per process."""
+
+    module: HaclModel
+    """This rank's pipeline stage."""
+    model: DistributedDataParallel
+    """The same, wrapped: gradients are reduced over data-parallel ranks."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    queue: NegativeQueue | None
+    """Earlier pairs, on the last pipeline stage of a run with `--contrastive-negatives queue`."""
+    has_queue: bool
+    """Whether the last stage has one."""
+    groups: ProcessGroupCollection
+
+    def gather_parameters(self) -> None:
+        """Make every rank's parameters the updated ones: with `--overlap-param-gather` the next forward pass would.
+
+        Every data-parallel rank must call it.
+        """
+        if self.model.ddp_config.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)
+
+
+def build_trainee(
+    module: HaclModel, config: RunConfig, groups: ProcessGroupCollection, device: torch.device, train_iters: int
+) -> Trainee:
+    """Freeze, wrap and give `module` its optimiser and schedule."""
+    parallel = config.parallel
+    flags = config.model
+    module.freeze(
+        language_model=config.language_model_is_frozen, vision_tower=flags.freeze_ViT, qformer=flags.freeze_qformer
+    )
+    ddp_fields = dict(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # a non-finite step is skipped and counted, not fatal
+    )
+    model = DistributedDataParallel(
+        module.config,
+        DistributedDataParallelConfig(**{**ddp_fields, **megatron_fields("ddp", config.ddp)}),
+        module,
+        pg_collection=groups,
+    )
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        dtype=module.config.params_dtype,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+        log_num_zeros=config.logging.log_num_zeros_in_grad,
+        groups=groups,
+        overrides=megatron_fields("optimizer", config.optimizer_overrides),
+    )
+    _connect_schedule(module.config, model)
+    model.train()
+    return Trainee(
+        module=module,
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optimizer, train_iters),
+        queue=build_queue(module, config, device),
+        has_queue=config.objective.contrastive_negatives == "queue",
+        groups=groups,
+    )
+
+
+def build_queue(module: HaclModel, config: RunConfig, device: torch.device) -> NegativeQueue | None:
+    """An empty queue of negatives where the heads are, if the flags ask for one."""
+    if config.objective.contrastive_negatives != "queue" or not module.post_process:
+        return None
+    return NegativeQueue(config.objective.queue_size, module.heads.text_projector.out_features, device=device)
+
+
+def _connect_schedule(transformer: TransformerConfig, model: DistributedDataParallel) -> None:
+    """Tell megatron-core's pipeline schedules how gradients are finished and when they may be reduced."""
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if model.ddp_config.overlap_grad_reduce:
+        transformer.no_sync_func = model.no_sync

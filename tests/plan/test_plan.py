@@ -1,0 +1,284 @@
+"""Plans are held against what they predict: real ranks' buffers, what autograd keeps, packs, and files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from hacl_megatron.checkpoint.hf.config_read import read_model_config
+from hacl_megatron.config.run import RunConfig, from_yaml, parse_run_config
+from hacl_megatron.model.hf_parts import HFVisionTower, QFormerConnector
+from hacl_megatron.plan.compute import stage_flops
+from hacl_megatron.plan.workload import Samples, micro_batch_shape
+from hacl_megatron.training.flops import qformer_flops, step_flops, tower_flops, vision_flops
+from tests.distributed import run_distributed
+from tests.model.hf_architecture import architecture as hf_architecture
+from tests.plan.example_plans import plan_of
+from tests.plan.plan_cases import RECOMPUTE, activations_on_this_rank, make_micro_batch, shape_of, state_on_this_rank
+from tests.tiny import tiny_blip2_config, tiny_llava_config, tiny_siglip_config
+from tests.training.runs import latest_checkpoint, layout_flags, make_inputs, tensors, train, write_hf_stages
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    inputs = make_inputs(tmp_path_factory.mktemp("plan"))
+    make_inputs(inputs / "tied", tie=True)
+    make_inputs(inputs / "even", groups=6)
+    siglip = tiny_llava_config(groups=6)
+    siglip.vision_config = tiny_siglip_config()
+    write_hf_stages(inputs / "siglip", siglip)
+    write_hf_stages(inputs / "minigpt4", tiny_blip2_config(groups=6))
+    ddp = {"grad_reduce_in_fp32": False, "bucket_size": 9_000, "pad_buckets_for_high_nccl_busbw": True}
+    lean = {**yaml.safe_load((inputs / "finetune.yaml").read_text()), "ddp": ddp}
+    (inputs / "lean.yaml").write_text(yaml.safe_dump(lean))
+    return inputs
+
+
+def in_folder(folder: Path, stage: str, layout: str, *extra: str) -> list[str]:
+    """`command` for `STAGE` or `SUBFOLDER STAGE`."""
+    *where, stage = stage.split()
+    return command(folder.joinpath(*where), stage, layout, *extra)
+
+
+def command(folder: Path, stage: str, layout: str, *extra: str) -> list[str]:
+    return ["--config", str(folder / f"{stage}.yaml"), *layout_flags(layout)[1], *extra]
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+OVERLAP = ["--overlap-grad-reduce"]
+ALL_TRAIN = ["--freeze-ViT", "false", "--freeze-qformer", "false"]
+STATE_RUNS: dict[int, list[tuple[str, list[str]]]] = {
+    1: [("tp1", []), ("tp1-dist", []), ("tp1", ["--bf16"]), ("tp1", ["--freeze-ViT", "false", "--bf16"])],
+    2: [
+        ("tp2", []), ("tp2-sp", ["--bf16"]), ("pp2", []), ("pp2", ["--bf16"]), ("pp2-first1", []),
+        ("dp2", []), ("dp2-dist", []), ("dp2-dist", ["--bf16"]), ("dp2-dist", ["--bf16", *OVERLAP]), ("dp2", OVERLAP),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def states(folder: Path) -> dict[str, list[dict]]:
+    """By run, what each of its ranks planned and held."""
+    found = {}
+    for world_size, runs in STATE_RUNS.items():
+        cases = [("", stage, *run) for stage in ("pretrain", "finetune") for run in runs]
+        if world_size == 2:
+            cases += [
+                ("tied", "finetune", layout, extra) for layout in ("pp2", "dp2-dist") for extra in ([], ["--bf16"])
+            ]
+            cases += [("", "lean", layout, ["--bf16", *OVERLAP]) for layout in ("dp2-dist", "pp2")]
+            cases += [("minigpt4", "pretrain", "pp2", ["--bf16"]), ("minigpt4", "pretrain", "tp2", ALL_TRAIN)]
+            cases += [("siglip", "finetune", "tp2", ALL_TRAIN), ("siglip", "pretrain", "dp2-dist", [])]
+        commands = [command(folder / where, stage, layout, *extra) for where, stage, layout, extra in cases]
+        ranks = run_distributed(state_on_this_rank, world_size, commands)
+        for number, (where, stage, layout, extra) in enumerate(cases):
+            found[" ".join(filter(None, [where, stage, layout, *extra]))] = [rank[number] for rank in ranks]
+    return found
+
+
+def test_planned_parameters_are_the_models(states):
+    assert len(states) == 38
+    for run, ranks in states.items():
+        for rank in ranks:
+            assert rank["planned parameters"] == rank["parameters"], run
+
+
+def test_bytes_of_weights_gradients_and_optimizer_are_exact(states):
+    for run, ranks in states.items():
+        for number, rank in enumerate(ranks):
+            assert rank["planned"] == rank["state"], f"{run}, rank {number}"
+    # The runs differ in what they hold, so that the equalities above mean something.
+    first = {run: ranks[0]["state"] for run, ranks in states.items()}
+    assert first["finetune dp2-dist"].optimizer < 0.6 * first["finetune dp2"].optimizer
+    assert first["finetune tp1 --bf16"].weights < 0.6 * first["finetune tp1-dist"].weights
+    assert first["pretrain tp1"].gradients < 0.2 * first["finetune tp1"].gradients
+    in_bf16 = first["lean dp2-dist --bf16 --overlap-grad-reduce"]
+    assert in_bf16.gradients > 4 * 65536 * 2, "several buckets of 2^16 gradients each"
+    assert states["pretrain pp2"][0]["state"].gradients != states["pretrain pp2"][1]["state"].gradients
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+
+PROMPT = ["--contrastive-image-context", "prompt"]
+NO_PAIRS = ["--contrastive-weight", "0"]
+ACTIVATION_RUNS = {
+    1: [
+        (stage, "tp1", extra, recompute, samples, number)
+        for stage, extra, recomputes, makes, numbers in (
+            ("pretrain", [], RECOMPUTE, ["pairs"], [1]),
+            ("finetune", [], RECOMPUTE, ["pairs"], [1]),
+            ("even pretrain", [], RECOMPUTE, ["pairs"], [1]),
+            ("even finetune", [], RECOMPUTE, ["pairs"], [1]),
+            ("pretrain", ["--bf16"], ["none", "full"], ["pairs", "long", "images"], [1]),
+            ("finetune", ["--bf16"], ["none", "full"], ["pairs", "long", "images"], [1]),
+            ("even pretrain", [], ["none"], ["long", "images"], [1]),
+            ("even finetune", [], ["none"], ["long", "images"], [1]),
+            ("even pretrain", PROMPT, ["none"], ["pairs", "images"], [1, 3]),
+            ("even finetune", PROMPT, ["none", "attention"], ["pairs"], [1, 3]),
+            ("finetune", [*PROMPT, "--bf16"], ["none", "full"], ["pairs"], [3]),
+            ("finetune", NO_PAIRS, ["none"], ["pairs"], [1]),
+            ("finetune", ["--freeze-ViT", "false"], ["none"], ["images"], [1, 3]),
+            ("pretrain", ["--mm-projector-type", "mlp4x_gelu"], ["full"], ["images"], [1]),
+            ("minigpt4 pretrain", [], ["none"], ["pairs"], [1, 3]),
+            ("minigpt4 pretrain", ALL_TRAIN, ["full"], ["images"], [1, 3]),
+            ("minigpt4 pretrain", ALL_TRAIN[:2], ["full"], ["images"], [1]),
+            ("minigpt4 pretrain", ALL_TRAIN[2:], ["full"], ["images"], [1]),
+            ("siglip pretrain", ALL_TRAIN, ["full"], ["images"], [1]),
+        )
+        for recompute in recomputes
+        for samples in makes
+        for number in numbers
+    ],
+    2: [
+        (stage, layout, extra, recompute, "pairs", 1)
+        for stage, extra in (("pretrain", ["--bf16"]), ("finetune", ["--bf16"]), ("even finetune", PROMPT))
+        for layout in ("tp2", "tp2-sp", "pp2", "pp2-first1")
+        for recompute in ("none", "full")
+    ],
+}
+
+
+def test_activations_are_near_what_autograd_keeps(folder: Path):
+    """`even`: as many key-value heads as query heads, which the CPU has its own attention for."""
+    seen = []
+    for world_size, runs in ACTIVATION_RUNS.items():
+        cases = [
+            (in_folder(folder, stage, layout, *extra), recompute, samples, number)
+            for stage, layout, extra, recompute, samples, number in runs
+        ]  # fmt: skip
+        for rank in run_distributed(activations_on_this_rank, world_size, cases):
+            seen += list(zip(runs, rank, strict=True))
+    assert len(seen) == 61 + 2 * 24
+    for run, found in seen:
+        assert found["planned"] == pytest.approx(found["kept"], rel=0.05), run
+        assert found["planned loss"] == pytest.approx(found["loss"], rel=0.05), run
+
+
+# ------------------------------------------------------------------------------------------------------------ workload
+
+WORKLOADS = {
+    "pretrain": [],
+    "finetune": [],
+    "shared prefix": PROMPT,
+    "no pairs": NO_PAIRS,
+    "trained tower": ["--freeze-ViT", "false"],
+}
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_flops_of_the_stages_are_what_the_trainer_reports(folder: Path, name: str, frozen: bool, number: int):
+    config = tiny(folder, "pp2", "--freeze-LM", str(frozen).lower(), *WORKLOADS[name])
+    model = config.architecture
+    for samples in ("pairs", "long", "images"):
+        micro_batch = make_micro_batch(samples, config, number)
+        expected = step_flops(
+            model, [micro_batch], trains_language_model=not frozen, trains_vision_tower=not config.model.freeze_ViT
+        )
+        stages = [stage_flops(config, model, shape_of(micro_batch), stage) for stage in range(2)]
+        assert sum(stage.model for stage in stages) == pytest.approx(expected, rel=1e-9)
+        caches = number > 1 and name != "no pairs" and samples != "long"
+        assert (sum(stage.repeated for stage in stages) > 0) == caches
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("extra", [[], ALL_TRAIN[:2], ALL_TRAIN[2:], ALL_TRAIN])
+def test_flops_of_a_q_former_in_the_stages(folder: Path, extra: list[str], number: int):
+    """What runs twice beside the image segments in the LLM: whatever of tower and Q-Former has a trained part."""
+    config = parse_run_config(command(folder / "minigpt4", "pretrain", "pp2", *extra))
+    model, flags = config.architecture, config.model
+    micro_batch = make_micro_batch("pairs", config, number)
+    expected = step_flops(
+        model, [micro_batch], trains_language_model=False, trains_vision_tower=not flags.freeze_ViT,
+        trains_qformer=not flags.freeze_qformer,
+    )  # fmt: skip
+    stages = [stage_flops(config, model, shape_of(micro_batch), stage) for stage in range(2)]
+    assert sum(stage.model for stage in stages) == pytest.approx(expected, rel=1e-9)
+    forward = tower_flops(model) * (not flags.freeze_ViT) + sum(qformer_flops(model)) * bool(extra)
+    of_layers = stage_flops(tiny(folder, "pp2"), model, shape_of(micro_batch), 0).repeated
+    assert stages[0].repeated - of_layers == pytest.approx(forward * 2 * (number > 1), rel=1e-9)
+    config.parallel.tensor_model_parallel_size = 3
+    images = vision_flops(
+        model, 2, trained=not flags.freeze_ViT, trains_qformer=not flags.freeze_qformer
+    ) + forward * 2 * (number > 1)  # fmt: skip
+    more = stage_flops(config, model, shape_of(micro_batch), 0).repeated - stages[0].repeated
+    assert more == pytest.approx(2 * images, rel=1e-9), "on each of three ranks"
+
+
+@pytest.mark.parametrize("trains_qformer", [True, False])
+@pytest.mark.parametrize("trains_tower", [True, False])
+def test_flops_of_transformers_parts_are_those_that_torch_counts(trains_tower: bool, trains_qformer: bool):
+    """The formula gives a trained tower's pixels a gradient, and the queries of a frozen Q-Former behind it."""
+    model = hf_architecture(tiny_blip2_config())
+    tower = HFVisionTower(model, seed=1, dtype=torch.float32).requires_grad_(trains_tower)
+    connector = QFormerConnector(model.qformer, 48, seed=1, generator=torch.Generator(), dtype=torch.float32)
+    for part in (tower.model, connector.qformer):
+        part.config._attn_implementation = "eager"  # matrix products that torch counts on any device
+    if not trains_qformer:
+        connector.freeze_qformer()
+    with FlopCounterMode(display=False) as counter:
+        connector(tower(torch.randn(3, 3, 48, 48))).sum().backward()
+    found = vision_flops(model, 3, trained=trains_tower, trains_qformer=trains_qformer)
+    excess = 3 * 2 * 36 * 3 * 64 * 30 if trains_tower else 0  # of the pixels
+    if trains_tower and not trains_qformer:  # of the first layer's self-attention, and queries behind the image's
+        excess += 3 * (2 * 5 * 5 * 24 * 24 + 2 * 4 * 5 * 5 * 24 + 2 * 5 * 37 * 24)
+    assert found - excess == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_the_average_micro_batch_is_that_of_the_packer(folder: Path, name: str, frozen: bool, number: int):
+    """Of equal samples the averages are exact: rows of each kind in each pack, read rows, branches, image rows."""
+    config = tiny(folder, "tp1", "--freeze-LM", str(frozen).lower(), *WORKLOADS[name])
+    samples = Samples(
+        num_samples=None, image_share=1.0, text_tokens=2, target_tokens=1, question_tokens=0, pair_share=1.0,
+        caption_tokens=6, hallucinated_per_pair=0.0,
+    )  # fmt: skip
+    planned = micro_batch_shape(config, config.architecture, samples, 5, number)
+    found = shape_of(make_micro_batch("images", config, number))
+    assert (planned.ahead is None) == (found.ahead is None)
+    assert (planned.pairs, planned.hallucinated) == (found.pairs, found.hallucinated)
+    for ours, packed in ((planned.main, found.main), (planned.ahead, found.ahead)):
+        if ours is None:
+            continue
+        for kind in ("dialogue", "image", "text"):
+            both = [
+                (sum(part.rows for part in parts), sum(part.read_rows for part in parts))
+                for parts in (ours.of_kind(kind), packed.of_kind(kind))
+            ]
+            assert both[0] == both[1], kind
+        for quantity in ("branches", "context_rows", "image_rows", "images", "target_rows"):
+            if quantity != "images" or ours is planned.main:  # what runs ahead borrows the main pack's
+                assert getattr(ours, quantity) == getattr(packed, quantity), quantity
+
+
+def tiny(folder: Path, layout: str, *extra: str) -> RunConfig:
+    config = parse_run_config(command(folder, "pretrain", layout, *extra))
+    config.architecture = read_model_config(folder / "llava")
+    return config
+
+
+def test_checkpoint_sizes_are_those_of_a_saved_run(folder: Path):
+    runs = {"fp32": [], "dist": ["--use-distributed-optimizer"], "bf16": ["--bf16"]}
+    flags = ["--train-iters", "1", "--micro-batch-size", "8"]
+    commands = [
+        command(folder, "finetune", "tp1", *extra, *flags, "--save", str(folder / "saved" / name))
+        for name, extra in runs.items()
+    ]
+    train(commands, 1)
+    for name in runs:
+        save = folder / "saved" / name
+        config = from_yaml((latest_checkpoint(save) / "run_config.yaml").read_text())
+        plan = plan_of(config, 1)
+        found = tensors(save)
+        size = {
+            kind: sum(t.nbytes for key, t in found.items() if key.startswith("optimizer.") == (kind == "optimizer"))
+            for kind in ("weights", "optimizer")
+        }
+        assert size["weights"] == plan.weights_checkpoint, name
+        assert size["optimizer"] == plan.optimizer_checkpoint, name
