@@ -242,13 +242,8 @@ def open_loader(
 
     balance = config.training.balance_micro_batches
     return build_loader(
-        data_paths=config.data.valid_data_path if for_validation else config.data.data_path,
-        contrastive_paths=[] if for_validation else config.data.contrastive_data_path,
-        data=config.data,
-        model=architecture,
-        tokenizer=tokenizer,
-        image_context=config.objective.contrastive_image_context,
-        seed=config.training.seed,
+        config,
+        tokenizer,
         global_batch_size=layout.global_batch_size,
         micro_batching=MicroBatching(
             micro_batch_size=layout.micro_batch_size,
@@ -259,7 +254,7 @@ def open_loader(
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=layout.dp,
         pad_multiple=pad_multiple(config),
-        shuffle=not for_validation,
+        for_validation=for_validation,
         data_state=data_state,
         decode_device="mixed" if torch.cuda.is_available() and config.parallel.device != "cpu" else "cpu",
     )
@@ -275,13 +270,7 @@ def open_tasks(config: RunConfig, layout: Layout, trainee: Any, tokenizer: Any, 
     from hacl_megatron.evaluation.likelihood.validation_tasks import ValidationTasks, manifest_tasks
 
     training, data, architecture = config.training, config.data, config.architecture
-    forward = ForwardOnly(
-        trainee.module,
-        trainee.model,
-        groups=trainee.groups,
-        image_size=architecture.vision.image_size,
-        device=device,
-    )
+    forward = ForwardOnly(trainee.module, trainee.model, device=device)
     make_runner = partial(
         TaskRunner,
         forward,
@@ -291,12 +280,7 @@ def open_tasks(config: RunConfig, layout: Layout, trainee: Any, tokenizer: Any, 
     )
     if tokenizer is None:
         return ValidationTasks(dict.fromkeys(training.eval_tasks), make_runner, None)
-    settings = EncodingSettings(
-        version=data.version,
-        model_max_length=data.model_max_length,
-        visual_tokens=architecture.visual_tokens,
-        image_context=config.objective.contrastive_image_context,
-    )
+    settings = EncodingSettings.of(config)
     tasks = manifest_tasks(
         training.eval_tasks,
         Manifest.read(data.valid_data_path, version=data.version),

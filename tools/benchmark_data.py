@@ -213,7 +213,8 @@ def baseline_steps(args: argparse.Namespace, dataset: PillowDataset) -> Iterator
 
 def our_steps(args: argparse.Namespace, tokenizer) -> Iterator:
     """`PackedBatch`es by our StepLoader, endless."""
-    from hacl_megatron.config.flags import DataFlags
+    from hacl_megatron.config.flags import DataFlags, TrainingFlags
+    from hacl_megatron.config.run import RunConfig
     from hacl_megatron.data.loader import MicroBatching, build_loader
 
     flags = DataFlags(
@@ -224,13 +225,8 @@ def our_steps(args: argparse.Namespace, tokenizer) -> Iterator:
         num_workers=args.num_workers,
     )
     with build_loader(
-        data_paths=flags.data_path,
-        contrastive_paths=[],
-        data=flags,
-        model=model_config(),
-        tokenizer=tokenizer,
-        image_context="image",
-        seed=args.seed,
+        RunConfig(data=flags, training=TrainingFlags(seed=args.seed), architecture=model_config()),
+        tokenizer,
         global_batch_size=args.micro_batch_size,
         micro_batching=MicroBatching(micro_batch_size=args.micro_batch_size),
         data_parallel_rank=0,

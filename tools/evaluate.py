@@ -15,7 +15,7 @@ torchrun at any layout. Without a GPU it runs on the CPU, in fp32.
 import argparse
 from pathlib import Path
 
-from hacl_megatron.evaluation.arguments import add_data_arguments, add_layout_arguments
+from checkpoint_arguments import add_data_arguments, add_layout_arguments
 
 from hacl_megatron.config.console import exit_with_error
 

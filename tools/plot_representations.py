@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hacl_megatron.evaluation.arguments import add_data_arguments, add_layout_arguments
+from checkpoint_arguments import add_data_arguments, add_layout_arguments
 
 from hacl_megatron.config.console import exit_with_error
 

@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from hacl_megatron.assemble.exchange import exchange_step
@@ -24,23 +23,14 @@ class ForwardOnly:
 
     Args:
         module: this rank's stage.
-        model: the same, wrapped for data parallelism or not.
-        image_size: S of the packs' images.
+        model: the same, wrapped for data parallelism; default: not wrapped.
+        device: where the packs go.
     """
 
-    def __init__(
-        self,
-        module: HaclModel,
-        model: nn.Module,
-        *,
-        groups: ProcessGroupCollection,
-        image_size: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, module: HaclModel, model: nn.Module | None = None, *, device: torch.device) -> None:
         self.module = module
-        self.model = model
-        self.groups = groups
-        self.image_size = image_size
+        self.model = module if model is None else model
+        self.groups = module.groups
         self.device = device
 
     @torch.no_grad()
@@ -61,7 +51,7 @@ class ForwardOnly:
             model_parallel_group=self.groups.mp,
             tensor_parallel_group=self.groups.tp,
             holds_vision_tower=self.module.pre_process,
-            image_size=self.image_size,
+            image_size=self.module.image_size,
             device=self.device,
         )
         received = [micro_batch.main for micro_batch in micro_batches]

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from hacl_megatron.config.flags import TemplateName
+from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
 from hacl_megatron.data.tokenizer import Tokenizer
 
@@ -54,6 +55,16 @@ class EncodingSettings:
     """V: rows that one image takes."""
     image_context: Literal["image", "prompt"] = "image"
     """What precedes the image's EOS (`--contrastive-image-context`)."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "EncodingSettings":
+        """As a run of this configuration encodes."""
+        return cls(
+            version=config.data.version,
+            model_max_length=config.data.model_max_length,
+            visual_tokens=config.architecture.visual_tokens,
+            image_context=config.objective.contrastive_image_context,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from hacl_megatron.config.architecture import ImageConfig
+from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.dali import HOST_BATCH, Frame, Graph, dali_is_installed, host_graph, mixed_graph
 from hacl_megatron.data.store import UnusableImage
 
@@ -174,6 +175,31 @@ class ImageDecoder:
         self._free_graphs: queue.SimpleQueue[Graph] = queue.SimpleQueue()
         for graph in self._graphs:
             self._free_graphs.put(graph)
+
+    @classmethod
+    def of(cls, config: RunConfig, *, device: Literal["cpu", "mixed"] = "cpu") -> "ImageDecoder":
+        """As a run of this configuration decodes.
+
+        Args:
+            device: `mixed` lets DALI, where it is the back end, decode on the current CUDA device.
+
+        Raises:
+            ValueError: `mixed` without a CUDA device, or a back end that is not here.
+        """
+        data, backend = config.data, resolve_backend(config.data.image_backend)
+        if backend == "pillow":
+            device = "cpu"
+        if device == "mixed" and not torch.cuda.is_available():
+            raise ValueError("decoding images on the GPU needs a CUDA device, and there is none; decode on the CPU")
+        return cls(
+            config.architecture.image,
+            aspect_ratio=data.image_aspect_ratio,
+            backend=backend,
+            device=device,
+            num_threads=data.num_workers,
+            max_image_pixels=data.max_image_pixels,
+            device_id=torch.cuda.current_device() if device == "mixed" else None,
+        )
 
     def _make_graphs(self) -> list[Graph]:
         """A graph for each thread, or one for the GPU; none without DALI."""

@@ -20,11 +20,10 @@ from typing import Any, Literal
 import torch
 
 from hacl_megatron.batch import BadSample, MicroBatch, PackedBatch, PackPlan, Parts, StepBatches
-from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.flags import DataFlags
+from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.assignment import balanced, in_order, within_tokens
 from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample, encode
-from hacl_megatron.data.images import ImageDecoder, resolve_backend
+from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
 from hacl_megatron.data.read_ahead import ReadAhead
@@ -331,36 +330,31 @@ def _end(
 
 
 def build_loader(
-    *,
-    data_paths: Sequence[str],
-    contrastive_paths: Sequence[str],
-    data: DataFlags,
-    model: ModelConfig,
+    config: RunConfig,
     tokenizer: Tokenizer,
-    image_context: Literal["image", "prompt"],
-    seed: int,
+    *,
     global_batch_size: int,
     micro_batching: MicroBatching,
     data_parallel_rank: int,
     data_parallel_size: int,
     pad_multiple: int,
-    shuffle: bool = True,
+    for_validation: bool = False,
     data_state: dict[str, Any] | None = None,
     decode_device: Literal["cpu", "mixed"] = "cpu",
 ) -> StepLoader:
     """The loader of one data-parallel rank over LLaVA JSON files or prepared folders, going on from `data_state`.
 
-    Mixture, groups and blocks of `data` hold where samples are shuffled: validation reads the files in their order.
+    Mixture, groups and blocks hold where samples are shuffled: with `for_validation`, `--valid-data-path` is read in
+    the files' order, without pairs of `--contrastive-data-path`.
     `decode_device="mixed"` lets DALI, where it is the back end, decode on the current CUDA device; pixels come back to
     the host all the same.
     Raises ValueError for whatever is wrong with files, folder, sizes, state or back end, before any thread starts.
     """
-    manifests = [
-        Manifest.read(paths, version=data.version, cache_dir=data.data_cache_dir)
-        for paths in (data_paths, contrastive_paths)
-    ]
+    data = config.data
+    paths = (data.valid_data_path, []) if for_validation else (data.data_path, data.contrastive_data_path)
+    manifests = [Manifest.read(some, version=data.version, cache_dir=data.data_cache_dir) for some in paths]
     ordering: dict[str, Any] = {}
-    if shuffle:
+    if not for_validation:
         ordering = {
             "source_sizes": manifests[0].samples_per_file,
             "weights": data.data_weights,
@@ -369,39 +363,21 @@ def build_loader(
         }
     sampler = Sampler(
         *map(len, manifests),
-        seed=seed,
+        seed=config.training.seed,
         global_batch_size=global_batch_size,
-        shuffle=shuffle,
+        shuffle=not for_validation,
         digests=tuple(manifest.digest for manifest in manifests),
         **ordering,
     )
     if data_state is not None:
         sampler.load_state_dict(data_state)
-    backend = resolve_backend(data.image_backend)
-    if backend == "pillow":
-        decode_device = "cpu"
-    if decode_device == "mixed" and not torch.cuda.is_available():
-        raise ValueError("decoding images on the GPU needs a CUDA device, and there is none; decode on the CPU")
     maker = StepMaker(
         manifests=manifests,
         sampler=sampler,
         store=ImageStore(data.image_folder),
-        decoder=ImageDecoder(
-            model.image,
-            aspect_ratio=data.image_aspect_ratio,
-            backend=backend,
-            device=decode_device,
-            num_threads=data.num_workers,
-            max_image_pixels=data.max_image_pixels,
-            device_id=torch.cuda.current_device() if decode_device == "mixed" else None,
-        ),
+        decoder=ImageDecoder.of(config, device=decode_device),
         tokenizer=tokenizer,
-        settings=EncodingSettings(
-            version=data.version,
-            model_max_length=data.model_max_length,
-            visual_tokens=model.visual_tokens,
-            image_context=image_context,
-        ),
+        settings=EncodingSettings.of(config),
         micro_batching=micro_batching,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,

@@ -16,7 +16,8 @@ from PIL import Image
 
 from hacl_megatron.batch import PackedBatch, StepBatches
 from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, VisionConfig
-from hacl_megatron.config.flags import DataFlags
+from hacl_megatron.config.flags import DataFlags, TrainingFlags
+from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data import images
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.loader import MicroBatching, StepLoader, build_loader
@@ -87,20 +88,25 @@ def change_sample(dataset: Path, index: int, **changes) -> None:
 
 
 def loader_of(dataset: Path, *, flags: dict | None = None, **changes) -> StepLoader:
+    paths = {
+        "data_path": changes.pop("data_paths", [str(dataset / "train.json")]),
+        "contrastive_data_path": changes.pop("contrastive_paths", [str(dataset / "contrastive.json")]),
+    }
+    paths["valid_data_path"] = paths["data_path"]
+    config = RunConfig(
+        data=DataFlags(**{"image_folder": str(dataset / "images"), "model_max_length": 64, **paths, **(flags or {})}),
+        training=TrainingFlags(seed=3),
+        architecture=MODEL,
+    )
     settings = {
-        "data_paths": [str(dataset / "train.json")],
-        "contrastive_paths": [str(dataset / "contrastive.json")],
-        "data": DataFlags(image_folder=str(dataset / "images"), model_max_length=64, **(flags or {})),
-        "model": MODEL,
+        "config": config,
         "tokenizer": load_tokenizer(str(dataset / "tokenizer")),
-        "image_context": "image",
-        "seed": 3,
         "global_batch_size": 4,
         "micro_batching": MicroBatching(micro_batch_size=2),
         "data_parallel_rank": 0,
         "data_parallel_size": 1,
         "pad_multiple": 4,
-        "shuffle": True,
+        "for_validation": not changes.pop("shuffle", True),
         "data_state": None,
     }
     return build_loader(**{**settings, **changes})
@@ -295,7 +301,7 @@ def test_workers_and_read_ahead_change_nothing(dataset):
     ("changes", "message"),
     [
         ({"global_batch_size": 3}, "global"),
-        ({"data": DataFlags(image_folder="/nowhere")}, "--image-folder"),
+        ({"flags": {"image_folder": "/nowhere"}}, "--image-folder"),
         ({"data_state": {"consumed_samples": 0}}, "data state"),
         ({"data_paths": ["/nowhere.json"]}, "/nowhere.json"),
     ],

@@ -104,14 +104,17 @@ import re, sys, time
 def anon(): return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
 from tests.data.test_loader import MODEL
 from hacl_megatron.config.flags import DataFlags
+from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.loader import MicroBatching, build_loader
 from hacl_megatron.data.tokenizer import load_tokenizer
 folder, prepared = sys.argv[1:]
 tokenizer = load_tokenizer(f"{folder}/tokenizer")
 before, start, cpu = anon(), time.perf_counter(), time.process_time()
 with build_loader(
-    data_paths=[prepared], contrastive_paths=[], data=DataFlags(image_folder=f"{folder}/images", prefetch_steps=1),
-    model=MODEL, tokenizer=tokenizer, image_context="image", seed=1, global_batch_size=32,
+    RunConfig(
+        data=DataFlags(data_path=[prepared], image_folder=f"{folder}/images", prefetch_steps=1), architecture=MODEL
+    ),
+    tokenizer, global_batch_size=32,
     micro_batching=MicroBatching(micro_batch_size=32), data_parallel_rank=0, data_parallel_size=1, pad_multiple=1,
 ) as loader:
     step = next(loader)
@@ -122,9 +125,9 @@ with build_loader(
 
 
 def write_first_images(folder: Path, prepared: Path) -> None:
-    """The 640 x 480 photographs (noise) of the first 64 samples that a run of seed 1 draws."""
+    """The 640 x 480 photographs (noise) of the first 64 samples that a run of the default seed draws."""
     manifest = Manifest.read([str(prepared)], version="v1")
-    for _, index in Sampler(len(manifest), 0, seed=1, global_batch_size=64).next_batch():
+    for _, index in Sampler(len(manifest), 0, seed=1234, global_batch_size=64).next_batch():
         if manifest[index].image:
             path = folder / "images" / manifest[index].image
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
         ValueError: one line for the first mistake found.
     """
     _check_limits(config)
-    layout = _layout(config, world_size)
+    layout = Layout.of(config, world_size)
     if config.model.bf16 and not config.parallel.use_distributed_optimizer:
         # megatron-core's other mixed-precision optimiser cannot save an fp32 parameter (temperature) beside bf16 ones.
         config.parallel.use_distributed_optimizer = True
@@ -121,37 +121,6 @@ def _check_limits(config: RunConfig) -> None:
         else:
             expected = f"{low} <= value < 1" if high == below(1) else f"{low} <= value <= {high}"
         raise ValueError(f"{_dashed(name)} is {value}, expected {expected}; change it")
-
-
-def _layout(config: RunConfig, world_size: int) -> Layout:
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    _require(
-        world_size > 0 and world_size % (tp * pp) == 0,
-        f"{world_size} processes cannot be divided into replicas of {tp} tensor-parallel ranks x {pp} pipeline stages",
-        f"start a multiple of {tp * pp}, or change --tensor-model-parallel-size or --pipeline-model-parallel-size",
-    )
-    dp = world_size // (tp * pp)
-    micro = config.training.micro_batch_size
-    batch = micro * dp if config.training.global_batch_size is None else config.training.global_batch_size
-    by_tokens = config.training.micro_batch_tokens is not None
-    remedy = f"expected a multiple of {micro * dp}"
-    if batch % dp == 0:
-        divisors = (size for size in range(min(micro, batch // dp), 0, -1) if batch // dp % size == 0)
-        remedy += f", or --micro-batch-size {next(divisors)}"
-    _require(
-        by_tokens or batch % (micro * dp) == 0,
-        f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {dp} data-parallel replicas",
-        remedy,
-    )
-    return Layout(
-        world_size=world_size,
-        tp=tp,
-        pp=pp,
-        dp=dp,
-        micro_batch_size=micro,
-        global_batch_size=batch,
-        num_micro_batches=None if by_tokens else batch // (micro * dp),
-    )
 
 
 def _check_parallelism(config: RunConfig) -> None:

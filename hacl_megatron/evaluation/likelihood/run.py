@@ -68,42 +68,22 @@ class LoadedModel:
         return load_tokenizer(str(self.assets))
 
     def settings(self) -> EncodingSettings:
-        data, architecture = self.config.data, self.config.architecture
-        return EncodingSettings(
-            version=data.version,
-            model_max_length=data.model_max_length,
-            visual_tokens=architecture.visual_tokens,
-            image_context=self.config.objective.contrastive_image_context,
-        )
+        return EncodingSettings.of(self.config)
 
     def reader(self) -> ItemReader | None:
         """None on the ranks that receive their packs from another."""
         return item_reader(self.config) if self.reads_data else None
 
     def forward(self) -> ForwardOnly:
-        return ForwardOnly(
-            self.module,
-            self.module,
-            groups=self.groups,
-            image_size=self.config.architecture.vision.image_size,
-            device=self.device,
-        )
+        return ForwardOnly(self.module, device=self.device)
 
 
 def item_reader(config: RunConfig) -> ItemReader:
     """Reads images as a run of this configuration does."""
-    data, architecture = config.data, config.architecture
-    decoder = ImageDecoder(
-        architecture.image,
-        aspect_ratio=data.image_aspect_ratio,
-        backend=resolve_backend(data.image_backend),
-        num_threads=data.num_workers,
-        max_image_pixels=data.max_image_pixels,
-    )
     return ItemReader(
-        FolderStore(data.image_folder),
-        decoder,
-        visual_tokens=architecture.visual_tokens,
+        FolderStore(config.data.image_folder),
+        ImageDecoder.of(config),
+        visual_tokens=config.architecture.visual_tokens,
         pad_multiple=pad_multiple(config),
     )
 
@@ -159,23 +139,10 @@ def evaluation_config(args: argparse.Namespace, load: Path) -> tuple[Path, RunCo
     )
 
 
-def layout_of(config: RunConfig) -> Layout:
-    """How the processes are divided. Raises ValueError where they do not divide."""
-    world = world_size_from_environment()
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    if min(tp, pp) < 1 or world % (tp * pp):
-        raise ValueError(
-            f"{world} processes cannot be divided into replicas of {tp} tensor-parallel ranks x {pp} pipeline stages; "
-            f"start a multiple of {tp * pp} with torchrun, or change the sizes"
-        )
-    dp = world // (tp * pp)
-    return Layout(world_size=world, tp=tp, pp=pp, dp=dp, micro_batch_size=1, global_batch_size=dp, num_micro_batches=1)
-
-
 @contextlib.contextmanager
 def joined_processes(config: RunConfig) -> Iterator[tuple[Layout, ProcessGroupCollection, torch.device]]:
     """This process as part of megatron-core's groups, as long as the context lasts."""
-    layout = layout_of(config)
+    layout = Layout.of(config, world_size_from_environment())
     joined_already = dist.is_initialized()
     device = start_platform(config.parallel.device)
     groups = initialize_parallelism(config, layout)
@@ -256,12 +223,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _tasks(args: argparse.Namespace, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Task]:
     """The tasks in the order asked for."""
-    settings = EncodingSettings(
-        version=config.data.version,
-        model_max_length=config.data.model_max_length,
-        visual_tokens=config.architecture.visual_tokens,
-        image_context=config.objective.contrastive_image_context,
-    )
+    settings = EncodingSettings.of(config)
     tasks: dict[str, Task] = {}
     if names := [name for name in args.tasks if name in EVAL_TASKS]:
         manifest = Manifest.read([str(path) for path in args.data_path], version=config.data.version)

@@ -59,9 +59,7 @@ def next_batch(checkpoint: Path) -> PackedBatch:
     """The batch that the run goes on with, from its own configuration and data state."""
     run = read_run_config(checkpoint)
     loader = build_loader(
-        data_paths=run.data.data_path, contrastive_paths=run.data.contrastive_data_path, data=run.data,
-        model=run.architecture, tokenizer=load_tokenizer(checkpoint / ASSETS_FOLDER),
-        image_context=run.objective.contrastive_image_context, seed=run.training.seed,
+        run, load_tokenizer(checkpoint / ASSETS_FOLDER),
         global_batch_size=run.training.global_batch_size,
         micro_batching=MicroBatching(micro_batch_size=run.training.global_batch_size),
         data_parallel_rank=0, data_parallel_size=1, pad_multiple=1, data_state=saved_progress(checkpoint)[1],

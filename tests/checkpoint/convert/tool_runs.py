@@ -9,14 +9,15 @@ TOOLS = Path(__file__).parents[3] / "tools"
 
 def run_tool(name: str, *arguments: object) -> int:
     """The exit status of `python tools/NAME.py ARGUMENTS`."""
-    before = sys.argv
+    before = sys.argv, sys.path
+    sys.path = [str(TOOLS), *sys.path]  # as Python does for a script
     sys.argv = [str(TOOLS / f"{name}.py"), *map(str, arguments)]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as leave:
         return int(leave.code or 0)
     finally:
-        sys.argv = before
+        sys.argv, sys.path = before
     return 0
 
 
