@@ -1,5 +1,6 @@
 """What a run starts from, by its flags: which checkpoint, whose model's sizes, adapters, tokenizer and processor."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
@@ -22,6 +23,18 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
         if not config.checkpoint.load_fallback:
             raise
         return choose_checkpoint(Path(load), fallback=True)[0]
+
+
+def resolve(config: RunConfig, *, planned: bool = False) -> RunConfig:
+    """`config` with the model's sizes and adapters, from the checkpoint that is resumed or started from.
+
+    Args:
+        planned: weights that are not here yet are no mistake where a `model:` section has the sizes.
+    """
+    resume_from = checkpoint_to_resume(config)
+    sizes = planned_architecture(config) if planned else resolve_architecture(config, resume_from)
+    config = with_architecture(config, sizes)
+    return replace(config, lora=resolve_lora(config, resume_from))
 
 
 def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelConfig:

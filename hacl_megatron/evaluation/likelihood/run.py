@@ -26,7 +26,7 @@ from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, find_checkpoint, 
 from hacl_megatron.config.checks.architecture import check_architecture
 from hacl_megatron.config.checks.flags import EVAL_TASKS
 from hacl_megatron.config.flags import ModelFlags, ParallelFlags
-from hacl_megatron.config.layout import Layout
+from hacl_megatron.config.layout import Layout, world_size_from_environment
 from hacl_megatron.config.run import RunConfig, with_architecture
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
@@ -42,7 +42,7 @@ from hacl_megatron.evaluation.likelihood.validation_tasks import manifest_tasks
 from hacl_megatron.evaluation.likelihood.yesno import SHORT_ANSWER, YesNo
 from hacl_megatron.evaluation.scores import Scores, file_digest, format_table, installed_versions, write_whole
 from hacl_megatron.model.hacl import HaclModel
-from hacl_megatron.platform.processes import select_device, start_platform, world_size_from_environment
+from hacl_megatron.platform.processes import select_device, start_platform
 
 TASKS = (*EVAL_TASKS, "yesno")
 
