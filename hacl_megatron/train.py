@@ -265,9 +265,10 @@ def open_tasks(config: RunConfig, layout: Layout, trainee: Any, tokenizer: Any, 
     from hacl_megatron.assemble.forward import ForwardOnly
     from hacl_megatron.data.encoding import EncodingSettings
     from hacl_megatron.data.manifest import Manifest
-    from hacl_megatron.evaluation.likelihood.run import item_reader
+    from hacl_megatron.evaluation.likelihood.item_packs import ItemReader
     from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
-    from hacl_megatron.evaluation.likelihood.validation_tasks import ValidationTasks, manifest_tasks
+    from hacl_megatron.evaluation.likelihood.task_table import manifest_tasks
+    from hacl_megatron.evaluation.likelihood.validation_tasks import ValidationTasks
 
     training, data, architecture = config.training, config.data, config.architecture
     forward = ForwardOnly(trainee.module, trainee.model, device=device)
@@ -288,7 +289,7 @@ def open_tasks(config: RunConfig, layout: Layout, trainee: Any, tokenizer: Any, 
         settings,
         limit=training.eval_iters * layout.global_batch_size,
     )
-    return ValidationTasks(tasks, make_runner, partial(item_reader, config))
+    return ValidationTasks(tasks, make_runner, partial(ItemReader.of, config))
 
 
 def _no_loader() -> None:

@@ -5,33 +5,9 @@ from collections.abc import Callable, Mapping
 
 import torch.distributed as dist
 
-from hacl_megatron.config.checks.flags import EVAL_TASKS
-from hacl_megatron.data.encoding import EncodingSettings
-from hacl_megatron.data.manifest import Manifest
-from hacl_megatron.data.tokenizer import Tokenizer
 from hacl_megatron.evaluation.likelihood.item_packs import ItemReader
-from hacl_megatron.evaluation.likelihood.preference import Preference
-from hacl_megatron.evaluation.likelihood.retrieval import Retrieval
 from hacl_megatron.evaluation.likelihood.task import Task
 from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
-
-TASKS = {"preference": Preference, "retrieval": Retrieval}
-assert tuple(TASKS) == EVAL_TASKS
-
-
-def manifest_tasks(
-    names: list[str],
-    manifest: Manifest,
-    tokenizer: Tokenizer,
-    settings: EncodingSettings,
-    *,
-    limit: int | None,
-    options: Mapping[str, Mapping] | None = None,
-) -> dict[str, Task]:
-    """The tasks of these names over one manifest, `options` for the constructors by name. Raises ValueError."""
-    return {
-        name: TASKS[name](manifest, tokenizer, settings, limit=limit, **(options or {}).get(name, {})) for name in names
-    }
 
 
 class ValidationTasks:
