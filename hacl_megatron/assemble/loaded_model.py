@@ -59,12 +59,15 @@ class LoadedModel:
         return self.groups.mp.rank() == 0
 
     def tokenizer(self) -> Tokenizer:
+        """The checkpoint's own."""
         return load_tokenizer(str(assets_of(self.source)))
 
     def settings(self) -> EncodingSettings:
+        """How its samples become token rows."""
         return EncodingSettings.of(self.config)
 
     def forward(self) -> ForwardOnly:
+        """Runs packs through it; every rank of the replica takes part."""
         return ForwardOnly(self.module, device=self.device)
 
 

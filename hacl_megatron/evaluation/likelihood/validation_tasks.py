@@ -31,9 +31,8 @@ class ValidationTasks:
 
     def __call__(self) -> dict[str, float]:
         """Scalars by tag, such as "preference accuracy sum", on rank 0; nothing elsewhere."""
-        reader = None if self.make_reader is None else self.make_reader()
+        runner = self.make_runner(None if self.make_reader is None else self.make_reader())
         try:
-            runner = self.make_runner(reader)
             scalars: dict[str, float] = {}
             for name, task in self.tasks.items():
                 records = runner.run(task)
@@ -46,5 +45,4 @@ class ValidationTasks:
                     }
             return scalars
         finally:
-            if reader is not None:
-                reader.close()
+            runner.close()
