@@ -30,9 +30,10 @@ from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.loader import MicroBatching, StepLoader, build_loader
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from hacl_megatron.evaluation.likelihood.run import item_reader
+from hacl_megatron.evaluation.likelihood.item_packs import ItemReader
 from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
-from hacl_megatron.evaluation.likelihood.validation_tasks import ValidationTasks, manifest_tasks
+from hacl_megatron.evaluation.likelihood.task_table import manifest_tasks
+from hacl_megatron.evaluation.likelihood.validation_tasks import ValidationTasks
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.loop import Trainer
 from hacl_megatron.training.packs import pack_plan
@@ -189,7 +190,7 @@ def _open_tasks(run: Run, trainee: Trainee, tokenizer: Tokenizer | None) -> Vali
         EncodingSettings.of(config),
         limit=config.training.eval_iters * layout.global_batch_size,
     )
-    return ValidationTasks(tasks, make_runner, partial(item_reader, config))
+    return ValidationTasks(tasks, make_runner, partial(ItemReader.of, config))
 
 
 def _tensorboard_dir(config: RunConfig) -> Path | None:
