@@ -20,6 +20,7 @@ from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.console import exit_with_error, is_first_rank, notify, report_crash, report_error
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml, with_architecture
+from hacl_megatron.data.templates import check_template
 from hacl_megatron.platform.processes import start_platform, world_size_from_environment
 from hacl_megatron.training.reporting.status import reason_not_to_restart, write_status
 
@@ -59,6 +60,7 @@ def train(config: RunConfig) -> None:
         return
     _refuse_dry_run_flags(config)
     layout = check_flags(config, world_size_from_environment())
+    check_template(config.data.version)
     from hacl_megatron.assemble import start_from
 
     resume_from = start_from.checkpoint_to_resume(config)
@@ -114,6 +116,7 @@ def _dry_run(config: RunConfig) -> None:
     training = config.training
     world_size = training.world_size or world_size_from_environment()
     layout = check_flags(config, world_size, files=False)
+    check_template(config.data.version)
     config = with_architecture(config, start_from.planned_architecture(config))
     config.lora = start_from.resolve_lora(config, start_from.checkpoint_to_resume(config))
     check_architecture(config, config.architecture, layout)

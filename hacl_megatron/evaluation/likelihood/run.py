@@ -32,6 +32,7 @@ from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.store import FolderStore
+from hacl_megatron.data.templates import check_template
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.evaluation.answers.answerer import default_dtype, fingerprint
 from hacl_megatron.evaluation.journal import Journal
@@ -128,6 +129,7 @@ def evaluation_config(args: argparse.Namespace, load: Path) -> tuple[Path, RunCo
     for name in ("version", "image_backend", "model_max_length"):
         if getattr(args, name) is not None:
             setattr(data, name, getattr(args, name))
+    check_template(data.version)
     model = ModelFlags(pretrained_checkpoint=str(source), bf16=dtype == "bfloat16")
     return source, RunConfig(
         model=model,
