@@ -29,9 +29,5 @@ def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
 
 
 PLAIN = Template(
-    name="plain",
-    title="LLaVA-1.5 plain",
-    pieces=pieces,
-    first_answer_is_caption=True,
-    question_template="v1",
+    name="plain", title="LLaVA-1.5 plain", pieces=pieces, first_answer_is_caption=True, question_template="v1"
 )

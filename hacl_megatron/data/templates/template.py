@@ -80,7 +80,7 @@ class Template:
     """(ids, dialogue, tokenizer, `--model-max-length`) -> labels as many as ids, or None where none can be trusted and
     all are to be ignored: for a template that finds its targets in the tokens of the whole. None: the pieces say."""
     end: str | None = None
-    """Text that ends an answer, and so its generation. None: EOS does."""
+    """Text that ends an answer, and so its generation; no special token, which decoding leaves out. None: EOS does."""
     first_answer_is_caption: bool = False
     """Whether the first answer is the caption of the image-caption pair of every record that has no key `text`."""
     question_template: str | None = None
