@@ -16,6 +16,7 @@ from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.console import exit_with_error, is_first_rank, notify, report_crash, report_error
 from hacl_megatron.config.layout import world_size_from_environment
 from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml
+from hacl_megatron.data.templates import check_template
 from hacl_megatron.training.reporting.status import TrainingStopped, reason_not_to_restart, write_status
 
 PACKAGE = Path(__file__).parent
@@ -54,6 +55,7 @@ def train(config: RunConfig) -> None:
         return
     _refuse_dry_run_flags(config)
     layout = check_flags(config, world_size_from_environment())
+    check_template(config.data.version)
     from hacl_megatron.assemble.start_from import resolve
 
     config = resolve(config)
@@ -70,6 +72,7 @@ def train(config: RunConfig) -> None:
 def _dry_run(config: RunConfig) -> None:
     training = config.training
     layout = check_flags(config, training.world_size or world_size_from_environment(), files=False)
+    check_template(config.data.version)
     from hacl_megatron.assemble.start_from import resolve
     from hacl_megatron.plan.dry_run import dry_run
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hacl_megatron.config.console import exit_with_error
-from hacl_megatron.config.flags import TEMPLATE_NAMES
+from hacl_megatron.data.templates import template_names
 
 IMAGE_SIZE, PATCH_SIZE = 336, 14
 """LLaVA-1.5's."""
@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-path", help="LLaVA JSON file; default: draws one")
     parser.add_argument("--image-folder", help="folder that the image names are relative to")
     parser.add_argument("--tokenizer", help="folder of the LLaMA tokenizer; default: one trained on the drawn captions")
-    parser.add_argument("--version", choices=TEMPLATE_NAMES, default="v1", help="conversation template")
+    parser.add_argument("--version", choices=template_names(), default="v1", help="conversation template")
     parser.add_argument("--image-backend", choices=("auto", "dali", "pillow"), default="auto", help="ours")
     parser.add_argument("--num-workers", type=int, default=2, help="threads of ours, processes of the DataLoader")
     parser.add_argument("--micro-batch-size", type=int, default=32, help="samples of a step")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hacl_megatron.config.console import exit_with_error
-from hacl_megatron.config.flags import TEMPLATE_NAMES
+from hacl_megatron.data.templates import template_names
 
 TEMPLATE = Path(__file__).with_name("inspect_data.html.j2")
 LLAVA_IMAGE_SIZE, LLAVA_PATCH_SIZE = 336, 14
@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
         "--pretrained-checkpoint",
         help="Hugging Face LLaVA or checkpoint of the trainer, whose image size counts; default: LLaVA-1.5's 336 / 14",
     )
-    parser.add_argument("--version", choices=TEMPLATE_NAMES, default="v1", help="conversation template")
+    parser.add_argument("--version", choices=template_names(), default="v1", help="conversation template")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--ids", nargs="+", metavar="ID", help="samples by their `id`, or '#N' by number from 0")
     which.add_argument("--random", type=int, default=16, metavar="N", help="so many samples drawn at random (16)")

@@ -63,6 +63,7 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
     from hacl_megatron.config.checks.architecture import check_architecture
     from hacl_megatron.config.checks.flags import check_flags
     from hacl_megatron.config.run import parse_run_config, with_architecture
+    from hacl_megatron.data.templates import check_template
     from hacl_megatron.plan.planner import make_plan
     from hacl_megatron.plan.report import ranking, report
     from hacl_megatron.plan.suggest import suggest_layouts
@@ -70,6 +71,7 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
     from hacl_megatron.platform.hardware import GIB, Cluster
 
     config = parse_run_config(flags)
+    check_template(config.data.version)
     config = with_architecture(config, planned_architecture(config))
     config.lora = resolve_lora(config, None)
     world_size = args.nodes * args.gpus_per_node

@@ -11,7 +11,7 @@ import argparse
 import os
 
 from hacl_megatron.config.console import exit_with_error
-from hacl_megatron.config.flags import TEMPLATE_NAMES
+from hacl_megatron.data.templates import template_names
 
 
 def parse() -> argparse.Namespace:
@@ -20,7 +20,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the manifest and the shards")
     parser.add_argument("--image-folder", metavar="DIR", help="folder that image names are relative to")
     parser.add_argument("--tokenizer", metavar="DIR", help="also count the token lengths under this tokenizer")
-    parser.add_argument("--version", choices=TEMPLATE_NAMES, default="v1", help="template of the token lengths")
+    parser.add_argument("--version", choices=template_names(), default="v1", help="template of the token lengths")
     parser.add_argument("--verify-images", action="store_true", help="decode every image; list the unusable ones")
     parser.add_argument("--write-shards", action="store_true", help="pack the images into WebDataset tar shards")
     parser.add_argument("--images-per-shard", type=int, default=4096, help="images of one shard")

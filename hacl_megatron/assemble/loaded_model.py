@@ -15,10 +15,11 @@ from hacl_megatron.assemble.module import build_module, load_pretrained
 from hacl_megatron.checkpoint.hf.config_read import data_flags, read_model_config
 from hacl_megatron.checkpoint.run.folder import assets_of, find_checkpoint, read_run_config
 from hacl_megatron.config.checks.architecture import check_architecture
-from hacl_megatron.config.flags import ModelFlags, ParallelFlags, TemplateName
+from hacl_megatron.config.flags import ModelFlags, ParallelFlags
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig, with_architecture
 from hacl_megatron.data.encoding import EncodingSettings
+from hacl_megatron.data.templates import check_template
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.platform.processes import select_device
@@ -34,7 +35,7 @@ class LoadSettings:
     """Folder that image names are relative to."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """float16 is refused. None: bfloat16 on a GPU, unless the run was in fp32, else float32."""
-    version: TemplateName | None = None
+    version: str | None = None
     """Conversation template; None, here and below: the run's own."""
     model_max_length: int | None = None
     """Longest sequence in tokens, an image's rows included."""
@@ -114,6 +115,7 @@ def forward_config(load: Path, settings: LoadSettings) -> tuple[Path, RunConfig]
         model_max_length=max_length,
         image_backend=settings.image_backend or saved.data.image_backend,
     )
+    check_template(data.version)
     return source, RunConfig(
         model=ModelFlags(pretrained_checkpoint=str(source), bf16=dtype == "bfloat16"),
         lora=saved.lora,

@@ -6,13 +6,9 @@ thing and LLaVA's where LLaVA has it.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 # ruff: noqa: RUF009 -- `flag` returns a dataclass field
-
-TemplateName = Literal["plain", "v1", "minigpt4"]
-"""Conversation templates (`--version`)."""
-TEMPLATE_NAMES = get_args(TemplateName)
 
 MANIFEST_FILE = "manifest.arrow"
 """Says that a folder holds prepared data (tools/prepare_data.py), which `--data-path` then takes."""
@@ -153,9 +149,10 @@ class DataFlags:
     image_folder: str = flag(
         ".", "Folder that the image names in the JSON files are relative to; not needed for prepared shards."
     )  # fmt: skip
-    version: TemplateName = flag(
-        "v1", "Conversation template: plain for pretrain, LLaVA's v1 (Vicuna) or minigpt4 (###Human: ...) for finetune."
-        " A question without words has MiniGPT-4's first-stage prompt, none, which is plain's."
+    version: str = flag(
+        "v1", "Conversation template, a file of hacl_megatron/data/templates: plain for pretrain, LLaVA's v1 (Vicuna) "
+        "or minigpt4 (###Human: ...) for finetune. A question without words has MiniGPT-4's first-stage prompt, none, "
+        "which is plain's."
     )  # fmt: skip
     image_aspect_ratio: Literal["pad", "square", "stretch"] = flag(
         "pad", "pad: fill to a square with the mean colour, then resize. square: shortest edge, then centre crop. "

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from hacl_megatron.data.prepare.cache import open_data
-from hacl_megatron.data.prepare.llava_json import CAPTION_KEYS, IMAGE_TAG, Record, caption_of
+from hacl_megatron.data.prepare.llava_json import CAPTION_KEYS, IMAGE_TAG, Record, clean_caption
 from hacl_megatron.data.store import StoredImage
+from hacl_megatron.data.templates import Template, find_template
 
 __all__ = ["CAPTION_KEYS", "IMAGE_TAG", "Manifest", "Sample", "sample_of"]
 
@@ -49,17 +50,25 @@ class Sample:
 def sample_of(
     record: Record, *, sample_id: int, version: str, source: str, stored: StoredImage | None = None
 ) -> Sample:
-    """A record as a conversation template (`plain`, `v1`) sees it: the template decides which answers are captions."""
+    """A record as the conversation template `version` sees it: the template decides which answers are captions."""
     return Sample(
         sample_id=sample_id,
         name=record.name,
         image=record.image,
         conversations=record.turns,
-        caption=caption_of(record, version),
+        caption=_caption_of(record, find_template(version)),
         hallucinated_captions=record.hallucinated,
         source=source,
         stored=stored,
     )
+
+
+def _caption_of(record: Record, template: Template) -> str | None:
+    """`text`; else the first answer, if the template says so or a key marks the record as contrastive; else None."""
+    text = record.text
+    if text is None and (template.first_answer_is_caption or record.first_answer_is_caption):
+        text = next((value for role, value in record.turns if role == "gpt"), None)
+    return (clean_caption(text) or None) if isinstance(text, str) else None
 
 
 class Manifest(Sequence[Sample]):
@@ -77,7 +86,7 @@ class Manifest(Sequence[Sample]):
 
     @classmethod
     def read(cls, paths: Sequence[str], *, version: str, cache_dir: str | None = None) -> "Manifest":
-        """Opens the files one after another; `version` (`plain`, `v1`) decides which answers are captions.
+        """Opens the files one after another; the template `version` decides which answers are captions.
 
         Raw JSON is prepared into a cache first (`hacl_megatron.data.prepare.cache`; `cache_dir` says where).
         Raises ValueError naming file, record and key for whatever is missing, broken or of the wrong type.

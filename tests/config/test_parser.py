@@ -158,7 +158,6 @@ def test_the_first_pass_leaves_nothing_behind(config_file):
         (["--grad_reduce_in_fp32", "1"], ["write it under `ddp:`"]),
         (["--lr"], ["--lr", "expected one argument"]),
         (["--micro-batch-size", "2.5"], ["--micro-batch-size", "'2.5'"]),
-        (["--version", "v2"], ["--version", "v2", "plain"]),
         (["--bf16", "perhaps"], ["perhaps"]),
         (["train.json"], ["unexpected argument 'train.json'"]),
         (["--config", "/nowhere/run.yaml"], ["/nowhere/run.yaml", "No such file"]),
@@ -199,7 +198,6 @@ def test_wrong_command_lines(capsys, argv, expected):
         ("wandb_project: 2024-01-02", ["'wandb_project'", "quotes"]),
         ("tokenizer: no", ["'tokenizer' found False", "quotes"]),  # YAML's `no` is a boolean
         ("version: 1", ["'version' found 1", "quotes"]),
-        ("version: v2", ["line 1", "'v2'"]),
         ("bf16: perhaps", ["line 1", "perhaps"]),
     ],
 )

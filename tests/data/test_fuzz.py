@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hacl_megatron.config.flags import TEMPLATE_NAMES
 from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample
 from hacl_megatron.data.encoding import encode as encode_sample
 from hacl_megatron.data.images import MAX_JPEG_SCANS, ImageDecoder
 from hacl_megatron.data.loader import MicroBatching
 from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.templates import template_names
 from hacl_megatron.data.tokenizer import load_tokenizer
 from tests.data import test_images
 from tests.data.test_images import BACKENDS, CONFIG, drawing, encode, jpeg, png16, with_alpha, with_thumbnail
@@ -293,7 +293,7 @@ def test_every_damaged_file_of_a_run_is_listed_with_its_reason(tmp_path, backend
 
 
 SETTINGS = {
-    version: EncodingSettings(version=version, model_max_length=64, visual_tokens=4) for version in TEMPLATE_NAMES
+    version: EncodingSettings(version=version, model_max_length=64, visual_tokens=4) for version in template_names()
 }
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 3.5, float("nan"), float("inf"), 10**30, "", " ", "\ud83d", "\0", "</s><s><unk>", "<image>",

@@ -2,8 +2,14 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+import torch
+from torch import Tensor
+
+from hacl_megatron.evaluation.answers.answerer import Answerer
 from tests.checkpoint.convert.tool_runs import to_hf, to_megatron
 from tests.tiny import draw_scene, write_scene, write_tiny_llava
 
@@ -24,6 +30,29 @@ def write_images(folder: Path) -> list[str]:
         names.append(f"COCO_val2014_{index + 1:012d}.jpg")
         write_scene(folder / names[-1], draw_scene(rng), (rng.randint(30, 90), rng.randint(30, 90)), rng)
     return names
+
+
+def speak(answerer: Answerer, texts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Puts words into the model's mouth, letter by letter and one text a row of each batch.
+
+    Returns a list that gets the number of tokens of each generation.
+    """
+    said = [[answerer.tokenizer.encode(f"A{letter}", bos=False)[-1] for letter in text] for text in texts]
+    generate, lengths = answerer.model.generate, []
+
+    def speaking(**inputs):
+        start = inputs["input_ids"].shape[1]
+
+        def force(ids: Tensor, scores: Tensor) -> Tensor:
+            wanted = torch.tensor([row[ids.shape[1] - start] for row in said[: len(ids)]])
+            return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
+
+        output = generate(**inputs, logits_processor=[force])
+        lengths.append(output.shape[1] - start)
+        return output
+
+    monkeypatch.setattr(answerer.model, "generate", speaking)
+    return lengths
 
 
 def write_pope_questions(path: Path, images: list[str], num_questions: int) -> list[dict]:

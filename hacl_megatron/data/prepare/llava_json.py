@@ -47,17 +47,6 @@ def clean_caption(caption: str) -> str:
     return caption.replace(IMAGE_TAG, "").strip()
 
 
-def caption_of(record: Record, version: str) -> str | None:
-    """The caption of the record's image-caption pair under a conversation template; None if there is no pair.
-
-    `text`; else the first answer, if the template is `plain` or a key marks the record as contrastive.
-    """
-    text = record.text
-    if text is None and (version == "plain" or record.first_answer_is_caption):
-        text = next((value for role, value in record.turns if role == "gpt"), None)
-    return (clean_caption(text) or None) if isinstance(text, str) else None
-
-
 def read_records(path: str, *, window_bytes: int = WINDOW_BYTES) -> Iterator[tuple[Record, int]]:
     """Yields the records of a JSON list, or of JSON lines where the name ends in `.jsonl`, and the bytes read so far.
 

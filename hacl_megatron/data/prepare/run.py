@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from hacl_megatron.config.architecture import ImageConfig
-from hacl_megatron.config.flags import MANIFEST_FILE, TemplateName
+from hacl_megatron.config.flags import MANIFEST_FILE
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
 from hacl_megatron.data.prepare.arrow_manifest import ArrowManifest, Measures
@@ -43,7 +43,7 @@ class PrepareSettings:
     output: str
     image_folder: str | None = None
     tokenizer: str | None = None
-    version: TemplateName = "v1"
+    version: str = "v1"
     """Template whose token lengths are counted."""
     verify_images: bool = False
     write_shards: bool = False

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from hacl_megatron.checkpoint.hf.config_read import data_flags, read_model_config
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.data.encoding import IMAGE, MINIGPT4_END, EncodingSettings, UnusableSample, encode
+from hacl_megatron.data.encoding import IMAGE, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
 from hacl_megatron.data.store import FolderStore
+from hacl_megatron.data.templates import find_template
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.evaluation.image_files import read_images
 from hacl_megatron.evaluation.model_files import choose_device, default_dtype
@@ -90,7 +91,7 @@ class Answerer:
         self.decoder = ImageDecoder(
             self.config.image, aspect_ratio=self.config.extra["image_aspect_ratio"], backend="pillow", num_threads=4
         )
-        self.template = data_flags(self.config).version
+        self.template = find_template(data_flags(self.config).version)
         self.model = _load_model(folder, self.config, self.dtype).to(self.device).eval()
 
     def answer(self, questions: Iterable[Question], settings: GenerationSettings) -> Iterator[Answer]:
@@ -166,20 +167,21 @@ class Answerer:
         return [self._text(row) for row in output[:, ids.shape[1] :].tolist()]
 
     def _stopping_criteria(self, prompt_length: int) -> list[Callable[..., Tensor]]:
-        """A MiniGPT-4 ends its answer by a text, in EOS's place.
+        """Stops where a template ends its answers by a text, in EOS's place.
 
         transformers' `stop_strings` would not see it where a tokenizer spells it in bytes.
         """
+        end = self.template.end
 
         def ended(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
             texts = [self.tokenizer.decode(row) for row in ids[:, prompt_length:].tolist()]
-            return torch.tensor([MINIGPT4_END in text for text in texts], device=ids.device)
+            return torch.tensor([end in text for text in texts], device=ids.device)
 
-        return [ended] if self.template == "minigpt4" else []
+        return [] if end is None else [ended]
 
     def _text(self, row: list[int]) -> str:
         text = self.tokenizer.decode(row)
-        return (text.partition(MINIGPT4_END)[0] if self.template == "minigpt4" else text).strip()
+        return (text if self.template.end is None else text.partition(self.template.end)[0]).strip()
 
 
 def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.ndarray:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hacl_megatron.checkpoint.hf.config_read import data_flags
+from hacl_megatron.data.templates import find_template
 from hacl_megatron.evaluation.answers.benchmarks import BENCHMARKS, Benchmark, BenchmarkFiles, Item
 from hacl_megatron.evaluation.journal import Journal
 from hacl_megatron.evaluation.scores import Scores, file_digest, format_table, write_scores, write_whole
 
-TEMPLATES = {"v1": "LLaVA-1.5 v1", "minigpt4": "MiniGPT-4"}
-"""`--version` -> what the results call the template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ def answer_benchmark(benchmark: Benchmark, request: BenchmarkRequest, answers_pa
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the {benchmark.name} questions name {twice!r} twice; each needs its own id")
-    template = TEMPLATES[data_flags(read_export(request.hf)).version]
+    template = find_template(data_flags(read_export(request.hf)).version).title
     if not any((images / item.image).is_file() for item in items):
         raise ValueError(
             f"--images {images}: none of the {len(items)} images is there, such as {items[0].image}; give the "

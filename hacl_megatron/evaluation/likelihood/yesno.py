@@ -12,6 +12,7 @@ from typing import Any
 
 from hacl_megatron.batch import Parts
 from hacl_megatron.data.encoding import EncodedSample, EncodingSettings
+from hacl_megatron.data.templates import find_template
 from hacl_megatron.data.tokenizer import Tokenizer
 from hacl_megatron.evaluation.answers.benchmarks import SHORT_ANSWER
 from hacl_megatron.evaluation.answers.pope import score_pope
@@ -44,7 +45,7 @@ class YesNo(Task):
             for key in ("image", "text", "label"):
                 expect_text(question, key, questions, number)
         self.tokenizer = tokenizer
-        self.settings = replace(settings, version="v1" if settings.version == "plain" else settings.version)
+        self.settings = replace(settings, version=find_template(settings.version).question_template or settings.version)
         self.suffix = suffix
 
     def item_keys(self) -> list[int]:

@@ -16,13 +16,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from hacl_megatron.config.flags import TEMPLATE_NAMES
 from hacl_megatron.data.encoding import EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.prepare import parts as prepare
 from hacl_megatron.data.prepare.arrow_manifest import ArrowManifest
 from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
 from hacl_megatron.data.store import ImageStore, StoredImage, UnusableImage
+from hacl_megatron.data.templates import template_names
 from hacl_megatron.data.tokenizer import load_tokenizer
 from tests.data.tiny_tokenizer import write_tokenizer
 from tests.distributed import _context
@@ -144,7 +144,7 @@ def test_duplicates_are_dropped_and_equal_ids_told_apart(source):
     assert contents(kept) == contents(Manifest.read(inputs, version="v1"))  # raw files are taken as they are
 
 
-@pytest.mark.parametrize("version", TEMPLATE_NAMES)
+@pytest.mark.parametrize("version", template_names())
 @pytest.mark.parametrize("legacy", [True, False])
 def test_token_lengths_are_those_of_the_encoder(source, version, legacy):
     folder = write_tokenizer(source / "other", legacy=legacy)

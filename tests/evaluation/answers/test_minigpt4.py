@@ -20,7 +20,7 @@ from hacl_megatron.evaluation.likelihood.task_run import from_text
 from hacl_megatron.evaluation.likelihood.yesno import SHORT_ANSWER
 from tests.checkpoint.convert.tool_runs import run_tool, to_hf, to_megatron
 from tests.distributed import run_distributed
-from tests.evaluation.exports import write_pope_questions
+from tests.evaluation.exports import speak, write_pope_questions
 from tests.evaluation.likelihood.likelihood_oracle import records
 from tests.tiny import write_tiny_blip2, write_tiny_data
 
@@ -182,22 +182,8 @@ def test_an_answer_ends_at_its_mark(folder: Path, monkeypatch) -> None:
     images = folder / "data" / "images"
     names = sorted(path.name for path in images.glob("*.jpg"))
     answerer = Answerer(folder / "export", images, device="cpu")
-    words = ["A###BCDEFGHIJ", "AB#C##D###EFG"]  # the question itself holds the mark, too
-    said = [[answerer.tokenizer.encode(f"A{letter}", bos=False)[-1] for letter in text] for text in words]
-    generate, lengths = answerer.model.generate, []
-
-    def speaking(**inputs):
-        start = inputs["input_ids"].shape[1]
-
-        def force(ids: Tensor, scores: Tensor) -> Tensor:
-            wanted = torch.tensor([row[ids.shape[1] - start] for row in said[: len(ids)]])
-            return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
-
-        output = generate(**inputs, logits_processor=[force])
-        lengths.append(output.shape[1] - start)
-        return output
-
-    monkeypatch.setattr(answerer.model, "generate", speaking)
+    # the question itself holds the mark, too
+    lengths = speak(answerer, ["A###BCDEFGHIJ", "AB#C##D###EFG"], monkeypatch)
     questions = [Question(image=name, prompt="What?") for name in names[:2]]
     answers = answerer.answer(questions, GenerationSettings(max_new_tokens=13, batch_size=2))
     assert [answer.text for answer in answers] == ["A", "AB#C##D"]

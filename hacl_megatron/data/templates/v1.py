@@ -1,0 +1,79 @@
+"""LLaVA-1.5's dialogue, which is Vicuna's.
+
+    <s> system USER: image* \\n question ASSISTANT: answer </s>USER: ...          target: answers with their </s>
+
+After llava/conversation.py (`conv_vicuna_v1`) and llava/train/train.py (`preprocess_v1`) token for token, also where
+that code is odd: an empty answer loses its separator, and a dialogue whose rounds do not tokenize to the length of the
+whole loses all its labels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hacl_megatron.data.templates.template import IGNORE, Dialogue, Piece, Template
+
+if TYPE_CHECKING:
+    from hacl_megatron.data.tokenizer import Tokenizer
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+ROLES = {"human": "USER", "gpt": "ASSISTANT"}
+SEPARATOR = " "
+ANSWER_MARK = f"{SEPARATOR}{ROLES['gpt']}: "
+
+
+def prompt(dialogue: Dialogue, tokenizer: Tokenizer) -> str:
+    """The text of a dialogue: LLaVA's `conv_vicuna_v1.get_prompt()` (llava/conversation.py, SeparatorStyle.TWO)."""
+    text = SYSTEM + SEPARATOR
+    for role, value in dialogue.rounds():
+        end = SEPARATOR if role == "human" else tokenizer.eos_token
+        # An empty message loses its separator, as in LLaVA.
+        text += f"{ROLES[role]}: {value}{end}" if value else f"{ROLES[role]}:"
+    return text
+
+
+def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
+    """The prompt, cut at the image alone; `find_labels` finds the answers in its tokens."""
+    return [Piece(tokenizer.bos_id), *dialogue.around_image(prompt(dialogue, tokenizer))]
+
+
+def find_labels(ids: list[int], dialogue: Dialogue, tokenizer: Tokenizer, model_max_length: int) -> list[int] | None:
+    """Targets are the answers, each with the EOS behind it.
+
+    Rounds are tokenized once more on their own to find where answers begin, as LLaVA does, with its two corrections:
+    a round's instruction ends in a space that belongs to the answer's first token, and a round behind `</s>` has no
+    dummy space unless the tokenizer is `legacy`, so it is taken to be one token shorter (true of Vicuna's vocabulary,
+    where "▁USER" is two pieces and "USER" is one). Where the sum misses the dialogue's length all labels are ignored,
+    unless it reaches `model_max_length`.
+    """
+
+    def length(text: str) -> int:
+        return 1 + sum(len(piece.token_ids(tokenizer)) for piece in dialogue.around_image(text))
+
+    labels = list(ids)
+    labels[0] = IGNORE
+    begin = 1
+    for number, text in enumerate(prompt(dialogue, tokenizer).split(tokenizer.eos_token)):
+        parts = text.split(ANSWER_MARK)
+        if len(parts) != 2:  # behind the last EOS, or a round without exactly one answer
+            break
+        # BOS of the round's own tokenization stands for the EOS that ends it.
+        round_length = length(text)
+        instruction_length = length(parts[0] + ANSWER_MARK) - 2
+        if number > 0 and not tokenizer.legacy:
+            round_length -= 1
+            instruction_length -= 1
+        end = min(begin + instruction_length, len(labels))
+        labels[begin:end] = [IGNORE] * (end - begin)
+        begin += round_length
+    labels[begin:] = [IGNORE] * len(labels[begin:])
+    # LLaVA counts what is not padding, and pads with <unk>; it cuts text-only dialogues before, others after this.
+    counted = ids if dialogue.has_image else ids[:model_max_length]
+    mismatch = begin < model_max_length and begin != sum(token != tokenizer.unk_id for token in counted)
+    return None if mismatch else labels
+
+
+V1 = Template(name="v1", title="LLaVA-1.5 v1", pieces=pieces, find_labels=find_labels)
