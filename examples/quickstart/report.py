@@ -77,8 +77,8 @@ def draw(
     target: Path,
 ) -> None:
     """Curves of both stages above, scored images below."""
-    figure = plt.figure(figsize=(14, 7.5), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    figure = plt.figure(figsize=(10.2, 5.8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
     for axis, tag in zip(above.subplots(1, len(CURVES)), CURVES, strict=True):
         start = 0
         for name, rows in stages:
@@ -94,18 +94,18 @@ def draw(
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     for axis, sample, score in zip(below.subplots(1, len(samples)), samples, scores, strict=True):
-        axis.imshow(Image.open(image_folder / sample["image"]))
+        axis.imshow(Image.open(image_folder / sample["image"]), interpolation="nearest")
         axis.axis("off")
         twin = sample["Hallucination caption"]
         for line, (words, cosine, colour) in enumerate(
             ((sample["text"], score.caption, "darkgreen"), (twin, score.hallucinated, "firebrick"))
         ):
             axis.annotate(
-                textwrap.fill(f"{cosine:+.2f}  {words}", 48), (0.5, 0), (0, -6 - 28 * line), "axes fraction",
+                textwrap.fill(f"{cosine:+.2f}  {words}", 38), (0.5, 0), (0, -6 - 28 * line), "axes fraction",
                 "offset points", ha="center", va="top", fontsize=8.5, color=colour,
             )  # fmt: skip
     below.suptitle("cosine of the image with its caption (green) and with the hallucinated twin (red)", fontsize=10)
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=100)
     plt.close(figure)
 
 
