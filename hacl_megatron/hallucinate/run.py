@@ -10,18 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hacl_megatron.data.prepare.llava_json import HALLUCINATED_KEY, name_of
 from hacl_megatron.hallucinate.answers import AnswerLog
 from hacl_megatron.hallucinate.ask import Endpoint, Verdict, ask_all, import_openai, judge, request_key
 from hacl_megatron.hallucinate.by_rules import hallucinate_all
-from hacl_megatron.hallucinate.files import (
-    CAPTION_KEY,
-    EDITS_KEY,
-    RecordWriter,
-    caption_of,
-    name_of,
-    read_records,
-    writing,
-)
+from hacl_megatron.hallucinate.files import EDITS_KEY, RecordWriter, caption_of, read_records, writing
 from hacl_megatron.hallucinate.report import Report
 from hacl_megatron.hallucinate.rules import Hallucination, hallucinate
 
@@ -151,10 +144,10 @@ def _filled(
 
 def _add_to(record: dict[str, Any], found: list[Hallucination]) -> None:
     """Put hallucinated captions into a record: a string if it is one, else a list; the edits, where known, as lists."""
-    for key in (CAPTION_KEY, EDITS_KEY):
+    for key in (HALLUCINATED_KEY, EDITS_KEY):
         record.pop(key, None)  # --replace: nothing of an earlier method stays
     if found:
-        record[CAPTION_KEY] = found[0].text if len(found) == 1 else [one.text for one in found]
+        record[HALLUCINATED_KEY] = found[0].text if len(found) == 1 else [one.text for one in found]
     if any(one.edits for one in found):
         record[EDITS_KEY] = [
             [{"kind": edit.kind, "before": edit.before, "after": edit.after} for edit in one.edits] for one in found
@@ -174,7 +167,7 @@ def _items(source: Path, totals: Totals, bar: tqdm, replace: bool) -> Iterator[t
         caption = caption_of(record)
         if caption is None:
             totals.no_caption += 1
-        elif record.get(CAPTION_KEY) and not replace:
+        elif record.get(HALLUCINATED_KEY) and not replace:
             totals.kept += 1
             caption = None
         yield record, name_of(record, index), caption
