@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ def generate_by_llm(
     `fill_seed`: of the rules that write what the model did not; None: nothing does. Raises ValueError as `ask_all`.
     """
     import_openai()
-    with closing(AnswerLog(target.with_name(target.name + ".answers.jsonl"))) as log:
+    with AnswerLog(target.with_name(target.name + ".answers.jsonl")) as log:
         totals = Totals()
         with _bar(source, "ask") as bar:
             asked = (
