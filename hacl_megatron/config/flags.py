@@ -22,7 +22,7 @@ def flag(default: Any, help: str, metavar: str | None = None) -> Any:
     """A dataclass field with its help text; lists get a fresh copy per instance.
 
     Args:
-        metavar: what `--help` calls the value of a text; numbers, switches and choices name themselves.
+        metavar: what `--help` calls a text that is no NAME; numbers, switches and choices speak for themselves.
     """
     metadata = {"help": help} if metavar is None else {"help": help, "metavar": metavar}
     if isinstance(default, list):
@@ -88,7 +88,7 @@ class LoraFlags:
     lora_dropout: float = flag(0.0, "Share of the adapters' inputs that is dropped in training.")
     lora_target_modules: list[str] = flag(
         [], "Linear layers of the language model that get adapters, by Hugging Face's names: q_proj k_proj v_proj "
-        "o_proj gate_proj up_proj down_proj. Default: all, as in LLaVA's recipe.", metavar="NAME"
+        "o_proj gate_proj up_proj down_proj. Default: all, as in LLaVA's recipe."
     )  # fmt: skip
 
 
@@ -303,7 +303,7 @@ class LoggingFlags:
     log_interval: int = flag(1, "Log every so many iterations.")
     log_params_norm: bool = flag(False, "Also log the L2 norm of the trained parameters.")
     log_num_zeros_in_grad: bool = flag(False, "Also log how many gradient entries are zero.")
-    wandb_project: str | None = flag(None, "Also log to this Weights & Biases project.", metavar="NAME")
+    wandb_project: str | None = flag(None, "Also log to this Weights & Biases project.")
     profile_step_start: int | None = flag(
         None, "First iteration of a torch.profiler trace, which Perfetto and TensorBoard open: TENSORBOARD_DIR/profile."
     )  # fmt: skip

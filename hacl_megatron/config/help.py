@@ -20,7 +20,7 @@ class FlagHelp(HelpFormatter):
             return names
         if action.type is string_to_bool:
             return f"{names} {{true,false}}"
-        return f"{names} {self._format_args(action, {int: 'N', float: 'X'}.get(action.type, 'TEXT'))}"
+        return f"{names} {self._format_args(action, {int: 'N', float: 'X'}.get(action.type, 'NAME'))}"
 
     def _get_help_string(self, action: Action) -> str:
         default = action.default

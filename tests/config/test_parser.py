@@ -86,7 +86,7 @@ def test_help_shows_values_as_they_are_used(capsys, monkeypatch):
     assert {heads[flag] for flag in ("--bf16", "--freeze-LM", "--dry-run")} == {""}
     assert {heads[flag] for flag in ("--freeze-ViT", "--balance-micro-batches")} == {"{true,false}"}
     assert heads["--data-path"] == "PATH [PATH ...]" and heads["--save"] == "DIR" and heads["--lora-alpha"] == "X"
-    assert not any("TEXT" in head or "_" in head for head in heads.values())
+    assert heads["--wandb-project"] == "NAME" and not any("_" in head for head in heads.values())
 
 
 def test_help_is_in_the_users_order_and_wraps_between_words(capsys, monkeypatch):

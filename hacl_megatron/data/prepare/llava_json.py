@@ -59,19 +59,6 @@ def caption_of(record: Record, version: str) -> str | None:
     )
 
 
-def text_or_first_answer(text: Any, turns: Iterable[tuple[Any, Any]]) -> str | None:
-    """The cleaned `text`, or where that is None the first answer among the (from, value); None if it is no caption."""
-    if text is None:
-        text = next((value for role, value in turns if role == "gpt"), None)
-    return (clean_caption(text) or None) if isinstance(text, str) else None
-
-
-def name_of(record: dict[str, Any], index: int) -> str:
-    """The decoded record's own `id`; its image's name or its index in the file if it has none."""
-    name = record.get("id")
-    return str(name) if name is not None else record.get("image") or f"record {index}"
-
-
 def read_records(path: str, *, window_bytes: int = WINDOW_BYTES) -> Iterator[tuple[Record, int]]:
     """Yields the records of a JSON list, or of JSON lines where the name ends in `.jsonl`, and the bytes read so far.
 
@@ -234,6 +221,19 @@ def _decode(window: _Window) -> tuple[int, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------- records
+
+
+def text_or_first_answer(text: Any, turns: Iterable[tuple[Any, Any]]) -> str | None:
+    """The cleaned `text`, or where that is None the first answer among the (from, value); None if it is no caption."""
+    if text is None:
+        text = next((value for role, value in turns if role == "gpt"), None)
+    return (clean_caption(text) or None) if isinstance(text, str) else None
+
+
+def name_of(record: dict[str, Any], index: int) -> str:
+    """The decoded record's own `id`; its image's name or its index in the file if it has none."""
+    name = record.get("id")
+    return str(name) if name is not None else record.get("image") or f"record {index}"
 
 
 def parse_record(record: Any, path: str, index: int, line: int) -> Record:
