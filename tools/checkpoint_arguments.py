@@ -1,9 +1,14 @@
 """Flags that the tools over a checkpoint share: its layout over processes, and how it sees its data."""
 
+from argparse import Namespace
 from argparse import _ArgumentGroup as ArgumentGroup
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypeVar
 
-from hacl_megatron.config.flags import TEMPLATE_NAMES
+from hacl_megatron.config.flags import TEMPLATE_NAMES, ParallelFlags
+
+Record = TypeVar("Record")
 
 
 def add_layout_arguments(group: ArgumentGroup) -> None:
@@ -21,3 +26,16 @@ def add_data_arguments(group: ArgumentGroup) -> None:
     group.add_argument("--version", choices=TEMPLATE_NAMES, help="template (default: the run's own)")
     group.add_argument("--model-max-length", type=int, help="default: the run's own")
     group.add_argument("--image-backend", choices=("auto", "dali", "pillow"), help="default: the run's own")
+
+
+def filled(kind: type[Record], args: Namespace, **given: Any) -> Record:
+    """The dataclass `kind`: its fields as `given`, else from the flags of their names, else their defaults."""
+    flags = {field.name: getattr(args, field.name) for field in fields(kind) if hasattr(args, field.name)}
+    return kind(**flags | given)
+
+
+def load_settings(args: Namespace):
+    """How the checkpoint is run, as the flags of this file, `--device` and `--dtype` say."""
+    from hacl_megatron.assemble.loaded_model import LoadSettings  # here, for --help to be fast
+
+    return filled(LoadSettings, args, parallel=filled(ParallelFlags, args))

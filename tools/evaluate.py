@@ -15,11 +15,11 @@ torchrun at any layout. Without a GPU it runs on the CPU, in fp32.
 import argparse
 from pathlib import Path
 
-from checkpoint_arguments import add_data_arguments, add_layout_arguments
+from checkpoint_arguments import add_data_arguments, add_layout_arguments, filled, load_settings
 
 from hacl_megatron.config.console import exit_with_error
 
-TASKS = ("pope", "chair", "amber", "mmhal")
+BENCHMARKS = ("pope", "chair", "amber", "mmhal")
 
 
 def parse() -> argparse.Namespace:
@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("benchmarks that are answered in words")
-    group.add_argument("--task", choices=TASKS)
+    group.add_argument("--task", choices=BENCHMARKS)
     group.add_argument(
         "--questions", type=Path, help="pope, amber, mmhal: the published questions; chair: {image} lines"
     )
@@ -88,20 +88,37 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.load is not None:
         if args.task is not None or args.hf is not None:
             raise ValueError("--load goes with --tasks; leave --task and --hf out, or --load")
-        from hacl_megatron.train import quiet_libraries
-
-        quiet_libraries()
-        from hacl_megatron.evaluation.likelihood.run import evaluate_checkpoint
-
-        evaluate_checkpoint(args)
+        evaluate_likelihoods(args)
         return
     if args.tasks is not None:
         raise ValueError("--tasks compares likelihoods of a checkpoint; give it by --load")
     if args.task is None:
-        raise ValueError(f"nothing to evaluate: give --task ({', '.join(TASKS)}), or --load and --tasks")
-    from hacl_megatron.evaluation.answers.run import evaluate_benchmark
+        raise ValueError(f"nothing to evaluate: give --task ({', '.join(BENCHMARKS)}), or --load and --tasks")
+    from hacl_megatron.evaluation.answers.benchmarks import BenchmarkFiles
+    from hacl_megatron.evaluation.answers.run import BenchmarkRequest, evaluate_benchmark
 
-    evaluate_benchmark(args)
+    evaluate_benchmark(filled(BenchmarkRequest, args, files=filled(BenchmarkFiles, args)))
+
+
+def evaluate_likelihoods(args: argparse.Namespace) -> None:
+    from hacl_megatron.train import quiet_libraries
+
+    quiet_libraries()
+    from hacl_megatron.evaluation.likelihood.run import LikelihoodRequest, evaluate_checkpoint
+    from hacl_megatron.evaluation.likelihood.task_table import TASKS
+
+    if not args.tasks:
+        raise ValueError(f"--load needs --tasks: one or more of {', '.join(TASKS)}")
+    if args.image_folder is None:
+        raise ValueError("--load needs --image-folder, the folder that image names are relative to")
+    request = filled(
+        LikelihoodRequest,
+        args,
+        settings=load_settings(args),
+        tasks=tuple(dict.fromkeys(args.tasks)),
+        data_path=tuple(args.data_path or ()),
+    )
+    evaluate_checkpoint(request)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def choose(manifest: Sequence, ids: Sequence[str] | None, number: int, seed: int
 def sizes_and_tokenizer(args: argparse.Namespace):
     """(ImageConfig, visual tokens an image, tokenizer folder)."""
     from hacl_megatron.checkpoint.hf.config_read import read_model_config
-    from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, find_checkpoint, read_run_config
+    from hacl_megatron.checkpoint.run.folder import assets_of, find_checkpoint, read_run_config
     from hacl_megatron.config.architecture import ImageConfig
 
     if args.pretrained_checkpoint is None:
@@ -80,8 +80,7 @@ def sizes_and_tokenizer(args: argparse.Namespace):
     folder = Path(args.pretrained_checkpoint)
     own = find_checkpoint(folder)
     config = read_run_config(own).architecture if own is not None else read_model_config(folder)
-    assets = own / ASSETS_FOLDER if own is not None else folder
-    return config.image, config.visual_tokens, args.tokenizer or str(assets)
+    return config.image, config.visual_tokens, args.tokenizer or str(assets_of(folder))
 
 
 def visible(value: object) -> object:

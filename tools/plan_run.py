@@ -91,11 +91,11 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
             raise
         print(f"as the file has it: {error}\n")
     else:
-        plan = make_plan(config, config.architecture, layout, cluster, samples)
+        plan = make_plan(config, layout, cluster, samples)
         fits = plan.fits
         print(report(plan))
     if args.suggest:
-        found = suggest_layouts(config, config.architecture, world_size, cluster, samples)
+        found = suggest_layouts(config, world_size, cluster, samples)
         fits = bool(found)
         print(f"\n{ranking(found)}")
     return 0 if fits else 1

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint_arguments import add_data_arguments, add_layout_arguments
+from checkpoint_arguments import add_data_arguments, add_layout_arguments, load_settings
 
 from hacl_megatron.config.console import exit_with_error
 
@@ -34,9 +34,9 @@ def parse() -> argparse.Namespace:
 
 def records_of(source: Path, config: Any, args: argparse.Namespace, joined: tuple) -> list[dict[str, Any]] | None:
     """Representations of all samples on rank 0, None elsewhere. Every rank calls it."""
+    from hacl_megatron.assemble.loaded_model import load_model
     from hacl_megatron.data.manifest import Manifest
     from hacl_megatron.evaluation.likelihood.representations import CollectStates, Representations
-    from hacl_megatron.evaluation.likelihood.run import load_model
     from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
 
     model = load_model(source, config, *joined)
@@ -45,18 +45,10 @@ def records_of(source: Path, config: Any, args: argparse.Namespace, joined: tupl
         manifest = Manifest.read([str(path) for path in args.data_path], version=model.config.data.version)
         task = Representations(manifest, model.tokenizer(), model.settings(), limit=args.limit)
     vocab_size = model.config.architecture.language.vocab_size
-    reader = model.reader()
-    runner = TaskRunner(
-        model.forward(),
-        reader,
-        groups=model.groups,
-        vocab_size=vocab_size,
-        batch_size=args.batch_size,
-        collect=CollectStates(model.module, vocab_size=vocab_size, tp_group=model.groups.tp),
-    )
+    collect = CollectStates(model.module, vocab_size=vocab_size, tp_group=model.groups.tp)
+    runner = TaskRunner.of(model, batch_size=args.batch_size, collect=collect)
     records = runner.run(task)
-    if reader is not None:
-        reader.close()
+    runner.close()
     return records
 
 
@@ -65,7 +57,8 @@ def plot(args: argparse.Namespace) -> None:
 
     quiet_libraries()
     import_plotting()
-    from hacl_megatron.evaluation.likelihood.run import evaluation_config, joined_processes
+    from hacl_megatron.assemble.loaded_model import forward_config
+    from hacl_megatron.assemble.processes import joined_processes
 
     for name in ("limit", "batch_size"):
         if getattr(args, name) < 1:
@@ -73,7 +66,8 @@ def plot(args: argparse.Namespace) -> None:
     if args.image_folder is None:
         raise ValueError("give --image-folder, the folder that image names are relative to")
     checkpoints = {"before": args.before, "after": args.load} if args.before else {str(args.load.name): args.load}
-    models = {name: evaluation_config(args, checkpoint) for name, checkpoint in checkpoints.items()}
+    settings = load_settings(args)
+    models = {name: forward_config(checkpoint, settings) for name, checkpoint in checkpoints.items()}
     _, shown = models[next(reversed(models))]
     for _, config in models.values():  # the same rows for both, as --load was trained
         config.data.version = shown.data.version

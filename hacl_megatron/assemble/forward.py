@@ -3,8 +3,8 @@
 reader's packs ─exchange→ all ranks of the replica ─stage 0 … P-1→ ModelOutput ─collect→ result ─broadcast→ all ranks
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,35 @@ from hacl_megatron.batch import MicroBatch, PackedBatch, SegmentLengths
 from hacl_megatron.model.hacl import HaclModel, ModelOutput
 
 Result = TypeVar("Result")
+
+
+def run_schedule(
+    forward_step: Callable[[int, nn.Module], tuple[Any, Callable]],
+    model: nn.Module,
+    packs: Sequence[PackedBatch],
+    *,
+    forward_only: bool,
+    keeps_outputs: bool = False,
+) -> list[Any] | None:
+    """Run megatron-core's pipeline schedule over `packs`, one a micro-batch; every rank of the replica calls it.
+
+    Args:
+        forward_step: (index of the pack, model) -> the model's output, and what is to be done with it on the last
+            stage: the loss function, or, with `keeps_outputs`, (output, non_loss_data) -> what is kept.
+
+    Returns:
+        On the last stage what the second function gave for each pack; nothing that is of use elsewhere.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=lambda indices, model: forward_step(next(indices), model),
+        data_iterator=iter(range(len(packs))),
+        model=model,
+        num_microbatches=len(packs),
+        seq_length=packs[0].num_rows,  # a formality: lengths vary and are sent along
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=keeps_outputs,
+    )
 
 
 class ForwardOnly:
@@ -57,21 +86,11 @@ class ForwardOnly:
         received = [micro_batch.main for micro_batch in micro_batches]
         lengths = [SegmentLengths.of(pack) for pack in received]
 
-        def forward_step(indices: Iterator[int], model: nn.Module):
-            index = next(indices)
+        def forward_step(index: int, model: nn.Module):
             output = model(received[index], lengths[index])
             return output, lambda output, non_loss_data: collect(output, received[index])
 
-        results = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(range(len(received))),
-            model=self.model,
-            num_microbatches=len(received),
-            seq_length=received[0].num_rows,  # a formality: lengths vary and are sent along
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        results = run_schedule(forward_step, self.model, received, forward_only=True, keeps_outputs=True)
         self.model.train(mode)
         return self._from_last_stage(results)
 

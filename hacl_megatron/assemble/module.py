@@ -11,10 +11,7 @@ from hacl_megatron.checkpoint.hf.import_weights import load_adapter, load_hf_wei
 from hacl_megatron.checkpoint.run.choose import agree_on_checkpoint
 from hacl_megatron.checkpoint.run.folder import find_checkpoint, read_run_config
 from hacl_megatron.checkpoint.run.load import load_checkpoint
-from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.architecture import padded_vocab_size
-from hacl_megatron.config.flags import ModelFlags
-from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.lora import Lora, is_lora
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.sections import megatron_fields
@@ -29,10 +26,9 @@ def pad_multiple(config: RunConfig) -> int:
     return rows * 32 if config.transformer.get("fp8") else rows
 
 
-def build_module(
-    config: RunConfig, architecture: ModelConfig, layout: Layout, groups: ProcessGroupCollection, device: torch.device
-) -> HaclModel:
+def build_module(config: RunConfig, groups: ProcessGroupCollection, device: torch.device) -> HaclModel:
     """This rank's stage with initial weights, nothing loaded, frozen or wrapped yet."""
+    architecture = config.architecture
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     return HaclModel(
         architecture,
@@ -54,9 +50,9 @@ def build_module(
     )
 
 
-def parts_of_transformers(flags: ModelFlags, architecture: ModelConfig) -> list[str]:
+def parts_of_transformers(config: RunConfig) -> list[str]:
     """A line for the user on each part that transformers builds."""
-    vision, qformer = architecture.vision, architecture.qformer
+    flags, vision, qformer = config.model, config.architecture.vision, config.architecture.qformer
     lines = []
     if vision.backend == "hf":
         lines.append(
@@ -71,9 +67,9 @@ def parts_of_transformers(flags: ModelFlags, architecture: ModelConfig) -> list[
     return lines
 
 
-def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelConfig, layout: Layout) -> str:
+def load_pretrained(module: HaclModel, config: RunConfig) -> str:
     """Fill `module` from `--pretrained-checkpoint` and `--pretrain-mm-mlp-adapter`; returns a line for the user."""
-    source, own, has_lora = config.model.pretrained_checkpoint, None, False
+    source, own, has_lora, architecture = config.model.pretrained_checkpoint, None, False, config.architecture
     lines = []
     if source is None:
         lines.append("random weights")
@@ -98,7 +94,7 @@ def load_pretrained(module: HaclModel, config: RunConfig, architecture: ModelCon
             source,
             architecture,
             tp_rank=module.groups.tp.rank(),
-            tp_size=layout.tp,
+            tp_size=module.groups.tp.size(),
             layer_offset=get_transformer_layer_offset(module.config, None, module.groups.pp.rank()),
             padded_vocab_size=padded_vocab_size(architecture.language.vocab_size, config.parallel),
             adapter=config.model.pretrain_mm_mlp_adapter,

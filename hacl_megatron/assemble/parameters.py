@@ -7,7 +7,7 @@ the order decides where a parameter stands in megatron-core's buffers.
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hacl_megatron.checkpoint.hf.names import NameTable, Rule
 from hacl_megatron.config.architecture import ModelConfig
@@ -67,9 +67,9 @@ def layers_by_stage(parallel: ParallelFlags, num_layers: int) -> list[int]:
     return layers
 
 
-def stage_parameters(config: RunConfig, model: ModelConfig, stage: int) -> list[PlannedParameter]:
+def stage_parameters(config: RunConfig, stage: int) -> list[PlannedParameter]:
     """Parameters of every tensor-parallel rank of pipeline stage `stage`, in the model's order."""
-    parallel, flags = config.parallel, config.model
+    parallel, flags, model = config.parallel, config.model, config.architecture
     stages, tp = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     vocab = padded_vocab_size(model.language.vocab_size, parallel)
     shapes = [(name, rule.local_shape(tp, vocab)) for name, rule in _rules_of_stage(parallel, model, stage)]
@@ -90,12 +90,11 @@ def stage_parameters(config: RunConfig, model: ModelConfig, stage: int) -> list[
     ]
 
 
-def whole_model(config: RunConfig, model: ModelConfig) -> list[PlannedParameter]:
+def whole_model(config: RunConfig) -> list[PlannedParameter]:
     """The parameters of the undivided model, its vocabulary padded as this layout pads it."""
-    parallel = config.parallel
-    vocab = padded_vocab_size(model.language.vocab_size, parallel)
+    vocab = padded_vocab_size(config.architecture.language.vocab_size, config.parallel)
     alone = ParallelFlags(make_vocab_size_divisible_by=vocab)
-    return stage_parameters(RunConfig(model=config.model, lora=config.lora, parallel=alone), model, 0)
+    return stage_parameters(replace(config, parallel=alone), 0)
 
 
 def count_by_part(parameters: Iterable[PlannedParameter]) -> dict[str, tuple[int, int]]:

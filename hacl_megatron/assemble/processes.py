@@ -1,12 +1,17 @@
-"""megatron-core's process groups of a run."""
+"""megatron-core's process groups: those of a run, and those of a model that is loaded to run forward alone."""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from hacl_megatron.config.layout import Layout
+from hacl_megatron.config.layout import Layout, world_size_from_environment
 from hacl_megatron.config.run import RunConfig
+from hacl_megatron.platform.processes import start_platform
 
 
 def initialize_parallelism(config: RunConfig, layout: Layout) -> ProcessGroupCollection:
@@ -19,3 +24,26 @@ def initialize_parallelism(config: RunConfig, layout: Layout) -> ProcessGroupCol
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+@contextlib.contextmanager
+def joined_processes(
+    config: RunConfig, world_size: int | None = None
+) -> Iterator[tuple[Layout, ProcessGroupCollection, torch.device]]:
+    """This process as part of megatron-core's groups, as long as the context lasts.
+
+    Args:
+        world_size: default: the number of processes that torchrun started.
+
+    Raises:
+        ValueError: the processes cannot be divided as the flags say, or the device is not there.
+    """
+    layout = Layout.of(config, world_size or world_size_from_environment())
+    joined_already = dist.is_initialized()
+    device = start_platform(config.parallel.device)
+    groups = initialize_parallelism(config, layout)
+    yield layout, groups, device
+    # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
+    parallel_state.destroy_model_parallel()
+    if not joined_already:
+        dist.destroy_process_group()

@@ -1,10 +1,11 @@
 """What a run starts from, by its flags: which checkpoint, whose model's sizes, adapters, tokenizer and processor."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
-from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, find_checkpoint, read_run_config
+from hacl_megatron.checkpoint.run.folder import assets_of, find_checkpoint, read_run_config
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.flags import LoraFlags, ModelFlags
 from hacl_megatron.config.lora import settle_lora
@@ -22,6 +23,18 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
         if not config.checkpoint.load_fallback:
             raise
         return choose_checkpoint(Path(load), fallback=True)[0]
+
+
+def resolve(config: RunConfig, *, planned: bool = False) -> RunConfig:
+    """`config` with the model's sizes and adapters, from the checkpoint that is resumed or started from.
+
+    Args:
+        planned: weights that are not here yet are no mistake where a `model:` section has the sizes.
+    """
+    resume_from = checkpoint_to_resume(config)
+    sizes = planned_architecture(config) if planned else resolve_architecture(config, resume_from)
+    config = with_architecture(config, sizes)
+    return replace(config, lora=resolve_lora(config, resume_from))
 
 
 def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelConfig:
@@ -73,14 +86,11 @@ def planned_architecture(config: RunConfig) -> ModelConfig:
     return resolve_architecture(config, resume_from)
 
 
-def assets_folder(config: RunConfig, resume_from: Path | None) -> Path | None:
-    """Where tokenizer and image-processor files are: in a checkpoint of ours, or in the Hugging Face folder itself."""
-    if resume_from is not None:
-        return resume_from / ASSETS_FOLDER
-    for source in (config.model.pretrained_checkpoint, config.model.tokenizer):
+def assets_folder(config: RunConfig, resume_from: Path | None) -> Path:
+    """Where the run's tokenizer and image-processor files are. Raises ValueError where no flag leads to any."""
+    for source in (resume_from, config.model.pretrained_checkpoint, config.model.tokenizer):
         if source is not None:
-            own = find_checkpoint(Path(source))
-            return own / ASSETS_FOLDER if own is not None else Path(source)
+            return assets_of(Path(source))
     raise ValueError("no tokenizer: give --tokenizer FOLDER, since there is no --pretrained-checkpoint to take it from")
 
 

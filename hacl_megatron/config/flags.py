@@ -17,6 +17,9 @@ TEMPLATE_NAMES = get_args(TemplateName)
 MANIFEST_FILE = "manifest.arrow"
 """Says that a folder holds prepared data (tools/prepare_data.py), which `--data-path` then takes."""
 
+TEMPERATURE_RANGE = (0.001, 0.5)
+"""Bounds that the learned temperature is kept in."""
+
 
 def flag(default: Any, help: str, metavar: str | None = None) -> Any:
     """A dataclass field with its help text; lists get a fresh copy per instance.

@@ -1,5 +1,6 @@
 """How a run's processes and samples are divided."""
 
+import os
 from dataclasses import dataclass
 
 from hacl_megatron.config.checks.require import require
@@ -59,3 +60,17 @@ class Layout:
             global_batch_size=batch,
             num_micro_batches=None if by_tokens else batch // (micro * dp),
         )
+
+
+def world_size_from_environment() -> int:
+    """Number of processes torchrun started; 1 without torchrun.
+
+    Raises:
+        ValueError: Slurm started several processes without torchrun; each would train alone, over the others' files.
+    """
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" not in os.environ and tasks != "1" and "SLURM_PROCID" in os.environ:
+        raise ValueError(
+            f"srun started {tasks} tasks without torchrun: start one torchrun a node (srun -n NODES torchrun …)"
+        )
+    return int(os.environ.get("WORLD_SIZE", 1))

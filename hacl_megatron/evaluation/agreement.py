@@ -8,16 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from hacl_megatron.assemble.module import build_module
+from hacl_megatron.assemble.processes import joined_processes
 from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.config_write import to_config_json
 from hacl_megatron.checkpoint.hf.import_weights import SourceTensors
 from hacl_megatron.checkpoint.hf.names import connector_depth
+from hacl_megatron.checkpoint.run.folder import read_run_config
+from hacl_megatron.checkpoint.run.load import load_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.config.run import RunConfig
 
 TOLERANCE = 2e-4
 """Largest difference of two logits, for logits of order 1; more for larger ones in proportion."""
@@ -218,38 +223,13 @@ def _round(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 def our_logits(reader: ShardedReader, batch: PackedBatch, dtype: torch.dtype | None) -> Tensor:
     """Logits [target rows, padded vocabulary] of `HaclModel`, loaded by megatron-core as a run loads it."""
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from hacl_megatron.checkpoint.run.load import load_checkpoint
-    from hacl_megatron.config.flags import ParallelFlags
-    from hacl_megatron.model.hacl import HaclModel
-    from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
-    from hacl_megatron.platform.processes import start_platform
-
-    joined_already = dist.is_initialized()
-    device = start_platform("cpu")
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(0)
-    parallel, config = ParallelFlags(), reader.model_config
-    module = HaclModel(
-        config,
-        language_config=language_transformer_config(config, parallel, device=device, dtype=torch.float32, overrides={}),
-        vision_config=vision_transformer_config(config, parallel, device=device, dtype=torch.float32),
-        padded_vocab_size=reader.num_vocabulary_rows,
-        initial_temperature=0.07,
-        seed=0,
-        device=device,
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
-        lora=reader.lora,
-    )
-    wanted = {name: part for name, part in module.sharded_state_dict().items() if not name.endswith("_extra_state")}
-    module.load_state_dict(load_checkpoint({"model": wanted}, reader.folder)["model"], strict=False)
-    _round(module, dtype)
-    module.eval()
-    logits = module(batch, SegmentLengths.of(batch)).logits.float()
-    parallel_state.destroy_model_parallel()
-    if not joined_already:
-        dist.destroy_process_group()
-    return logits
+    # Padded as it is stored, whatever layout left it.
+    parallel = ParallelFlags(device="cpu", make_vocab_size_divisible_by=reader.num_vocabulary_rows)
+    lora = read_run_config(reader.folder).lora
+    config = RunConfig(parallel=parallel, lora=lora, architecture=reader.model_config)
+    with joined_processes(config, world_size=1) as (_, groups, device):
+        module = build_module(config, groups, device)
+        wanted = {name: part for name, part in module.sharded_state_dict().items() if not name.endswith("_extra_state")}
+        module.load_state_dict(load_checkpoint({"model": wanted}, reader.folder)["model"], strict=False)
+        _round(module, dtype)
+        return module.eval()(batch, SegmentLengths.of(batch)).logits.float()

@@ -28,13 +28,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hacl_megatron.config.flags import TEMPERATURE_RANGE
 from hacl_megatron.objective.negatives import PairEmbeddings
 from hacl_megatron.objective.row_blocks import BLOCK_BYTES, Columns, softmax_loss_sum
 
 HallucinationNegatives = Literal["own", "all", "none"]
-
-MIN_TEMPERATURE = 0.001
-MAX_TEMPERATURE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +152,6 @@ def _hallucination_metrics(local: PairEmbeddings) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def clamp_temperature_(temperature: Tensor, low: float = MIN_TEMPERATURE, high: float = MAX_TEMPERATURE) -> Tensor:
-    """Keep τ in [low, high], in place; to be called after the optimiser step, on the fp32 master parameter."""
-    return temperature.clamp_(low, high)
+def clamp_temperature_(temperature: Tensor) -> Tensor:
+    """Keep τ in its range, in place; to be called after the optimiser step, on the fp32 master parameter."""
+    return temperature.clamp_(*TEMPERATURE_RANGE)

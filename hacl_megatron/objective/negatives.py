@@ -12,8 +12,8 @@ the same ones, with the same shapes, as the others.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -67,20 +67,35 @@ class PairEmbeddings:
     def num_hallucinated(self) -> int:
         return self.hallucinated.shape[0]
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PairEmbeddings":
+        """The same pairs with `function` applied to every tensor."""
+        return PairEmbeddings(**{item.name: function(getattr(self, item.name)) for item in fields(self)})
+
+    def select(self, pairs: Tensor | slice, hallucinated: Tensor, owner: Tensor) -> "PairEmbeddings":
+        """Some of the pairs, in any order; gradients pass.
+
+        Args:
+            pairs: int64 [n] or a slice: which of the N, in their new order.
+            hallucinated: int64 or bool, which of the M go along.
+            owner: int64 [M]: new number of the pair of each of those M (of the others it does not matter).
+        """
+        return PairEmbeddings(
+            image=self.image[pairs],
+            caption=self.caption[pairs],
+            hallucinated=self.hallucinated[hallucinated],
+            hallucinated_owner=owner[hallucinated],
+            image_keys=self.image_keys[pairs],
+            caption_keys=self.caption_keys[pairs],
+            hallucinated_keys=self.hallucinated_keys[hallucinated],
+        )
+
 
 def concatenate_pairs(parts: Sequence[PairEmbeddings]) -> PairEmbeddings:
     """The pairs of all parts, in their order, as new tensors; owners shifted accordingly. Gradients pass."""
     first_pairs = itertools.accumulate((part.num_pairs for part in parts), initial=0)
     owners = [part.hallucinated_owner + first for part, first in zip(parts, first_pairs, strict=False)]
-    return PairEmbeddings(
-        image=torch.cat([part.image for part in parts]),
-        caption=torch.cat([part.caption for part in parts]),
-        hallucinated=torch.cat([part.hallucinated for part in parts]),
-        hallucinated_owner=torch.cat(owners),
-        image_keys=torch.cat([part.image_keys for part in parts]),
-        caption_keys=torch.cat([part.caption_keys for part in parts]),
-        hallucinated_keys=torch.cat([part.hallucinated_keys for part in parts]),
-    )
+    whole = {item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(PairEmbeddings)}
+    return PairEmbeddings(**{**whole, "hallucinated_owner": torch.cat(owners)})
 
 
 @dataclass(frozen=True, kw_only=True)

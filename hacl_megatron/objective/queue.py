@@ -29,15 +29,12 @@ class NegativeQueue:
         """
         assert size > 0, size
         self.size = size
+        embeddings = torch.zeros(0, width, device=device, dtype=dtype)
+        integers = torch.zeros(0, device=device, dtype=torch.int64)
         self._pairs = PairEmbeddings(
-            image=torch.zeros(0, width, device=device, dtype=dtype),
-            caption=torch.zeros(0, width, device=device, dtype=dtype),
-            hallucinated=torch.zeros(0, width, device=device, dtype=dtype),
-            hallucinated_owner=torch.zeros(0, device=device, dtype=torch.int64),
-            image_keys=torch.zeros(0, device=device, dtype=torch.int64),
-            caption_keys=torch.zeros(0, device=device, dtype=torch.int64),
-            hallucinated_keys=torch.zeros(0, device=device, dtype=torch.int64),
-        )
+            image=embeddings, caption=embeddings, hallucinated=embeddings, hallucinated_owner=integers,
+            image_keys=integers, caption_keys=integers, hallucinated_keys=integers,
+        )  # fmt: skip
 
     @property
     def pairs(self) -> PairEmbeddings:
@@ -50,7 +47,7 @@ class NegativeQueue:
 
         Of more than `size` pairs the last ones stay.
         """
-        new = _newest(_detached(pool), self.size)
+        new = _newest(pool.map(Tensor.detach), self.size)
         self._pairs = concatenate_pairs([_newest(self._pairs, self.size - new.num_pairs), new])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -82,22 +79,10 @@ class NegativeQueue:
         self._pairs = concatenate_pairs([_newest(loaded, self.size)])
 
 
-def _detached(pairs: PairEmbeddings) -> PairEmbeddings:
-    return PairEmbeddings(**{item.name: getattr(pairs, item.name).detach() for item in fields(PairEmbeddings)})
-
-
 def _newest(pairs: PairEmbeddings, count: int) -> PairEmbeddings:
     """The last `count` pairs, or all if there are fewer, with their hallucinated captions."""
     dropped = max(pairs.num_pairs - count, 0)
     if dropped == 0:
         return pairs
-    stays = pairs.hallucinated_owner >= dropped
-    return PairEmbeddings(
-        image=pairs.image[dropped:],
-        caption=pairs.caption[dropped:],
-        hallucinated=pairs.hallucinated[stays],
-        hallucinated_owner=pairs.hallucinated_owner[stays] - dropped,
-        image_keys=pairs.image_keys[dropped:],
-        caption_keys=pairs.caption_keys[dropped:],
-        hallucinated_keys=pairs.hallucinated_keys[stays],
-    )
+    owner = pairs.hallucinated_owner - dropped
+    return pairs.select(slice(dropped, None), owner >= 0, owner)

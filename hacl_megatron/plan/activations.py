@@ -56,9 +56,9 @@ GPU = Kernels(
 )  # fmt: skip
 
 
-def cpu_kernels(config: RunConfig, model: ModelConfig) -> Kernels:
+def cpu_kernels(config: RunConfig) -> Kernels:
     """`platform.host_kernels`' own kernels take fp32 alone, its attention no grouped queries."""
-    own, language = not config.model.bf16, model.language
+    own, language = not config.model.bf16, config.architecture.language
     attention = own and language.num_query_groups == language.num_attention_heads
     return Kernels(
         fused_norm=own, fused_swiglu=own, packed_attention=attention, copies_values=attention, rotates_itself=True
@@ -107,10 +107,10 @@ class ActivationBytes:
 
 
 def stage_activations(
-    config: RunConfig, model: ModelConfig, micro_batch: MicroBatchShape, stage: int, *, kernels: Kernels = GPU
+    config: RunConfig, micro_batch: MicroBatchShape, stage: int, *, kernels: Kernels = GPU
 ) -> ActivationBytes:
     """Activations of one micro-batch on every rank of pipeline stage `stage`."""
-    pack = micro_batch.main
+    pack, model = micro_batch.main, config.architecture
     stages, tp = config.parallel.pipeline_model_parallel_size, config.parallel.tensor_model_parallel_size
     shard = tp if config.parallel.sequence_parallel else 1
     e = 2 if config.model.bf16 else 4
@@ -151,7 +151,7 @@ def stage_activations(
     working = again + rows * e * (3 * language.ffn_hidden_size / tp + 2 * language.hidden_size)
     logits = logits_peak = 0.0
     if is_first:
-        kept += _front(config, model, pack, e)
+        kept += _front(config, pack, e)
         if recompute.granularity == "full" or kernels.fused_norm or e == FP32:
             # The first layer's input is kept as it is, and under sequence parallelism it is a view of all rows.
             kept += rows * (1 - 1 / shard) * language.hidden_size * e
@@ -257,8 +257,9 @@ def _norm(hidden: int, e: int, trained: bool, kernels: Kernels) -> float:
     return FP32 * hidden * (1 + trained) + FP32
 
 
-def _front(config: RunConfig, model: ModelConfig, pack: PackShape, e: int) -> float:
+def _front(config: RunConfig, pack: PackShape, e: int) -> float:
     """Vision tower, connector and the laying-in of image features, on the first stage."""
+    model = config.architecture
     kept = pack.images * kept_by_connector(config.model, model, e)
     kept += pack.image_rows * (e * model.language.hidden_size + 2 * INT64)
     if not config.language_model_is_frozen:

@@ -64,8 +64,10 @@ class StepTime:
         return sum(vars(self).values())
 
 
-def stage_flops(config: RunConfig, model: ModelConfig, micro_batch: MicroBatchShape, stage: int) -> StageFlops:
-    language, parallel = model.language, config.parallel
+def stage_flops(config: RunConfig, micro_batch: MicroBatchShape, stage: int) -> StageFlops:
+    """Of one micro-batch on pipeline stage `stage`."""
+    model, parallel = config.architecture, config.parallel
+    language = model.language
     stages = parallel.pipeline_model_parallel_size
     layers = layers_by_stage(parallel, language.num_layers)[stage]
     is_first, is_last = stage == 0, stage == stages - 1
@@ -124,14 +126,13 @@ def _layer_flops(
 
 def sent_bytes(
     config: RunConfig,
-    model: ModelConfig,
     layout: Layout,
     micro_batch: MicroBatchShape,
     stage: int,
     parameters: list[PlannedParameter],
 ) -> SentBytes:
     """By ring algorithms: an all-gather or reduce-scatter of n bytes over r ranks sends n (r - 1) / r a rank."""
-    e = 2 if config.model.bf16 else 4
+    e, model = 2 if config.model.bf16 else 4, config.architecture
     tp, dp, hidden = layout.tp, layout.dp, model.language.hidden_size
     layers = layers_by_stage(config.parallel, model.language.num_layers)[stage]
     rows = micro_batch.main.rows * e * hidden

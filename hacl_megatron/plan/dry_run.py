@@ -19,7 +19,6 @@ from tabulate import tabulate
 from hacl_megatron.assemble.module import build_module
 from hacl_megatron.assemble.parameters import PARTS, layers_by_stage, part_of
 from hacl_megatron.assemble.processes import initialize_parallelism
-from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.plan.planner import make_plan
@@ -31,7 +30,7 @@ from hacl_megatron.training.trainee import build_trainee
 META = torch.device("meta")
 
 
-def dry_run(config: RunConfig, architecture: ModelConfig, layout: Layout, *, rank: int | None = None) -> str:
+def dry_run(config: RunConfig, layout: Layout, *, rank: int | None = None) -> str:
     """Build `rank`'s part, or one rank of each kind of pipeline stage; returns what to tell the user.
 
     Raises:
@@ -40,14 +39,14 @@ def dry_run(config: RunConfig, architecture: ModelConfig, layout: Layout, *, ran
     if rank is not None and rank >= layout.world_size:
         raise ValueError(f"--dry-run-rank is {rank}, expected less than --world-size {layout.world_size}; change it")
     prepare_device(torch.device("cpu"))  # megatron-core's CUDA calls get host meanings; META is where tensors go
-    ranks = [rank] if rank is not None else _one_of_each_kind(config, architecture, layout)
-    counts = {one: _build(config, architecture, layout, one) for one in ranks}
+    ranks = [rank] if rank is not None else _one_of_each_kind(config, layout)
+    counts = {one: _build(config, layout, one) for one in ranks}
     lines = [
         f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} = {layout.world_size} processes, "
         f"{layout.global_batch_size} samples a step, micro-batches {_micro_batches(config, layout)} a replica",
-        _table(counts, config, architecture, layout),
+        _table(counts, config, layout),
         _trained(counts),
-        *_memory(config, architecture, layout),
+        *_memory(config, layout),
     ]
     return "\n".join(lines)
 
@@ -58,24 +57,24 @@ def _micro_batches(config: RunConfig, layout: Layout) -> str:
     return f"{layout.num_micro_batches} x {layout.micro_batch_size}"
 
 
-def _one_of_each_kind(config: RunConfig, architecture: ModelConfig, layout: Layout) -> list[int]:
+def _one_of_each_kind(config: RunConfig, layout: Layout) -> list[int]:
     """First rank of the first pipeline stage, of the last, and of every other that differs in its layers.
 
     Tensor- and data-parallel ranks of one stage build the same shapes.
     """
-    layers = layers_by_stage(config.parallel, architecture.language.num_layers)
+    layers = layers_by_stage(config.parallel, config.architecture.language.num_layers)
     kinds = {
         (stage == 0, stage == layout.pp - 1, layers[stage]): stage for stage in reversed(range(layout.pp))
     }  # fmt: skip
     return [stage * layout.tp * layout.dp for stage in sorted(kinds.values())]
 
 
-def _build(config: RunConfig, architecture: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[int, int]]:
+def _build(config: RunConfig, layout: Layout, rank: int) -> dict[str, tuple[int, int]]:
     """(trained, frozen) parameters of this rank, by part."""
     with _as_rank(rank, layout.world_size), _refusals_in_one_line(rank):
         groups = initialize_parallelism(config, layout)
-        module = build_module(config, architecture, layout, groups, META)
-        build_trainee(module, config, groups, META, config.training.train_iters or 1)
+        module = build_module(config, groups, META)
+        build_trainee(module, config, config.training.train_iters or 1)
         counts: dict[str, list[int]] = {}
         for name, parameter in module.named_parameters():
             assert parameter.device == META, name
@@ -124,10 +123,8 @@ def _as_rank(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _table(
-    counts: dict[int, dict[str, tuple[int, int]]], config: RunConfig, architecture: ModelConfig, layout: Layout
-) -> str:
-    layers = layers_by_stage(config.parallel, architecture.language.num_layers)
+def _table(counts: dict[int, dict[str, tuple[int, int]]], config: RunConfig, layout: Layout) -> str:
+    layers = layers_by_stage(config.parallel, config.architecture.language.num_layers)
     columns = [part for part in PARTS if part != "lora" or config.lora.lora_rank is not None]
     rows = []
     for rank, parts in counts.items():
@@ -144,11 +141,11 @@ def _trained(counts: dict[int, dict[str, tuple[int, int]]]) -> str:
     return f"would train: {', '.join(PARTS[part] for part in parts) or 'nothing on this rank'}"
 
 
-def _memory(config: RunConfig, architecture: ModelConfig, layout: Layout) -> list[str]:
+def _memory(config: RunConfig, layout: Layout) -> list[str]:
     """The planned memory, and a warning where no known GPU has as much."""
     name, largest = max(GPUS.items(), key=lambda item: item[1].memory)
     cluster = Cluster(gpu_name=name, gpus_per_node=8)
-    plan = make_plan(config, architecture, layout, cluster, assumed_samples(config))
+    plan = make_plan(config, layout, cluster, assumed_samples(config))
     need = f"{plan.memory / GIB:.0f} GiB a GPU (estimate, stage {plan.fullest})"
     if plan.fits:
         fitting = [name for name, gpu in GPUS.items() if plan.memory <= gpu.memory]

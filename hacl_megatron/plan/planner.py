@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from hacl_megatron.assemble.parameters import count_by_part, layers_by_stage, stage_parameters, whole_model
-from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.objective.row_blocks import BLOCK_BYTES
@@ -59,7 +58,6 @@ class Plan:
     """What a run at one layout needs."""
 
     config: RunConfig
-    model: ModelConfig
     layout: Layout
     """With a number of micro-batches: the average step's, if their size is given in tokens."""
     cluster: Cluster
@@ -115,7 +113,6 @@ class Plan:
 
 def make_plan(
     config: RunConfig,
-    model: ModelConfig,
     layout: Layout,
     cluster: Cluster,
     samples: Samples,
@@ -126,17 +123,17 @@ def make_plan(
     Args:
         micro_batch: what runs at once, where it is known; None: the average of `samples`.
     """
-    layout = replace(layout, num_micro_batches=num_micro_batches(config, model, layout, samples))
+    layout = replace(layout, num_micro_batches=num_micro_batches(config, layout, samples))
     size = layout.global_batch_size / (layout.dp * layout.num_micro_batches)
     if micro_batch is None:
-        micro_batch = micro_batch_shape(config, model, samples, size, layout.num_micro_batches)
-    layers = layers_by_stage(config.parallel, model.language.num_layers)
+        micro_batch = micro_batch_shape(config, samples, size, layout.num_micro_batches)
+    layers = layers_by_stage(config.parallel, config.architecture.language.num_layers)
     stages = []
     states = []
     for index in range(layout.pp):
-        parameters = stage_parameters(config, model, index)
+        parameters = stage_parameters(config, index)
         state = state_bytes(parameters, config, layout, stage=index)
-        activations = stage_activations(config, model, micro_batch, index)
+        activations = stage_activations(config, micro_batch, index)
         in_flight = min(layout.num_micro_batches, layout.pp - index)
         states.append(state)
         stages.append(
@@ -149,21 +146,20 @@ def make_plan(
                     gradients=state.gradients,
                     optimizer=state.optimizer,
                     activations=activations.kept * in_flight
-                    + _left_behind(config, model, layout, micro_batch, index, in_flight),
+                    + _left_behind(config, layout, micro_batch, index, in_flight),
                     logits=activations.logits + activations.logits_peak,
-                    contrastive=_contrastive_bytes(config, model, layout, micro_batch) if index == layout.pp - 1 else 0,
+                    contrastive=_contrastive_bytes(config, layout, micro_batch) if index == layout.pp - 1 else 0,
                     working=activations.working,
                     reserve=cluster.reserve,
                 ),
-                flops=stage_flops(config, model, micro_batch, index),
-                sent=sent_bytes(config, model, layout, micro_batch, index, parameters),
+                flops=stage_flops(config, micro_batch, index),
+                sent=sent_bytes(config, layout, micro_batch, index, parameters),
             )
         )
-    whole = whole_model(config, model)
+    whole = whole_model(config)
     trained = sum(p.numel for p in whole if p.trained)
     return Plan(
         config=config,
-        model=model,
         layout=layout,
         cluster=cluster,
         samples=samples,
@@ -180,13 +176,11 @@ def make_plan(
     )  # fmt: skip
 
 
-def _left_behind(
-    config: RunConfig, model: ModelConfig, layout: Layout, micro_batch: MicroBatchShape, stage: int, in_flight: int
-) -> float:
+def _left_behind(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, stage: int, in_flight: int) -> float:
     """What the forward-only pass over all micro-batches leaves on a stage: tower features, EOS states, embeddings."""
     if micro_batch.ahead is None:
         return 0.0
-    e = 2 if config.model.bf16 else 4
+    e, model = 2 if config.model.bf16 else 4, config.architecture
     left = 0.0
     if stage == 0 and micro_batch.ahead.image_rows:
         # The connector's input: of the micro-batches in flight it is among the activations.
@@ -199,7 +193,7 @@ def _left_behind(
     return left
 
 
-def _contrastive_bytes(config: RunConfig, model: ModelConfig, layout: Layout, micro_batch: MicroBatchShape) -> float:
+def _contrastive_bytes(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape) -> float:
     """Embeddings of the pool and their gradients, those of the queue, and a block of similarities, all fp32."""
     objective = config.objective
     if not micro_batch.pairs:
@@ -209,6 +203,6 @@ def _contrastive_bytes(config: RunConfig, model: ModelConfig, layout: Layout, mi
     per_pair = 2 + micro_batch.hallucinated / micro_batch.pairs
     pool = own_pairs * layout.dp
     queue = objective.queue_size if objective.contrastive_negatives == "queue" else 0
-    embeddings = (2 * pool + queue) * per_pair * model.projection_size
+    embeddings = (2 * pool + queue) * per_pair * config.architecture.projection_size
     similarities = own_pairs * (pool + queue) * (per_pair - 1)
     return FP32 * embeddings + min(BLOCK_BYTES, (FP32 + 1) * similarities)

@@ -166,7 +166,7 @@ def _time(plan: Plan) -> str:
 
 
 def _published(plan: Plan) -> str | None:
-    language = plan.model.language
+    language = plan.config.architecture.language
     found = _PUBLISHED_HOURS.get((plan.config.data.version, language.hidden_size, language.num_layers))
     is_theirs = plan.samples.num_samples in PUBLISHED_SAMPLES.values() and plan.config.objective.contrastive_weight == 0
     if not (found and is_theirs and plan.layout.world_size == 8 and plan.cluster.gpu_name.startswith("a100")):

@@ -5,7 +5,6 @@ import copy
 import io
 from collections.abc import Iterator
 
-from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.architecture import check_architecture
 from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.run import RunConfig
@@ -16,33 +15,32 @@ from hacl_megatron.platform.hardware import Cluster
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
-def suggest_layouts(
-    config: RunConfig, model: ModelConfig, world_size: int, cluster: Cluster, samples: Samples
-) -> list[Plan]:
+def suggest_layouts(config: RunConfig, world_size: int, cluster: Cluster, samples: Samples) -> list[Plan]:
     """Plans of every layout with `config`'s global batch that fits, fastest first; of equals, the one with most room.
 
     Tensor-parallel sizes stay inside a node and are sequence parallel; pipeline stages are even; micro-batches are
     powers of two; activations are recomputed in every layer or in none. Everything else stays as it is.
     """
     plans = []
-    for candidate in _candidates(config, model, world_size, cluster.gpus_per_node):
+    for candidate in _candidates(config, world_size, cluster.gpus_per_node):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # notes on each of a hundred candidates help nobody
                 layout = check_flags(candidate, world_size, files=False)
-            check_architecture(candidate, model, layout)
+            check_architecture(candidate, candidate.architecture, layout)
         except ValueError:
             continue
-        plan = make_plan(candidate, model, layout, cluster, samples)
+        plan = make_plan(candidate, layout, cluster, samples)
         if plan.fits:
             plans.append(plan)
     return sorted(plans, key=lambda plan: (-round(plan.samples_per_second, 3), plan.memory))
 
 
-def _candidates(config: RunConfig, model: ModelConfig, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:
+def _candidates(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:
+    num_layers = config.architecture.language.num_layers
     batch = config.training.global_batch_size or config.training.micro_batch_size * world_size
     for tp in _powers_of_two(min(gpus_per_node, world_size)):
-        for pp in range(1, min(world_size // tp, model.language.num_layers) + 1):
-            if world_size % (tp * pp) or model.language.num_layers % pp:
+        for pp in range(1, min(world_size // tp, num_layers) + 1):
+            if world_size % (tp * pp) or num_layers % pp:
                 continue
             for micro_batch_size in _powers_of_two(max(1, batch * tp * pp // world_size)):
                 for recompute in ({}, FULL_RECOMPUTE):

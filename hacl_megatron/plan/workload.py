@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from hacl_megatron.batch import Parts
-from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.training.packs import pack_plan
@@ -150,36 +149,34 @@ class MicroBatchShape:
         return tuple(part for part in self.ahead.segments if part not in once)
 
 
-def num_micro_batches(config: RunConfig, model: ModelConfig, layout: Layout, samples: Samples) -> int:
+def num_micro_batches(config: RunConfig, layout: Layout, samples: Samples) -> int:
     """Micro-batches of one replica in one step; with `--micro-batch-tokens`, as many as the average step takes."""
     if layout.num_micro_batches is not None:
         return layout.num_micro_batches
     parts = replace(pack_plan(config, 1, with_gradients=True).main, texts=config.objective.contrastive_weight > 0)
-    rows = _pack_shape(config, model, samples, layout.global_batch_size / layout.dp, parts).rows
+    rows = _pack_shape(config, samples, layout.global_batch_size / layout.dp, parts).rows
     return max(1, math.ceil(rows / config.training.micro_batch_tokens))
 
 
 def micro_batch_shape(
-    config: RunConfig, model: ModelConfig, samples: Samples, micro_batch_size: float, num_micro_batches: int
+    config: RunConfig, samples: Samples, micro_batch_size: float, num_micro_batches: int
 ) -> MicroBatchShape:
     """The average micro-batch of `micro_batch_size` samples in a step of `num_micro_batches`."""
     plan = pack_plan(config, num_micro_batches, with_gradients=True)
     ahead = None
     if plan.ahead is not None:
-        ahead = _pack_shape(config, model, samples, micro_batch_size, plan.ahead)
+        ahead = _pack_shape(config, samples, micro_batch_size, plan.ahead)
     pairs = samples.pair_share * micro_batch_size if plan.main.has_pairs else 0.0
     return MicroBatchShape(
-        main=_pack_shape(config, model, samples, micro_batch_size, plan.main),
+        main=_pack_shape(config, samples, micro_batch_size, plan.main),
         ahead=ahead,
         pairs=pairs,
         hallucinated=pairs * samples.hallucinated_per_pair,
     )
 
 
-def _pack_shape(
-    config: RunConfig, model: ModelConfig, samples: Samples, micro_batch_size: float, parts: Parts
-) -> PackShape:
-    visual = model.visual_tokens
+def _pack_shape(config: RunConfig, samples: Samples, micro_batch_size: float, parts: Parts) -> PackShape:
+    visual = config.architecture.visual_tokens
     images, pairs = samples.image_share * micro_batch_size, samples.pair_share * micro_batch_size
     prefix = 0
     if config.objective.contrastive_image_context == "prompt":

@@ -50,17 +50,3 @@ def start_platform(requested: str = "auto", timeout_minutes: int = 30) -> torch.
         options = {"device_id": device} if device.type == "cuda" else {}
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **options)
     return device
-
-
-def world_size_from_environment() -> int:
-    """Number of processes torchrun started; 1 without torchrun.
-
-    Raises:
-        ValueError: Slurm started several processes without torchrun; each would train alone, over the others' files.
-    """
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if "RANK" not in os.environ and tasks != "1" and "SLURM_PROCID" in os.environ:
-        raise ValueError(
-            f"srun started {tasks} tasks without torchrun: start one torchrun a node (srun -n NODES torchrun …)"
-        )
-    return int(os.environ.get("WORLD_SIZE", 1))

@@ -56,8 +56,6 @@ class Contrast:
 
     def __init__(self, objective: ObjectiveFlags, queue: NegativeQueue | None, group: ProcessGroup) -> None:
         self.objective = objective
-        self.weight = objective.contrastive_weight
-        """Lambda in this step."""
         self.queue = queue
         self.group = group
         self._new_pairs: list[PairEmbeddings] = []
@@ -78,13 +76,13 @@ class Contrast:
             queue=None if queue is None else queue.pairs,
         )
 
-    def share(self, terms: ContrastiveTerms, num_pairs: int) -> Tensor:
-        """This rank's share of lambda (L_v + L_t) / 2, [], for `num_pairs` pairs in the global batch."""
+    def share(self, terms: ContrastiveTerms, num_pairs: int, weight: float) -> Tensor:
+        """This rank's share of `weight` (L_v + L_t) / 2, [], for `num_pairs` pairs in the global batch."""
         sums = terms.image_to_text_sum + terms.text_to_image_sum
-        return self.weight * sums / (2 * max(num_pairs, 1))
+        return weight * sums / (2 * max(num_pairs, 1))
 
     def cached_gradients(
-        self, micro_batches: Sequence[PairEmbeddings], temperature: Tensor, num_pairs: int
+        self, micro_batches: Sequence[PairEmbeddings], temperature: Tensor, num_pairs: int, weight: float
     ) -> tuple[ContrastiveTerms, list[CachedGradients]]:
         """Terms over all of `micro_batches` (embeddings without gradients), and each one's gradients."""
         sizes = [(pairs.num_pairs, pairs.num_hallucinated) for pairs in micro_batches]
@@ -95,7 +93,7 @@ class Contrast:
                 embeddings.requires_grad_()
             leaf = temperature.detach().clone().requires_grad_()
             terms = self.terms(local, leaf, with_queue=True)
-            self.share(terms, num_pairs).backward()
+            self.share(terms, num_pairs, weight).backward()
         pairs, hallucinated = [size for size, _ in sizes], [size for _, size in sizes]
         if local.hallucinated.grad is None:  # no negatives of anything
             local.hallucinated.grad = torch.zeros_like(local.hallucinated)
@@ -140,13 +138,4 @@ def _in_order_of_keys(pairs: PairEmbeddings) -> PairEmbeddings:
     order = pairs.caption_keys.argsort(stable=True)
     order = order[pairs.image_keys[order].argsort(stable=True)]
     owner = order.argsort()[pairs.hallucinated_owner]
-    hallucinated = owner.argsort(stable=True)
-    return PairEmbeddings(
-        image=pairs.image[order],
-        caption=pairs.caption[order],
-        hallucinated=pairs.hallucinated[hallucinated],
-        hallucinated_owner=owner[hallucinated],
-        image_keys=pairs.image_keys[order],
-        caption_keys=pairs.caption_keys[order],
-        hallucinated_keys=pairs.hallucinated_keys[hallucinated],
-    )
+    return pairs.select(order, owner.argsort(stable=True), owner)

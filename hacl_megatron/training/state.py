@@ -39,6 +39,19 @@ class Progress:
     consecutive_skips: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a run stands when its loop begins, and how far it is to go."""
+
+    progress: Progress
+    data_state: dict[str, Any]
+    """Of the sampler; {} at the start of a run."""
+    num_samples: int
+    """Samples of an epoch."""
+    train_iters: int
+    """The last iteration."""
+
+
 def run_state(trainee: Trainee, progress: Progress, data_state: dict[str, Any]) -> dict[str, Any]:
     """The sharded state dict of the whole run, for saving."""
     weights = trainee.module.sharded_state_dict(metadata=state_metadata())

@@ -5,31 +5,29 @@ What the loop around it decides (logging, saving, giving up) is not here.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hacl_megatron.assemble.exchange import global_sums
-from hacl_megatron.batch import MicroBatch
-from hacl_megatron.config.run import RunConfig
+from hacl_megatron.assemble.exchange import exchange_step, global_sums
+from hacl_megatron.assemble.forward import run_schedule
+from hacl_megatron.assemble.run import Run
+from hacl_megatron.batch import MicroBatch, StepBatches
 from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.contrastive import ContrastiveTerms
 from hacl_megatron.objective.generation import generation_loss_sum
 from hacl_megatron.objective.negatives import PairEmbeddings, concatenate_pairs
-from hacl_megatron.objective.queue import NegativeQueue
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings
 from hacl_megatron.training.packs import has_dropout, pool_spans_micro_batches
 from hacl_megatron.training.reporting.step_time import OwnTime
+from hacl_megatron.training.trainee import Trainee
 
 # Sums over this rank's pairs, in this order.
 _TERMS = (
@@ -60,16 +58,19 @@ class StepMetrics:
     hallucination_margin: float
     hallucination_accuracy: float
     temperature: float
+    contrastive_weight: float
+    """Lambda of the step; 0 where nothing was trained."""
     counts: GlobalCounts
 
     @property
     def contrastive_loss(self) -> float:
         return (self.contrastive_i2t + self.contrastive_t2i) / 2
 
-    def total(self, contrastive_weight: float) -> float:
+    @property
+    def total(self) -> float:
         """L = L_G + lambda (L_v + L_t) / 2, for deciding whether the step is finite."""
         contrastive = self.contrastive_loss if self.counts.pairs else 0.0
-        return (self.lm_loss if self.counts.targets else 0.0) + contrastive_weight * contrastive
+        return (self.lm_loss if self.counts.targets else 0.0) + self.contrastive_weight * contrastive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,35 +86,39 @@ class UpdateResult:
 
 
 class Step:
-    """Runs micro-batches of one global batch through the pipeline and updates the parameters.
+    """Runs the micro-batches of one global batch through the pipeline and updates the parameters.
 
-    `model` is the data-parallel wrap of this rank's pipeline stage; `queue` is there on the last stage if the negatives
-    come from one.
+    receive -> forward_backward -> update, or receive -> evaluate; every rank calls them at the same times.
     """
 
-    def __init__(
-        self,
-        model: DistributedDataParallel,
-        optimizer: MegatronOptimizer,
-        config: RunConfig,
-        *,
-        vocab_size: int,
-        queue: NegativeQueue | None,
-        groups: ProcessGroupCollection,
-        device: torch.device,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.config = config
-        self.contrast = Contrast(config.objective, queue, groups.dp)
-        self.vocab_size = vocab_size
-        self.groups = groups
-        self.device = device
-        self.is_last_stage = groups.pp.rank() == groups.pp.size() - 1
-        self.own_time = OwnTime(device)
-        model.module.config.timers = self.own_time
+    def __init__(self, run: Run, trainee: Trainee) -> None:
+        self.config, self.groups, self.device = run.config, run.groups, run.device
+        self.model, self.optimizer = trainee.model, trainee.optimizer
+        self.contrast = Contrast(run.config.objective, trainee.queue, run.groups.dp)
+        self.vocab_size = run.config.architecture.language.vocab_size
+        self.is_last_stage = run.groups.pp.rank() == run.groups.pp.size() - 1
+        self.own_time = OwnTime(run.device)
+        """Seconds that this rank's passes took, of the steps that are `timed`."""
+        trainee.module.config.timers = self.own_time
         self.seconds_ahead = 0.0
         """Time that the last step's forward-only pass took on this rank."""
+
+    def receive(self, step_batches: StepBatches | None) -> tuple[list[MicroBatch], GlobalCounts]:
+        """This replica's micro-batches on its every rank, and what the losses are divided by.
+
+        Args:
+            step_batches: on the rank that reads data; None on the others.
+        """
+        module = self.model.module
+        micro_batches = exchange_step(
+            step_batches.micro_batches if step_batches is not None else None,
+            model_parallel_group=self.groups.mp,
+            tensor_parallel_group=self.groups.tp,
+            holds_vision_tower=module.pre_process,
+            image_size=module.image_size,
+            device=self.device,
+        )
+        return micro_batches, self.count(micro_batches)
 
     def count(self, micro_batches: Sequence[MicroBatch]) -> GlobalCounts:
         """Target tokens, pairs, packed rows and images of the global batch."""
@@ -126,22 +131,42 @@ class Step:
         targets, pairs, rows, images = global_sums(local, group=self.groups.dp, device=self.device)
         return GlobalCounts(targets=int(targets), pairs=int(pairs), rows=int(rows), images=int(images))
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], counts: GlobalCounts) -> StepMetrics:
-        """Accumulate the gradients of L over the global batch."""
+    def forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        counts: GlobalCounts,
+        *,
+        contrastive_weight: float,
+        timed: bool = False,
+    ) -> StepMetrics:
+        """Accumulate the gradients of L over the global batch.
+
+        Args:
+            contrastive_weight: lambda in this step.
+            timed: add this rank's passes up in `own_time`.
+        """
+        self.own_time.is_on = timed
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.contrast.forget()
-        return self._run(micro_batches, counts, forward_only=False)
+        return self._run(micro_batches, counts, contrastive_weight=contrastive_weight, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], counts: GlobalCounts) -> StepMetrics:
         """The same losses without gradients, against the pairs of this batch alone: no queue."""
         self.model.eval()
-        metrics = self._run(micro_batches, counts, forward_only=True)
+        metrics = self._run(micro_batches, counts, contrastive_weight=0.0, forward_only=True)
         self.model.train()
         return metrics
 
-    def _run(self, micro_batches: Sequence[MicroBatch], counts: GlobalCounts, *, forward_only: bool) -> StepMetrics:
+    def _run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        counts: GlobalCounts,
+        *,
+        contrastive_weight: float,
+        forward_only: bool,
+    ) -> StepMetrics:
         # Read the lengths back before the first micro-batch runs, so that the schedule itself never waits for the host.
         lengths = [batch.main.lengths for batch in micro_batches]
         spans = pool_spans_micro_batches(self.config, len(micro_batches))
@@ -152,12 +177,18 @@ class Step:
         ahead = self._run_ahead(micro_batches, features)
         if states is not None:
             set_random_states(states)
-        losses = _Losses(self, micro_batches, counts, measures_at_the_end=spans, forward_only=forward_only)
+        losses = _Losses(
+            self,
+            micro_batches,
+            counts,
+            contrastive_weight=contrastive_weight,
+            measures_at_the_end=spans,
+            forward_only=forward_only,
+        )
         if caches and self.is_last_stage:
             losses.cache_gradients(ahead)
 
-        def forward_step(indices: Iterator[int], model: DistributedDataParallel):
-            index = next(indices)
+        def forward_step(index: int, model: DistributedDataParallel):
             batch = micro_batches[index]
             texts = None
             if batch.ahead is not None and self.is_last_stage and not batch.main.num_text_rows:
@@ -166,15 +197,7 @@ class Step:
                 output = model(batch.main, lengths[index], tower_features=features[index], texts=texts)
             return output, partial(losses.of_micro_batch, index=index)
 
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(range(len(micro_batches))),
-            model=self.model,
-            num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].main.num_rows,  # a formality: lengths vary and are sent along
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        run_schedule(forward_step, self.model, [batch.main for batch in micro_batches], forward_only=forward_only)
         return self._reduce(losses, counts)
 
     def _kept_tower_features(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | None]:
@@ -201,22 +224,12 @@ class Step:
         packs = [replace(batch.ahead, pixel_values=batch.main.pixel_values) for batch in micro_batches]
         lengths = [batch.ahead.lengths for batch in micro_batches]
 
-        def forward_step(indices: Iterator[int], model: DistributedDataParallel):
-            index = next(indices)
+        def forward_step(index: int, model: DistributedDataParallel):
             with self.own_time.forward():
                 output = model(packs[index], lengths[index], tower_features=kept_features[index])
             return output, _as_it_is
 
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(range(len(packs))),
-            model=self.model,
-            num_microbatches=len(packs),
-            seq_length=packs[0].num_rows,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        outputs = run_schedule(forward_step, self.model, packs, forward_only=True, keeps_outputs=True)
         self.seconds_ahead = time.perf_counter() - started
         return outputs
 
@@ -236,6 +249,7 @@ class Step:
             return total[name] / count if count else math.nan
 
         return StepMetrics(
+            contrastive_weight=losses.contrastive_weight,
             lm_loss=mean("lm_loss", counts.targets),
             contrastive_i2t=mean("image_to_text_sum", counts.pairs),
             contrastive_t2i=mean("text_to_image_sum", counts.pairs),
@@ -277,6 +291,7 @@ class _Losses:
         micro_batches: Sequence[MicroBatch],
         counts: GlobalCounts,
         *,
+        contrastive_weight: float,
         measures_at_the_end: bool,
         forward_only: bool,
     ) -> None:
@@ -284,6 +299,7 @@ class _Losses:
         self.contrast = step.contrast
         self.micro_batches = micro_batches
         self.counts = counts
+        self.contrastive_weight = contrastive_weight
         self.measures_at_the_end = measures_at_the_end
         self.forward_only = forward_only
         # Shares of a mean over the global batch: the schedule divides by the micro-batches, DDP by the ranks.
@@ -297,7 +313,9 @@ class _Losses:
     def cache_gradients(self, ahead: Sequence[ModelOutput]) -> None:
         """Compute the contrastive loss from the embeddings that ran ahead, before the main pass."""
         pairs = [pair_embeddings(out, batch.main) for out, batch in zip(ahead, self.micro_batches, strict=True)]
-        terms, self._gradients = self.contrast.cached_gradients(pairs, ahead[0].temperature, self.counts.pairs)
+        terms, self._gradients = self.contrast.cached_gradients(
+            pairs, ahead[0].temperature, self.counts.pairs, self.contrastive_weight
+        )
         self._terms.append(terms)
 
     def of_micro_batch(self, output: ModelOutput, index: int) -> tuple[Tensor, Tensor]:
@@ -320,7 +338,7 @@ class _Losses:
             terms = self.contrast.terms(
                 pair_embeddings(output, batch), output.temperature, with_queue=not self.forward_only
             )
-            loss = loss + self.contrast.share(terms, self.counts.pairs)
+            loss = loss + self.contrast.share(terms, self.counts.pairs, self.contrastive_weight)
             self._terms.append(terms)
         self.lm_sums.append(lm_sum.detach())
         self.temperature = output.temperature.detach()

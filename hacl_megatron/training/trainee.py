@@ -6,7 +6,6 @@ optimiser is built last, around the wrapped parameters.
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -45,12 +44,9 @@ class Trainee:
             self.model.start_param_sync(force_sync=True)
 
 
-def build_trainee(
-    module: HaclModel, config: RunConfig, groups: ProcessGroupCollection, device: torch.device, train_iters: int
-) -> Trainee:
+def build_trainee(module: HaclModel, config: RunConfig, train_iters: int) -> Trainee:
     """Freeze, wrap and give `module` its optimiser and schedule."""
-    parallel = config.parallel
-    flags = config.model
+    parallel, flags, groups = config.parallel, config.model, module.groups
     module.freeze(
         language_model=config.language_model_is_frozen, vision_tower=flags.freeze_ViT, qformer=flags.freeze_qformer
     )
@@ -84,17 +80,20 @@ def build_trainee(
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optimizer, train_iters),
-        queue=build_queue(module, config, device),
+        queue=build_queue(module, config),
         has_queue=config.objective.contrastive_negatives == "queue",
         groups=groups,
     )
 
 
-def build_queue(module: HaclModel, config: RunConfig, device: torch.device) -> NegativeQueue | None:
+def build_queue(module: HaclModel, config: RunConfig) -> NegativeQueue | None:
     """An empty queue of negatives where the heads are, if the flags ask for one."""
     if config.objective.contrastive_negatives != "queue" or not module.post_process:
         return None
-    return NegativeQueue(config.objective.queue_size, module.heads.text_projector.out_features, device=device)
+    heads = module.heads
+    return NegativeQueue(
+        config.objective.queue_size, heads.text_projector.out_features, device=heads.temperature.device
+    )
 
 
 def _connect_schedule(transformer: TransformerConfig, model: DistributedDataParallel) -> None:

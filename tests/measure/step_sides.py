@@ -156,6 +156,7 @@ def package_side(work: Work, flags: tuple[str, ...], without: tuple[str, ...] = 
 
     from hacl_megatron.assemble.module import build_module, load_pretrained
     from hacl_megatron.assemble.processes import initialize_parallelism
+    from hacl_megatron.assemble.run import Run
     from hacl_megatron.checkpoint.hf.config_read import read_model_config
     from hacl_megatron.config.layout import Layout
     from hacl_megatron.config.run import parse_run_config, with_architecture
@@ -178,28 +179,20 @@ def package_side(work: Work, flags: tuple[str, ...], without: tuple[str, ...] = 
     )
     device = start_platform("cpu")
     groups = initialize_parallelism(config, layout)
-    module = build_module(config, architecture, layout, groups, device)
-    load_pretrained(module, config, architecture, layout)
+    module = build_module(config, groups, device)
+    load_pretrained(module, config)
     module.load_state_dict(
         {f"heads.{name}": value for name, value in _heads(work, architecture.language.hidden_size).items()},
         strict=False,
     )
-    trainee = build_trainee(module, config, groups, device, train_iters=1000)
+    trainee = build_trainee(module, config, train_iters=1000)
     module.read_rows_only = "last layer for read rows" not in without
-    step = Step(
-        trainee.model,
-        trainee.optimizer,
-        config,
-        vocab_size=architecture.language.vocab_size,
-        queue=trainee.queue,
-        groups=groups,
-        device=device,
-    )
+    step = Step(Run(config=config, layout=layout, groups=groups, device=device), trainee)
     micro_batches = [_packed(work, config, architecture, without)]
 
     def take_step() -> dict[str, float]:
         counts = step.count(micro_batches)
-        metrics = step.forward_backward(micro_batches, counts)
+        metrics = step.forward_backward(micro_batches, counts, contrastive_weight=config.objective.contrastive_weight)
         assert step.update(loss_is_finite=True).applied
         trainee.scheduler.step(increment=1)
         return {

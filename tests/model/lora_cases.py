@@ -157,9 +157,9 @@ def build(folder: Path, case: Case, variant: Variant, device: torch.device, **lo
         decoder_first_pipeline_num_layers=layout.first,
     )  # fmt: skip
     flags = LoraFlags(lora_rank=RANK, lora_alpha=ALPHA, lora_target_modules=list(variant.targets), **lora)
-    config = RunConfig(parallel=parallel, lora=flags, transformer=dict(case.transformer))
     architecture = read_model_config(folder)
-    module = build_module(config, architecture, None, groups, device)
+    config = RunConfig(parallel=parallel, lora=flags, transformer=dict(case.transformer), architecture=architecture)
+    module = build_module(config, groups, device)
     load(module, folder, architecture, layout, groups)
     module.freeze(language_model=True, vision_tower=True)
     return module, groups

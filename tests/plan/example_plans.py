@@ -25,7 +25,7 @@ def plan_of(
     layout = check_flags(config, world_size, files=False)
     check_architecture(config, config.architecture, layout)
     cluster, samples = Cluster(gpu_name=gpu, gpus_per_node=8), assumed_samples(config)
-    return make_plan(config, config.architecture, layout, cluster, samples, micro_batch)
+    return make_plan(config, layout, cluster, samples, micro_batch)
 
 
 def seventy_billion() -> dict:

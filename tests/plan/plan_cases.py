@@ -16,6 +16,7 @@ from hacl_megatron.assemble.start_from import resolve_architecture
 from hacl_megatron.batch import MicroBatch, PackedBatch, SegmentLengths
 from hacl_megatron.config.checks.architecture import check_architecture
 from hacl_megatron.config.checks.flags import check_flags
+from hacl_megatron.config.layout import world_size_from_environment
 from hacl_megatron.config.run import RunConfig, parse_run_config, with_architecture
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample
 from hacl_megatron.data.packing import PackSlot, pack
@@ -23,7 +24,7 @@ from hacl_megatron.objective.generation import generation_loss_sum
 from hacl_megatron.plan.activations import cpu_kernels, stage_activations
 from hacl_megatron.plan.state import StateBytes, state_bytes
 from hacl_megatron.plan.workload import MicroBatchShape, PackShape, Segments
-from hacl_megatron.platform.processes import start_platform, world_size_from_environment
+from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.packs import pack_plan
 from hacl_megatron.training.trainee import Trainee, build_trainee
 
@@ -72,10 +73,10 @@ def state_on_this_rank(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]
     found = []
     for arguments in commands:
         config, layout, device, groups = _prepare(arguments)
-        module = build_module(config, config.architecture, layout, groups, device)
-        trainee = build_trainee(module, config, groups, device, 1)
+        module = build_module(config, groups, device)
+        trainee = build_trainee(module, config, 1)
         stage, dp_rank = groups.pp.rank(), groups.dp.rank()
-        planned = stage_parameters(config, config.architecture, stage)
+        planned = stage_parameters(config, stage)
         found.append(
             {
                 "planned parameters": [(p.name, p.shape, p.trained, p.bytes_each) for p in planned],
@@ -215,7 +216,7 @@ def activations_on_this_rank(cases: Sequence[tuple[Sequence[str], str, str, int]
     for arguments, recompute, samples, num_micro_batches in cases:
         config, layout, device, groups = _prepare(arguments)
         config.transformer.update(RECOMPUTE[recompute])
-        module = build_module(config, config.architecture, layout, groups, device)
+        module = build_module(config, groups, device)
         module.freeze(
             language_model=config.language_model_is_frozen,
             vision_tower=config.model.freeze_ViT,
@@ -233,9 +234,7 @@ def activations_on_this_rank(cases: Sequence[tuple[Sequence[str], str, str, int]
         model_bytes, loss_bytes = kept_by_autograd(
             module, micro_batch, config.architecture.language.vocab_size, set_input
         )  # fmt: skip
-        planned = stage_activations(
-            config, config.architecture, shape, groups.pp.rank(), kernels=cpu_kernels(config, config.architecture)
-        )
+        planned = stage_activations(config, shape, groups.pp.rank(), kernels=cpu_kernels(config))
         found.append({"kept": model_bytes, "planned": planned.kept, "loss": loss_bytes, "planned loss": planned.logits})
         parallel_state.destroy_model_parallel()
     return found

@@ -170,9 +170,9 @@ def built_and_planned(cases: Sequence[tuple[Sequence[str], int]]) -> list[dict[s
         prepare_device(META)
         with _as_rank(rank, layout.world_size):
             groups = initialize_parallelism(config, layout)
-            module = build_module(config, config.architecture, layout, groups, META)
-            trainee = build_trainee(module, config, groups, META, 10)
-            planned = stage_parameters(config, config.architecture, groups.pp.rank())
+            module = build_module(config, groups, META)
+            trainee = build_trainee(module, config, 10)
+            planned = stage_parameters(config, groups.pp.rank())
             found.append(
                 {
                     "parameters": described(module),

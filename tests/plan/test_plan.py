@@ -1,5 +1,6 @@
 """Plans are held against what they predict: real ranks' buffers, what autograd keeps, packs, and files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,7 @@ def test_flops_of_the_stages_are_what_the_trainer_reports(folder: Path, name: st
         expected = step_flops(
             model, [micro_batch], trains_language_model=not frozen, trains_vision_tower=not config.model.freeze_ViT
         )
-        stages = [stage_flops(config, model, shape_of(micro_batch), stage) for stage in range(2)]
+        stages = [stage_flops(config, shape_of(micro_batch), stage) for stage in range(2)]
         assert sum(stage.model for stage in stages) == pytest.approx(expected, rel=1e-9)
         caches = number > 1 and name != "no pairs" and samples != "long"
         assert (sum(stage.repeated for stage in stages) > 0) == caches
@@ -196,16 +197,16 @@ def test_flops_of_a_q_former_in_the_stages(folder: Path, extra: list[str], numbe
         model, [micro_batch], trains_language_model=False, trains_vision_tower=not flags.freeze_ViT,
         trains_qformer=not flags.freeze_qformer,
     )  # fmt: skip
-    stages = [stage_flops(config, model, shape_of(micro_batch), stage) for stage in range(2)]
+    stages = [stage_flops(config, shape_of(micro_batch), stage) for stage in range(2)]
     assert sum(stage.model for stage in stages) == pytest.approx(expected, rel=1e-9)
     forward = tower_flops(model) * (not flags.freeze_ViT) + sum(qformer_flops(model)) * bool(extra)
-    of_layers = stage_flops(tiny(folder, "pp2"), model, shape_of(micro_batch), 0).repeated
+    of_layers = stage_flops(replace(tiny(folder, "pp2"), architecture=model), shape_of(micro_batch), 0).repeated
     assert stages[0].repeated - of_layers == pytest.approx(forward * 2 * (number > 1), rel=1e-9)
     config.parallel.tensor_model_parallel_size = 3
     images = vision_flops(
         model, 2, trained=not flags.freeze_ViT, trains_qformer=not flags.freeze_qformer
     ) + forward * 2 * (number > 1)  # fmt: skip
-    more = stage_flops(config, model, shape_of(micro_batch), 0).repeated - stages[0].repeated
+    more = stage_flops(config, shape_of(micro_batch), 0).repeated - stages[0].repeated
     assert more == pytest.approx(2 * images, rel=1e-9), "on each of three ranks"
 
 
@@ -239,7 +240,7 @@ def test_the_average_micro_batch_is_that_of_the_packer(folder: Path, name: str, 
         num_samples=None, image_share=1.0, text_tokens=2, target_tokens=1, question_tokens=0, pair_share=1.0,
         caption_tokens=6, hallucinated_per_pair=0.0,
     )  # fmt: skip
-    planned = micro_batch_shape(config, config.architecture, samples, 5, number)
+    planned = micro_batch_shape(config, samples, 5, number)
     found = shape_of(make_micro_batch("images", config, number))
     assert (planned.ahead is None) == (found.ahead is None)
     assert (planned.pairs, planned.hallucinated) == (found.pairs, found.hallucinated)

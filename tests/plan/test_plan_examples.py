@@ -242,7 +242,7 @@ def test_tool_takes_flags_over_the_file_and_says_when_a_run_does_not_fit(capsys)
 def test_suggestions_fit_are_ranked_and_can_be_run(capsys):
     config = example("finetune_13b")
     cluster = Cluster(gpu_name="a100-80g", gpus_per_node=8)
-    found = suggest_layouts(config, config.architecture, 16, cluster, assumed_samples(config))
+    found = suggest_layouts(config, 16, cluster, assumed_samples(config))
     assert len(found) > 10 and all(plan.fits for plan in found)
     speeds = [plan.samples_per_second for plan in found]
     assert all(slower <= faster + 1e-3 for faster, slower in pairwise(speeds))

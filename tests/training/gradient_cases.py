@@ -15,7 +15,7 @@ from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.run import parse_run_config, with_architecture
 from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.platform.processes import start_platform
-from hacl_megatron.train import build_trainer, open_loader
+from hacl_megatron.training.build import build_trainer, open_loader
 from hacl_megatron.training.loop import Trainer
 from tests.memory import peak_bytes
 
@@ -45,7 +45,7 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
     """
     root = Path(folder)
     trainer, tokenizer = _trainer(root, stage, flags)
-    config, checked = trainer.config, trainer.layout
+    config, checked = trainer.config, trainer.run.layout
     for case in cases:
         config.objective.hallucination_negatives = case.hallucination_negatives
         config.objective.contrastive_image_context = case.context
@@ -55,11 +55,13 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
         cut = replace(checked, micro_batch_size=size, num_micro_batches=case.micro_batches)
         loader = None
         if tokenizer is not None:
-            loader = open_loader(config, config.architecture, cut, trainer.trainee.groups, tokenizer)
-        micro_batches, counts = trainer._receive(next(loader) if loader is not None else None)
+            loader = open_loader(replace(trainer.run, layout=cut), tokenizer)
+        micro_batches, counts = trainer.step.receive(next(loader) if loader is not None else None)
         if loader is not None:
             loader.close()
-        metrics = trainer.step.forward_backward(micro_batches, counts)
+        metrics = trainer.step.forward_backward(
+            micro_batches, counts, contrastive_weight=config.objective.contrastive_weight
+        )
         torch.save(
             {
                 "losses": [metrics.lm_loss, metrics.contrastive_i2t, metrics.contrastive_t2i],
@@ -76,7 +78,7 @@ def _trainer(folder: Path, stage: str, flags: list[str]) -> tuple[Trainer, Any]:
     config = parse_run_config(["--config", str(folder / f"{stage}.yaml"), "--train-iters", "1", *flags])
     layout = check_flags(config, dist.get_world_size())
     config = with_architecture(config, resolve_architecture(config, None))
-    trainer = build_trainer(config, config.architecture, layout, None, start_platform("cpu"))
+    trainer = build_trainer(config, layout, None, start_platform("cpu"))
     if trainer.loader is None:
         return trainer, None
     trainer.loader.close()
@@ -86,10 +88,9 @@ def _trainer(folder: Path, stage: str, flags: list[str]) -> tuple[Trainer, Any]:
 def peaks(folder: str, stage: str, counts: list[int], samples: int) -> dict[int, int]:
     """Peak bytes of a step of so many micro-batches with `samples` each, all of the same samples, on one rank."""
     trainer, tokenizer = _trainer(Path(folder), stage, ["--micro-batch-size", str(samples)])
-    layout = replace(trainer.layout, micro_batch_size=samples, global_batch_size=2 * samples, num_micro_batches=2)
-    config = trainer.config
-    loader = open_loader(config, config.architecture, layout, trainer.trainee.groups, tokenizer)
-    (batch, _), _ = trainer._receive(next(loader))
+    layout = replace(trainer.run.layout, micro_batch_size=samples, global_batch_size=2 * samples, num_micro_batches=2)
+    loader = open_loader(replace(trainer.run, layout=layout), tokenizer)
+    (batch, _), _ = trainer.step.receive(next(loader))
     loader.close()
     assert batch.ahead is not None and batch.ahead.image_eos_rows.numel() > 0, "gradients are cached"
     found = {}
@@ -98,7 +99,9 @@ def peaks(folder: str, stage: str, counts: list[int], samples: int) -> dict[int,
         counted = trainer.step.count(micro_batches)
 
         def run(micro_batches=micro_batches, counted=counted) -> None:
-            trainer.step.forward_backward(micro_batches, counted)
+            trainer.step.forward_backward(
+                micro_batches, counted, contrastive_weight=trainer.config.objective.contrastive_weight
+            )
 
         run()
         found[count] = peak_bytes(run)

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from PIL import Image
 
 from hacl_megatron.train import main, run
-from hacl_megatron.training.loop import TrainingStopped
+from hacl_megatron.training.reporting.status import TrainingStopped
 from hacl_megatron.training.step import Step, _Losses
 from tests.distributed import run_distributed
 from tests.training.runs import LOSSES, common_state, layout_flags, make_inputs, metrics, tensors, train, weights

@@ -13,8 +13,9 @@ from hacl_megatron.assemble.processes import initialize_parallelism
 from hacl_megatron.assemble.start_from import resolve_architecture
 from hacl_megatron.config.checks.architecture import check_architecture
 from hacl_megatron.config.checks.flags import check_flags
+from hacl_megatron.config.layout import world_size_from_environment
 from hacl_megatron.config.run import parse_run_config, with_architecture
-from hacl_megatron.platform.processes import start_platform, world_size_from_environment
+from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.trainee import Trainee, build_trainee
 from tests.distributed import run_distributed
 from tests.training.runs import LOSSES, layout_flags, make_inputs, metrics, tensors, train, weights
@@ -41,9 +42,9 @@ def build(arguments: Sequence[str]) -> Trainee:
     check_architecture(config, config.architecture, layout)
     device = start_platform("cpu")
     groups = initialize_parallelism(config, layout)
-    module = build_module(config, config.architecture, layout, groups, device)
-    load_pretrained(module, config, config.architecture, layout)
-    return build_trainee(module, config, groups, device, config.training.train_iters)
+    module = build_module(config, groups, device)
+    load_pretrained(module, config)
+    return build_trainee(module, config, config.training.train_iters)
 
 
 # ------------------------------------------------------------------------------------------------- runs as a whole

@@ -17,7 +17,8 @@ from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.run import save as saver
 from hacl_megatron.checkpoint.run.whole import make_whole
 from hacl_megatron.train import run
-from hacl_megatron.training.loop import Trainer, TrainingStopped
+from hacl_megatron.training.loop import Trainer
+from hacl_megatron.training.reporting.status import TrainingStopped
 from tests.training.runs import (
     assert_same_state,
     latest_checkpoint,
@@ -119,8 +120,7 @@ def save_again() -> list:
     """Nothing is trained: what was loaded is saved."""
 
     def only_save(self: Trainer) -> None:
-        self._saved_at = -1
-        self._save(finish=True)
+        self._save(finish=True, again=True)
 
     return [mock.patch.object(Trainer, "train", only_save)]
 

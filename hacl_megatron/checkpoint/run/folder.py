@@ -62,6 +62,12 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None if iteration is None else iteration_folder(folder, iteration)
 
 
+def assets_of(source: Path) -> Path:
+    """Where a model's tokenizer and image-processor files are: in its checkpoint, or in the Hugging Face folder."""
+    own = find_checkpoint(source)
+    return source if own is None else own / ASSETS_FOLDER
+
+
 def copy_assets(
     source: Path, target: Path, weights_of: ModelConfig | None = None, tokenizer: str | None = None
 ) -> None:

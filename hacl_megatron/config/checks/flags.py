@@ -12,6 +12,7 @@ from hacl_megatron.config.checks.files import check_inputs, check_outputs
 from hacl_megatron.config.checks.require import dashed as _dashed
 from hacl_megatron.config.checks.require import require as _require
 from hacl_megatron.config.console import notify
+from hacl_megatron.config.flags import TEMPERATURE_RANGE
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.lora import check_lora
 from hacl_megatron.config.parser import GROUPS
@@ -19,9 +20,6 @@ from hacl_megatron.config.run import RunConfig
 
 EVAL_TASKS = ("preference", "retrieval")
 """What `--eval-tasks` may name."""
-
-TEMPERATURE_RANGE = (0.001, 0.5)
-"""Bounds that the learned temperature is kept in."""
 
 
 # Closed intervals, except that `above(x)` and `below(x)` leave x out.

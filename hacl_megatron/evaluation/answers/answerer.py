@@ -8,7 +8,6 @@ transformers' LlavaProcessor reads the text behind `<image>` differently: LLaVA 
 SentencePiece's dummy space, the processor does not. Pixels come from the trainer's own steps, too, by Pillow.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from hacl_megatron.data.manifest import IMAGE_TAG, Sample
 from hacl_megatron.data.store import FolderStore
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.evaluation.image_files import read_images
+from hacl_megatron.evaluation.model_files import choose_device, default_dtype
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -228,36 +228,6 @@ def read_export(folder: Path) -> ModelConfig:
             "Blip2ForConditionalGeneration; export it with tools/convert_megatron_to_hf.py --format hf"
         )
     return config
-
-
-def choose_device(device: str) -> torch.device:
-    """The device that `auto`, `cuda` or `cpu` means here. Raises ValueError for a GPU that is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch sees no GPU; leave the flag out to run on the CPU")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def default_dtype(device: torch.device) -> str:
-    return "bfloat16" if device.type == "cuda" else "float32"
-
-
-def fingerprint(folder: Path) -> str:
-    """`sha256:` over names, sizes and first and last MiB of a model's files: tells two exports apart in no time.
-
-    For its answers only: the whole of a 7B's 14 GB would take a minute to read.
-    """
-    digest, edge = hashlib.sha256(), 1 << 20
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name.startswith("."):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(edge))
-            if size > edge:
-                file.seek(max(edge, size - edge))
-                digest.update(file.read())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:

@@ -4,12 +4,11 @@
                                          --answers, --captions ──────────────┴→ Scores → results, table
 """
 
-import argparse
 import json
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hacl_megatron.checkpoint.hf.config_read import data_flags
 from hacl_megatron.evaluation.answers.benchmarks import BENCHMARKS, Benchmark, BenchmarkFiles, Item
@@ -18,99 +17,135 @@ from hacl_megatron.evaluation.scores import Scores, file_digest, format_table, w
 
 TEMPLATES = {"v1": "LLaVA-1.5 v1", "minigpt4": "MiniGPT-4"}
 """`--version` -> what the results call the template."""
-GENERATION_FLAGS = ("images", "prompt_suffix", "max_new_tokens", "dtype")
-"""Flags that mean nothing where no model answers."""
 
 
-def evaluate_benchmark(args: argparse.Namespace) -> Scores | None:
-    """Run what the flags of tools/evaluate.py ask for; prints the table and returns the scores.
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRequest:
+    """Which benchmark to score, on whose answers: the flags of tools/evaluate.py by the same names."""
+
+    task: str
+    """A name of `BENCHMARKS`."""
+    files: BenchmarkFiles
+    """The benchmark's own files."""
+    output: Path
+    """The results file."""
+    answers: Path | None = None
+    """Official answers file; with `hf`, where to write it (None: beside `output`)."""
+    captions: Path | None = None
+    """The same for `chair`, which takes no `answers`."""
+    hf: Path | None = None
+    """Exported model that answers; None: the answers are there. What follows means nothing then."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where it runs; auto: on a GPU if there is one."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """None: bfloat16 on a GPU, float32 on the CPU."""
+    batch_size: int = 8
+    """Questions at a time."""
+    num_beams: int = 1
+    """1: greedy."""
+    max_new_tokens: int | None = None
+    """Longest answer; None: the benchmark's own."""
+    num_shards: int = 1
+    """Processes that share the questions."""
+    shard_index: int = 0
+    """Which of them this one is, from 0."""
+
+
+def evaluate_benchmark(request: BenchmarkRequest) -> Scores | None:
+    """Do what is asked for; writes the results, prints the table and returns the scores.
 
     None where other shards have answers to give yet. Raises ValueError for a user's mistake, before any model is loaded
     where that is possible.
     """
-    fields = ("questions", "annotations", "objects", "synonyms", "images", "amber_words", "amber_nouns",
-              "amber_spacy_model", "prompt_suffix")  # fmt: skip
-    files = BenchmarkFiles(**{name: getattr(args, name) for name in fields})
-    answers_path, flag = answers_file(args)
-    if args.hf is None:
-        if unused := [name for name in GENERATION_FLAGS if getattr(args, name) is not None]:
+    files = request.files
+    answers_path, flag = answers_file(request)
+    if request.hf is None:
+        for_generation = {"images": files.images, "prompt_suffix": files.prompt_suffix,
+                          "max_new_tokens": request.max_new_tokens, "dtype": request.dtype}  # fmt: skip
+        if unused := [name for name, value in for_generation.items() if value is not None]:
             raise ValueError(f"--{unused[0].replace('_', '-')} is for generation; give --hf as well, or leave it out")
-        benchmark = BENCHMARKS[args.task](files, ask=False)
+        benchmark = BENCHMARKS[request.task](files, ask=False)
         if answers_path is None:
             raise ValueError(f"give --{flag} to score answers, or --hf to have a model answer")
-        settings: dict[str, Any] = {"task": args.task}
+        settings: dict[str, Any] = {"task": request.task}
     else:
-        benchmark = BENCHMARKS[args.task](files, ask=True)
+        benchmark = BENCHMARKS[request.task](files, ask=True)
         suffix = ".jsonl" if benchmark.lines else ".json"
-        answers_path = answers_path or args.output.with_name(f"{args.output.stem}.answers{suffix}")
+        answers_path = answers_path or request.output.with_name(f"{request.output.stem}.answers{suffix}")
         if not benchmark.lines and answers_path.suffix != ".json":
-            raise ValueError(f"--{flag} {answers_path}: {args.task} takes a JSON list; name a file that ends in .json")
-        if answers_path == args.output:
-            raise ValueError(f"--{flag} and --output are the same file, {args.output}; name two")
-        settings = answer_benchmark(benchmark, args, answers_path)
+            raise ValueError(
+                f"--{flag} {answers_path}: {request.task} takes a JSON list; name a file that ends in .json"
+            )
+        if answers_path == request.output:
+            raise ValueError(f"--{flag} and --output are the same file, {request.output}; name two")
+        settings = answer_benchmark(benchmark, request, answers_path)
         if settings is None:
             return None
-    if args.task == "amber":
-        settings["amber_nouns"] = args.amber_nouns
+    if request.task == "amber":
+        settings["amber_nouns"] = files.amber_nouns
     answers = benchmark.read_answers(answers_path)
     scores = benchmark.score(answers, answers_path)
-    return finish(args.output, scores, benchmark, answers, settings, {flag: answers_path})
+    return finish(request.output, scores, benchmark, answers, settings, {flag: answers_path})
 
 
-def answers_file(args: argparse.Namespace) -> tuple[Path | None, str]:
+def answers_file(request: BenchmarkRequest) -> tuple[Path | None, str]:
     """The official answers file, to read or to write, and the flag that names it."""
-    flag, other = ("captions", "answers") if args.task == "chair" else ("answers", "captions")
-    if getattr(args, other) is not None:
-        raise ValueError(f"--task {args.task} takes its answers by --{flag}, not by --{other}")
-    return getattr(args, flag), flag
+    flag, other = ("captions", "answers") if request.task == "chair" else ("answers", "captions")
+    if getattr(request, other) is not None:
+        raise ValueError(f"--task {request.task} takes its answers by --{flag}, not by --{other}")
+    return getattr(request, flag), flag
 
 
-def answer_benchmark(benchmark: Benchmark, args: argparse.Namespace, answers_path: Path) -> dict[str, Any] | None:
+def answer_benchmark(benchmark: Benchmark, request: BenchmarkRequest, answers_path: Path) -> dict[str, Any] | None:
     """Have a model answer what is not answered yet, and write the official answers file once all is.
 
     Returns the settings the answers were made with; None while other shards are not done.
     """
-    from hacl_megatron.evaluation.answers.answerer import choose_device, default_dtype, fingerprint, read_export
+    from hacl_megatron.evaluation.answers.answerer import read_export
+    from hacl_megatron.evaluation.model_files import choose_device, default_dtype, fingerprint
 
-    if args.images is None:
+    images = request.files.images
+    if images is None:
         raise ValueError("--hf needs --images, the folder of the benchmark's images")
     for name in ("batch_size", "num_beams", "num_shards", "max_new_tokens"):
-        value = getattr(args, name)
+        value = getattr(request, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}, expected at least 1")
-    if not 0 <= args.shard_index < args.num_shards:
-        raise ValueError(f"--shard-index {args.shard_index}, expected 0 to {args.num_shards - 1} (--num-shards - 1)")
+    if not 0 <= request.shard_index < request.num_shards:
+        raise ValueError(
+            f"--shard-index {request.shard_index}, expected 0 to {request.num_shards - 1} (--num-shards - 1)"
+        )
     items = benchmark.items()
     keys = [benchmark.key(item.fields) for item in items]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the {benchmark.name} questions name {twice!r} twice; each needs its own id")
-    template = TEMPLATES[data_flags(read_export(args.hf)).version]
-    if not any((args.images / item.image).is_file() for item in items):
+    template = TEMPLATES[data_flags(read_export(request.hf)).version]
+    if not any((images / item.image).is_file() for item in items):
         raise ValueError(
-            f"--images {args.images}: none of the {len(items)} images is there, such as {items[0].image}; give the "
+            f"--images {images}: none of the {len(items)} images is there, such as {items[0].image}; give the "
             "folder that holds them"
         )
-    device = choose_device(args.device)
+    device = choose_device(request.device)
     settings = {
         "task": benchmark.name,
-        "model": fingerprint(args.hf),
+        "model": fingerprint(request.hf),
         "inputs": {name: file_digest(path) for name, path in benchmark.used_files().items() if path.is_file()},
-        "dtype": args.dtype or default_dtype(device),
-        "num_beams": args.num_beams,
-        "max_new_tokens": args.max_new_tokens or benchmark.max_new_tokens,
+        "dtype": request.dtype or default_dtype(device),
+        "num_beams": request.num_beams,
+        "max_new_tokens": request.max_new_tokens or benchmark.max_new_tokens,
         "prompt_suffix": benchmark.suffix_used,
-        "num_shards": args.num_shards,
+        "num_shards": request.num_shards,
     }
-    path = journal_path(answers_path, args.num_shards, args.shard_index)
+    path = journal_path(answers_path, request.num_shards, request.shard_index)
     with Journal(path, settings, benchmark.key) as journal:
-        share = list(zip(keys, items, strict=True))[args.shard_index :: args.num_shards]
-        left = [(key, item) for key, item in share if key not in journal.done]
+        share = list(zip(keys, items, strict=True))[request.shard_index :: request.num_shards]
+        left = [item for key, item in share if key not in journal.done]
         if left:
-            _generate(benchmark, [item for _, item in left], journal, args, settings, num_done=len(share) - len(left))
-    if not _gather(benchmark, keys, answers_path, args.num_shards):
+            _generate(benchmark, left, journal, request, settings, num_done=len(share) - len(left))
+    if not _gather(benchmark, keys, answers_path, request.num_shards):
         return None
-    run = {"hf": str(args.hf), "images": str(args.images), "device": device.type, "batch_size": args.batch_size}
+    run = {"hf": str(request.hf), "images": str(images), "device": device.type, "batch_size": request.batch_size}
     return {**settings, **run, "prompt_template": f"{template}, tokenized as in training"}
 
 
@@ -125,7 +160,7 @@ def _generate(
     benchmark: Benchmark,
     items: Sequence[Item],
     journal: Journal,
-    args: argparse.Namespace,
+    request: BenchmarkRequest,
     settings: dict[str, Any],
     *,
     num_done: int,
@@ -134,9 +169,9 @@ def _generate(
 
     from hacl_megatron.evaluation.answers.answerer import Answerer, GenerationSettings, Question
 
-    answerer = Answerer(args.hf, args.images, device=args.device, dtype=settings["dtype"])
+    answerer = Answerer(request.hf, request.files.images, device=request.device, dtype=settings["dtype"])
     generation = GenerationSettings(
-        max_new_tokens=settings["max_new_tokens"], num_beams=args.num_beams, batch_size=args.batch_size
+        max_new_tokens=settings["max_new_tokens"], num_beams=request.num_beams, batch_size=request.batch_size
     )
     questions = [Question(image=item.image, prompt=item.prompt) for item in items]
     if num_done:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from hacl_megatron.assemble.module import pad_multiple
 from hacl_megatron.batch import PackedBatch
+from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.encoding import EncodedSample, UnusableSample
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.packing import PackSlot, pack
@@ -75,6 +77,16 @@ class ItemReader:
         self.decoder = decoder
         self.visual_tokens = visual_tokens
         self.pad_multiple = pad_multiple
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "ItemReader":
+        """Reads images as a run of this configuration does."""
+        return cls(
+            FolderStore(config.data.image_folder),
+            ImageDecoder.of(config),
+            visual_tokens=config.architecture.visual_tokens,
+            pad_multiple=pad_multiple(config),
+        )
 
     def read(self, task: Task, keys: Sequence[int]) -> PackedItems:
         """The pack of the items `keys`; without any it is a pack of padding."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hacl_megatron.assemble.loaded_model import LoadedModel
 from hacl_megatron.batch import PackedBatch
 from hacl_megatron.evaluation.likelihood.item_packs import (
     ItemReader,
@@ -55,6 +56,23 @@ class TaskRunner:
         self.groups = groups
         self.batch_size = batch_size
         self.collect = collect or partial(result_of_pack, vocab_size=vocab_size, tp_group=groups.tp)
+
+    @classmethod
+    def of(cls, model: LoadedModel, *, batch_size: int, collect: Collect | None = None) -> "TaskRunner":
+        """Runs tasks on a loaded model; `close` it."""
+        return cls(
+            model.forward(),
+            ItemReader.of(model.config) if model.reads_data else None,
+            groups=model.groups,
+            vocab_size=model.config.architecture.language.vocab_size,
+            batch_size=batch_size,
+            collect=collect,
+        )
+
+    def close(self) -> None:
+        """Ends the reader's threads."""
+        if self.reader is not None:
+            self.reader.close()
 
     def run(
         self,

@@ -14,6 +14,10 @@ from typing import Literal
 STATUS_FILE = "run_status.json"
 
 
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and what to do. A checkpoint was saved if --save is set."""
+
+
 def write_status(
     save: str | None,
     state: Literal["running", "stopped", "finished", "failed"],

@@ -16,7 +16,6 @@ def load_compute_save(reference: Path, converted: Path, save: Path, layout: Layo
     from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, copy_assets, find_checkpoint, read_run_config
     from hacl_megatron.checkpoint.run.load import state_metadata
     from hacl_megatron.checkpoint.run.save import CheckpointSaver
-    from hacl_megatron.config.layout import Layout as RunLayout
     from hacl_megatron.config.run import to_yaml
     from hacl_megatron.platform.processes import start_platform
 
@@ -24,14 +23,10 @@ def load_compute_save(reference: Path, converted: Path, save: Path, layout: Layo
     module, architecture, _ = build(reference / "weights", layout, device)
     run = read_run_config(find_checkpoint(converted))
     run.model.pretrained_checkpoint = str(converted)
-    sizes = RunLayout(
-        world_size=layout.world_size, tp=layout.tp, pp=layout.pp, dp=1, micro_batch_size=1, global_batch_size=1,
-        num_micro_batches=1,
-    )  # fmt: skip
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(float("nan"))  # whatever is not loaded shows
-    load_pretrained(module, run, architecture, sizes)
+    load_pretrained(module, run)
 
     expected = torch.load(reference / "expected.pt", weights_only=True)
     shard = PADDED_VOCAB // layout.tp

@@ -1,6 +1,7 @@
 """Evaluations without generation: the same at every layout as transformers on the export; resumed; with a bad image."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from hacl_megatron.evaluation.answers.benchmarks import BENCHMARKS
 from hacl_megatron.evaluation.likelihood.preference import CAPTION_QUESTION
 from hacl_megatron.evaluation.likelihood.task_run import from_text
+from hacl_megatron.evaluation.likelihood.task_table import TASKS as TABLE
 from hacl_megatron.evaluation.likelihood.yesno import SHORT_ANSWER
 from tests.checkpoint.convert.tool_runs import run_tool, to_hf, to_megatron
 from tests.distributed import _context, run_distributed
@@ -236,6 +239,14 @@ def go_on(arguments: list[str], *refused: list[str]) -> None:
     for other in refused:
         assert run_tool("evaluate", *other) == 2
         parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.parametrize(("flag", "table"), [("--tasks", TABLE), ("--task", BENCHMARKS)])
+def test_the_tool_offers_every_task_there_is(flag: str, table: dict, capfd) -> None:
+    """Its choices are written down apart, for `--help` to be fast: a task that one of the two lists lacks is caught."""
+    assert run_tool("evaluate", "--output", "o.json", flag, "nonsense") == 2
+    offered = capfd.readouterr().err.partition("choose from ")[2]
+    assert re.findall(r"\w+", offered) == list(table)
 
 
 @pytest.mark.parametrize(

@@ -94,16 +94,16 @@ def _flops(arguments: Sequence[str]) -> list[tuple[float, float]]:
     found: list[list[float]] = []
     forward_backward, scalars = Step.forward_backward, Trainer._scalars
 
-    def counted(self: Step, *inputs):
+    def counted(self: Step, *inputs, **options):
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-            result = forward_backward(self, *inputs)
+            result = forward_backward(self, *inputs, **options)
         assert counter.get_flop_counts()["Global"].keys() >= _CPU_ATTENTION.keys(), "attention ran as another operator"
         found.append([float(counter.get_total_flops())])
         return result
 
     def noted(self: Trainer, metrics, result, micro_batches, *times):
         trains = {"trains_language_model": not self.config.model.freeze_LM, "trains_vision_tower": False}
-        found[-1].append(step_flops(self.architecture, micro_batches, **trains))
+        found[-1].append(step_flops(self.config.architecture, micro_batches, **trains))
         return scalars(self, metrics, result, micro_batches, *times)
 
     with mock.patch.object(Step, "forward_backward", counted), mock.patch.object(Trainer, "_scalars", noted):

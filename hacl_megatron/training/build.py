@@ -1,0 +1,229 @@
+"""Builds a run from its configuration and trains it: the one place that knows all the parts.
+
+flags, checkpoint ─resolve→ RunConfig ─→ Run (groups, device) ─┬→ module ─weights─→ Trainee ─┐
+                                                               ├→ loader, Validation ────────┼→ Trainer ─ train
+                                                               └→ MetricsLog, Saving ────────┘
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from hacl_megatron.assemble import start_from
+from hacl_megatron.assemble.forward import ForwardOnly
+from hacl_megatron.assemble.module import build_module, load_pretrained, pad_multiple, parts_of_transformers
+from hacl_megatron.assemble.parameters import trained_and_frozen, whole_model
+from hacl_megatron.assemble.processes import initialize_parallelism
+from hacl_megatron.assemble.run import Run
+from hacl_megatron.checkpoint.run.choose import agree_on_checkpoint
+from hacl_megatron.checkpoint.run.folder import copy_assets
+from hacl_megatron.config.layout import Layout
+from hacl_megatron.config.run import RunConfig
+from hacl_megatron.data.encoding import EncodingSettings
+from hacl_megatron.data.loader import MicroBatching, StepLoader, build_loader
+from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from hacl_megatron.evaluation.likelihood.item_packs import ItemReader
+from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
+from hacl_megatron.evaluation.likelihood.task_table import manifest_tasks
+from hacl_megatron.evaluation.likelihood.validation_tasks import ValidationTasks
+from hacl_megatron.platform.processes import start_platform
+from hacl_megatron.training.loop import Trainer
+from hacl_megatron.training.packs import pack_plan
+from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE
+from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
+from hacl_megatron.training.reporting.profiling import ProfileWindow
+from hacl_megatron.training.reporting.status import write_status
+from hacl_megatron.training.saving import Saving
+from hacl_megatron.training.state import Progress, Standing, restore_run, saved_progress
+from hacl_megatron.training.trainee import Trainee, build_trainee
+from hacl_megatron.training.validation import Validation
+from hacl_megatron.training.watchdog import Watchdog
+
+
+def train(config: RunConfig, layout: Layout) -> None:
+    """Train as the resolved `config` says, from the newest checkpoint in `--load` on if there is one.
+
+    Joins the process group, and leaves it unless it was joined before.
+    """
+    joined_already = dist.is_initialized()
+    device = start_platform(config.parallel.device, config.parallel.distributed_timeout_minutes)
+    resume_from = note = None
+    if config.checkpoint.load is not None:
+        resume_from, note = agree_on_checkpoint(Path(config.checkpoint.load), fallback=config.checkpoint.load_fallback)
+    with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.parallel.hang_timeout))
+        trainer = build_trainer(config, layout, resume_from, device, watchdog.beat)
+        if trainer.loader is not None:
+            stack.callback(trainer.loader.close)
+        if trainer.log is not None:
+            stack.callback(trainer.log.close)
+        stack.callback(trainer.close)
+        if note is not None and trainer.log is not None:
+            trainer.log.say(note)
+        _write_status_of(trainer, "running")
+        stopped_for = trainer.train()
+    _write_status_of(trainer, "finished" if stopped_for is None else "stopped", stopped_for)
+    # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
+    parallel_state.destroy_model_parallel()
+    if not joined_already:
+        dist.destroy_process_group()
+
+
+def _write_status_of(trainer: Trainer, state: str, reason: str | None = None) -> None:
+    if dist.get_rank() == 0:
+        save, done, wanted = trainer.config.checkpoint.save, trainer.progress.iteration, trainer.train_iters
+        write_status(save, state, iteration=done, train_iters=wanted, reason=reason)
+
+
+def build_trainer(
+    config: RunConfig,
+    layout: Layout,
+    resume_from: Path | None,
+    device: torch.device,
+    beat: Callable[[], None] = lambda: None,
+) -> Trainer:
+    """Everything a run consists of, ready to `train()`; it calls `beat` whenever something is done."""
+    run = Run(config=config, layout=layout, groups=initialize_parallelism(config, layout), device=device)
+    progress, data_state = (Progress(), None) if resume_from is None else saved_progress(resume_from)
+
+    # Data before weights: mistakes in it are found in no time.
+    assets = start_from.assets_folder(config, resume_from)
+    tokenizer = load_tokenizer(config.model.tokenizer or assets) if run.reads_data else None
+    loader = open_loader(run, tokenizer, data_state=data_state) if run.reads_data else None
+    num_samples = _from_rank_0(loader.num_samples if loader is not None else None)
+    train_iters = config.training.train_iters
+    if train_iters is None:
+        train_iters = ceil(config.training.num_train_epochs * num_samples / layout.global_batch_size)
+
+    module = build_module(config, run.groups, device)
+    said = None if resume_from is not None else load_pretrained(module, config)
+    trainee = build_trainee(module, config, train_iters)
+    if resume_from is not None:
+        restore_run(trainee, resume_from)
+        said = f"resumed iteration {progress.iteration} from {resume_from}"
+
+    hf_model = config.architecture if start_from.starts_from_hf(config, resume_from) else None
+    return Trainer(
+        run,
+        trainee,
+        Standing(progress=progress, data_state=data_state or {}, num_samples=num_samples, train_iters=train_iters),
+        loader=loader,
+        validation=_open_validation(run, trainee, tokenizer),
+        saving=Saving(
+            run,
+            trainee,
+            saved_at=progress.iteration,
+            write_assets=partial(copy_assets, assets, weights_of=hf_model, tokenizer=config.model.tokenizer),
+        ),
+        log=_open_log(run, progress.iteration, train_iters, num_samples, said) if dist.get_rank() == 0 else None,
+        profile=ProfileWindow.of(config.logging, _tensorboard_dir(config), dist.get_rank(), device),
+        beat=beat,
+    )
+
+
+def open_loader(
+    run: Run,
+    tokenizer: Tokenizer,
+    *,
+    for_validation: bool = False,
+    data_state: dict | None = None,
+) -> StepLoader:
+    """The loader over the training data, from `data_state` on, or over the validation data from its start.
+
+    For the ranks that read data.
+    """
+    config, layout, balance = run.config, run.layout, run.config.training.balance_micro_batches
+    return build_loader(
+        config,
+        tokenizer,
+        global_batch_size=layout.global_batch_size,
+        micro_batching=MicroBatching(
+            micro_batch_size=layout.micro_batch_size,
+            micro_batch_tokens=config.training.micro_batch_tokens,
+            balance=config.objective.contrastive_negatives != "micro-batch" if balance is None else balance,
+            plan=partial(pack_plan, config, with_gradients=not for_validation),
+        ),
+        data_parallel_rank=run.groups.dp.rank(),
+        data_parallel_size=layout.dp,
+        pad_multiple=pad_multiple(config),
+        for_validation=for_validation,
+        data_state=data_state,
+        decode_device="mixed" if torch.cuda.is_available() and config.parallel.device != "cpu" else "cpu",
+    )
+
+
+def _open_validation(run: Run, trainee: Trainee, tokenizer: Tokenizer | None) -> Validation | None:
+    config = run.config
+    if not (config.data.valid_data_path and config.training.eval_interval):
+        return None
+    return Validation(
+        partial(open_loader, run, tokenizer, for_validation=True) if run.reads_data else lambda: None,
+        num_batches=config.training.eval_iters,
+        evaluate_tasks=_open_tasks(run, trainee, tokenizer) if config.training.eval_tasks else None,
+    )
+
+
+def _open_tasks(run: Run, trainee: Trainee, tokenizer: Tokenizer | None) -> ValidationTasks:
+    """`--eval-tasks` over the samples that a validation sees."""
+    config, layout, names = run.config, run.layout, run.config.training.eval_tasks
+    make_runner = partial(
+        TaskRunner,
+        ForwardOnly(trainee.module, trainee.model, device=run.device),
+        groups=run.groups,
+        vocab_size=config.architecture.language.vocab_size,
+        batch_size=layout.micro_batch_size,
+    )
+    if tokenizer is None:
+        return ValidationTasks(dict.fromkeys(names), make_runner, None)
+    tasks = manifest_tasks(
+        names,
+        Manifest.read(config.data.valid_data_path, version=config.data.version),
+        tokenizer,
+        EncodingSettings.of(config),
+        limit=config.training.eval_iters * layout.global_batch_size,
+    )
+    return ValidationTasks(tasks, make_runner, partial(ItemReader.of, config))
+
+
+def _tensorboard_dir(config: RunConfig) -> Path | None:
+    save = config.checkpoint.save
+    folder = config.logging.tensorboard_dir or (f"{save}/tensorboard" if save else None)
+    return Path(folder) if folder else None
+
+
+def _open_log(run: Run, iteration: int, train_iters: int, num_samples: int, said: str | None) -> MetricsLog:
+    """The run's log, with what is to be known at its start said; a resumed run's lines beyond `iteration` are gone."""
+    config, layout = run.config, run.layout
+    save = Path(config.checkpoint.save) if config.checkpoint.save else None
+    if save is not None:
+        keep_iterations(save / BAD_SAMPLES_FILE, iteration)
+    log = MetricsLog(
+        tensorboard_dir=_tensorboard_dir(config),
+        jsonl=save / "metrics.jsonl" if save is not None else None,
+        first_iteration=iteration,
+        last_iteration=train_iters,
+        wandb_project=config.logging.wandb_project,
+        wandb_dir=save,
+        config=asdict(config),
+    )
+    log.say(f"{said}\n{trained_and_frozen(whole_model(config))}")
+    log.say(
+        f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {run.device.type}, "
+        f"{layout.global_batch_size} samples a step, {num_samples} an epoch, {train_iters} iterations"
+        + "".join(f"\n{line}" for line in parts_of_transformers(config))
+    )
+    return log
+
+
+def _from_rank_0(value: int | None) -> int:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,36 @@
+"""`--verify`: our side of the comparison, where it runs."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hacl_megatron.checkpoint.convert.reader import ShardedReader
+from hacl_megatron.checkpoint.run.folder import locate_checkpoint
+from hacl_megatron.evaluation.agreement import our_logits, random_batch
+from tests.checkpoint.convert.tool_runs import to_megatron
+from tests.distributed import run_distributed
+from tests.tiny import write_tiny_llava
+
+
+def logits_as_a_slurm_task(save: Path) -> None:
+    """As a batch script finds itself: Slurm has promised several tasks, and this one process was not started as one."""
+    reader = ShardedReader(locate_checkpoint(save))
+    batch = random_batch(reader.model_config)
+    joined = our_logits(reader, batch, None)
+    dist.destroy_process_group()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        del os.environ[name]
+    os.environ.update(SLURM_NTASKS="8", SLURM_PROCID="0")
+    alone = our_logits(reader, batch, None)
+    assert torch.equal(alone, joined)
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo")  # which `run_distributed` takes down
+
+
+def test_one_process_verifies_whatever_slurm_has_promised(tmp_path: Path) -> None:
+    """Catches a number of processes taken from the environment, where several tasks without torchrun are refused, and a
+    process group left behind."""
+    save = to_megatron(write_tiny_llava(tmp_path / "source"), tmp_path / "save")
+    run_distributed(logits_as_a_slurm_task, 1, save)
