@@ -1,7 +1,7 @@
 """Every flag of the trainer, one dataclass per concern; each field is documented where it is declared.
 
 `transformers.HfArgumentParser` turns the fields into flags, so `--micro-batch-size` and `--micro_batch_size`
-are one, and `_argument_group_name` into a heading of `--help`. Names are Megatron-LM's where Megatron has the
+are one, and `_argument_group_name` is a heading of `--help`. Names are Megatron-LM's where Megatron has the
 thing and LLaVA's where LLaVA has it.
 """
 
@@ -13,16 +13,20 @@ from typing import Any, Literal
 MANIFEST_FILE = "manifest.arrow"
 """Says that a folder holds prepared data (tools/prepare_data.py), which `--data-path` then takes."""
 
-
 TEMPERATURE_RANGE = (0.001, 0.5)
 """Bounds that the learned temperature is kept in."""
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field with its help text; lists get a fresh copy per instance."""
+def flag(default: Any, help: str, metavar: str | None = None) -> Any:
+    """A dataclass field with its help text; lists get a fresh copy per instance.
+
+    Args:
+        metavar: what `--help` calls a text that is no NAME; numbers, switches and choices speak for themselves.
+    """
+    metadata = {"help": help} if metavar is None else {"help": help, "metavar": metavar}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -33,22 +37,23 @@ class ModelFlags:
 
     pretrained_checkpoint: str | None = flag(
         None, "Weights to start from: a Hugging Face LLaVA, BLIP-2 or LLaMA folder or a checkpoint of this trainer. "
-        "Takes weights, connector, heads and temperature; optimiser, iteration and queue start fresh."
+        "Takes weights, connector, heads and temperature; optimiser, iteration and queue start fresh.", metavar="DIR"
     )  # fmt: skip
     pretrain_mm_mlp_adapter: str | None = flag(
-        None, "LLaVA's mm_projector.bin or MiniGPT-4's llama_proj, laid over the connector of --pretrained-checkpoint."
+        None, "LLaVA's mm_projector.bin or MiniGPT-4's llama_proj, laid over the connector of --pretrained-checkpoint.",
+        metavar="FILE"
     )  # fmt: skip
     vision_tower: str | None = flag(
         None, "Folder of the vision tower (CLIP, SigLIP, or a BLIP-2, whose Q-Former is taken too), where the Hugging "
         "Face folder of --pretrained-checkpoint holds none: a LLaMA, whose connector then starts fresh, or LLaVA's "
-        "original layout."
+        "original layout.", metavar="DIR"
     )  # fmt: skip
     tokenizer: str | None = flag(
-        None, "Folder of the LLaMA tokenizer. Default: the one inside --pretrained-checkpoint."
+        None, "Folder of the LLaMA tokenizer. Default: the one inside --pretrained-checkpoint.", metavar="DIR"
     )  # fmt: skip
     mm_projector_type: str | None = flag(
         None, "Connector: linear, mlp2x_gelu or mlpNx_gelu; qformer where the checkpoint holds one (BLIP-2), which "
-        "hands on a few query tokens an image. Default: the checkpoint's, else mlp2x_gelu."
+        "hands on a few query tokens an image. Default: the checkpoint's, else mlp2x_gelu.", metavar="TYPE"
     )  # fmt: skip
     mm_vision_select_layer: int | None = flag(
         None, "Vision-tower hidden state that feeds the connector; -2 is the last but one layer. Default: the "
@@ -126,18 +131,19 @@ class DataFlags:
 
     data_path: list[str] = flag(
         [], "LLaVA JSON file(s) (id, image, conversations; text and 'Hallucination caption'), or folders that "
-        "tools/prepare_data.py made of them. A raw file is prepared into a cache when it is first used."
+        "tools/prepare_data.py made of them. A raw file is prepared into a cache when it is first used.", metavar="PATH"
     )  # fmt: skip
     data_weights: list[float] = flag(
         [], "How often an epoch draws the samples of each --data-path: 2 twice, 0.5 every other epoch. Default: once."
     )  # fmt: skip
     contrastive_data_path: list[str] = flag(
-        [], "LLaVA JSON file(s) of contrastive samples, spread evenly through the epoch beside --data-path."
+        [], "LLaVA JSON file(s) of contrastive samples, spread evenly through the epoch beside --data-path.",
+        metavar="PATH"
     )  # fmt: skip
-    valid_data_path: list[str] = flag([], "LLaVA JSON file(s) for validation.")
+    valid_data_path: list[str] = flag([], "LLaVA JSON file(s) for validation.", metavar="PATH")
     data_cache_dir: str | None = flag(
         None, "Where raw JSON is kept prepared. Default: .hacl_megatron_cache beside the file, else "
-        "~/.cache/hacl_megatron, else the temporary folder."
+        "~/.cache/hacl_megatron, else the temporary folder.", metavar="DIR"
     )  # fmt: skip
     group_by_modality_length: bool = flag(
         False, "Fill each global batch with samples that all have an image, or all have none, the longest first."
@@ -147,7 +153,8 @@ class DataFlags:
         "node's cache. 0 shuffles all samples."
     )  # fmt: skip
     image_folder: str = flag(
-        ".", "Folder that the image names in the JSON files are relative to; not needed for prepared shards."
+        ".", "Folder that the image names in the JSON files are relative to; not needed for prepared shards. "
+        "Default: the working folder.", metavar="DIR"
     )  # fmt: skip
     version: str = flag(
         "v1", "Conversation template, a file of hacl_megatron/data/templates: plain for pretrain, LLaVA's v1 (Vicuna) "
@@ -248,7 +255,7 @@ class TrainingFlags:
     eval_iters: int = flag(10, "Batches of a validation.")
     eval_tasks: list[str] = flag(
         [], "Also evaluate at each validation, on its samples: preference (is a caption likelier than its hallucinated "
-        "twins), retrieval (image to caption and back)."
+        "twins), retrieval (image to caption and back).", metavar="TASK"
     )  # fmt: skip
     seed: int = flag(1234, "Seeds parameters, data order and every random choice about a sample.")
     print_config: bool = flag(False, "Print the whole resolved configuration and stop.")
@@ -268,9 +275,10 @@ class CheckpointFlags:
 
     _argument_group_name = "checkpoints"
 
-    save: str | None = flag(None, "Folder for checkpoints, metrics.jsonl and bad_samples.jsonl.")
+    save: str | None = flag(None, "Folder for checkpoints, metrics.jsonl and bad_samples.jsonl.", metavar="DIR")
     load: str | None = flag(
-        None, "Resume everything from this folder when it holds a checkpoint; wins over --pretrained-checkpoint."
+        None, "Resume everything from this folder when it holds a checkpoint; wins over --pretrained-checkpoint.",
+        metavar="DIR"
     )  # fmt: skip
     save_interval: int = flag(0, "Save every so many iterations; 0 saves at the end alone.")
     async_save: bool = flag(
@@ -291,7 +299,7 @@ class LoggingFlags:
 
     _argument_group_name = "logging"
 
-    tensorboard_dir: str | None = flag(None, "Folder for TensorBoard events. Default: SAVE/tensorboard.")
+    tensorboard_dir: str | None = flag(None, "Folder for TensorBoard events. Default: SAVE/tensorboard.", metavar="DIR")
     log_interval: int = flag(1, "Log every so many iterations.")
     log_params_norm: bool = flag(False, "Also log the L2 norm of the trained parameters.")
     log_num_zeros_in_grad: bool = flag(False, "Also log how many gradient entries are zero.")

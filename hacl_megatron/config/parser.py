@@ -4,12 +4,15 @@ A YAML entry is parsed as if it stood on the command line and becomes the flag's
 in one place and a flag given on the command line beats the file.
 """
 
+from argparse import Action
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, Literal, NoReturn, get_origin, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser
 
 from hacl_megatron.config import flags
+from hacl_megatron.config.help import FlagHelp
 from hacl_megatron.config.names import did_you_mean
 from hacl_megatron.config.sections import SECTIONS, sections_with
 from hacl_megatron.config.yaml_text import Document
@@ -37,17 +40,27 @@ ALTERNATIVES = (("micro_batch_size", "micro_batch_tokens"), ("train_iters", "num
 COMMAND_LINE_ONLY = ("print_config", "dry_run", "world_size", "dry_run_rank")
 """Flags that ask for an action instead of describing a run; no file holds them."""
 
+HELP_ORDER = ("model", "data", "objective", "lora", "optimizer", "training", "parallel", "checkpoint", "logging")
+"""The groups as a user comes to need them."""
+assert {*HELP_ORDER} == {*GROUPS}
+
 
 class FlagParser(HfArgumentParser):
-    """`HfArgumentParser` whose errors are ValueErrors of one line and which takes no abbreviations."""
+    """`HfArgumentParser` whose errors are ValueErrors of one line, which takes no abbreviations and helps a reader."""
 
     def __init__(self) -> None:
         super().__init__(
             list(GROUPS.values()),
             prog="hacl_megatron.train",
             usage="python -m hacl_megatron.train --config FILE.yaml [--flag value ...]",
+            description="Trains a multimodal language model. Any flag but those of the last group may stand in "
+            "FILE.yaml instead; underscores do as well as dashes. A switch like --bf16 is on when it is named, and "
+            "takes true or false too: --bf16 false.",
+            formatter_class=FlagHelp,
             allow_abbrev=False,
+            add_help=False,
         )
+        self.add_argument("-h", "--help", action="help", help="Show this and stop.")
         self.add_argument(
             "--config", action="append", metavar="FILE.yaml", default=[],
             help="YAML file of flags (`micro_batch_size: 4`) and of the sections model, transformer, ddp, optimizer. "
@@ -56,6 +69,22 @@ class FlagParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+    def format_help(self) -> str:
+        """Every flag once, under the heading of its group; the generated `--no-...` are accepted, but not shown."""
+        actions: dict[str, Action] = {}
+        for action in self._actions:
+            actions.setdefault(action.dest, action)  # a flag comes before its `--no-...`
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        formatter.add_arguments([actions["config"]])
+        for group in map(GROUPS.__getitem__, HELP_ORDER):
+            names = [field.name for field in fields(group) if field.name not in COMMAND_LINE_ONLY]
+            _add_section(formatter, group._argument_group_name, group.__doc__, [actions[name] for name in names])
+        last = [actions[name] for name in (*COMMAND_LINE_ONLY, "help")]
+        _add_section(formatter, "trying out", "For the command line alone; nothing is trained.", last)
+        return formatter.format_help()
 
     def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """Flag groups by their names in `RunConfig`, and the `--config` files.
@@ -135,6 +164,13 @@ class FlagParser(HfArgumentParser):
                 raise ValueError(f"{where}: {error}") from None
             parsed.append(getattr(namespace, name))
         return [item for one in parsed for item in one] if is_list else parsed[0]
+
+
+def _add_section(formatter: FlagHelp, title: str, text: str, actions: list[Action]) -> None:
+    formatter.start_section(title)
+    formatter.add_text(text)
+    formatter.add_arguments(actions)
+    formatter.end_section()
 
 
 def _unknown_key(name: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hacl_megatron.data.prepare.cache import open_data
-from hacl_megatron.data.prepare.llava_json import CAPTION_KEYS, IMAGE_TAG, Record, clean_caption
+from hacl_megatron.data.prepare.llava_json import CAPTION_KEYS, IMAGE_TAG, Record
 from hacl_megatron.data.store import StoredImage
 from hacl_megatron.data.templates import Template, find_template
 
@@ -65,10 +65,8 @@ def sample_of(
 
 def _caption_of(record: Record, template: Template) -> str | None:
     """`text`; else the first answer, if the template says so or a key marks the record as contrastive; else None."""
-    text = record.text
-    if text is None and (template.first_answer_is_caption or record.first_answer_is_caption):
-        text = next((value for role, value in record.turns if role == "gpt"), None)
-    return (clean_caption(text) or None) if isinstance(text, str) else None
+    takes_answer = template.first_answer_is_caption or record.first_answer_is_caption
+    return text_or_first_answer(record.text, record.turns if takes_answer else ())
 
 
 class Manifest(Sequence[Sample]):

@@ -3,25 +3,17 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from hacl_megatron.data.prepare.llava_json import HALLUCINATED_KEY, name_of
 from hacl_megatron.hallucinate.answers import AnswerLog
 from hacl_megatron.hallucinate.ask import Endpoint, Verdict, ask_all, import_openai, judge, request_key
 from hacl_megatron.hallucinate.by_rules import hallucinate_all
-from hacl_megatron.hallucinate.files import (
-    CAPTION_KEY,
-    EDITS_KEY,
-    RecordWriter,
-    caption_of,
-    name_of,
-    read_records,
-    writing,
-)
+from hacl_megatron.hallucinate.files import EDITS_KEY, RecordWriter, caption_of, read_records, writing
 from hacl_megatron.hallucinate.report import Report
 from hacl_megatron.hallucinate.rules import Hallucination, hallucinate
 
@@ -98,7 +90,7 @@ def generate_by_llm(
     `fill_seed`: of the rules that write what the model did not; None: nothing does. Raises ValueError as `ask_all`.
     """
     import_openai()
-    with closing(AnswerLog(target.with_name(target.name + ".answers.jsonl"))) as log:
+    with AnswerLog(target.with_name(target.name + ".answers.jsonl")) as log:
         totals = Totals()
         with _bar(source, "ask") as bar:
             asked = (
@@ -151,10 +143,10 @@ def _filled(
 
 def _add_to(record: dict[str, Any], found: list[Hallucination]) -> None:
     """Put hallucinated captions into a record: a string if it is one, else a list; the edits, where known, as lists."""
-    for key in (CAPTION_KEY, EDITS_KEY):
+    for key in (HALLUCINATED_KEY, EDITS_KEY):
         record.pop(key, None)  # --replace: nothing of an earlier method stays
     if found:
-        record[CAPTION_KEY] = found[0].text if len(found) == 1 else [one.text for one in found]
+        record[HALLUCINATED_KEY] = found[0].text if len(found) == 1 else [one.text for one in found]
     if any(one.edits for one in found):
         record[EDITS_KEY] = [
             [{"kind": edit.kind, "before": edit.before, "after": edit.after} for edit in one.edits] for one in found
@@ -174,7 +166,7 @@ def _items(source: Path, totals: Totals, bar: tqdm, replace: bool) -> Iterator[t
         caption = caption_of(record)
         if caption is None:
             totals.no_caption += 1
-        elif record.get(CAPTION_KEY) and not replace:
+        elif record.get(HALLUCINATED_KEY) and not replace:
             totals.kept += 1
             caption = None
         yield record, name_of(record, index), caption

@@ -1,6 +1,7 @@
 """Flags and files into `RunConfig`: precedence, types, spellings, and what a mistake looks like to its maker."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from hacl_megatron.config.flags import FLAG_GROUPS
 from hacl_megatron.config.names import NAMES_ELSEWHERE
-from hacl_megatron.config.parser import HINTS, FlagParser
+from hacl_megatron.config.parser import GROUPS, HINTS, FlagParser
 from hacl_megatron.config.run import parse_run_config
 
 
@@ -42,13 +43,76 @@ def test_every_flag_is_documented_and_named_once():
             assert len(field.metadata["help"]) > 10 and field.metadata["help"].endswith("."), field.name
 
 
-def test_help_shows_every_flag(capsys):
+def help_text(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as exit:
         parse_run_config(["--help"])
     assert exit.value.code == 0
-    shown = capsys.readouterr().out
-    for name in HINTS:
-        assert f"--{name.replace('_', '-')}" in shown, name
+    return capsys.readouterr().out
+
+
+def help_entries(shown: str) -> dict[str, str]:
+    """Each flag's entry as one line, by its flag and value (`--lr X`)."""
+    entries = re.split(r"\n {0,2}(?=-)", shown)[1:]
+    return {re.split(r"  +|\n", entry)[0]: " ".join(entry.split()) for entry in entries}
+
+
+def test_help_shows_every_flag_once_with_dashes(capsys, monkeypatch):
+    """A second spelling, a generated `--no-...` or a group that is missing in the order."""
+    entries = [head.partition(" ")[0] for head in help_entries(help_text(capsys, monkeypatch))]
+    expected = [f"--{name.replace('_', '-')}" for name in HINTS]
+    assert sorted(entries) == sorted([*expected, "--config", "-h,"])
+
+
+def test_help_tells_every_default_once(capsys, monkeypatch):
+    """`(default: None)`, a default beside the text's own, or none where the value is not plain from the text."""
+    entries = help_entries(help_text(capsys, monkeypatch))
+    for group in FLAG_GROUPS:
+        for field in dataclasses.fields(group):
+            flag = f"--{field.name.replace('_', '-')}"
+            (entry,) = [entry for entry in entries.values() if entry.split()[0] == flag]
+            assert "None" not in entry and "(default" not in entry and "[]" not in entry
+            default = getattr(group(), field.name)
+            wanted = (default not in ([], None) and default is not False) or "Default:" in field.metadata["help"]
+            assert entry.count("Default: ") == wanted, entry
+    assert entries["--lr X"].endswith("Default: 0.001.") and "Default: 0." in entries["--profile-ranks N [N ...]"]
+    assert entries["--image-folder DIR"].endswith("Default: the working folder.")
+    assert entries["--shuffle-block N"].endswith("Default: 0.")
+
+
+def test_help_shows_values_as_they_are_used(capsys, monkeypatch):
+    """A flag's own name in capitals for its value; a switch that seems to need one, or seems to need none."""
+    heads = {head.partition(" ")[0]: head.partition(" ")[2] for head in help_entries(help_text(capsys, monkeypatch))}
+    assert {heads[flag] for flag in ("--bf16", "--freeze-LM", "--dry-run")} == {""}
+    assert {heads[flag] for flag in ("--freeze-ViT", "--balance-micro-batches")} == {"{true,false}"}
+    assert heads["--data-path"] == "PATH [PATH ...]" and heads["--save"] == "DIR" and heads["--lora-alpha"] == "X"
+    assert heads["--wandb-project"] == "NAME" and not any("_" in head for head in heads.values())
+
+
+def test_help_is_in_the_users_order_and_wraps_between_words(capsys, monkeypatch):
+    """Lines past the terminal's edge, `--use-` at a line's end, or `--dry-run` among the flags that describe a run."""
+    for columns in (80, 100, 180):
+        shown = help_text(capsys, monkeypatch, columns)
+        assert max(map(len, shown.splitlines())) <= columns
+        assert "Default:\n" not in shown and not re.search(r"\w-\n", shown)
+    titles = re.findall(r"(?m)^(\w.*):$", shown)
+    assert titles[:2] == ["model", "data"] and titles[-1] == "trying out" and len(titles) == len(FLAG_GROUPS) + 1
+    assert shown.index("--dry-run  ") > shown.index("trying out:")
+
+
+def test_flags_are_taken_in_every_spelling():
+    """A spelling, or a `--no-...`, that was lost when it was no longer shown."""
+    for group, members in GROUPS.items():
+        for field in dataclasses.fields(members):
+            default = getattr(members(), field.name)
+            for flag in {field.name, field.name.replace("_", "-")}:
+                value = {bool: "true", list: "3"}.get(type(default), "3" if default is None else str(default))
+                value = "true" if bool in getattr(HINTS[field.name], "__args__", ()) else value
+                value = {"vision_backend": "hf"}.get(field.name, value)
+                assert f"{getattr(getattr(parse_run_config([f'--{flag}', value]), group), field.name)}" != "None"
+                if default is True:
+                    no = f"--no{'-' if '-' in flag else '_'}{flag}"
+                    assert getattr(getattr(parse_run_config([no]), group), field.name) is False
 
 
 def test_names_of_other_trainers_lead_to_flags_that_exist():
@@ -239,7 +303,8 @@ def test_a_real_process_leaves_with_one_line():
 
 def test_importing_the_configuration_stays_light():
     """torch and megatron-core take seconds that `--help` and a wrong flag should not cost."""
-    program = "import sys, hacl_megatron.config.checks.flags; print({'torch', 'megatron'} & {*sys.modules})"
+    program = "import sys, hacl_megatron.config.run, hacl_megatron.config.checks.flags"
+    program += "; print({'torch', 'megatron'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == "set()\n"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from hacl_megatron.data.manifest import Manifest
-from hacl_megatron.hallucinate import files as files_module
 from hacl_megatron.hallucinate.files import caption_of, read_records
 from tests.checkpoint.convert.tool_runs import TOOLS, run_tool
 
@@ -83,15 +82,6 @@ def test_workers_order_and_format_change_nothing(tmp_path):
     assert lines[::-1] == json.loads((tmp_path / "one.json").read_text())
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 17, 100000])
-def test_a_list_is_read_alike_however_it_is_cut(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(files_module, "_CHUNK", chunk)
-    records = [llava('"quoted" \\ [brackets] {braces} ö \U0001f600 \ud83d', i, score=-1.5e3) for i in range(3)]
-    for indent in (None, 2):
-        path = save(tmp_path / "in.json", records, indent=indent)
-        assert [record for _, record in read_records(path)] == records
-
-
 def test_memory_does_not_grow_with_the_file(tmp_path):
     path = save(tmp_path / "in.json", [llava("A red cat sits on a mat. " * 40, i) for i in range(20000)])
     assert path.stat().st_size > 20e6
@@ -113,6 +103,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         ("in.json", '[{"id": 1, "conversations": []},\n{"id": ', ("line 2", "cut off")),
         ("in.json", '[{"id": 1, "conversations": []}] x', ("text behind the list",)),
         ("in.json", "[3]", ("record 0 is no object",)),
+        ("in.jsonl", '{"id": 1, "conversations": []}\n\n3', ("record 1 is no object", "line 3")),
         ("in.jsonl", '{"id": 1, "conversations": []}\n{"id"', ("line 2", "broken JSON")),
         ("in.jsonl", '{"id": 1}', ("record 0", "conversations")),
         ("in.jsonl", '{"conversations": [], "text": 3}', ("'text'", "int")),

@@ -1,6 +1,7 @@
 """LLaVA JSON files read record by record, whatever their size, and checked.
 
-    bytes ─chunks of 1 MiB─→ text window ─raw_decode─→ record, "line 12" ─parse_record─→ Record
+    bytes ─chunks of 1 MiB─→ text window ─raw_decode─→ object, line 12 ─parse_record─→ Record
+           └───────────── decoded_records ─────────────┘
 
 Python's own decoder runs on a moving window of the text: faster than ijson's C backend on LLaVA's files (544 against
 355 MB/s here), with the line and column of every fault, and never more of the file in memory than a window.
@@ -10,14 +11,15 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 IMAGE_TAG = "<image>"
 """Where a conversation's text names its image."""
 
-CAPTION_KEYS = ("caption", "Hallucination caption")
+HALLUCINATED_KEY = "Hallucination caption"
+CAPTION_KEYS = ("caption", HALLUCINATED_KEY)
 """Keys that mark a record without `text` as a contrastive sample, whose caption is then its first answer."""
 
 WINDOW_BYTES = 1 << 20
@@ -55,12 +57,21 @@ def read_records(path: str, *, window_bytes: int = WINDOW_BYTES) -> Iterator[tup
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; expected a LLaVA JSON or JSONL file, check --data-path")
     index = -1
-    with open(path, "rb") as file:
-        read = _json_lines if path.endswith(".jsonl") else _json_list
-        for index, (line, record) in enumerate(read(path, file, window_bytes)):
-            yield parse_record(record, path, index, line), file.tell()
+    for index, (record, line, position) in enumerate(decoded_records(path, window_bytes=window_bytes)):
+        yield parse_record(record, path, index, line), position
     if index < 0:
         raise ValueError(f"{path}: holds no samples; expected at least one, leave the file out")
+
+
+def decoded_records(path: str, *, window_bytes: int = WINDOW_BYTES) -> Iterator[tuple[Any, int, int]]:
+    """Yields (record as JSON has it, its line, bytes read so far), nothing about it checked.
+
+    Raises ValueError with the place of whatever is no JSON.
+    """
+    with open(path, "rb") as file:
+        read = _json_lines if path.endswith(".jsonl") else _json_list
+        for line, record in read(path, file, window_bytes):
+            yield record, line, file.tell()
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -202,6 +213,19 @@ def _decode(window: _Window) -> tuple[int, Any]:
 # -------------------------------------------------------------------------------------------------------------- records
 
 
+def text_or_first_answer(text: Any, turns: Iterable[tuple[Any, Any]]) -> str | None:
+    """The cleaned `text`, or where that is None the first answer among the (from, value); None if it is no caption."""
+    if text is None:
+        text = next((value for role, value in turns if role == "gpt"), None)
+    return (clean_caption(text) or None) if isinstance(text, str) else None
+
+
+def name_of(record: dict[str, Any], index: int) -> str:
+    """The decoded record's own `id`; its image's name or its index in the file if it has none."""
+    name = record.get("id")
+    return str(name) if name is not None else record.get("image") or f"record {index}"
+
+
 def parse_record(record: Any, path: str, index: int, line: int) -> Record:
     """Checks the types of one decoded record. Raises ValueError that names file, record, line and key."""
 
@@ -226,7 +250,6 @@ def parse_record(record: Any, path: str, index: int, line: int) -> Record:
     name = record.get("id")
     if name is not None and not isinstance(name, str | int):
         raise wrong("id", name, "a string or a number")
-    name = str(name) if name is not None else image or f"record {index}"
 
     if "conversations" not in record:
         raise ValueError(
@@ -245,13 +268,13 @@ def parse_record(record: Any, path: str, index: int, line: int) -> Record:
     text = record.get("text")
     if text is not None and not isinstance(text, str):
         raise wrong("text", text, "a string, the caption")
-    hallucinated = record.get("Hallucination caption")
+    hallucinated = record.get(HALLUCINATED_KEY)
     if hallucinated is None or isinstance(hallucinated, str):
         hallucinated = [hallucinated or ""]
     if not isinstance(hallucinated, list) or not all(isinstance(caption, str) for caption in hallucinated):
-        raise wrong("Hallucination caption", hallucinated, "a string or a list of strings")
+        raise wrong(HALLUCINATED_KEY, hallucinated, "a string or a list of strings")
     return Record(
-        name,
+        name_of(record, index),
         image,
         tuple(turns),
         text,

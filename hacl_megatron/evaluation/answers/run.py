@@ -17,7 +17,6 @@ from hacl_megatron.evaluation.journal import Journal
 from hacl_megatron.evaluation.scores import Scores, file_digest, format_table, write_scores, write_whole
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRequest:
     """Which benchmark to score, on whose answers: the flags of tools/evaluate.py by the same names."""

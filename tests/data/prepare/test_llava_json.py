@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hacl_megatron.data.prepare.llava_json import read_records
+from hacl_megatron.data.prepare.llava_json import decoded_records, read_records
 
 texts = st.text(st.characters(exclude_categories=[]), max_size=8)  # lone surrogates too
 turns = st.lists(st.fixed_dictionaries({"from": texts | st.integers(), "value": texts | st.none()}), max_size=3)
@@ -45,6 +45,8 @@ def test_every_window_reads_what_json_reads(tmp_path_factory, items, window, ind
     )
     expected = json.loads(text)
     for name in ("a.json", "a.jsonl"):
+        whole = [item for item, _, _ in decoded_records(str(folder / name), window_bytes=window)]
+        assert json.dumps(whole) == json.dumps(expected)  # as text: NaN is no equal of itself
         found = read(folder / name, window)
         assert len(found) == len(items)
         for index, (record, item) in enumerate(zip(found, expected, strict=True)):
