@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hacl_megatron.data.prepare.cache import open_data
-from hacl_megatron.data.prepare.llava_json import CAPTION_KEYS, IMAGE_TAG, Record
+from hacl_megatron.data.prepare.llava_json import CAPTION_KEYS, IMAGE_TAG, Record, text_or_first_answer
 from hacl_megatron.data.store import StoredImage
 from hacl_megatron.data.templates import Template, find_template
 
