@@ -60,7 +60,7 @@ def parts_of_transformers(flags: ModelFlags, architecture: ModelConfig) -> list[
     lines = []
     if vision.backend == "hf":
         lines.append(
-            f"vision tower: transformers' {vision.hf['model_type']}, {'frozen' if flags.freeze_ViT else 'trained'}, "
+            f"vision tower: transformers' {vision.kind.model_type}, {'frozen' if flags.freeze_ViT else 'trained'}, "
             "whole on every tensor-parallel rank, without dropout"
         )
     if qformer is not None:

@@ -51,10 +51,11 @@ def _shapes(config: str) -> Shapes:
 
 def tower_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
     """Parameters of a tower on the backend hf: those that features pass through, and those that are not built."""
+    kind = config.vision.kind
     behind = tuple(
-        f"encoder.layers.{layer}." for layer in range(config.num_vision_layers_built, config.vision.num_layers)
+        f"{kind.layers}.{layer}." for layer in range(config.num_vision_layers_built, config.vision.num_layers)
     )
-    unused = (*behind, *(f"{name}." for name in config.vision.kind.unused))
+    unused = (*behind, *(f"{name}." for name in kind.unused))
     every = module_shapes(config.vision.hf)
     return (
         {name: shape for name, shape in every.items() if not name.startswith(unused)},
