@@ -250,7 +250,7 @@ def _build_rules(config: ModelConfig) -> Iterator[Rule]:
         yield replicated(
             "connector.query_tokens", "qformer.query_tokens", (1, qformer.num_query_tokens, qformer.hidden_size)
         )
-        for name, shape in module_shapes(qformer.hf).items():
+        for name, shape in module_shapes("Blip2QFormerModel", qformer.hf).items():
             yield replicated(f"connector.qformer.{name}", f"qformer.{name}", shape)
         width, numbered = qformer.hidden_size, "connector.projection"
     for i in range(0, 2 * connector_depth(config.projector_type), 2):
