@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -59,7 +59,7 @@ RENAMED = {"num_key_value_heads": "num_kv_groups", "rms_norm_eps": "norm_eps"}
 
 class TellaConfig(LlamaConfig):
     model_type = "tella"
-    attribute_map = RENAMED
+    attribute_map: ClassVar = RENAMED
 
 
 class TellaMLP(LlamaMLP):
@@ -142,7 +142,7 @@ TELLA = replace(
 
 class PeekVisionConfig(SiglipVisionConfig):
     model_type = "peek_vision_model"
-    attribute_map = {"num_hidden_layers": "depth"}
+    attribute_map: ClassVar = {"num_hidden_layers": "depth"}
 
 
 class PeekVisionModel(SiglipVisionModel):

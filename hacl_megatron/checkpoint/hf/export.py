@@ -71,7 +71,7 @@ def export_hf(
     Args:
         dtype: of all weights but the heads', which keep the provider's (τ must stay fp32).
         assets: folder with the tokenizer's files and generation_config.json.
-        carried: canonical name -> tensor, as `import_weights.carried_tensors` gives them; read one at a time. Without
+        carried: canonical name -> tensor, of what no part of ours uses; read one at a time. Without
             them HF's layout gets a tower that ends with the selected layer, which computes the same features.
         image_aspect_ratio: how the model was trained to see images; default as it came.
         tower: where the original layout puts the vision tower: `inside` its weight files, in a CLIP `folder` within, or

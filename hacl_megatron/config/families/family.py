@@ -35,7 +35,10 @@ class LanguageFamily:
     outside: tuple[Row, Row, Row]
     """Embedding, final norm and output layer; names begin behind `model.`, but for the output layer's."""
     transformer: Mapping[str, Any]
-    """Fields of megatron-core's TransformerConfig that say how its layers compute; values that YAML can hold."""
+    """Fields of megatron-core's TransformerConfig that say how its layers compute, `add_qkv_bias` among them.
+
+    Norms of queries and keys are not: `platform.specs` and `platform.last_layer` build none.
+    """
 
     supported: Mapping[str, tuple[Any, ...]]
     """What a key of its config.json must be, where it is there; the rest cannot be computed here."""
