@@ -119,7 +119,7 @@ def vision_config(facts: TowerFacts) -> VisionConfig:
     if megatron is None:
         values = _clean(facts.vision, where)
     else:
-        from transformers import CONFIG_MAPPING
+        from transformers import CONFIG_MAPPING  # a second that an export need not spend
 
         values = parse(CONFIG_MAPPING[kind.model_type], facts.vision, where).to_dict()
     sizes = {ours: values[theirs] for ours, theirs in {**kind.sizes, **kind.traits}.items()}

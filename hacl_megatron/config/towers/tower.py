@@ -81,7 +81,7 @@ class TowerKind:
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Towers that LLaVA's checkpoints name without describing them (`mm_vision_tower`), and their published JSON."""
     megatron: MegatronTower | None = None
-    """What megatron-core builds of it; None: it runs as transformers has it alone (`--vision-backend hf`)."""
+    """What megatron-core builds of it, CLIP alone (`VisionConfig.kind`); None: it runs as transformers has it."""
 
     mean: tuple[float, float, float]
     """Of red, green and blue, where no image processor says."""
