@@ -56,7 +56,7 @@ def parts_of_transformers(config: RunConfig) -> list[str]:
     lines = []
     if vision.backend == "hf":
         lines.append(
-            f"vision tower: transformers' {vision.hf['model_type']}, {'frozen' if flags.freeze_ViT else 'trained'}, "
+            f"vision tower: transformers' {vision.kind.model_type}, {'frozen' if flags.freeze_ViT else 'trained'}, "
             "whole on every tensor-parallel rank, without dropout"
         )
     if qformer is not None:

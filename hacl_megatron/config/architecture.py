@@ -8,13 +8,15 @@ train from random weights.
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from hacl_megatron.config.towers import HF_SIZES, TowerKind, tower_kind
+from hacl_megatron.config.towers import CLIP, TowerKind, tower_kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """A LLaMA: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases."""
+    """A decoder with rotary positions and grouped-query attention; what else its layers have, its family says."""
 
+    family: str = "llama"
+    """`config.families`."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -35,6 +37,17 @@ class LanguageConfig:
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def letters(self) -> dict[str, int]:
+        """Sizes by the letters of `config.tensor_rows`."""
+        return {
+            "h": self.hidden_size,
+            "q": self.num_attention_heads * self.head_dim,
+            "kv": self.num_query_groups * self.head_dim,
+            "f": self.ffn_hidden_size,
+            "v": self.vocab_size,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +79,8 @@ class VisionConfig:
 
     @property
     def kind(self) -> TowerKind:
-        """How features are taken. ValueError for a tower that `config.towers` does not know."""
-        return tower_kind("clip_vision_model" if self.hf is None else self.hf.get("model_type"))
+        """What the tower is; without `hf` a CLIP. ValueError for one that `config.towers` does not know."""
+        return CLIP if self.hf is None else tower_kind(self.hf.get("model_type"))
 
     @property
     def sequence_length(self) -> int:
@@ -79,6 +92,17 @@ class VisionConfig:
         """Rows an image that the tower hands to the connector: patches, and the class token where it is kept."""
         return self.num_patches + self.kind.keeps_class_token
 
+    @property
+    def letters(self) -> dict[str, int]:
+        """Sizes by the letters of `config.tensor_rows`, for a tower with a class token."""
+        return {
+            "h": self.hidden_size,
+            "f": self.ffn_hidden_size,
+            "p": self.patch_size,
+            "c": 3,
+            "n": self.num_patches + 1,
+        }
+
     def on(self, backend: Literal["megatron", "hf"]) -> "VisionConfig":
         """The same tower on another backend.
 
@@ -87,14 +111,13 @@ class VisionConfig:
         """
         if backend == self.backend:
             return self
+        kind = self.kind
         if backend == "hf":
-            facts = {theirs: getattr(self, ours) for ours, theirs in HF_SIZES.items()}
-            facts.update(layer_norm_eps=self.norm_epsilon, hidden_act=self.activation)
-            return replace(self, backend="hf", hf={"model_type": "clip_vision_model", **facts})
-        model_type = (self.hf or {}).get("model_type")
-        if model_type != "clip_vision_model":
+            facts = {theirs: getattr(self, ours) for ours, theirs in {**kind.sizes, **kind.traits}.items()}
+            return replace(self, backend="hf", hf={"model_type": kind.model_type, **facts})
+        if kind.megatron is None:
             raise ValueError(
-                f"--vision-backend is megatron, but the vision tower is a {model_type}; megatron-core has CLIP's "
+                f"--vision-backend is megatron, but the vision tower is a {kind.model_type}; megatron-core has CLIP's "
                 "alone: use --vision-backend hf"
             )
         return replace(self, backend="megatron", hf=None)
@@ -115,8 +138,8 @@ class ImageConfig:
     """How an image becomes pixels; the tower's own processor settings."""
 
     size: int
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = CLIP.mean
+    std: tuple[float, float, float] = CLIP.std
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hacl_megatron.config.architecture import LanguageConfig
+from hacl_megatron.config.families import language_family
 from hacl_megatron.config.flags import LoraFlags
 from hacl_megatron.config.names import did_you_mean
 
@@ -18,7 +19,8 @@ FUSED: dict[str, tuple[str, ...]] = {
     "mlp.linear_fc1": ("gate_proj", "up_proj"),
     "mlp.linear_fc2": ("down_proj",),
 }
-"""Our linear layers of a LLaMA layer, and the Hugging Face matrices that each of them holds, in its order."""
+"""Our linear layers, and what LLaMA calls the matrices in each of them, in its order; so they are called in every
+family, whatever its own names are."""
 
 TARGETS: tuple[str, ...] = tuple(target for targets in FUSED.values() for target in targets)
 """What `--lora-target-modules` may name."""
@@ -67,16 +69,11 @@ def split_of(target: str) -> Split:
 
 def target_shapes(language: LanguageConfig) -> dict[str, tuple[int, int]]:
     """(out, in) of every target's matrix in the whole model."""
-    hidden, ffn = language.hidden_size, language.ffn_hidden_size
-    query, key = language.num_attention_heads * language.head_dim, language.num_query_groups * language.head_dim
+    sources = {row.ours: row.sources for row in language_family(language.family).layer}
     return {
-        "q_proj": (query, hidden),
-        "k_proj": (key, hidden),
-        "v_proj": (key, hidden),
-        "o_proj": (hidden, query),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
+        target: source.shape(language.letters)
+        for linear, targets in FUSED.items()
+        for target, source in zip(targets, sources[f"{linear}.weight"], strict=True)
     }
 
 

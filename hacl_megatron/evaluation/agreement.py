@@ -16,11 +16,12 @@ from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.config_write import to_config_json
 from hacl_megatron.checkpoint.hf.import_weights import SourceTensors
-from hacl_megatron.checkpoint.hf.names import connector_depth
 from hacl_megatron.checkpoint.run.folder import read_run_config
 from hacl_megatron.checkpoint.run.load import load_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.families import language_family
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.config.run import RunConfig
 
@@ -168,10 +169,9 @@ def transformers_logits(
 
 
 def _language_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The LLaMA inside a LLaVA or BLIP-2, and its LM head."""
-    if hasattr(model, "qformer"):
-        return model.language_model.model, model.language_model.lm_head
-    return model.model.language_model, model.lm_head
+    """The language model inside a LLaVA or BLIP-2, and its LM head."""
+    inside = model.language_model.model if hasattr(model, "qformer") else model.model.language_model
+    return inside, model.get_output_embeddings()
 
 
 def _assembled(config: ModelConfig, sources: SourceTensors, reader: ShardedReader) -> nn.Module:
@@ -193,7 +193,8 @@ def _assembled(config: ModelConfig, sources: SourceTensors, reader: ShardedReade
         width = config.language.hidden_size
     connector = nn.Sequential(*linears[:-1])
     language, head = _language_parts(model)
-    modules = {"text.lm_head.": head, "text.": language, "vision.": tower, "projector.": connector}
+    lm_head = language_family(config.language.family).lm_head.removesuffix("weight")
+    modules = {f"text.{lm_head}": head, "text.": language, "vision.": tower, "projector.": connector}
     if blip2:
         model.language_projection = connector
         modules |= {"qformer.query_tokens": model, "qformer.": model.qformer}

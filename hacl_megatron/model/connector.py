@@ -5,26 +5,11 @@ communication than it saves. Their input and the gradient of their output are th
 so the replicas stay equal without a reduction.
 """
 
-import re
-
 import torch
 from torch import nn
 
+from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.model.init import seeded_linear
-
-
-def connector_depth(projector_type: str) -> int:
-    """Number of linear layers of a connector type: 1 for `linear`, N for `mlpNx_gelu`.
-
-    Raises:
-        ValueError: the type is neither.
-    """
-    if projector_type == "linear":
-        return 1
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", projector_type)
-    if match is None:
-        raise ValueError(f"--mm-projector-type {projector_type!r} is unknown: use linear, mlp2x_gelu or mlpNx_gelu")
-    return int(match.group(1))
 
 
 class Connector(nn.Sequential):

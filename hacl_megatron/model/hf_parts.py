@@ -25,7 +25,7 @@ class HFVisionTower(nn.Module):
     def __init__(self, model: ModelConfig, *, seed: int, dtype: torch.dtype, device: torch.device = HOST) -> None:
         super().__init__()
         vision = model.vision
-        facts = {**vision.hf, "num_hidden_layers": model.num_vision_layers_built}
+        facts = {**vision.hf, vision.kind.sizes["num_layers"]: model.num_vision_layers_built}
         self.model = _built(vision.kind.model_class, facts, seed=seed, dtype=dtype, device=device)
         self._drops_class_token = vision.kind.has_class_token and not vision.kind.keeps_class_token
         for name in vision.kind.unused:

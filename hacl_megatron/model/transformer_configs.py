@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.families import language_family
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.model.vision import ACTIVATIONS
 
@@ -14,21 +15,19 @@ from hacl_megatron.model.vision import ACTIVATIONS
 def language_transformer_config(
     model: ModelConfig, parallel: ParallelFlags, *, device: torch.device, dtype: torch.dtype, overrides: dict[str, Any]
 ) -> TransformerConfig:
-    """The LLaMA's configuration. `overrides` are fields of the YAML's `transformer:` section."""
+    """The language model's configuration. `overrides` are fields of the YAML's `transformer:` section."""
     language = model.language
     on_gpu = device.type == "cuda"
     fields = dict(
+        **language_family(language.family).transformer,
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.ffn_hidden_size,
         num_attention_heads=language.num_attention_heads,
         num_query_groups=language.num_query_groups,
         kv_channels=language.head_dim,
-        normalization="RMSNorm",
         layernorm_epsilon=language.norm_epsilon,
-        gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -15,8 +15,8 @@ A frozen one behind a trained tower has no gradient in the first layer's self-at
 """
 
 from hacl_megatron.config.architecture import ModelConfig, QFormerConfig
+from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.config.flags import ModelFlags
-from hacl_megatron.model.connector import connector_depth
 
 FP32 = 4
 
@@ -68,11 +68,10 @@ def kept_by_tower(model: ModelConfig, bytes_each: int, tp: int) -> float:
     vision, e = model.vision, bytes_each
     activation = vision.activation
     if vision.hf is not None:
-        tp, activation = 1, vision.hf.get("hidden_act", "gelu")
+        tp, activation = 1, vision.hf.get(vision.kind.traits["activation"], "gelu")
     width, ffn = vision.hidden_size, vision.ffn_hidden_size / tp
     norm = e * width + 2 * FP32
     of_ffn = 3 if activation == "quick_gelu" or vision.hf is None else 2  # quick GELU keeps its sigmoid too
     layer = 2 * norm + 2 * e * width + (4 * e * width + FP32 * vision.num_attention_heads) / tp + of_ffn * e * ffn
-    outer_norms = 0 if vision.hf is not None and vision.hf["model_type"] == "siglip_vision_model" else 1
-    rows = vision.sequence_length * (outer_norms * norm + model.num_vision_layers_built * layer)
+    rows = vision.sequence_length * (vision.kind.num_outer_norms * norm + model.num_vision_layers_built * layer)
     return rows + 3 * vision.image_size**2 * e

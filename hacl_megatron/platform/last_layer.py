@@ -80,11 +80,17 @@ class LastSelfAttention(SelfAttention):
                 query = query.index_select(0, read)
         else:
             # Of each group of heads the weight's rows are its queries', then its key's and its value's.
-            weight = self.linear_qkv.weight.unflatten(0, (groups, query_width + 2 * width))
+            of_group = (groups, query_width + 2 * width)
+            weight, bias = self.linear_qkv.weight.unflatten(0, of_group), self.linear_qkv.bias
+            of_query = of_pairs = None
+            if bias is not None:
+                of_query, of_pairs = (
+                    part.flatten() for part in bias.unflatten(0, of_group).split([query_width, 2 * width], dim=1)
+                )
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
-            query = F.linear(hidden.index_select(0, read), weight[:, :query_width].flatten(0, 1))
+            query = F.linear(hidden.index_select(0, read), weight[:, :query_width].flatten(0, 1), of_query)
             query = query.unflatten(-1, (groups, query_width))
-            pairs = F.linear(hidden, weight[:, query_width:].flatten(0, 1)).unflatten(-1, (groups, 2 * width))
+            pairs = F.linear(hidden, weight[:, query_width:].flatten(0, 1), of_pairs).unflatten(-1, (groups, 2 * width))
             key, value = pairs.split([width, width], dim=-1)
             adapters = getattr(self, "linear_qkv_lora", None)
             if adapters is not None:  # the hook that adds them elsewhere stands on the layer that was not called

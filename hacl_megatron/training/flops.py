@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from hacl_megatron.batch import MicroBatch, PackedBatch, SegmentLengths
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.config.lora import Lora, target_shapes
-from hacl_megatron.model.connector import connector_depth
 
 
 def step_flops(

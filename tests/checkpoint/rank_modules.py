@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hacl_megatron.checkpoint.hf.import_weights import ImportReport, global_name, load_hf_weights
-from hacl_megatron.checkpoint.hf.names import merge_shards
+from hacl_megatron.checkpoint.hf.names import NameTable, Rule
 from hacl_megatron.config.architecture import ModelConfig
 
 
@@ -122,6 +122,20 @@ def module_of(shapes: Iterator[tuple[str, tuple[int, ...]]], dtype: torch.dtype)
     return root
 
 
+def merge_shards(rule: Rule, shards: list[Tensor]) -> Tensor:
+    """The unsharded tensor from those of all tensor-parallel ranks, in rank order; the inverse of `Rule.read_shard`.
+
+    The vocabulary keeps its padding. Replicated parameters must be equal on all ranks.
+    """
+    if rule.partition in ("replicated", "class_token"):
+        assert all(torch.equal(shard, shards[0]) for shard in shards), f"{rule.ours} differs between ranks"
+        return shards[0]
+    if rule.partition == "gate_up":
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+    return torch.cat(shards, dim=1 if rule.partition == "row" else 0)
+
+
 @dataclass
 class ImportedModel:
     """All ranks of a TP x PP layout after an import."""
@@ -150,7 +164,7 @@ def import_everywhere(
     rows = config.language.vocab_size
     padded = padded_vocab_size or -(-rows // (8 * tp_size)) * 8 * tp_size
     layers = config.language.num_layers // stages
-    modules, reports, merged = {}, {}, {}
+    modules, reports, merged, rules = {}, {}, {}, NameTable(config).rules
     for stage in range(stages):
         for rank in range(tp_size):
             shapes = rank_shapes(
@@ -167,5 +181,5 @@ def import_everywhere(
             whole = global_name(name, stage * layers)
             if torch.isnan(ranks[0][name]).all():
                 continue  # fresh; NaN equals nothing, merge_shards would refuse it
-            merged[whole] = merge_shards(whole, [rank[name].data for rank in ranks])
+            merged[whole] = merge_shards(rules[whole], [rank[name].data for rank in ranks])
     return ImportedModel(modules=modules, reports=reports, merged=merged)

@@ -165,6 +165,10 @@ CASES = {
     "positions": ({"length": 4097}, "beyond the 4096 positions", {"length": 4096}),
     "empty part": ({"model": language(vocab_size=0)}, "language.vocab_size is 0", {"model": language(vocab_size=1)}),
     "empty tower": ({"model": vision(patch_size=0)}, "vision.patch_size is 0", {"model": vision(patch_size=28)}),
+    "unknown family": (
+        {"model": language(family="lama")}, "language.family is 'lama'; expected one of llama",
+        {"model": language(family="llama")},
+    ),
     "unknown tower": (
         {"model": siglip(hf={"model_type": "dinov2"})}, "'dinov2'", {"model": siglip()},
     ),

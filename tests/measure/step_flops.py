@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.model.connector import connector_depth
+from hacl_megatron.config.connectors import connector_depth
 
 FEATURES = ("text without autograd", "last layer for read rows", "shared prefix")
 """What this package's step leaves out: the backward pass of texts where the LLM is frozen; queries, output and MLP of

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hacl_megatron.model.connector import Connector, connector_depth
+from hacl_megatron.config.connectors import connector_depth
+from hacl_megatron.model.connector import Connector
 from hacl_megatron.model.init import cpu_generator, seeded_linear
 
 TYPES = {"linear": 1, "mlp1x_gelu": 1, "mlp2x_gelu": 2, "mlp3x_gelu": 3, "mlp10x_gelu": 10}

@@ -15,15 +15,15 @@ from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.hf.import_weights import SourceTensors, open_sources
 from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, find_checkpoint, read_run_config
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.families import language_family
 from hacl_megatron.config.lora import Lora, is_lora
 
-_FAMILIES = {
+_LAYOUTS = {
     "hf": "Hugging Face LLaVA (LlavaForConditionalGeneration)",
-    "llava": "original LLaVA layout (LlavaLlamaForCausalLM)",
-    "parts": "LLaMA and {tower}, without a connector",
+    "llava": "original LLaVA layout ({original})",
+    "parts": "{language} and {tower}, without a connector",
     "blip2": "Hugging Face BLIP-2 (Blip2ForConditionalGeneration)",
 }
-_TOWERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP", "blip_2_vision_model": "BLIP-2's ViT"}
 
 
 class Holdings:
@@ -97,7 +97,7 @@ def describe(holdings: Holdings) -> dict[str, str]:
         + (f", RoPE {language.rotary_base:g}" + (" with Llama-3 scaling" if language.rope_scaling else ""))
     )
     facts["vision"] = (
-        f"{tower_word(config)} of {vision.num_layers} layers (features of {config.vision_select_layer}), "
+        f"{vision.kind.title} of {vision.num_layers} layers (features of {config.vision_select_layer}), "
         f"hidden {vision.hidden_size}, "
         f"{vision.image_size} pixels in patches of {vision.patch_size}"
         + (", run by transformers" if vision.backend == "hf" else "")
@@ -124,16 +124,15 @@ def describe(holdings: Holdings) -> dict[str, str]:
     return facts
 
 
-def tower_word(config: ModelConfig) -> str:
-    """What people call the vision tower."""
-    return _TOWERS[(config.vision.hf or {}).get("model_type", "clip_vision_model")]
-
-
 def _origin(holdings: Holdings) -> Iterator[tuple[str, str]]:
     if holdings.reader is None:
-        family = holdings.config.extra["layout"]
-        family = "blip2" if family == "hf" and holdings.config.qformer is not None else family
-        yield "family", _FAMILIES[family].format(tower=tower_word(holdings.config))
+        config = holdings.config
+        layout, family = config.extra["layout"], language_family(config.language.family)
+        words = _LAYOUTS["blip2" if layout == "hf" and config.qformer is not None else layout]
+        yield (
+            "family",
+            words.format(language=family.title, tower=config.vision.kind.title, original=family.llava_architecture),
+        )
         yield "files", ", ".join(holdings.sources.files)
         return
     checkpoint = holdings.reader.folder

@@ -4,6 +4,7 @@ Merged      W + alpha / rank * B A, tensor by tensor, for every export that `hf.
 export_peft adapter_config.json, adapter_model.safetensors (adapters and connector), hacl_heads.safetensors
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from hacl_megatron.checkpoint.hf.config_write import to_config_json
 from hacl_megatron.checkpoint.hf.export import ExportReport, Provider, cast, write_heads
 from hacl_megatron.checkpoint.hf.fresh_folder import fresh_folder
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE
+from hacl_megatron.checkpoint.hf.names import Rule
 from hacl_megatron.checkpoint.hf.safetensors_writer import SafetensorsWriter
-from hacl_megatron.config.lora import Lora
+from hacl_megatron.config.lora import FUSED, Lora
 from hacl_megatron.config.run import RunConfig
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,12 +33,13 @@ class Merged:
 
     def __call__(self, name: str) -> Tensor:
         tensor, rule = self._provider(name), self._reader.table.rules[name]
-        if not any(_target(source) in self._lora.targets for source in rule.sources):
+        targets = _targets(rule)
+        if not any(target in self._lora.targets for target in targets.values()):
             return tensor
         shapes = dict(zip(rule.sources, rule.source_shapes, strict=True))
 
         def read(source: str, rows: slice, columns: slice) -> Tensor:
-            target = _target(source)
+            target = targets[source]
             if target not in self._lora.targets:
                 return torch.zeros(shapes[source])[rows, columns]
             a, b = self._reader.read_lora(_layer(source), target)
@@ -67,7 +70,7 @@ def export_peft(
     if lora is None:
         raise ValueError(f"{reader.folder} has no LoRA, so there is no adapter to write; use --format hf or llava")
     to_config_json(config, "hf", dtype=str(dtype).removeprefix("torch."))  # or say that HF's layout cannot have it
-    settings = _peft_config(lora, run)
+    settings = _peft_config(lora, run, reader)
     plan = {name: shape for name, shape in _plan(reader, lora)}
     total = sum(torch.Size(shape).numel() * dtype.itemsize for shape in plan.values())
     with fresh_folder(out, total, force=force, why_not=_why_no_adapter) as folder:
@@ -83,7 +86,7 @@ def export_peft(
     return ExportReport(folder=out, num_tensors=len(plan), num_bytes=total, notes=notes)
 
 
-def _peft_config(lora: Lora, run: RunConfig):
+def _peft_config(lora: Lora, run: RunConfig, reader: ShardedReader):
     try:
         from peft import LoraConfig
     except ImportError:
@@ -91,12 +94,14 @@ def _peft_config(lora: Lora, run: RunConfig):
             "--format peft needs the package peft: pip install -e '.[lora]', or write merged weights with --format hf"
         ) from None
     base = run.model.pretrained_checkpoint
+    theirs = {target: source.split(".")[-2] for rule in reader.table.rules.values()
+              for source, target in _targets(rule).items()}  # fmt: skip
     return LoraConfig(
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
         # CLIP's layers have projections of the same names.
-        target_modules=rf".*language_model.*\.({'|'.join(lora.targets)})",
+        target_modules=rf".*language_model.*\.({'|'.join(theirs[target] for target in lora.targets)})",
         modules_to_save=[_CONNECTOR],
         base_model_name_or_path=base if base and (Path(base) / "config.json").is_file() else None,
         inference_mode=True,
@@ -106,8 +111,9 @@ def _peft_config(lora: Lora, run: RunConfig):
 def _plan(reader: ShardedReader, lora: Lora) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name in the file, shape), in the order of `_tensors`."""
     for rule in reader.table.rules.values():
+        targets = _targets(rule)
         for source, shape in zip(rule.sources, rule.source_shapes, strict=True):
-            if _target(source) in lora.targets:
+            if targets.get(source) in lora.targets:
                 yield _spelled(reader, source, "lora_A"), (lora.rank, shape[1])
                 yield _spelled(reader, source, "lora_B"), (shape[0], lora.rank)
             elif rule.ours.startswith("connector."):
@@ -119,9 +125,9 @@ def _tensors(provider: Provider, reader: ShardedReader, lora: Lora) -> Iterator[
         if rule.ours.startswith("connector."):
             for source, tensor in rule.to_sources(provider(rule.ours)):
                 yield _spelled(reader, source), tensor
-        for source in rule.sources:
-            if _target(source) in lora.targets:
-                a, b = reader.read_lora(_layer(source), _target(source))
+        for source, target in _targets(rule).items():
+            if target in lora.targets:
+                a, b = reader.read_lora(_layer(source), target)
                 yield _spelled(reader, source, "lora_A"), a
                 yield _spelled(reader, source, "lora_B"), b
 
@@ -134,10 +140,11 @@ def _spelled(reader: ShardedReader, source: str, kind: str | None = None) -> str
     return f"base_model.model.model.{name}"
 
 
-def _target(source: str) -> str | None:
-    """`text.layers.3.self_attn.q_proj.weight` -> `q_proj`; None for what is no matrix of a language layer."""
-    parts = source.split(".")
-    return parts[-2] if source.startswith("text.layers.") else None
+def _targets(rule: Rule) -> dict[str, str]:
+    """`text.layers.3.self_attn.q_proj.weight` -> `q_proj`, and so on; {} for what is no matrix of a language layer."""
+    layer = re.fullmatch(r"language_model\.decoder\.layers\.\d+\.(.*)\.weight", rule.ours)
+    fused = FUSED.get(layer[1], ()) if layer else ()
+    return dict(zip(rule.sources, fused, strict=True)) if fused else {}
 
 
 def _layer(source: str) -> int:

@@ -1,6 +1,6 @@
 """Hugging Face `config.json` and processor settings -> `ModelConfig`; `config_write` goes back.
 
-Three families are read, told apart by their keys, not by `model_type` (LLaVA's own checkpoints carry `llava` as well as
+Three layouts are read, told apart by their keys, not by `model_type` (LLaVA's own checkpoints carry `llava` as well as
 `llava_llama`):
 
     hf      LlavaForConditionalGeneration: `text_config`, `vision_config`, `vision_feature_layer`, `image_token_index`;
@@ -8,18 +8,15 @@ Three families are read, told apart by their keys, not by `model_type` (LLaVA's 
     llava   the original layout (LlavaLlamaForCausalLM): LLaMA's keys and `mm_*` ones; the tower is named, not described
     parts   a bare LLaMA beside the folder of a tower, with a connector yet to be trained
 
-What the model cannot do is refused here, by name, before any weight is read.
+Language models of every family in `config.families` are read where this says LLaMA, and towers of every kind in
+`config.towers`. What the model cannot do is refused here, by name, before any weight is read.
 """
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 from hacl_megatron.checkpoint.hf.json_files import parse, read_json, refuse_unless
 from hacl_megatron.checkpoint.hf.tower_config import (
-    BLIP2,
-    CLIP,
-    SIGLIP,
     TowerFacts,
     aspect_ratio,
     find_vision_tower,
@@ -30,7 +27,10 @@ from hacl_megatron.checkpoint.hf.tower_config import (
     vision_config,
 )
 from hacl_megatron.config.architecture import LanguageConfig, ModelConfig
+from hacl_megatron.config.connectors import mlp_depth
+from hacl_megatron.config.families import FAMILIES, LLAMA, family_of_model_type
 from hacl_megatron.config.flags import DataFlags
+from hacl_megatron.config.towers import TowerKind
 
 Connector = tuple[str, int]
 """`projector_type`, and the selected vision layer."""
@@ -40,20 +40,20 @@ def read_model_config(folder: str | Path, vision_tower: str | Path | None = None
     """Sizes of the model in a Hugging Face folder.
 
     Args:
-        folder: a folder of one of the three families above.
+        folder: a folder of one of the three layouts above.
         vision_tower: folder of the tower, for `llava` (CLIP alone) and `parts` (CLIP, SigLIP, BLIP-2). Default: where
             `mm_vision_tower` points, if that is a folder, or the sizes of the tower that it names.
 
     Raises:
-        ValueError: no or broken config.json, an unknown family, or something the model does not support.
+        ValueError: no or broken config.json, an unknown layout, or something the model does not support.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    family = config_family(config, folder)
+    layout = layout_of(config, folder)
     where = folder / "config.json"
-    if family == "hf" and vision_tower is not None:
+    if layout == "hf" and vision_tower is not None:
         raise ValueError(f"{folder} holds its vision tower; leave {vision_tower} out")
-    if family == "hf":
+    if layout == "hf":
         text, tower, facts = config.get("text_config") or {}, None, tower_in_model(folder, config)
     else:
         text, tower = config, find_vision_tower(folder, config, vision_tower)
@@ -63,7 +63,7 @@ def read_model_config(folder: str | Path, vision_tower: str | Path | None = None
         raise ValueError(
             f"{where}: mm_hidden_size is {config['mm_hidden_size']}, but the tower's is {vision.hidden_size}"
         )
-    projector_type, layer = _connector(family, config, facts, where)
+    projector_type, layer = _connector(layout, config, facts, where)
     # Blip2Config has no opinion of its own on tied embeddings, LlavaConfig has.
     tie = None if projector_type == "qformer" else config.get("tie_word_embeddings")
     model_config = ModelConfig(
@@ -73,7 +73,7 @@ def read_model_config(folder: str | Path, vision_tower: str | Path | None = None
         projector_type=projector_type,
         vision_select_layer=layer,
         qformer=qformer_config(facts, vision) if projector_type == "qformer" else None,
-        extra=_extra_facts(family, config, text, facts, tower),
+        extra=_extra_facts(layout, config, text, facts, tower),
     )
     if not 1 <= model_config.num_vision_layers_built <= vision.num_layers:
         raise ValueError(
@@ -83,27 +83,32 @@ def read_model_config(folder: str | Path, vision_tower: str | Path | None = None
     return model_config
 
 
-def config_family(config: dict[str, Any], folder: Path) -> Literal["hf", "llava", "parts"]:
-    """Which of the three families a `config.json` belongs to; ValueError for any other."""
-    if "text_config" in config and config.get("model_type") == "llava":
+def layout_of(config: dict[str, Any], folder: Path) -> Literal["hf", "llava", "parts"]:
+    """Which of the three layouts a `config.json` belongs to; ValueError for any other."""
+    model_type = config.get("model_type")
+    plain = [family.model_type for family in FAMILIES.values()]
+    titles = " or ".join(f"a {family.title}" for family in FAMILIES.values())
+    if "text_config" in config and model_type == "llava":
         return "hf"
-    if config.get("model_type") == "blip-2":
+    if model_type == "blip-2":
         text = (config.get("text_config") or {}).get("model_type", "opt")  # Blip2Config's own default
-        if text == "llama":
+        if text in plain:
             return "hf"
         raise ValueError(
-            f"{folder}/config.json: a BLIP-2 whose language model is {text!r}; expected a LLaMA: give this folder as "
+            f"{folder}/config.json: a BLIP-2 whose language model is {text!r}; expected {titles}: give this folder as "
             "the vision tower beside one"
         )
-    if "mm_vision_tower" in config and config.get("model_type") in ("llava", "llava_llama", "llama"):
+    family = family_of_model_type(model_type)
+    if family is not None and family.llava_model_types and "mm_vision_tower" in config:
         return "llava"
-    if config.get("model_type") == "llama":
+    if model_type in plain:
         return "parts"
     found = (config.get("architectures") or ["no architectures"])[0]
+    original = " or ".join(family.llava_architecture for family in FAMILIES.values() if family.llava_model_types)
     raise ValueError(
-        f"{folder}/config.json: found model_type {config.get('model_type')!r} ({found}), expected "
-        "LlavaForConditionalGeneration, Blip2ForConditionalGeneration, LLaVA's own LlavaLlamaForCausalLM (with "
-        "mm_vision_tower) or a LLaMA"
+        f"{folder}/config.json: found model_type {model_type!r} ({found}), expected "
+        f"LlavaForConditionalGeneration, Blip2ForConditionalGeneration, LLaVA's own {original} (with "
+        f"mm_vision_tower) or {titles}"
     )
 
 
@@ -118,92 +123,50 @@ def data_flags(config: ModelConfig) -> DataFlags:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def _connector(family: str, config: dict[str, Any], facts: TowerFacts, where: Path) -> Connector:
-    if facts.qformer is not None and family != "llava":
+def _connector(layout: str, config: dict[str, Any], facts: TowerFacts, where: Path) -> Connector:
+    if facts.qformer is not None and layout != "llava":
         refuse_unless(where, config, {"quantization_config": (None,)})
         return "qformer", -1
-    if family == "hf":
+    if layout == "hf":
         return _hf_connector(config, facts.kind, where)
-    if family == "parts":
+    if layout == "parts":
         return "mlp2x_gelu", -2
-    if facts.kind != CLIP:
+    if "original" not in facts.kind.stands_in:
         raise ValueError(
-            f"{facts.where}: the vision tower is a {facts.kind}, but the original LLaVA layout in {where.parent} has "
-            "CLIP's alone; give the folder of its own tower"
+            f"{facts.where}: the vision tower is a {facts.kind.model_type}, but the original LLaVA layout in "
+            f"{where.parent} has CLIP's alone; give the folder of its own tower"
         )
     return _llava_connector(config, where)
 
 
 def _language_config(values: dict[str, Any], where: Path, tie: bool | None) -> LanguageConfig:
-    refuse_unless(where, {"text_config.model_type": values.get("model_type", "llama")}, {
-        "text_config.model_type": ("llama", "llava", "llava_llama"),
-    })  # fmt: skip
-    refuse_unless(where, values, {
-        "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-        "attention_dropout": (0, 0.0, None), "quantization_config": (None,),
-    })  # fmt: skip
-    from transformers import LlamaConfig  # a second that an export need not spend
+    model_type = values.get("model_type", LLAMA.model_type)
+    family = family_of_model_type(model_type)
+    if family is None:
+        known = sorted(name for one in FAMILIES.values() for name in (one.model_type, *one.llava_model_types))
+        refuse_unless(where, {"text_config.model_type": model_type}, {"text_config.model_type": tuple(known)})
+    refuse_unless(where, values, dict(family.supported))
+    from transformers import CONFIG_MAPPING  # a second that an export need not spend
 
-    parsed = parse(LlamaConfig, {key: value for key, value in values.items() if not key.startswith("rope_")}, where)
-    rotary_base, rope_scaling = _rotary(values, where)
-    heads, groups = parsed.num_attention_heads, parsed.num_key_value_heads
-    if heads % groups:
-        raise ValueError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
-    if parsed.hidden_size % 4:
-        raise ValueError(f"{where}: hidden_size {parsed.hidden_size} is not a multiple of 4, as contrastive heads need")
-    # Only what the file states counts: without `head_dim` the width follows from the number of heads.
-    head_dim = values.get("head_dim")
-    if head_dim is None and parsed.hidden_size % heads:
-        raise ValueError(f"{where}: hidden_size {parsed.hidden_size} is not a multiple of num_attention_heads {heads}")
-    if head_dim == parsed.hidden_size // heads and parsed.hidden_size % heads == 0:
-        head_dim = None
-    return LanguageConfig(
-        num_layers=parsed.num_hidden_layers,
-        hidden_size=parsed.hidden_size,
-        ffn_hidden_size=parsed.intermediate_size,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        vocab_size=parsed.vocab_size,
-        kv_channels=head_dim,
-        norm_epsilon=parsed.rms_norm_eps,
-        rotary_base=rotary_base,
-        rope_scaling=rope_scaling,
-        max_position_embeddings=parsed.max_position_embeddings,
-        # transformers ties when either level says so (LlavaConfig.__post_init__).
-        tie_word_embeddings=bool(tie or values.get("tie_word_embeddings", False)),
-    )
+    config_class = CONFIG_MAPPING[family.model_type]
+    # Rotary positions are the family's to read: transformers' versions differ in them.
+    parsed = parse(config_class, {key: value for key, value in values.items() if not key.startswith("rope_")}, where)
+    sizes = family.read(parsed, values, where)
+    # transformers ties when either level says so (LlavaConfig.__post_init__).
+    sizes["tie_word_embeddings"] = bool(tie or sizes["tie_word_embeddings"])
+    return LanguageConfig(family=family.name, **sizes)
 
 
-def _rotary(values: dict[str, Any], where: Path) -> tuple[float, dict[str, Any] | None]:
-    """Base and Llama-3 scaling, from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4.x).
-
-    Where both stand, `rope_scaling` wins and `rope_theta` fills in, as transformers 5 reads them.
-    """
-    merged = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
-    base = merged.pop("rope_theta", None)
-    base = values.get("rope_theta") if base is None else base
-    kind = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
-    merged.pop("type", None)
-    if kind == "default":
-        return float(10000.0 if base is None else base), None
-    if kind != "llama3":
-        raise ValueError(f"{where}: rope type is {kind!r}; this trainer supports 'default' and 'llama3' only")
-    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if missing := [key for key in needed if key not in merged]:
-        raise ValueError(f"{where}: llama3 rope scaling lacks {', '.join(missing)}")
-    return float(10000.0 if base is None else base), {"rope_type": "llama3", **{key: merged[key] for key in needed}}
-
-
-def _hf_connector(config: dict[str, Any], kind: str, where: Path) -> Connector:
+def _hf_connector(config: dict[str, Any], kind: TowerKind, where: Path) -> Connector:
     strategy = config.get("vision_feature_select_strategy", "default")
-    if kind == SIGLIP and strategy == "default":
+    if strategy == "default" != kind.select_strategy:
         raise ValueError(
-            f"{where}: vision_feature_select_strategy is 'default', which drops the first feature, but a {kind} has no "
-            "class token there; expected 'full'"
+            f"{where}: vision_feature_select_strategy is 'default', which drops the first feature, but a "
+            f"{kind.model_type} has no class token there; expected 'full'"
         )
     refuse_unless(where, config, {
         "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,), "quantization_config": (None,),
-        "vision_feature_select_strategy": ("full",) if kind == SIGLIP else ("default",),
+        "vision_feature_select_strategy": (kind.select_strategy,),
     })  # fmt: skip
     layer = config.get("vision_feature_layer", -2)
     if isinstance(layer, bool) or not isinstance(layer, int):
@@ -217,7 +180,7 @@ def _llava_connector(config: dict[str, Any], where: Path) -> Connector:
         "mm_use_im_start_end": (False, None), "s2": (False, None),
     })  # fmt: skip
     kind = config.get("mm_projector_type", "linear")  # LLaVA's own default, build_vision_projector
-    if kind != "linear" and not re.fullmatch(r"mlp[1-9]\d*x_gelu", str(kind)):
+    if mlp_depth(str(kind)) is None:
         raise ValueError(f"{where}: mm_projector_type is {kind!r}; expected linear or mlpNx_gelu")
     layer = config.get("mm_vision_select_layer", -2)
     if isinstance(layer, bool) or not isinstance(layer, int):
@@ -226,10 +189,10 @@ def _llava_connector(config: dict[str, Any], where: Path) -> Connector:
 
 
 def _extra_facts(
-    family: str, config: dict[str, Any], text: dict[str, Any], tower_facts: TowerFacts, tower: Path | None
+    layout: str, config: dict[str, Any], text: dict[str, Any], tower_facts: TowerFacts, tower: Path | None
 ) -> dict[str, Any]:
     """What the way back needs and the model does not; plain JSON values, so that run_config.yaml can hold them."""
-    facts: dict[str, Any] = {"layout": family}
+    facts: dict[str, Any] = {"layout": layout}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(key) if text.get(key) is None else text[key]
         if value is not None:
@@ -238,18 +201,21 @@ def _extra_facts(
     if dtype is not None:
         facts["dtype"] = str(dtype).removeprefix("torch.")
     kind, processor = tower_facts.kind, tower_facts.processor
-    if kind == CLIP and "projection_dim" in tower_facts.vision:
-        facts["vision_projection_dim"] = tower_facts.vision["projection_dim"]
-    if family == "hf":
+    if kind.megatron is not None:
+        there = {ours: key for ours, key in kind.megatron.kept.items() if key in tower_facts.vision}
+        facts |= {ours: tower_facts.vision[key] for ours, key in there.items()}
+    if layout == "hf":
         # transformers 5 reads both names, and writes the first. An old BLIP-2 has no such token.
         image_token = config.get("image_token_index", config.get("image_token_id"))
-        image_token = 32000 if image_token is None and kind != BLIP2 else image_token
+        image_token = 32000 if image_token is None and tower_facts.qformer is None else image_token
         if image_token is not None:
             facts["image_token_index"] = image_token
         facts["image_aspect_ratio"] = aspect_ratio(processor, kind)
     else:
         own = config.get("image_aspect_ratio")
-        facts["image_aspect_ratio"] = own or ("square" if kind == CLIP else aspect_ratio(processor, kind))
+        # LLaVA's own default is square, whatever a CLIP's processor says.
+        square = "original" in kind.stands_in
+        facts["image_aspect_ratio"] = own or ("square" if square else aspect_ratio(processor, kind))
         facts["mm_vision_tower"] = config.get("mm_vision_tower", str(tower))
         facts["vision_tower_folder"] = None if tower is None else str(tower)
     return facts

@@ -1,9 +1,10 @@
 """`ModelConfig` -> the JSON files of a Hugging Face folder, in HF's or in the original LLaVA layout."""
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from hacl_megatron.checkpoint.hf.tower_config import KNOWN_TOWERS
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.families import language_family
 
 Layout = Literal["hf", "llava"]
 
@@ -66,36 +67,22 @@ def to_config_json(
     """
     vocab_size, image_token, pad = vocabulary or vocabulary_of_layout(config, layout)
     extra, language, vision = config.extra, config.language, config.vision
-    scaling = language.rope_scaling
+    family = language_family(language.family)
+    tokens = {
+        "bos_token_id": extra.get("bos_token_id", 1), "eos_token_id": extra.get("eos_token_id", 2), "pad_token_id": pad
+    }  # fmt: skip
     text = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": language.hidden_size,
-        "intermediate_size": language.ffn_hidden_size,
-        "num_hidden_layers": language.num_layers,
-        "num_attention_heads": language.num_attention_heads,
-        "num_key_value_heads": language.num_query_groups,
-        "head_dim": language.head_dim,
-        "vocab_size": vocab_size,
-        "max_position_embeddings": language.max_position_embeddings,
-        "rms_norm_eps": language.norm_epsilon,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": language.tie_word_embeddings,
-        "bos_token_id": extra.get("bos_token_id", 1),
-        "eos_token_id": extra.get("eos_token_id", 2),
-        "pad_token_id": pad,
-        # Both spellings: transformers 4.x knows the first two, 5.x the third.
-        "rope_theta": language.rotary_base,
-        **({"rope_scaling": scaling} if scaling else {}),
-        "rope_parameters": {"rope_type": "default", "rope_theta": language.rotary_base, **(scaling or {})},
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        **family.write(replace(language, vocab_size=vocab_size), tokens),
     }
     if layout == "llava":
+        if not family.llava_model_types:
+            raise ValueError(why_not_layout(config, layout))
         return {
             **text,
-            "model_type": "llava_llama",
-            "architectures": ["LlavaLlamaForCausalLM"],
+            "model_type": family.llava_model_types[0],
+            "architectures": [family.llava_architecture],
             "torch_dtype": dtype,
             "use_cache": True,
             "mm_projector_type": config.projector_type,
@@ -136,75 +123,53 @@ def to_config_json(
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.vision_select_layer,
-        "vision_feature_select_strategy": select_strategy(config),
+        "vision_feature_select_strategy": vision.kind.select_strategy,
         "tie_word_embeddings": language.tie_word_embeddings,
     }
 
 
 def why_not_layout(config: ModelConfig, layout: Layout) -> str | None:
     """Why there is no folder of that layout for a model with these parts, or None."""
-    tower = _model_type(config)
+    tower, family = config.vision.kind, language_family(config.language.family)
     if layout == "llava":
-        if config.qformer is not None or tower != "clip_vision_model":
-            part = f"vision tower is a {tower}" if config.qformer is None else "connector is a Q-Former"
-            return f"the {part}, which the original LLaVA layout has no place for; export the layout hf instead"
-        return None
+        part = None
+        if config.qformer is not None:
+            part = "connector is a Q-Former"
+        elif "original" not in tower.stands_in:
+            part = f"vision tower is a {tower.model_type}"
+        elif not family.llava_model_types:
+            part = f"language model is a {family.title}"
+        return part and f"the {part}, which the original LLaVA layout has no place for; export the layout hf instead"
     if config.qformer is not None:
-        if tower != "blip_2_vision_model":
-            return f"the vision tower is a {tower}, but Blip2ForConditionalGeneration has its own ViT only"
+        if "blip-2" not in tower.stands_in:
+            return f"the vision tower is a {tower.model_type}, but Blip2ForConditionalGeneration has its own ViT only"
         return None
-    if tower == "blip_2_vision_model":
+    if "llava" not in tower.stands_in:
         return (
-            f"the connector is {config.projector_type} over BLIP-2's vision tower, which is in no model of "
+            f"the connector is {config.projector_type} over {tower.origin}'s vision tower, which is in no model of "
             "transformers: Blip2ForConditionalGeneration has a Q-Former, LlavaForConditionalGeneration another tower"
         )
     if config.projector_type != "mlp2x_gelu":
-        instead = "; export the original layout (llava) instead" if tower == "clip_vision_model" else ""
+        instead = "" if why_not_layout(config, "llava") else "; export the original layout (llava) instead"
         return (
             f"the connector is {config.projector_type}, but LlavaForConditionalGeneration has mlp2x_gelu only{instead}"
         )
     return None
 
 
-def select_strategy(config: ModelConfig) -> str:
-    """LLaVA's `vision_feature_select_strategy`: `default` drops the class token, where there is one."""
-    return "default" if config.vision.kind.has_class_token else "full"
-
-
-def _model_type(config: ModelConfig) -> str:
-    return (config.vision.hf or {}).get("model_type", "clip_vision_model")
-
-
 def tower_config_json(config: ModelConfig) -> dict[str, Any]:
     """The vision tower's part: `vision_config` in HF's layout, `config.json` of a CLIP folder."""
-    if _model_type(config) != "clip_vision_model":
-        return config.vision.hf
-    vision = config.vision
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.num_attention_heads,
-        "num_channels": 3,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_act": vision.activation,
-        "layer_norm_eps": vision.norm_epsilon,
-        "projection_dim": config.extra.get("vision_projection_dim", 768),
-    }
+    vision, megatron = config.vision, config.vision.kind.megatron
+    return vision.hf if megatron is None else megatron.write(vision, config.extra)
 
 
 def tower_name(config: ModelConfig) -> str | None:
     """`mm_vision_tower`: what the source called it, else the published tower with these very sizes, else None."""
-    vision = config.vision
+    vision, kind = config.vision, config.vision.kind
     if named := config.extra.get("mm_vision_tower"):
         return named
-    for name, sizes in KNOWN_TOWERS.items():
-        same = (vision.num_layers, vision.hidden_size, vision.image_size, vision.patch_size) == tuple(
-            sizes[key] for key in ("num_hidden_layers", "hidden_size", "image_size", "patch_size")
-        )
-        if same and vision.ffn_hidden_size == sizes["intermediate_size"]:
+    for name, values in kind.published.items():
+        if all(getattr(vision, ours) == values[theirs] for ours, theirs in kind.sizes.items()):
             return name
     return None
 
@@ -214,8 +179,7 @@ def to_preprocessor_json(config: ModelConfig, *, image_aspect_ratio: str | None 
     BLIP-2's or SigLIP's when both sides are resized."""
     image, aspect = config.image, image_aspect_ratio or config.extra.get("image_aspect_ratio")
     square = {"height": image.size, "width": image.size}
-    stretches = "BlipImageProcessor" if config.qformer is not None else "SiglipImageProcessor"
-    kinds = {"pad": "LlavaImageProcessor", "stretch": stretches}
+    kinds = {"pad": "LlavaImageProcessor", "stretch": config.vision.kind.resizing_processor}
     crops = {"do_center_crop": True, "crop_size": square}
     return {
         "image_processor_type": kinds.get(aspect, "CLIPImageProcessor"),
@@ -242,7 +206,7 @@ def to_processor_json(config: ModelConfig) -> dict[str, Any]:
         "processor_class": processor_class(config),
         "image_token": "<image>",
         "patch_size": config.vision.patch_size,
-        "vision_feature_select_strategy": select_strategy(config),
+        "vision_feature_select_strategy": config.vision.kind.select_strategy,
         # the class token, which the strategy takes off again
         "num_additional_image_tokens": int(config.vision.kind.has_class_token),
     }

@@ -31,9 +31,10 @@ from hacl_megatron.checkpoint.hf.names import NameTable
 from hacl_megatron.checkpoint.hf.safetensors_writer import SafetensorsWriter
 from hacl_megatron.checkpoint.hf.tower_config import TOWER_FOLDER
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.families import language_family
 
 Provider = Callable[[str], Tensor]
-"""Our name of a parameter -> its unsharded tensor (`merge_shards`); called once for each, in the table's order."""
+"""Our name of a parameter -> its unsharded tensor; called once for each, in the table's order."""
 Tower = Literal["inside", "folder", "named"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,7 +71,7 @@ def export_hf(
     Args:
         dtype: of all weights but the heads', which keep the provider's (τ must stay fp32).
         assets: folder with the tokenizer's files and generation_config.json.
-        carried: canonical name -> tensor, as `import_weights.carried_tensors` gives them; read one at a time. Without
+        carried: canonical name -> tensor, of what no part of ours uses; read one at a time. Without
             them HF's layout gets a tower that ends with the selected layer, which computes the same features.
         image_aspect_ratio: how the model was trained to see images; default as it came.
         tower: where the original layout puts the vision tower: `inside` its weight files, in a CLIP `folder` within, or
@@ -113,8 +114,8 @@ def export_hf(
         if tower_plan:
             tower_folder = folder / TOWER_FOLDER
             tower_folder.mkdir()
-            write_json(tower_folder / "config.json", {"architectures": ["CLIPVisionModel"], "torch_dtype": dtype_name,
-                                                      **tower_config_json(config)})  # fmt: skip
+            described = {"architectures": [config.vision.kind.model_class], "torch_dtype": dtype_name}
+            write_json(tower_folder / "config.json", {**described, **tower_config_json(config)})
             write_json(tower_folder / "preprocessor_config.json",
                        to_preprocessor_json(config, image_aspect_ratio="square"))  # fmt: skip
             stream.write(tower_folder, tower_plan, "tower", ("vision.",), parse_size(max_shard_size))
@@ -181,7 +182,8 @@ class _Stream:
     dtype: torch.dtype
 
     def _is_vocabulary(self, canonical: str) -> bool:
-        return canonical in ("text.embed_tokens.weight", "text.lm_head.weight")
+        family = language_family(self.table.config.language.family)
+        return canonical in (f"text.{family.embedding}", f"text.{family.lm_head}")
 
     def plan(self, layout: str, prefixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
         """Spelled name -> shape, of every tensor that `write` is going to write, in its order."""
@@ -281,14 +283,16 @@ def _complete_tower(
         return config, carried
     if not needed:
         return config, {}
-    built, vision = config.num_vision_layers_built, config.vision
+    built, vision, kind = config.num_vision_layers_built, config.vision, config.vision.kind
     notes.append(f"the vision tower ends with its selected layer, {built} of {vision.num_layers}")
-    hf = vision.hf and {**vision.hf, "num_hidden_layers": built}
-    if hf and "vision_use_head" in hf:
-        hf["vision_use_head"] = False
+    without = {key: value for key, value in kind.without_unused.items() if key in (vision.hf or {})}
+    hf = vision.hf and {**vision.hf, kind.sizes["num_layers"]: built, **without}
     config = replace(config, vision=replace(vision, num_layers=built, hf=hf), vision_select_layer=-1)
-    ones, zeros = torch.ones(vision.hidden_size), torch.zeros(vision.hidden_size)
-    return config, {"vision.post_layernorm.weight": ones, "vision.post_layernorm.bias": zeros}
+    norms = NameTable(config).carried
+    assert all(len(shape) == 1 for shape in norms.values()), norms
+    return config, {
+        name: torch.ones(shape) if name.endswith("weight") else torch.zeros(shape) for name, shape in norms.items()
+    }
 
 
 def why_no_export(out: Path) -> str | None:

@@ -7,7 +7,6 @@ adapter               ┘             model.named_parameters() ─ rule ─ read
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -279,10 +278,3 @@ def load_adapter(model: nn.Module, path: str | Path, model_config: ModelConfig) 
         source = sources.table.rules[name].sources[0] if name.startswith("connector.") else None
         if source in sources.found:  # a Q-Former keeps its own
             parameter.copy_(sources.read(source))
-
-
-def carried_tensors(sources: SourceTensors) -> Iterator[tuple[str, Tensor]]:
-    """(canonical name, tensor) of what the model does not use but an export must have, read one by one."""
-    for canonical in sources.table.carried:
-        if canonical in sources.found:
-            yield canonical, sources.read(canonical)

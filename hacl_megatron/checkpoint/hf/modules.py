@@ -31,31 +31,31 @@ def clean_config(values: dict[str, Any]) -> dict[str, Any]:
     return {"model_type": model_type, **json.loads(json.dumps(fields))}
 
 
-def module_shapes(values: dict[str, Any]) -> Shapes:
+def module_shapes(model_class: str, values: dict[str, Any]) -> Shapes:
     """Of the model that `clean_config` describes: parameters under the names that transformers 5 gives them."""
-    return dict(_shapes(json.dumps(values, sort_keys=True)))
+    return dict(_shapes(model_class, json.dumps(values, sort_keys=True)))
 
 
 @cache
-def _shapes(config: str) -> Shapes:
+def _shapes(model_class: str, config: str) -> Shapes:
     import torch
     import transformers
 
     values = transformers.AutoConfig.for_model(**json.loads(config))
-    model = getattr(transformers, type(values).__name__.removesuffix("Config") + "Model")
     with torch.device("meta"):
-        module = model(values)
+        module = getattr(transformers, model_class)(values)
     # transformers 4.x wraps CLIP's and SigLIP's towers once more.
     return {name.removeprefix("vision_model."): tuple(value.shape) for name, value in module.named_parameters()}
 
 
 def tower_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
     """Parameters of a tower on the backend hf: those that features pass through, and those that are not built."""
+    kind = config.vision.kind
     behind = tuple(
-        f"encoder.layers.{layer}." for layer in range(config.num_vision_layers_built, config.vision.num_layers)
+        f"{kind.layers}.{layer}." for layer in range(config.num_vision_layers_built, config.vision.num_layers)
     )
-    unused = (*behind, *(f"{name}." for name in config.vision.kind.unused))
-    every = module_shapes(config.vision.hf)
+    unused = (*behind, *(f"{name}." for name in kind.unused))
+    every = module_shapes(kind.model_class, config.vision.hf)
     return (
         {name: shape for name, shape in every.items() if not name.startswith(unused)},
         {name: shape for name, shape in every.items() if name.startswith(unused)},

@@ -6,7 +6,8 @@ Three kinds of names occur:
     canonical   text.layers.3.self_attn.q_proj.weight                                one per Hugging Face tensor
     spelled     language_model.model.layers.3.self_attn.q_proj.weight                what a file says (`spellings`)
 
-A `Rule` ties one of ours to its canonical sources and says how the tensor is cut over tensor-parallel ranks. Layout of
+A `Rule` ties one of ours to its canonical sources and says how the tensor is cut over tensor-parallel ranks. They are
+made of the rows that language families and vision towers state (`config.families`, `config.towers`). Layout of
 the fused tensors, as megatron-core's SelfAttention and MLP read them:
 
     linear_qkv   rows by query group: [q heads of the group, k, v] of head_dim rows each; groups are dealt to the ranks
@@ -18,11 +19,9 @@ transformers' own modules, a vision tower of the backend hf and the Q-Former, ar
 """
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,61 +29,22 @@ from torch import Tensor
 from hacl_megatron.checkpoint.hf.modules import module_shapes, tower_shapes
 from hacl_megatron.checkpoint.hf.spellings import canonical_name, reason_to_ignore, spelled_name
 from hacl_megatron.config.architecture import ModelConfig
-
-Partition = Literal["replicated", "class_token", "column", "row", "qkv", "gate_up", "vocab"]
-"""How tensor parallelism cuts a parameter: not at all, on dim 0, on dim 1, or in one of the fused ways above."""
+from hacl_megatron.config.connectors import connector_depth
+from hacl_megatron.config.families import language_family
+from hacl_megatron.config.tensor_rows import Partition, Row, row
 
 ReadRows = Callable[[str, slice, slice], Tensor]
 """(canonical name, rows of dim 0, columns of dim 1 if there is one) -> that part of the tensor."""
 
-# Each row: our name, its partition, and its sources with their shapes in the symbols of `_sizes`.
-LANGUAGE_LAYER = (
-    ("input_layernorm.weight", "replicated", (("input_layernorm.weight", "h"),)),
-    ("self_attention.linear_qkv.weight", "qkv", (
-        ("self_attn.q_proj.weight", "q h"), ("self_attn.k_proj.weight", "kv h"), ("self_attn.v_proj.weight", "kv h"),
-    )),
-    ("self_attention.linear_proj.weight", "row", (("self_attn.o_proj.weight", "h q"),)),
-    ("pre_mlp_layernorm.weight", "replicated", (("post_attention_layernorm.weight", "h"),)),
-    ("mlp.linear_fc1.weight", "gate_up", (("mlp.gate_proj.weight", "f h"), ("mlp.up_proj.weight", "f h"))),
-    ("mlp.linear_fc2.weight", "row", (("mlp.down_proj.weight", "h f"),)),
-)  # fmt: skip
-LANGUAGE = (
-    ("embedding.word_embeddings.weight", "vocab", (("embed_tokens.weight", "v h"),)),
-    ("decoder.final_layernorm.weight", "replicated", (("norm.weight", "h"),)),
-    ("output_layer.weight", "vocab", (("lm_head.weight", "v h"),)),
-)
-VISION_LAYER = (
-    ("input_layernorm.weight", "replicated", (("layer_norm1.weight", "h"),)),
-    ("input_layernorm.bias", "replicated", (("layer_norm1.bias", "h"),)),
-    ("self_attention.linear_qkv.weight", "qkv", (
-        ("self_attn.q_proj.weight", "h h"), ("self_attn.k_proj.weight", "h h"), ("self_attn.v_proj.weight", "h h"),
-    )),
-    ("self_attention.linear_qkv.bias", "qkv", (
-        ("self_attn.q_proj.bias", "h"), ("self_attn.k_proj.bias", "h"), ("self_attn.v_proj.bias", "h"),
-    )),
-    ("self_attention.linear_proj.weight", "row", (("self_attn.out_proj.weight", "h h"),)),
-    ("self_attention.linear_proj.bias", "replicated", (("self_attn.out_proj.bias", "h"),)),
-    ("pre_mlp_layernorm.weight", "replicated", (("layer_norm2.weight", "h"),)),
-    ("pre_mlp_layernorm.bias", "replicated", (("layer_norm2.bias", "h"),)),
-    ("mlp.linear_fc1.weight", "column", (("mlp.fc1.weight", "f h"),)),
-    ("mlp.linear_fc1.bias", "column", (("mlp.fc1.bias", "f"),)),
-    ("mlp.linear_fc2.weight", "row", (("mlp.fc2.weight", "h f"),)),
-    ("mlp.linear_fc2.bias", "replicated", (("mlp.fc2.bias", "h"),)),
-)  # fmt: skip
-VISION = (
-    ("class_token", "class_token", (("embeddings.class_embedding", "h"),)),
-    ("conv1.weight", "replicated", (("embeddings.patch_embedding.weight", "h c p p"),)),
-    ("position_embeddings.weight", "replicated", (("embeddings.position_embedding.weight", "n h"),)),
-    ("ln_pre.weight", "replicated", (("pre_layrnorm.weight", "h"),)),  # transformers' own spelling
-    ("ln_pre.bias", "replicated", (("pre_layrnorm.bias", "h"),)),
-)
-VISION_POST_NORM = (("post_layernorm.weight", "h"), ("post_layernorm.bias", "h"))
+Attention = tuple[tuple[int, ...], int]
+"""`Rule.blocks` and `Rule.head_dim` of a fused qkv."""
+
 HEADS = (
-    ("vision_projector.weight", "replicated", (("vision_projector.weight", "e h"),)),
-    ("vision_projector.bias", "replicated", (("vision_projector.bias", "e"),)),
-    ("text_projector.weight", "replicated", (("text_projector.weight", "e h"),)),
-    ("text_projector.bias", "replicated", (("text_projector.bias", "e"),)),
-    ("temperature", "replicated", (("temperature", "1"),)),
+    row("vision_projector.weight", "replicated", ("vision_projector.weight", "e h")),
+    row("vision_projector.bias", "replicated", ("vision_projector.bias", "e")),
+    row("text_projector.weight", "replicated", ("text_projector.weight", "e h")),
+    row("text_projector.bias", "replicated", ("text_projector.bias", "e")),
+    row("temperature", "replicated", ("temperature", "1")),
 )
 
 FUSED_NORMS = {
@@ -216,15 +176,17 @@ class NameTable:
 
         They are the vision layers behind the selected one, the tower's post-norm, and SigLIP's pooling head.
         """
-        config, sizes = self.config, _sizes(self.config)["vision"]
-        if config.vision.backend == "hf":
+        config, vision = self.config, self.config.vision
+        if vision.backend == "hf":
             return {f"vision.{name}": shape for name, shape in tower_shapes(config)[1].items()}
-        carried = {}
-        for layer in range(config.num_vision_layers_built, config.vision.num_layers):
-            for _, _, sources in VISION_LAYER:
-                for name, shape in sources:
-                    carried[f"vision.encoder.layers.{layer}.{name}"] = _shape(shape, sizes)
-        return carried | {f"vision.{name}": _shape(shape, sizes) for name, shape in VISION_POST_NORM}
+        kind, letters = vision.kind, vision.letters
+        carried = {
+            f"vision.{kind.layers}.{layer}.{source.name}": source.shape(letters)
+            for layer in range(config.num_vision_layers_built, vision.num_layers)
+            for _, _, sources in kind.megatron.layer
+            for source in sources
+        }
+        return carried | {f"vision.{source.name}": source.shape(letters) for source in kind.megatron.unused}
 
     def canonical(self, spelled: str, *, tower_folder: bool = False) -> str | None:
         """Canonical form of a name in a file, or None; it need not be one that this model has.
@@ -248,80 +210,25 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.6))
 
 
-def partition_of(ours: str) -> Partition:
-    """How tensor parallelism cuts one of our parameters, from its name alone."""
-    prefix, _, rest = ours.partition(".")
-    if prefix == "vision_tower" and rest.startswith("model."):
-        return "replicated"  # transformers' own
-    if prefix in ("language_model", "vision_tower"):
-        if layer := re.fullmatch(r"decoder\.layers\.\d+\.(.*)", rest):
-            rows, rest = (LANGUAGE_LAYER if prefix == "language_model" else VISION_LAYER), layer[1]
-        else:
-            rows = LANGUAGE if prefix == "language_model" else VISION
-        for name, partition, _ in rows:
-            if name == rest:
-                return partition
-    elif prefix in ("connector", "heads"):
-        return "replicated"
-    raise KeyError(f"{ours} is no parameter of this model")
-
-
-def merge_shards(name: str, shards: list[Tensor]) -> Tensor:
-    """The unsharded tensor from those of all tensor-parallel ranks, in rank order; the inverse of `Rule.read_shard`.
-
-    The vocabulary keeps its padding. Replicated parameters must be equal on all ranks.
-    """
-    partition = partition_of(name)
-    if partition in ("replicated", "class_token"):
-        assert all(torch.equal(shard, shards[0]) for shard in shards), f"{name} differs between tensor-parallel ranks"
-        return shards[0]
-    if partition == "gate_up":
-        halves = [shard.chunk(2) for shard in shards]
-        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-    return torch.cat(shards, dim=1 if partition == "row" else 0)
-
-
 # ------------------------------------------------------------------------------------------------------------- building
 
 
-def _sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
-    language, vision = config.language, config.vision
-    return {
-        "language": {
-            "h": language.hidden_size,
-            "q": language.num_attention_heads * language.head_dim,
-            "kv": language.num_query_groups * language.head_dim,
-            "f": language.ffn_hidden_size,
-            "v": language.vocab_size,
-        },
-        "vision": {
-            "h": vision.hidden_size,
-            "f": vision.ffn_hidden_size,
-            "p": vision.patch_size,
-            "c": 3,
-            "n": vision.num_patches + 1,
-        },
-        "heads": {"h": language.hidden_size, "e": config.projection_size, "1": 1},
-    }
-
-
-def _shape(symbols: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[symbol] for symbol in symbols.split())
-
-
 def _build_rules(config: ModelConfig) -> Iterator[Rule]:
-    language, vision, sizes = config.language, config.vision, _sizes(config)
+    language, vision = config.language, config.vision
+    family, kind = language_family(language.family), vision.kind
     language_attention = ((language.num_attention_heads // language.num_query_groups, 1, 1), language.head_dim)
     vision_attention = ((1, 1, 1), vision.hidden_size // vision.num_attention_heads)
 
-    def rules(rows, ours: str, theirs: str, part: str, attention=((), 0)) -> Iterator[Rule]:
+    def rules(
+        rows: Iterable[Row], ours: str, theirs: str, letters: dict[str, int], attention: Attention = ((), 0)
+    ) -> Iterator[Rule]:
         for name, partition, sources in rows:
             blocks, head_dim = attention if partition == "qkv" else ((), 0)
             yield Rule(
                 ours=ours + name,
                 partition=partition,
-                sources=tuple(theirs + source for source, _ in sources),
-                source_shapes=tuple(_shape(shape, sizes[part]) for _, shape in sources),
+                sources=tuple(theirs + source.name for source in sources),
+                source_shapes=tuple(source.shape(letters) for source in sources),
                 blocks=blocks,
                 head_dim=head_dim,
             )
@@ -333,17 +240,17 @@ def _build_rules(config: ModelConfig) -> Iterator[Rule]:
         for name, shape in tower_shapes(config)[0].items():
             yield replicated(f"vision_tower.model.{name}", f"vision.{name}", shape)
     else:
-        yield from rules(VISION, "vision_tower.", "vision.", "vision")
+        yield from rules(kind.megatron.outside, "vision_tower.", "vision.", vision.letters)
         for i in range(config.num_vision_layers_built):
-            prefixes = f"vision_tower.decoder.layers.{i}.", f"vision.encoder.layers.{i}."
-            yield from rules(VISION_LAYER, *prefixes, "vision", vision_attention)
+            prefixes = f"vision_tower.decoder.layers.{i}.", f"vision.{kind.layers}.{i}."
+            yield from rules(kind.megatron.layer, *prefixes, vision.letters, vision_attention)
 
     width, numbered = vision.hidden_size, "connector.{}"
     if qformer := config.qformer:
         yield replicated(
             "connector.query_tokens", "qformer.query_tokens", (1, qformer.num_query_tokens, qformer.hidden_size)
         )
-        for name, shape in module_shapes(qformer.hf).items():
+        for name, shape in module_shapes("Blip2QFormerModel", qformer.hf).items():
             yield replicated(f"connector.qformer.{name}", f"qformer.{name}", shape)
         width, numbered = qformer.hidden_size, "connector.projection"
     for i in range(0, 2 * connector_depth(config.projector_type), 2):
@@ -352,11 +259,11 @@ def _build_rules(config: ModelConfig) -> Iterator[Rule]:
         yield replicated(f"{ours}.bias", f"projector.{i}.bias", (language.hidden_size,))
         width = language.hidden_size
 
-    embedding, final_norm, output = rules(LANGUAGE, "language_model.", "text.", "language")
+    embedding, final_norm, output = rules(family.outside, "language_model.", "text.", language.letters)
     yield embedding
     for i in range(language.num_layers):
         prefixes = f"language_model.decoder.layers.{i}.", f"text.layers.{i}."
-        yield from rules(LANGUAGE_LAYER, *prefixes, "language", language_attention)
+        yield from rules(family.layer, *prefixes, language.letters, language_attention)
     yield final_norm
     if language.tie_word_embeddings:
         # A last pipeline stage keeps its own copy of a tied embedding under the output layer's name.
@@ -364,13 +271,4 @@ def _build_rules(config: ModelConfig) -> Iterator[Rule]:
             ours=output.ours, partition="vocab", sources=embedding.sources, source_shapes=embedding.source_shapes
         )
     yield output
-    yield from rules(HEADS, "heads.", "heads.", "heads")
-
-
-def connector_depth(projector_type: str) -> int:
-    """Linear layers of a connector: `linear` has one, `mlpNx_gelu` N, and one stands behind a `qformer`."""
-    if projector_type in ("linear", "qformer"):
-        return 1
-    if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", projector_type):
-        return int(match[1])
-    raise ValueError(f"connector {projector_type!r} is unknown; expected linear, mlpNx_gelu or qformer")
+    yield from rules(HEADS, "heads.", "heads.", {"h": language.hidden_size, "e": config.projection_size, "1": 1})

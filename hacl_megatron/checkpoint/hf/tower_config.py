@@ -4,37 +4,19 @@ A tower stands inside a model's `config.json` (`vision_config`), or in a folder 
 BLIP-2 of which the vision tower and the Q-Former are taken.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hacl_megatron.checkpoint.hf.json_files import one_line, parse, read_json
 from hacl_megatron.checkpoint.hf.modules import clean_config
 from hacl_megatron.config.architecture import ImageConfig, QFormerConfig, VisionConfig
+from hacl_megatron.config.families import family_of_model_type
+from hacl_megatron.config.towers import CLIP, TOWERS, TowerKind, tower_of_whole, tower_origins
+from hacl_megatron.config.towers.clip import LARGE_336
 
 TOWER_FOLDER = "vision_tower"
 """Sub-folder that an export in the original layout uses for a tower that no published name describes."""
-
-LARGE_TOWER = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "projection_dim": 768,
-}
-KNOWN_TOWERS: dict[str, dict[str, Any]] = {
-    "openai/clip-vit-large-patch14-336": {**LARGE_TOWER, "image_size": 336},
-    "openai/clip-vit-large-patch14": {**LARGE_TOWER, "image_size": 224},
-}
-"""Towers that original LLaVA checkpoints name without describing them; their published `config.json` values."""
-
-CLIP, SIGLIP, BLIP2 = "clip_vision_model", "siglip_vision_model", "blip_2_vision_model"
-"""transformers' `model_type` of a vision tower (`config.towers`)."""
-WHOLE_MODELS = {"clip": CLIP, "siglip": SIGLIP, "blip-2": BLIP2}
-"""`model_type` of the models that such a tower is a part of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,62 +32,64 @@ class TowerFacts:
     """Settings of the image processor beside it; {} where there are none."""
 
     @property
-    def kind(self) -> str:
-        return self.vision["model_type"]
+    def kind(self) -> TowerKind:
+        """ValueError for a tower that `config.towers` does not know."""
+        found = self.vision["model_type"]
+        if found not in list(TOWERS):  # a JSON value of any type
+            *others, last = map(repr, TOWERS)
+            raise ValueError(
+                f"{self.where}: vision_config.model_type is {found!r}; this trainer supports {', '.join(others)} or "
+                f"{last} only"
+            )
+        return TOWERS[found]
 
 
 def tower_in_model(folder: Path, config: dict[str, Any]) -> TowerFacts:
     """Of a `LlavaForConditionalGeneration` or `Blip2ForConditionalGeneration` folder."""
-    if config["model_type"] == "blip-2":
-        return _blip2_facts(folder, config)
-    vision = config.get("vision_config") or {**LARGE_TOWER, "image_size": 336}  # LlavaConfig's own default
-    return TowerFacts(
-        where=folder / "config.json", vision={"model_type": CLIP, **vision}, processor=read_image_processor(folder)
-    )
+    if kind := tower_of_whole(config["model_type"]):
+        return _inside(folder, config, kind)
+    vision = {"model_type": CLIP.model_type, **(config.get("vision_config") or LARGE_336)}
+    return TowerFacts(where=folder / "config.json", vision=vision, processor=read_image_processor(folder))
 
 
 def tower_beside(folder: Path, config: dict[str, Any], tower: Path | None) -> TowerFacts:
     """Of the folder `tower`, or of the published tower that the model in `folder` names."""
     if tower is not None:
         values = read_json(tower / "config.json")
-        if values.get("model_type") == "blip-2":
-            facts = _blip2_facts(tower, values)
-        else:
-            if kind := WHOLE_MODELS.get(values.get("model_type")):
-                inner = {**(values.get("vision_config") or {}), **(values.get("vision_config_dict") or {})}
-                values = {"model_type": kind, **inner}
-            facts = TowerFacts(
-                where=tower / "config.json",
-                vision={"model_type": CLIP, **values},
-                processor=read_image_processor(tower),
-            )
-    elif config.get("mm_vision_tower") in KNOWN_TOWERS:
-        vision = {"model_type": CLIP, **KNOWN_TOWERS[config["mm_vision_tower"]]}
-        facts = TowerFacts(where=folder / "config.json", vision=vision)
-    elif "mm_vision_tower" in config:
+        if kind := tower_of_whole(values.get("model_type")):
+            return _inside(tower, values, kind)
+        vision = {"model_type": CLIP.model_type, **values}
+        return TowerFacts(where=tower / "config.json", vision=vision, processor=read_image_processor(tower))
+    published = {name: {"model_type": kind.model_type, **values}
+                 for kind in TOWERS.values() for name, values in kind.published.items()}  # fmt: skip
+    named = config.get("mm_vision_tower")
+    if named in published:
+        return TowerFacts(where=folder / "config.json", vision=published[named])
+    if "mm_vision_tower" in config:
         raise ValueError(
-            f"{folder}/config.json: mm_vision_tower is {config['mm_vision_tower']!r}, neither a folder here nor one "
-            f"of {', '.join(KNOWN_TOWERS)}; give the folder of the CLIP tower"
+            f"{folder}/config.json: mm_vision_tower is {named!r}, neither a folder here nor one "
+            f"of {', '.join(published)}; give the folder of the CLIP tower"
         )
-    else:
-        raise ValueError(
-            f"{folder} holds a LLaMA without a vision tower; give the folder of one beside it (CLIP, SigLIP or BLIP-2)"
-        )
-    return facts
+    title = family_of_model_type(config.get("model_type")).title
+    raise ValueError(
+        f"{folder} holds a {title} without a vision tower; give the folder of one beside it ({tower_origins()})"
+    )
 
 
-def _blip2_facts(folder: Path, config: dict[str, Any]) -> TowerFacts:
+def _inside(folder: Path, config: dict[str, Any], kind: TowerKind) -> TowerFacts:
+    """Of a whole model that such a tower is a part of, with the Q-Former behind it if it has one."""
     where = folder / "config.json"
+    inner = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
+    facts = TowerFacts(
+        where=where, vision={**inner, "model_type": kind.model_type}, processor=read_image_processor(folder)
+    )
+    if not kind.with_qformer:
+        return facts
     queries = config.get("num_query_tokens", 32)  # Blip2Config's own default
     if isinstance(queries, bool) or not isinstance(queries, int) or queries < 1:
         raise ValueError(f"{where}: num_query_tokens is {queries!r}; expected a number of at least 1")
-    return TowerFacts(
-        where=where,
-        vision={**(config.get("vision_config") or {}), "model_type": BLIP2},
-        qformer={**(config.get("qformer_config") or {}), "model_type": "blip_2_qformer"},
-        num_query_tokens=queries,
-        processor=read_image_processor(folder),
-    )
+    qformer = {**(config.get("qformer_config") or {}), "model_type": "blip_2_qformer"}
+    return replace(facts, qformer=qformer, num_query_tokens=queries)
 
 
 def find_vision_tower(folder: Path, config: dict[str, Any], given: str | Path | None) -> Path | None:
@@ -113,7 +97,7 @@ def find_vision_tower(folder: Path, config: dict[str, Any], given: str | Path | 
     if given is not None:
         if not (Path(given) / "config.json").is_file():
             raise ValueError(
-                f"vision tower {given}: no config.json there; expected the folder of a CLIP, SigLIP or BLIP-2 model"
+                f"vision tower {given}: no config.json there; expected the folder of a {tower_origins()} model"
             )
         return Path(given)
     named = config.get("mm_vision_tower")
@@ -130,33 +114,29 @@ def find_vision_tower(folder: Path, config: dict[str, Any], given: str | Path | 
 
 
 def vision_config(facts: TowerFacts) -> VisionConfig:
-    """Sizes of the tower: CLIP's is megatron-core's unless `--vision-backend` says hf, any other transformers'."""
-    if facts.kind == CLIP:
-        return _clip_config(facts.vision, facts.where)
-    where = facts.where
-    if facts.kind not in (SIGLIP, BLIP2):
-        raise ValueError(
-            f"{where}: vision_config.model_type is {facts.kind!r}; this trainer supports {CLIP!r}, {SIGLIP!r} or "
-            f"{BLIP2!r} only"
-        )
-    values = _clean(facts.vision, where)
+    """Sizes of the tower: where megatron-core has it, it runs it unless `--vision-backend` says hf."""
+    kind, where, megatron = facts.kind, facts.where, facts.kind.megatron
+    if megatron is None:
+        values = _clean(facts.vision, where)
+    else:
+        from transformers import CONFIG_MAPPING  # a second that an export need not spend
+
+        values = parse(CONFIG_MAPPING[kind.model_type], facts.vision, where).to_dict()
+    sizes = {ours: values[theirs] for ours, theirs in {**kind.sizes, **kind.traits}.items()}
+    if megatron is not None and sizes["activation"] not in megatron.activations:
+        expected = " or ".join(map(repr, megatron.activations))
+        raise ValueError(f"{where}: the vision tower's hidden_act is {sizes['activation']!r}; expected {expected}")
     if values.get("num_channels", 3) != 3:
         raise ValueError(f"{where}: the vision tower takes {values['num_channels']} channels; expected 3")
-    sides = values["image_size"], values["patch_size"]
-    if not all(isinstance(side, int) for side in sides):
-        raise ValueError(f"{where}: image_size {sides[0]} and patch_size {sides[1]} must be one number each")
-    return VisionConfig(
-        num_layers=values["num_hidden_layers"],
-        hidden_size=values["hidden_size"],
-        ffn_hidden_size=values["intermediate_size"],
-        num_attention_heads=values["num_attention_heads"],
-        image_size=values["image_size"],
-        patch_size=values["patch_size"],
-        norm_epsilon=values["layer_norm_eps"],
-        activation=values["hidden_act"],
-        backend="hf",
-        hf=values,
-    )
+    image, patch = sizes["image_size"], sizes["patch_size"]
+    one_number = isinstance(image, int) and isinstance(patch, int)
+    if megatron is None:
+        if not one_number:
+            raise ValueError(f"{where}: image_size {image} and patch_size {patch} must be one number each")
+        return VisionConfig(**sizes, backend="hf", hf=values)
+    if not one_number or image % patch:
+        raise ValueError(f"{where}: image_size {image} must be a multiple of patch_size {patch}, both one number")
+    return VisionConfig(**sizes)
 
 
 def qformer_config(facts: TowerFacts, vision: VisionConfig) -> QFormerConfig:
@@ -171,31 +151,6 @@ def _clean(values: dict[str, Any], where: Path) -> dict[str, Any]:
         return clean_config(values)
     except Exception as error:  # transformers 5 validates with exceptions of several libraries
         raise ValueError(f"{where}: its {values['model_type']} cannot be read: {one_line(error)}") from None
-
-
-def _clip_config(values: dict[str, Any], where: Path) -> VisionConfig:
-    from transformers import CLIPVisionConfig
-
-    parsed = parse(CLIPVisionConfig, values, where)
-    if parsed.hidden_act not in ("quick_gelu", "gelu"):
-        raise ValueError(
-            f"{where}: the vision tower's hidden_act is {parsed.hidden_act!r}; expected 'quick_gelu' or 'gelu'"
-        )
-    if parsed.num_channels != 3:
-        raise ValueError(f"{where}: the vision tower takes {parsed.num_channels} channels; expected 3")
-    sides = (parsed.image_size, parsed.patch_size)
-    if not all(isinstance(side, int) for side in sides) or sides[0] % sides[1]:
-        raise ValueError(f"{where}: image_size {sides[0]} must be a multiple of patch_size {sides[1]}, both one number")
-    return VisionConfig(
-        num_layers=parsed.num_hidden_layers,
-        hidden_size=parsed.hidden_size,
-        ffn_hidden_size=parsed.intermediate_size,
-        num_attention_heads=parsed.num_attention_heads,
-        image_size=parsed.image_size,
-        patch_size=parsed.patch_size,
-        norm_epsilon=parsed.layer_norm_eps,
-        activation=parsed.hidden_act,
-    )
 
 
 # ------------------------------------------------------------------------------------------------------ image processor
@@ -219,26 +174,24 @@ def image_config(processor: dict[str, Any], vision: VisionConfig) -> ImageConfig
         size = size.get("height", size.get("shortest_edge"))
     if size != vision.image_size:
         raise ValueError(f"the image processor gives images of {size} pixels, but the tower takes {vision.image_size}")
-    defaults = ImageConfig(size=size)
-    if (vision.hf or {}).get("model_type") == SIGLIP:
-        defaults = ImageConfig(size=size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     mean, std = (
         tuple(float(value) for value in processor.get(key) or default)
-        for key, default in (("image_mean", defaults.mean), ("image_std", defaults.std))
+        for key, default in (("image_mean", vision.kind.mean), ("image_std", vision.kind.std))
     )
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"the image processor's mean {mean} and std {std} must have three values, std above 0")
     return ImageConfig(size=size, mean=mean, std=std)
 
 
-def aspect_ratio(processor: dict[str, Any], kind: str) -> str:
+def aspect_ratio(processor: dict[str, Any], kind: TowerKind) -> str:
     """`--image-aspect-ratio` as an image processor has it: `pad`, `square` or `stretch`.
 
-    CLIP's resizes the shortest edge and crops, those of SigLIP and BLIP-2 resize both sides.
+    CLIP's resizes the shortest edge and crops, those of SigLIP and BLIP-2 resize both sides; where it does not say, the
+    tower does.
     """
     if processor.get("do_pad"):
         return "pad"
     size = processor.get("size")
     if isinstance(size, dict):
         return "stretch" if "height" in size else "square"
-    return "square" if kind == CLIP else "stretch"
+    return kind.aspect_ratio

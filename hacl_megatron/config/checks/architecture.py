@@ -1,14 +1,14 @@
 """Everything that can be wrong with a model's sizes before it is built. Each check is a ValueError of one line."""
 
 import math
-import re
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.require import require as _require
+from hacl_megatron.config.connectors import connector_depth
+from hacl_megatron.config.families import language_family
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.config.towers import HF_SIZES
 
 
 def check_architecture(config: RunConfig, model: ModelConfig, layout: Layout) -> None:
@@ -25,7 +25,8 @@ def check_architecture(config: RunConfig, model: ModelConfig, layout: Layout) ->
     _check_widths(model)
     _check_tensor_parallel(model, layout.tp)
     _check_pipeline(config.parallel, language.num_layers)
-    check_projector_type(model.projector_type)
+    language_family(language.family)  # or a ValueError for an unknown one
+    connector_depth(model.projector_type)  # likewise
     _check_qformer(model)
 
     is_hf = vision.backend == "hf"
@@ -49,24 +50,26 @@ def check_architecture(config: RunConfig, model: ModelConfig, layout: Layout) ->
         f"--mm-vision-select-layer {model.vision_select_layer} is outside the {vision.num_layers} layers of the tower",
         f"expected 1..{vision.num_layers} or -{vision.num_layers}..-1",
     )
-    for ours, theirs in HF_SIZES.items():
+    kind = vision.kind  # or a ValueError for a tower of an unknown kind
+    for ours, theirs in kind.sizes.items():
         found = getattr(vision, ours) if vision.hf is None else vision.hf.get(theirs, getattr(vision, ours))
         _require(
             found == getattr(vision, ours),
             f"the model's vision.hf.{theirs} is {found}, but vision.{ours} {getattr(vision, ours)}",
             "make them equal",
         )
-    fixed = vision.kind.fixed_select_layer  # or a ValueError for a tower of an unknown kind
+    fixed = kind.fixed_select_layer
     _require(
         fixed in (None, model.vision_select_layer),
-        f"--mm-vision-select-layer is {model.vision_select_layer}, but a {(vision.hf or {}).get('model_type')} hands "
-        "on its last hidden state alone",
+        f"--mm-vision-select-layer is {model.vision_select_layer}, but a {kind.model_type} hands on its last hidden "
+        "state alone",
         f"expected {fixed}, or leave the flag out",
     )
+    activations = () if is_hf else kind.megatron.activations
     _require(
-        is_hf or vision.activation in ("quick_gelu", "gelu"),
+        is_hf or vision.activation in activations,
         f"the vision tower's activation is {vision.activation!r}",
-        "expected quick_gelu or gelu, or --vision-backend hf",
+        f"expected {' or '.join(activations)}, or --vision-backend hf",
     )
     rope = language.rope_scaling
     _require(
@@ -95,15 +98,6 @@ def padded_vocab_size(vocab_size: int, parallel: ParallelFlags) -> int:
     """
     multiple = math.lcm(parallel.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size)
     return -(-vocab_size // multiple) * multiple
-
-
-def check_projector_type(projector_type: str) -> None:
-    """ValueError unless the connector is `linear`, `mlpNx_gelu` with N >= 1, or `qformer`."""
-    _require(
-        projector_type in ("linear", "qformer") or re.fullmatch(r"mlp[1-9]\d*x_gelu", projector_type) is not None,
-        f"--mm-projector-type is {projector_type!r}",
-        "expected linear, mlp2x_gelu or another mlpNx_gelu, or qformer",
-    )
 
 
 def _check_widths(model: ModelConfig) -> None:

@@ -7,10 +7,10 @@ too is in `architecture`.
 import math
 from typing import Any
 
-from hacl_megatron.config.checks.architecture import check_projector_type
 from hacl_megatron.config.checks.files import check_inputs, check_outputs
 from hacl_megatron.config.checks.require import dashed as _dashed
 from hacl_megatron.config.checks.require import require as _require
+from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.config.console import notify
 from hacl_megatron.config.flags import TEMPERATURE_RANGE
 from hacl_megatron.config.layout import Layout
@@ -93,7 +93,7 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
         check_inputs(config)
         check_outputs(config)
     if config.model.mm_projector_type is not None:
-        check_projector_type(config.model.mm_projector_type)
+        connector_depth(config.model.mm_projector_type)  # or a ValueError for an unknown one
     if config.parallel.sequence_parallel and layout.tp == 1:
         config.parallel.sequence_parallel = False
         notify(

@@ -10,8 +10,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.hf.config_write import to_config_json, vocabulary_of_layout
-from hacl_megatron.checkpoint.hf.tower_config import KNOWN_TOWERS
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.towers import CLIP
 from tests.tiny import LLAMA3_ROPE_SCALING, tiny_llava_config, tiny_processor, write_tiny_original_llava
 
 
@@ -287,6 +287,6 @@ def test_rows_and_special_tokens_of_each_layout(rows, extra, num_tokens, hf, lla
 
 
 def test_known_towers_have_every_size():
-    for values in KNOWN_TOWERS.values():
+    for values in CLIP.published.values():
         config = CLIPVisionConfig(**values)
         assert config.image_size % config.patch_size == 0 and config.hidden_size // config.num_attention_heads == 64

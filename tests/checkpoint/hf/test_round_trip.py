@@ -21,7 +21,7 @@ from transformers import (
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.hf.export import export_hf, export_projector
-from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE, carried_tensors, open_sources
+from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE, open_sources
 from tests.checkpoint.rank_modules import ImportedModel, import_everywhere
 from tests.tiny import (
     LLAMA3_ROPE_SCALING,
@@ -52,7 +52,8 @@ def write_heads(folder: Path, seed: int = 7) -> dict[str, Tensor]:
 
 
 def carried_of(folder: Path, config) -> dict[str, Tensor]:
-    return dict(carried_tensors(open_sources(folder, config)))
+    sources = open_sources(folder, config)
+    return {name: sources.read(name) for name in sources.table.carried if name in sources.found}
 
 
 def all_tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,0 +1,17 @@
+"""Families of language models, a file each; a new one is registered here and stands in no other place.
+
+A checkpoint's family is known by its `model_type` (`family_of_model_type`), a run's by `LanguageConfig.family`.
+"""
+
+from hacl_megatron.config.families.family import (
+    FAMILIES,
+    LanguageFamily,
+    family_of_model_type,
+    language_family,
+    register_family,
+)
+from hacl_megatron.config.families.llama import LLAMA
+
+__all__ = ["FAMILIES", "LLAMA", "LanguageFamily", "family_of_model_type", "language_family", "register_family"]
+
+register_family(LLAMA)

@@ -1,0 +1,21 @@
+"""SigLIP: no class token, no norm before the first layer, a pooling head that no feature passes through."""
+
+from hacl_megatron.config.towers.tower import TowerKind
+
+SIGLIP = TowerKind(
+    model_type="siglip_vision_model",
+    model_class="SiglipVisionModel",
+    origin="SigLIP",
+    title="SigLIP",
+    part_of=("siglip",),
+    stands_in=("llava",),
+    has_class_token=False,
+    num_outer_norms=0,
+    unused=("post_layernorm", "head"),
+    without_unused={"vision_use_head": False},
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    aspect_ratio="stretch",
+    spellings=((r"(?:vision_model\.)?((?:embeddings|encoder|post_layernorm|head)\..*)", r"vision.\1"),),
+    ignored=((r"text_model\..*|logit_(?:scale|bias)", "the text side of CLIP or SigLIP"),),
+)
