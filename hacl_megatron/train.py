@@ -59,7 +59,7 @@ def train(config: RunConfig) -> None:
     from hacl_megatron.assemble.start_from import resolve
 
     config = resolve(config)
-    check_architecture(config, config.architecture, layout)
+    check_architecture(config, layout)
     if config.training.print_config:
         if is_first_rank():
             print(to_yaml(config), end="")
@@ -77,7 +77,7 @@ def _dry_run(config: RunConfig) -> None:
     from hacl_megatron.plan.dry_run import dry_run
 
     config = resolve(config, planned=True)
-    check_architecture(config, config.architecture, layout)
+    check_architecture(config, layout)
     notify(dry_run(config, layout, rank=training.dry_run_rank))
 
 

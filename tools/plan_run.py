@@ -87,7 +87,7 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
     fits = True
     try:
         layout = check_flags(config, world_size, files=False)
-        check_architecture(config, config.architecture, layout)
+        check_architecture(config, layout)
     except ValueError as error:
         if not args.suggest:
             raise

@@ -130,7 +130,7 @@ def load_model(
     source: Path, config: RunConfig, layout: Layout, groups: ProcessGroupCollection, device: torch.device
 ) -> LoadedModel:
     """Build this rank's stage and fill it from the checkpoint; every rank calls it."""
-    check_architecture(config, config.architecture, layout)
+    check_architecture(config, layout)
     module = build_module(config, groups, device)
     load_pretrained(module, config)
     module.requires_grad_(False)

@@ -26,7 +26,7 @@ def suggest_layouts(config: RunConfig, world_size: int, cluster: Cluster, sample
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # notes on each of a hundred candidates help nobody
                 layout = check_flags(candidate, world_size, files=False)
-            check_architecture(candidate, candidate.architecture, layout)
+            check_architecture(candidate, layout)
         except ValueError:
             continue
         plan = make_plan(candidate, layout, cluster, samples)

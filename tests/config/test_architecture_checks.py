@@ -48,11 +48,12 @@ def check(model: ModelConfig = LLAVA_7B, tp: int = 1, pp: int = 1, length: int =
     config = RunConfig(
         parallel=ParallelFlags(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **parallel),
         data=DataFlags(model_max_length=length),
+        architecture=model,
     )
     layout = Layout(
         world_size=tp * pp, tp=tp, pp=pp, dp=1, micro_batch_size=1, global_batch_size=1, num_micro_batches=1
     )
-    check_architecture(config, model, layout)
+    check_architecture(config, layout)
 
 
 def language(**fields) -> ModelConfig:

@@ -93,7 +93,7 @@ def _prepare(arguments: Sequence[str]):
     config = parse_run_config(arguments)
     layout = check_flags(config, world_size_from_environment())
     config = with_architecture(config, resolve_architecture(config, None))
-    check_architecture(config, config.architecture, layout)
+    check_architecture(config, layout)
     device = start_platform("cpu")
     return config, layout, device, initialize_parallelism(config, layout)
 

@@ -39,7 +39,7 @@ def build(arguments: Sequence[str]) -> Trainee:
     config = parse_run_config(arguments)
     layout = check_flags(config, world_size_from_environment())
     config = with_architecture(config, resolve_architecture(config, None))
-    check_architecture(config, config.architecture, layout)
+    check_architecture(config, layout)
     device = start_platform("cpu")
     groups = initialize_parallelism(config, layout)
     module = build_module(config, groups, device)

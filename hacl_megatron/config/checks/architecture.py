@@ -11,12 +11,13 @@ from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 
 
-def check_architecture(config: RunConfig, model: ModelConfig, layout: Layout) -> None:
+def check_architecture(config: RunConfig, layout: Layout) -> None:
     """Check that the model can be built, cut as `layout` wants it, and fed as the flags say.
 
     Raises:
         ValueError: one line for the first mistake found.
     """
+    model = config.architecture
     language, vision = model.language, model.vision
     for part, record in (("language", language), ("vision", vision), ("image", model.image)):
         for name, value in vars(record).items():
