@@ -2,16 +2,14 @@
 
     our global name ─ stored name, layer ─ `.metadata`: which chunks, in which files ─ read these alone ─→ whole tensor
 
-megatron-core stacks the layers of a block along a new first dim and stores a layer's norms under the linear layer that
-follows them, where Transformer Engine fuses them; here every parameter has its own name again (`hf.names`), whatever
-the layout that wrote the checkpoint. Vocabulary padding is cut off.
+Every parameter has its own name here (`hf.names`), whatever the layout that wrote the checkpoint. Vocabulary padding is
+cut off.
 """
 
 import io
 import math
 import os
 import pickle
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +18,13 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.convert.metadata import StoredChunk, read_metadata
+from hacl_megatron.checkpoint.convert.stored_names import EMBEDDING, OUTPUT_LAYER, possible_names
 from hacl_megatron.checkpoint.hf.json_files import one_line
-from hacl_megatron.checkpoint.hf.names import FUSED_NORMS, NameTable, nearest
+from hacl_megatron.checkpoint.hf.names import NameTable, nearest
 from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE, read_run_config
 from hacl_megatron.checkpoint.run.integrity import may_be_file_of_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.lora import FUSED, SUFFIX, Lora, target_shapes
-
-EMBEDDING = "language_model.embedding.word_embeddings.weight"
-OUTPUT_LAYER = "language_model.output_layer.weight"
-_STACKED = re.compile(r"(.*\.layers\.)(\d+)\.(.*)")
 
 
 class ShardedReader:
@@ -142,17 +137,9 @@ class ShardedReader:
         """Key in the checkpoint and row of its first dim, for a parameter of a stacked block."""
         if name == OUTPUT_LAYER and self.model_config.language.tie_word_embeddings:
             name = EMBEDDING
-        match = _STACKED.fullmatch(name)
-        spellings = [name]
-        if match:
-            prefix, rest = match[1], match[3]
-            fused = [theirs for theirs, ours in FUSED_NORMS.items() if ours == rest]
-            spellings = [prefix + spelled for spelled in (*fused, rest)]
-            spellings += [f"{prefix}{match[2]}.{spelled}" for spelled in (*fused, rest)]
-        for key in spellings:
+        for key, row in possible_names(name):
             if key in self._tensors:
-                stacked = match is not None and not key.startswith(f"{match[1]}{match[2]}.")
-                return key, int(match[2]) if stacked else None
+                return key, row
         close = nearest(name, self._tensors)
         raise ValueError(
             f"{self.folder}: parameter {name} is missing, though {RUN_CONFIG_FILE} asks for it"

@@ -4,15 +4,13 @@
                                           plan of all chunks ─→ .metadata, metadata.json, common.pt
 
 Tensors are cut the way tensor parallelism cuts them, into up to `MAX_PIECES`, so that a rank of a parallel run reads
-little more than its own part. The names are megatron-core's: layers stacked along a new first dim, a layer's norms
-under the linear layer that follows them.
+little more than its own part. Their keys are megatron-core's (`stored_names`).
 """
 
 import math
-import re
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hacl_megatron.checkpoint.hf.names import FUSED_NORMS, NameTable, ReadRows, Rule
+from hacl_megatron.checkpoint.convert.stored_names import OUTPUT_LAYER, stored_name
+from hacl_megatron.checkpoint.hf.names import NameTable, ReadRows, Rule
 from hacl_megatron.checkpoint.run.part_files import Part, serialized, write_format, write_index, write_parts
 
 MAX_PIECES = 8
 """Tensor-parallel ranks that find their own chunks; more ranks share them."""
 SMALLEST_CHUNK = 1 << 18
 """Bytes below which a tensor is not cut further."""
-_LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)\.(.*)")
 
 
 @dataclass(frozen=True)
@@ -62,19 +60,11 @@ class Chunk:
         return part.to(self.dtype).reshape(self.sizes).contiguous()
 
 
-def stored_name(ours: str) -> tuple[str, int | None]:
-    """Our name -> megatron-core's key in a checkpoint, and the layer if it is one of a stack."""
-    if not (match := _LAYER.fullmatch(ours)):
-        return ours, None
-    rest = next((theirs for theirs, name in FUSED_NORMS.items() if name == match[3]), match[3])
-    return match[1] + rest, int(match[2])
-
-
 def plan_chunks(table: NameTable, dtype_of: Callable[[Rule], torch.dtype], padded_vocab_size: int) -> list[Chunk]:
     """All chunks in the table's order. A tied output layer is not stored."""
     chunks: list[Chunk] = []
     for rule in table.rules.values():
-        if table.config.language.tie_word_embeddings and rule.ours == "language_model.output_layer.weight":
+        if table.config.language.tie_word_embeddings and rule.ours == OUTPUT_LAYER:
             continue
         key, layer = stored_name(rule.ours)
         dtype, dim = dtype_of(rule), 1 if rule.partition == "row" else 0
@@ -137,10 +127,10 @@ def write_sharded(
     with ThreadPoolExecutor(len(shares)) as pool:
         try:
             futures = [pool.submit(write_parts, folder, parts(share), rank) for rank, share in enumerate(shares)]
-            stored = [part for future in as_completed(futures) for part in future.result()]
+            wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
-    write_index(folder, stored)
+    write_index(folder, [part for future in futures for part in future.result()])
     write_format(folder, serialized({}))
 
 

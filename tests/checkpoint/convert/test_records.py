@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hacl_megatron.checkpoint.convert.metadata import read_metadata
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
-from hacl_megatron.checkpoint.convert.writer import stored_name
+from hacl_megatron.checkpoint.convert.stored_names import stored_name
 from hacl_megatron.checkpoint.hf.safetensors_writer import bytes_of
 from hacl_megatron.checkpoint.hf.weight_files import WeightFiles
 from hacl_megatron.checkpoint.run.folder import locate_checkpoint
