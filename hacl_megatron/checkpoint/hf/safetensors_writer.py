@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, so that no more than two of them are ever in memory.
+"""A safetensors file written tensor by tensor, so that no more than one of them is in memory.
 
 The format (https://github.com/huggingface/safetensors#format): the header's length as a little-endian u64, the header
 as JSON padded with spaces to 8 bytes, then all bytes end to end. Since the header stands first, shapes and dtypes are
@@ -7,13 +7,13 @@ given beforehand.
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-WRITEBACK_BYTES = 64 << 20
+from hacl_megatron.checkpoint.hf.synced_file import SyncedFile
+
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
@@ -33,11 +33,10 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         self._prefix = len(text).to_bytes(8, "little") + text
         self._order = iter(tensors)
-        self._unsent = 0
         self.num_bytes = len(self._prefix) + end
 
     def __enter__(self) -> "SafetensorsWriter":
-        self._file = self._path.open("wb")
+        self._file = SyncedFile(self._path)
         self._file.write(self._prefix)
         return self
 
@@ -49,18 +48,11 @@ class SafetensorsWriter:
         assert name == due, f"{self._path}: {name} came where {due} was due"
         values = tensor.detach().cpu().contiguous()
         self._file.write(bytes_of(values))
-        self._unsent += values.nbytes
-        if self._unsent >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._unsent = 0
 
     def __exit__(self, kind, error, traceback) -> None:
-        with self._file:
-            if kind is None:
-                due = next(self._order, None)
-                assert due is None, f"{self._path}: {due} was never written"
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        self._file.__exit__(kind, error, traceback)
+        due = next(self._order, None) if kind is None else None
+        assert due is None, f"{self._path}: {due} was never written"
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

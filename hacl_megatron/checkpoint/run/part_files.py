@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from hacl_megatron.checkpoint.hf.synced_file import SyncedFile
+
 INDEX_FILE = ".metadata"
-WRITEBACK_BYTES = 64 << 20
-"""After so many the disk is told to begin: left alone, Linux waits until a tenth of memory is dirty."""
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
            "common_backend_version": 1}  # fmt: skip
 
@@ -91,8 +91,8 @@ def write_parts(folder: Path, parts: Iterable[Part], rank: int) -> list[StoredPa
     """
     if not parts:
         return []
-    name, stored, unsent = f"__{rank}_0.distcp", [], 0
-    with (folder / name).open("wb") as file:
+    name, stored = f"__{rank}_0.distcp", []
+    with SyncedFile(folder / name) as file:
         for part in parts:
             offset = file.tell()
             try:
@@ -100,12 +100,6 @@ def write_parts(folder: Path, parts: Iterable[Part], rank: int) -> list[StoredPa
             except RuntimeError as error:  # torch.save says only that the file has the wrong length
                 raise _reason(error) from None
             stored.append(_stored(part, name, offset, file.tell() - offset))
-            unsent += stored[-1].length
-            if unsent >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                unsent = 0
-        file.flush()
-        os.fsync(file.fileno())
     assert len({(part.key, *part.offsets) for part in stored}) == len(stored), "two parts of a rank have one place"
     return stored
 
