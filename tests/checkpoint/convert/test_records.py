@@ -23,7 +23,7 @@ from tests.tiny import write_tiny_llava
 
 
 def test_records_without_a_checksum_are_read(tmp_path):
-    """Earlier conversions wrote no true CRC-32 into a record: who checks it refuses all their checkpoints."""
+    """Conversions leave the CRC-32 out of a record: who checks it refuses all their checkpoints."""
     checkpoint = locate_checkpoint(to_megatron(write_tiny_llava(tmp_path / "in"), tmp_path / "save"))
     reader = ShardedReader(checkpoint)
     name = next(name for name in reader.names() if name.startswith("connector.") and name.endswith("weight"))
@@ -32,7 +32,7 @@ def test_records_without_a_checksum_are_read(tmp_path):
     path = checkpoint / chunk.file
     path.write_bytes(path.read_bytes().replace(bytes(bytes_of(values)), bytes(bytes_of(2 * values))))
     record = path.read_bytes()[chunk.offset : chunk.offset + chunk.length]
-    assert "data/0" in zipfile.ZipFile(io.BytesIO(record)).testzip()  # the name of the first that is damaged
+    assert zipfile.ZipFile(io.BytesIO(record)).testzip() is not None  # the name of the first that is damaged
     assert torch.equal(reader.read(name), 2 * values)
 
 
