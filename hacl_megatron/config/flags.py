@@ -188,7 +188,7 @@ class ObjectiveFlags:
     contrastive_weight: float = flag(1.0, "Lambda: weight of (L_v + L_t) / 2 beside the language-model loss.")
     contrastive_warmup_fraction: float = flag(
         0.0, "Share of the iterations over which lambda rises, geometrically from a ten-thousandth, to "
-        "--contrastive-weight: the connector first learns the model's words, and the heads learn before it follows them."
+        "--contrastive-weight: the connector learns the model's words first, and the heads before it follows."
     )  # fmt: skip
     contrastive_negatives: Literal["micro-batch", "global-batch", "queue"] = flag(
         "global-batch", "Pool of negatives. micro-batch: the pairs of one micro-batch of all data-parallel ranks. "
