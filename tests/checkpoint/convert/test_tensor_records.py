@@ -16,9 +16,9 @@ from hacl_megatron.checkpoint.convert.tensor_records import Record, find_values,
 from hacl_megatron.checkpoint.convert.writer import stored_name
 from hacl_megatron.checkpoint.hf.file_blocks import BlockWriter, bytes_of, read_block
 from hacl_megatron.checkpoint.run.folder import locate_checkpoint
-from tests.checkpoint.convert.tool_runs import run_tool, to_hf, to_megatron
-from tests.checkpoint.hf.test_round_trip import assert_same, load_exactly
+from tests.checkpoint.hf.round_trip_files import assert_same, load_exactly
 from tests.tiny import write_tiny_llava
+from tests.tool_runs import run_tool, to_hf, to_megatron
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
