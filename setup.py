@@ -76,7 +76,7 @@ setup(
             "wandb>=0.18",  # --wandb-project, offline
             "scikit-learn>=1.5",  # representation plots, and an oracle of recall
             "ruff>=0.9",  # format and lint
-            "import-linter>=2.1",  # holds the layering
+            "import-linter>=2.1",  # holds the layering; brings grimp, which finds circles of files
         ],
     },
 )

@@ -8,6 +8,7 @@ Checkpoints are SAVE folders of a run, iter_* folders or Hugging Face LLaVAs; la
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def records_of(source: Path, config: Any, args: argparse.Namespace, joined: tuple) -> list[dict[str, Any]] | None:
+def records_of(source: Path, run: Any, args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """Representations of all samples on rank 0, None elsewhere. Every rank calls it."""
     from hacl_megatron.assemble.loaded_model import load_model
+    from hacl_megatron.checkpoint.run.folder import assets_of
+    from hacl_megatron.data.encoding import EncodingSettings
     from hacl_megatron.data.manifest import Manifest
+    from hacl_megatron.data.tokenizer import load_tokenizer
     from hacl_megatron.evaluation.likelihood.representations import CollectStates, Representations
     from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
 
-    model = load_model(source, config, *joined)
-    task = None
-    if model.reads_data:
-        manifest = Manifest.read([str(path) for path in args.data_path], version=model.config.data.version)
-        task = Representations(manifest, model.tokenizer(), model.settings(), limit=args.limit)
-    vocab_size = model.config.architecture.language.vocab_size
-    collect = CollectStates(model.module, vocab_size=vocab_size, tp_group=model.groups.tp)
-    runner = TaskRunner.of(model, batch_size=args.batch_size, collect=collect)
+    module, config, task = load_model(source, run), run.config, None
+    if run.reads_data:
+        manifest = Manifest.read([str(path) for path in args.data_path], version=config.data.version)
+        tokenizer = load_tokenizer(str(assets_of(source)))
+        task = Representations(manifest, tokenizer, EncodingSettings.of(config), limit=args.limit)
+    collect = CollectStates(module, vocab_size=config.architecture.language.vocab_size, tp_group=run.groups.tp)
+    runner = TaskRunner.of(module, run, batch_size=args.batch_size, collect=collect)
     records = runner.run(task)
     runner.close()
     return records
@@ -72,8 +75,10 @@ def plot(args: argparse.Namespace) -> None:
     for _, config in models.values():  # the same rows for both, as --load was trained
         config.data.version = shown.data.version
         config.objective.contrastive_image_context = shown.objective.contrastive_image_context
-    with joined_processes(shown) as joined:
-        records = {name: records_of(source, config, args, joined) for name, (source, config) in models.items()}
+    with joined_processes(shown) as run:
+        records = {
+            name: records_of(source, replace(run, config=config), args) for name, (source, config) in models.items()
+        }
     if None not in records.values():
         write(records, {name: str(path) for name, path in checkpoints.items()}, args.output)
 

@@ -75,14 +75,8 @@ class ForwardOnly:
         """
         mode = self.model.training
         self.model.eval()
-        micro_batches = exchange_step(
-            None if packs is None else [MicroBatch(main=pack) for pack in packs],
-            model_parallel_group=self.groups.mp,
-            tensor_parallel_group=self.groups.tp,
-            holds_vision_tower=self.module.pre_process,
-            image_size=self.module.image_size,
-            device=self.device,
-        )
+        step = None if packs is None else [MicroBatch(main=pack) for pack in packs]
+        micro_batches = exchange_step(step, self.module, self.device)
         received = [micro_batch.main for micro_batch in micro_batches]
         lengths = [SegmentLengths.of(pack) for pack in received]
 

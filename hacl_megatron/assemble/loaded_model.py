@@ -1,26 +1,20 @@
 """A checkpoint's model, built and filled to run forward alone, at any layout: for evaluations and plots.
 
---load ─forward_config→ its folder, RunConfig ─processes.joined_processes→ groups ─load_model→ LoadedModel
+--load ─forward_config→ its folder, RunConfig ─processes.joined_processes→ Run ─load_model→ HaclModel
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-
-from hacl_megatron.assemble.forward import ForwardOnly
 from hacl_megatron.assemble.module import build_module, load_pretrained
+from hacl_megatron.assemble.run import Run
 from hacl_megatron.checkpoint.hf.config_read import data_flags, read_model_config
-from hacl_megatron.checkpoint.run.folder import assets_of, find_checkpoint, read_run_config
+from hacl_megatron.checkpoint.run.folder import find_checkpoint, read_run_config
 from hacl_megatron.config.checks.architecture import check_architecture
 from hacl_megatron.config.flags import ModelFlags, ParallelFlags
-from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig, with_architecture
-from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.templates import check_template
-from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.platform.processes import select_device
 
@@ -41,35 +35,6 @@ class LoadSettings:
     """Longest sequence in tokens, an image's rows included."""
     image_backend: Literal["auto", "dali", "pillow"] | None = None
     """What decodes images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A checkpoint's model on this rank, in evaluation mode, and how it was trained to see its data."""
-
-    module: HaclModel
-    groups: ProcessGroupCollection
-    config: RunConfig
-    source: Path
-    """The checkpoint's own folder."""
-    device: torch.device
-
-    @property
-    def reads_data(self) -> bool:
-        """Whether this rank reads for its replica; the others receive its packs."""
-        return self.groups.mp.rank() == 0
-
-    def tokenizer(self) -> Tokenizer:
-        """The checkpoint's own."""
-        return load_tokenizer(str(assets_of(self.source)))
-
-    def settings(self) -> EncodingSettings:
-        """How its samples become token rows."""
-        return EncodingSettings.of(self.config)
-
-    def forward(self) -> ForwardOnly:
-        """Runs packs through it; every rank of the replica takes part."""
-        return ForwardOnly(self.module, device=self.device)
 
 
 def saved_config(load: Path) -> tuple[Path, RunConfig]:
@@ -126,12 +91,9 @@ def forward_config(load: Path, settings: LoadSettings) -> tuple[Path, RunConfig]
     )
 
 
-def load_model(
-    source: Path, config: RunConfig, layout: Layout, groups: ProcessGroupCollection, device: torch.device
-) -> LoadedModel:
-    """Build this rank's stage and fill it from the checkpoint; every rank calls it."""
-    check_architecture(config, layout)
-    module = build_module(config, groups, device)
-    load_pretrained(module, config)
-    module.requires_grad_(False)
-    return LoadedModel(module=module.eval(), groups=groups, config=config, source=source, device=device)
+def load_model(source: Path, run: Run) -> HaclModel:
+    """This rank's stage of the checkpoint in `source`, in evaluation mode; every rank calls it."""
+    check_architecture(run.config, run.layout)
+    module = build_module(run.config, run.groups, run.device)
+    load_pretrained(module, run.config)
+    return module.requires_grad_(False).eval()

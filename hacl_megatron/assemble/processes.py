@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from hacl_megatron.assemble.run import Run
 from hacl_megatron.config.layout import Layout, world_size_from_environment
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.platform.processes import start_platform
@@ -27,9 +28,7 @@ def initialize_parallelism(config: RunConfig, layout: Layout) -> ProcessGroupCol
 
 
 @contextlib.contextmanager
-def joined_processes(
-    config: RunConfig, world_size: int | None = None
-) -> Iterator[tuple[Layout, ProcessGroupCollection, torch.device]]:
+def joined_processes(config: RunConfig, world_size: int | None = None) -> Iterator[Run]:
     """This process as part of megatron-core's groups, as long as the context lasts.
 
     Args:
@@ -42,7 +41,7 @@ def joined_processes(
     joined_already = dist.is_initialized()
     device = start_platform(config.parallel.device)
     groups = initialize_parallelism(config, layout)
-    yield layout, groups, device
+    yield Run(config=config, layout=layout, groups=groups, device=device)
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
     parallel_state.destroy_model_parallel()
     if not joined_already:

@@ -228,8 +228,8 @@ def our_logits(reader: ShardedReader, batch: PackedBatch, dtype: torch.dtype | N
     parallel = ParallelFlags(device="cpu", make_vocab_size_divisible_by=reader.num_vocabulary_rows)
     lora = read_run_config(reader.folder).lora
     config = RunConfig(parallel=parallel, lora=lora, architecture=reader.model_config)
-    with joined_processes(config, world_size=1) as (_, groups, device):
-        module = build_module(config, groups, device)
+    with joined_processes(config, world_size=1) as run:
+        module = build_module(config, run.groups, run.device)
         wanted = {name: part for name, part in module.sharded_state_dict().items() if not name.endswith("_extra_state")}
         module.load_state_dict(load_checkpoint({"model": wanted}, reader.folder)["model"], strict=False)
         _round(module, dtype)

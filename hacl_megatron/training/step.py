@@ -109,15 +109,8 @@ class Step:
         Args:
             step_batches: on the rank that reads data; None on the others.
         """
-        module = self.model.module
-        micro_batches = exchange_step(
-            step_batches.micro_batches if step_batches is not None else None,
-            model_parallel_group=self.groups.mp,
-            tensor_parallel_group=self.groups.tp,
-            holds_vision_tower=module.pre_process,
-            image_size=module.image_size,
-            device=self.device,
-        )
+        own = None if step_batches is None else step_batches.micro_batches
+        micro_batches = exchange_step(own, self.model.module, self.device)
         return micro_batches, self.count(micro_batches)
 
     def count(self, micro_batches: Sequence[MicroBatch]) -> GlobalCounts:

@@ -4,13 +4,10 @@ The one tower that megatron-core has too, and what a model without a word on its
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hacl_megatron.config.tensor_rows import Source, row
-from hacl_megatron.config.towers.tower import MegatronTower, TowerKind
-
-if TYPE_CHECKING:
-    from hacl_megatron.config.architecture import VisionConfig
+from hacl_megatron.config.towers.tower import MegatronTower, TowerKind, TowerSizes
 
 LAYER = (
     row("input_layernorm.weight", "replicated", ("layer_norm1.weight", "h")),
@@ -51,7 +48,7 @@ LARGE_336 = {**LARGE, "image_size": 336}
 """Of a LLaVA that does not describe its tower, as transformers' LlavaConfig has it."""
 
 
-def write_clip(vision: "VisionConfig", extra: Mapping[str, Any]) -> dict[str, Any]:
+def write_clip(vision: TowerSizes, extra: Mapping[str, Any]) -> dict[str, Any]:
     """`vision_config` of a LLaVA, or the config.json of a CLIP tower's folder."""
     return {
         "model_type": CLIP.model_type,

@@ -2,12 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from hacl_megatron.config.tensor_rows import Row, Source
 
-if TYPE_CHECKING:  # it looks kinds up
-    from hacl_megatron.config.architecture import VisionConfig
+
+class TowerSizes(Protocol):
+    """`config.architecture.VisionConfig`, which looks kinds up, as far as a record here needs it."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    norm_epsilon: float
+    activation: str
+
 
 SIZES = {
     "num_layers": "num_hidden_layers",
@@ -36,7 +47,7 @@ class MegatronTower:
     """What `hidden_act` may be."""
     kept: Mapping[str, str]
     """Facts that a round trip needs and the tower does not: name in `ModelConfig.extra` -> JSON key."""
-    write: Callable[["VisionConfig", Mapping[str, Any]], dict[str, Any]]
+    write: Callable[[TowerSizes, Mapping[str, Any]], dict[str, Any]]
     """(sizes, `ModelConfig.extra`) -> its configuration's JSON."""
 
 

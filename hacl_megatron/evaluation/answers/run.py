@@ -99,6 +99,7 @@ def answer_benchmark(benchmark: Benchmark, request: BenchmarkRequest, answers_pa
 
     Returns the settings the answers were made with; None while other shards are not done.
     """
+    # torch and transformers, which scoring alone need not wait for
     from hacl_megatron.evaluation.answers.answerer import read_export
     from hacl_megatron.evaluation.model_files import choose_device, default_dtype, fingerprint
 
@@ -165,6 +166,7 @@ def _generate(
 ) -> None:
     from tqdm import tqdm
 
+    # As in answer_benchmark.
     from hacl_megatron.evaluation.answers.answerer import Answerer, GenerationSettings, Question
 
     answerer = Answerer(request.hf, request.files.images, device=request.device, dtype=settings["dtype"])

@@ -1,6 +1,6 @@
 """Evaluates a checkpoint without generating, at any layout: the flags in tools/evaluate.py, the work here.
 
---load ─→ LoadedModel ─ForwardOnly─┐
+--load ─→ HaclModel ─ForwardOnly───┐
 --data-path, --questions ─→ Task ──┴─ TaskRunner ─→ F.TASK.jsonl, a record an item ─→ F.json
 """
 
@@ -63,13 +63,12 @@ def evaluate_checkpoint(request: LikelihoodRequest) -> dict[str, Scores] | None:
     """
     _check(request)
     source, config = forward_config(request.load, request.settings)
-    with joined_processes(config) as (layout, groups, device):
+    with joined_processes(config) as run:
         # Data before weights: mistakes in it are found in no time.
         tasks: dict[str, Task | None] = dict.fromkeys(request.tasks)
-        if groups.mp.rank() == 0:
+        if run.reads_data:
             tasks = _tasks(request, config, load_tokenizer(str(assets_of(source))))
-        model = load_model(source, config, layout, groups, device)
-        runner = TaskRunner.of(model, batch_size=request.batch_size)
+        runner = TaskRunner.of(load_model(source, run), run, batch_size=request.batch_size)
         settings = _settings(request, source, config) if dist.get_rank() == 0 else {}
         scores = {}
         for name, task in tasks.items():

@@ -13,7 +13,8 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from hacl_megatron.assemble.loaded_model import LoadedModel
+from hacl_megatron.assemble.forward import ForwardOnly
+from hacl_megatron.assemble.run import Run
 from hacl_megatron.batch import PackedBatch
 from hacl_megatron.evaluation.likelihood.item_packs import (
     ItemReader,
@@ -23,7 +24,7 @@ from hacl_megatron.evaluation.likelihood.item_packs import (
     result_of_pack,
 )
 from hacl_megatron.evaluation.likelihood.task import Task
-from hacl_megatron.model.hacl import ModelOutput
+from hacl_megatron.model.hacl import HaclModel, ModelOutput
 
 Collect = Callable[[ModelOutput, PackedBatch], PackResult]
 Forward = Callable[[list[PackedBatch] | None, Collect], list[PackResult]]
@@ -58,13 +59,13 @@ class TaskRunner:
         self.collect = collect or partial(result_of_pack, vocab_size=vocab_size, tp_group=groups.tp)
 
     @classmethod
-    def of(cls, model: LoadedModel, *, batch_size: int, collect: Collect | None = None) -> "TaskRunner":
+    def of(cls, module: HaclModel, run: Run, *, batch_size: int, collect: Collect | None = None) -> "TaskRunner":
         """Runs tasks on a loaded model; `close` it."""
         return cls(
-            model.forward(),
-            ItemReader.of(model.config) if model.reads_data else None,
-            groups=model.groups,
-            vocab_size=model.config.architecture.language.vocab_size,
+            ForwardOnly(module, device=run.device),
+            ItemReader.of(run.config) if run.reads_data else None,
+            groups=run.groups,
+            vocab_size=run.config.architecture.language.vocab_size,
             batch_size=batch_size,
             collect=collect,
         )
