@@ -1,7 +1,7 @@
 """Run a function on several real gloo processes inside pytest.
 
-Processes come from a fork server that has imported torch and megatron-core once, so that a group of
-ranks starts in a fraction of a second instead of paying the imports again.
+Processes come from a fork server that has imported torch, megatron-core, the trainer and the tiny models' classes once,
+so that a group of ranks starts in a fraction of a second instead of paying the imports again.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ TIMEOUT_S = 300
 # A CUDA context does not survive a fork, and megatron-core opens one on import; so with a GPU each rank imports anew.
 _context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 if _context.get_start_method() == "forkserver":
-    _context.set_forkserver_preload(["torch", "torch.distributed", "megatron.core", "transformers"])
+    _context.set_forkserver_preload(["torch.distributed", "megatron.core", "pytest", "tests.training.runs"])
 
 
 def _free_port() -> int:

@@ -1,8 +1,8 @@
-"""Tiny but complete models and data for tests: every file a real folder has, nothing mocked, made in under a second.
+"""Tiny but complete models for tests: every file a real folder has, nothing mocked, made in under a second.
 
 `write_tiny_llava` gives a `LlavaForConditionalGeneration` folder (weights, configs, tokenizer, processor);
 `write_tiny_original_llava` the same weights in the original LLaVA layout; `write_tiny_blip2` a
-`Blip2ForConditionalGeneration` folder with a LLaMA inside; `write_tiny_data` LLaVA JSON files and JPEGs.
+`Blip2ForConditionalGeneration` folder with a LLaMA inside. Data for them: `tests/tiny_data.py`.
 Weights are drawn so that logits are of order 1 and no two tensors are alike: norms and biases are random too, since a
 swapped or forgotten one must show.
 """
@@ -19,7 +19,6 @@ from typing import Any
 
 import sentencepiece
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from transformers import (
     Blip2Config,
@@ -35,6 +34,8 @@ from transformers import (
     LlavaProcessor,
     SiglipVisionConfig,
 )
+
+from tests.tiny_data import draw_scene, hallucinate
 
 try:  # transformers 5 keeps processors without torchvision under their own names
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil as BlipImageProcessor
@@ -58,10 +59,6 @@ SYSTEM_PROMPT = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the human's questions. USER: ASSISTANT:"
 )
-
-COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 210), "yellow": (230, 210, 40)}
-SHAPES = ("circle", "square", "triangle")
-PLACES = ("left", "right", "top", "bottom")
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -382,107 +379,3 @@ def tiny_processor(*, vocab: int = 331, image: int = 48, patch: int = 8) -> Llav
         image_processor=tiny_image_processor(image), tokenizer=tiny_tokenizer(vocab), patch_size=patch,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,
     )  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-def draw_scene(rng: random.Random) -> dict[str, str]:
-    colour, shape, place = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(PLACES)
-    return {"colour": colour, "shape": shape, "place": place, "caption": f"A {colour} {shape} on the {place}."}
-
-
-def hallucinate(scene: dict[str, str], rng: random.Random) -> str:
-    """The caption with an object that is not in the image."""
-    wrong = rng.choice([shape for shape in SHAPES if shape != scene["shape"]])
-    return f"A {rng.choice(list(COLOURS))} {wrong} and a {scene['colour']} {scene['shape']} on the {scene['place']}."
-
-
-def write_scene(path: Path, scene: dict[str, str], size: tuple[int, int], rng: random.Random) -> None:
-    """A small JPEG [size = (width, height)] with the scene's shape on a noisy ground."""
-    width, height = size
-    image = Image.new("RGB", size, tuple(rng.randrange(90, 180) for _ in range(3)))
-    draw = ImageDraw.Draw(image)
-    for _ in range(12):
-        x, y = rng.randrange(width), rng.randrange(height)
-        draw.line((x, y, rng.randrange(width), rng.randrange(height)), fill=tuple(rng.randrange(256) for _ in range(3)))
-    radius = min(size) // 4
-    x = {"left": radius, "right": width - radius}.get(scene["place"], width // 2)
-    y = {"top": radius, "bottom": height - radius}.get(scene["place"], height // 2)
-    colour = COLOURS[scene["colour"]]
-    if scene["shape"] == "circle":
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    elif scene["shape"] == "square":
-        draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    else:
-        draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
-    image.save(path, quality=92)
-
-
-def write_tiny_data(
-    folder: Path, n: int = 24, seed: int = 0, *, min_size: int = 24, max_size: int = 96
-) -> dict[str, Path]:
-    """Write `n` samples each of three LLaVA JSON files, with their JPEGs, and return the paths.
-
-    `pretrain`     image + caption; the caption under `text` or only as the first answer; 0, 1 (a string) or 2 (a list)
-                   hallucinated captions
-    `finetune`     dialogues of one to three turns; every fifth is text only, every other one without any caption key
-    `contrastive`  image, `text` and 1 or 2 hallucinated captions; no conversations beyond the caption
-    `images`       the image folder that the names are relative to
-    """
-    rng = random.Random(seed)
-    folder = Path(folder)
-    images = folder / "images"
-    (images / "part_0").mkdir(parents=True, exist_ok=True)
-    scenes, names = [], []
-    for index in range(n):
-        scene = draw_scene(rng)
-        name = f"part_0/{index:04d}.jpg" if index % 3 == 0 else f"{index:04d}.jpg"
-        write_scene(images / name, scene, (rng.randint(min_size, max_size), rng.randint(min_size, max_size)), rng)
-        scenes.append(scene)
-        names.append(name)
-
-    pretrain, finetune, contrastive = [], [], []
-    for index, (scene, name) in enumerate(zip(scenes, names, strict=True)):
-        wrong = [hallucinate(scene, rng) for _ in range(2)]
-        turns = [
-            {"from": "human", "value": rng.choice(["<image>\nDescribe the image.", "Describe the image.\n<image>"])},
-            {"from": "gpt", "value": scene["caption"]},
-        ]
-
-        sample = {"id": f"pretrain-{index}", "image": name, "conversations": turns}
-        if index % 2 == 0:
-            sample["text"] = scene["caption"]
-        if index % 3 == 1:
-            sample["Hallucination caption"] = wrong[0]
-        elif index % 3 == 2:
-            sample["Hallucination caption"] = wrong
-        pretrain.append(sample)
-
-        if index % 5 == 4:
-            question, answer = rng.choice([("Is a circle round?", "Yes."), ("Name a colour.", f"{scene['colour']}.")])
-            dialogue = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-            finetune.append({"id": f"finetune-{index}", "conversations": dialogue * rng.randint(1, 2)})
-        else:
-            dialogue = [{"from": "human", "value": f"<image>\nWhat is on the {scene['place']}?"},
-                        {"from": "gpt", "value": f"A {scene['shape']}."}]  # fmt: skip
-            for _ in range(rng.randint(0, 2)):
-                dialogue += [
-                    {"from": "human", "value": "Which colour has it?"},
-                    {"from": "gpt", "value": f"It is {scene['colour']}."},
-                ]
-            sample = {"id": f"finetune-{index}", "image": name, "conversations": dialogue}
-            if index % 2 == 0:
-                sample.update({"text": scene["caption"], "Hallucination caption": wrong[: 1 + index % 4 // 2]})
-            finetune.append(sample)
-
-        contrastive.append({
-            "id": f"contrastive-{index}", "image": name, "conversations": turns, "text": scene["caption"],
-            "Hallucination caption": wrong if index % 2 else wrong[0],
-        })  # fmt: skip
-
-    paths = {"images": images}
-    for key, samples in (("pretrain", pretrain), ("finetune", finetune), ("contrastive", contrastive)):
-        paths[key] = folder / f"{key}.json"
-        paths[key].write_text(json.dumps(samples, indent=1))
-    return paths

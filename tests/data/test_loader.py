@@ -1,142 +1,32 @@
 """The whole way from LLaVA JSON and JPEGs to packed steps, with real files, tokenizer and decoder."""
 
-import io
 import json
-import subprocess
-import sys
 import threading
-import time
-import traceback
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from hacl_megatron.batch import PackedBatch, StepBatches
-from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, VisionConfig
-from hacl_megatron.config.flags import DataFlags, TrainingFlags
-from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data import images
 from hacl_megatron.data.images import ImageDecoder
-from hacl_megatron.data.loader import MicroBatching, StepLoader, build_loader
 from hacl_megatron.data.store import image_key
-from hacl_megatron.data.tokenizer import load_tokenizer
-from tests.data.tiny_tokenizer import write_tokenizer
-
-SIZE, PATCH = 32, 16
-V = (SIZE // PATCH) ** 2
-MODEL = ModelConfig(
-    language=LanguageConfig(
-        num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, num_query_groups=1, vocab_size=600
-    ),
-    vision=VisionConfig(
-        num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, image_size=SIZE, patch_size=PATCH
-    ),
-    image=ImageConfig(size=SIZE),
+from tests.data.loader_runs import (
+    MODEL,
+    NUM_CONTRASTIVE,
+    NUM_SAMPLES,
+    TEXT_ONLY,
+    assert_same_batch,
+    change_sample,
+    draw,
+    image_bytes,
+    loader_of,
+    mains,
+    pixels_by_sample,
 )
+
 BACKENDS = [
     pytest.param("dali", marks=pytest.mark.skipif(not images.dali_is_installed(), reason="DALI is not installed")),
     "pillow",
 ]
-NUM_SAMPLES, NUM_CONTRASTIVE = 12, 4
-TEXT_ONLY = {5, 8}
-"""Samples without an image; all others have one."""
-
-
-def image_bytes(seed: int, format: str = "JPEG") -> bytes:
-    rng = np.random.default_rng(seed)
-    noise = Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8))
-    file = io.BytesIO()
-    noise.resize((60 + seed, 50 - seed), Image.BICUBIC).save(file, format)
-    return file.getvalue()
-
-
-def sample(index: int, prefix: str, **more) -> dict:
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a cat " * (index % 3 + 1)}]
-    return {"id": f"{prefix}-{index}", "image": f"{prefix}/{index}.jpg", "conversations": turns, **more}
-
-
-@pytest.fixture
-def dataset(tmp_path) -> Path:
-    """`train.json` (12, two of them text only, three with captions), `contrastive.json` (4) and `images/`."""
-    train = [sample(index, "train", **({"text": "a red cat"} if index < 3 else {})) for index in range(NUM_SAMPLES)]
-    for index in TEXT_ONLY:
-        del train[index]["image"]
-        train[index]["conversations"][0]["value"] = "What is it?"
-    contrastive = [
-        sample(index, "pairs", **{"text": f"a cat {index}", "Hallucination caption": ["a dog", "a red dog"]})
-        for index in range(NUM_CONTRASTIVE)
-    ]
-    for name, samples in (("train", train), ("contrastive", contrastive)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(samples))
-    for seed, record in enumerate([*train, *contrastive]):
-        if "image" in record:
-            path = tmp_path / "images" / record["image"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(image_bytes(seed))
-    write_tokenizer(tmp_path / "tokenizer", legacy=True)
-    return tmp_path
-
-
-def change_sample(dataset: Path, index: int, **changes) -> None:
-    path = dataset / "train.json"
-    samples = json.loads(path.read_text())
-    samples[index].update(changes)
-    path.write_text(json.dumps(samples))
-
-
-def loader_of(dataset: Path, *, flags: dict | None = None, **changes) -> StepLoader:
-    paths = {
-        "data_path": changes.pop("data_paths", [str(dataset / "train.json")]),
-        "contrastive_data_path": changes.pop("contrastive_paths", [str(dataset / "contrastive.json")]),
-    }
-    paths["valid_data_path"] = paths["data_path"]
-    config = RunConfig(
-        data=DataFlags(**{"image_folder": str(dataset / "images"), "model_max_length": 64, **paths, **(flags or {})}),
-        training=TrainingFlags(seed=3),
-        architecture=MODEL,
-    )
-    settings = {
-        "config": config,
-        "tokenizer": load_tokenizer(str(dataset / "tokenizer")),
-        "global_batch_size": 4,
-        "micro_batching": MicroBatching(micro_batch_size=2),
-        "data_parallel_rank": 0,
-        "data_parallel_size": 1,
-        "pad_multiple": 4,
-        "for_validation": not changes.pop("shuffle", True),
-        "data_state": None,
-    }
-    return build_loader(**{**settings, **changes})
-
-
-def draw(num_steps: int, *args, **changes) -> list[StepBatches]:
-    with loader_of(*args, **changes) as loader:
-        return [next(loader) for _ in range(num_steps)]
-
-
-def mains(step: StepBatches) -> list[PackedBatch]:
-    assert all(batch.ahead is None for batch in step.micro_batches)
-    return [batch.main for batch in step.micro_batches]
-
-
-def assert_same_batch(one: PackedBatch, other: PackedBatch) -> None:
-    for key, value in vars(one).items():
-        theirs = getattr(other, key)
-        assert torch.equal(value, theirs) if isinstance(value, torch.Tensor) else value == theirs, key
-
-
-def pixels_by_sample(steps: list[StepBatches], bad: tuple[int, ...] = ()) -> dict[int, torch.Tensor]:
-    """Each sample's pixels, from the rule that a micro-batch's images stand in the order of their good samples."""
-    found = {}
-    for step in steps:
-        for batch in mains(step):
-            with_image = [i for i in batch.sample_ids.tolist() if i not in TEXT_ONLY and i not in bad]
-            assert batch.num_images == len(with_image)
-            found.update(zip(with_image, batch.pixel_values, strict=True))
-    return found
 
 
 # ---- what a step holds
@@ -320,157 +210,3 @@ def test_decoding_on_the_gpu_needs_one_and_is_left_out_with_pillow(dataset, monk
     if images.dali_is_installed():
         with pytest.raises(ValueError, match="needs a CUDA device"):
             loader_of(dataset, decode_device="mixed", flags={"image_backend": "dali"})
-
-
-# ---- the thread
-
-
-def numbered_step(number: int) -> StepBatches:
-    return StepBatches(micro_batches=[], data_state={"step": number})
-
-
-class Maker:
-    """Counts the steps that were made; each takes `seconds`."""
-
-    def __init__(self, seconds: float = 0.0, fail_at: int | None = None):
-        self.made, self.seconds, self.fail_at = 0, seconds, fail_at
-        self.closed = 0
-
-    def make(self) -> StepBatches:
-        if self.made == self.fail_at:
-            raise KeyError("the disk is on fire")
-        time.sleep(self.seconds)
-        self.made += 1
-        return numbered_step(self.made - 1)
-
-    def close(self) -> None:
-        self.closed += 1
-
-    def loader(self, prefetch_steps: int = 2) -> StepLoader:
-        return StepLoader(self.make, prefetch_steps=prefetch_steps, num_samples=1, close=self.close)
-
-
-def wait_until(condition, seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    return condition()
-
-
-def test_the_thread_reads_ahead_while_the_consumer_is_busy_and_no_further():
-    maker = Maker()
-    with maker.loader(prefetch_steps=3) as loader:
-        assert wait_until(lambda: maker.made == 3)
-        time.sleep(0.05)
-        assert maker.made == 3
-        assert next(loader).data_state == {"step": 0}
-        assert wait_until(lambda: maker.made == 4)
-        assert [next(loader).data_state["step"] for _ in range(3)] == [1, 2, 3]
-
-
-def test_waiting_is_measured_and_vanishes_when_the_consumer_is_slower():
-    with Maker(seconds=0.1).loader() as loader:
-        next(loader)
-        assert loader.wait_seconds > 0.05
-        first = loader.wait_seconds
-        next(loader)
-        assert loader.wait_seconds > first
-    with Maker(seconds=0.15).loader() as loader:
-        next(loader)
-        before = loader.wait_seconds
-        for _ in range(2):
-            time.sleep(0.5)
-            next(loader)
-        assert loader.wait_seconds - before < 0.15  # 0.3 if the thread began when asked
-
-
-def test_an_exception_of_the_thread_comes_after_the_steps_before_it_with_its_traceback():
-    maker = Maker(fail_at=2)
-    with maker.loader(prefetch_steps=5) as loader:
-        assert [next(loader).data_state["step"] for _ in range(2)] == [0, 1]
-        for _ in range(2):  # and again, instead of waiting for ever
-            with pytest.raises(KeyError, match="on fire") as error:
-                next(loader)
-            assert any(frame.name == "make" for frame in traceback.extract_tb(error.value.__traceback__))
-    assert maker.closed == 1
-
-
-def test_a_fault_in_the_real_thread_reaches_the_consumer(dataset, monkeypatch):
-    """A full disk or a bug is no bad sample."""
-    monkeypatch.setattr("hacl_megatron.data.loader.encode", lambda *args: 1 / 0)
-    with loader_of(dataset) as loader, pytest.raises(ZeroDivisionError):
-        next(loader)
-
-
-def test_close_is_prompt_wherever_the_thread_is(dataset):
-    for taken in (0, 1):
-        loader = loader_of(dataset)
-        for _ in range(taken):
-            next(loader)
-        thread = loader._thread
-        start = time.monotonic()
-        loader.close()
-        assert time.monotonic() - start < 5
-        assert not thread.is_alive()
-        loader.close()
-        with pytest.raises(StopIteration):
-            next(loader)
-
-
-def test_close_wakes_a_consumer_in_another_thread():
-    cancelled = threading.Event()
-
-    def make() -> StepBatches:
-        cancelled.wait(10)
-        raise InterruptedError("what cancelling a read raises")
-
-    loader = StepLoader(make, prefetch_steps=1, num_samples=1, cancel=cancelled.set)
-    seen = []
-    consumer = threading.Thread(target=lambda: seen.extend(loader), daemon=True)
-    consumer.start()
-    time.sleep(0.05)
-    loader.close()
-    consumer.join(5)
-    assert not consumer.is_alive()
-
-
-def test_a_forgotten_loader_ends_its_thread():
-    maker = Maker()
-    loader = maker.loader()
-    thread = loader._thread
-    assert wait_until(lambda: maker.made == 2)
-    del loader
-    assert wait_until(lambda: not thread.is_alive())
-    assert maker.closed == 1
-
-
-EXITS = {
-    "end of the program, thread at work": "pass",
-    "end of the program, thread waiting": "import time; time.sleep(1)",
-    "interrupt while waiting": (
-        "import os, signal, threading\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit SIGINT ignored
-        "threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        "for step in loader: pass"
-    ),
-}
-
-
-@pytest.mark.parametrize("how", EXITS)
-def test_the_interpreter_ends_with_a_loader_open(dataset, how):
-    program = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from pathlib import Path
-from tests.data.test_loader import loader_of
-loader = loader_of(Path({str(dataset)!r}))
-next(loader)
-print("drawn", flush=True)
-{EXITS[how]}
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert "drawn" in done.stdout, done.stderr
-    expected = (0,) if how.startswith("end") else (-2, 1, 130)
-    assert done.returncode in expected, (done.returncode, done.stderr)
-    unexpected = [line for line in done.stderr.splitlines() if "Fatal" in line or "step-loader" in line]
-    assert not unexpected, done.stderr

@@ -13,18 +13,15 @@ from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.loader import MicroBatching
 from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
 from hacl_megatron.data.store import ImageStore
-from tests.data.test_loader import (
+from tests.data.loader_runs import (
     NUM_CONTRASTIVE,
     NUM_SAMPLES,
     assert_same_batch,
-    dataset,
     draw,
     loader_of,
     mains,
     sample,
 )
-
-__all__ = ["dataset"]  # the fixture
 
 
 def prepared(dataset: Path, **changes) -> dict:

@@ -24,11 +24,11 @@ from hacl_megatron.data.templates.template import Dialogue, Piece, Template
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.evaluation.answers import answerer as answering
 from hacl_megatron.evaluation.answers.answerer import Answerer, GenerationSettings, Question
-from tests.checkpoint.convert.tool_runs import run_tool, to_hf
 from tests.data.test_encoding import check, sample
 from tests.data.tiny_tokenizer import write_tokenizer
 from tests.distributed import run_distributed
 from tests.evaluation.exports import speak, write_pope_questions
+from tests.tool_runs import run_tool, to_hf
 from tests.training.runs import layout_flags, make_inputs, metrics
 
 NUM_SAMPLES = 12

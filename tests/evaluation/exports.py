@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.evaluation.answers.answerer import Answerer
-from tests.checkpoint.convert.tool_runs import to_hf, to_megatron
-from tests.tiny import draw_scene, write_scene, write_tiny_llava
+from tests.tiny import write_tiny_llava
+from tests.tiny_data import draw_scene, write_scene
+from tests.tool_runs import to_hf, to_megatron
 
 NUM_IMAGES = 6
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.run.folder import locate_checkpoint
 from hacl_megatron.evaluation.agreement import our_logits, random_batch
-from tests.checkpoint.convert.tool_runs import to_megatron
 from tests.distributed import run_distributed
 from tests.tiny import write_tiny_llava
+from tests.tool_runs import to_megatron
 
 
 def logits_as_a_slurm_task(save: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.data import images
 from hacl_megatron.data.images import ImageDecoder
-from tests.data.test_images import BAD, KINDS, SIZES, drawing, jpeg
+from tests.data.drawn_images import BAD, KINDS, SIZES, drawing, jpeg
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

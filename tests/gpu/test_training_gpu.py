@@ -10,17 +10,8 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.model.parity_cases import (
-    Layout,
-    Variant,
-    build,
-    compare,
-    load,
-    make_batches,
-    run_schedule,
-    wrap,
-    write_reference,
-)
+from tests.model.parity_batches import make_batches
+from tests.model.parity_cases import Layout, Variant, build, compare, load, run_schedule, wrap, write_reference
 from tests.tiny import LLAMA3_ROPE_SCALING
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -99,7 +90,7 @@ def run_in_bf16(folder: str, requested: str) -> dict[str, Any]:
 
 def _loss_without_weights(output: dict[str, torch.Tensor]) -> float:
     """The test's loss once more, from the collected outputs."""
-    from tests.model.parity_cases import VOCAB, loss_weights
+    from tests.model.parity_batches import VOCAB, loss_weights
 
     batches = make_batches()
     index = 0 if output["image"].numel() else 1

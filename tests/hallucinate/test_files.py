@@ -10,7 +10,7 @@ import pytest
 
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.hallucinate.files import caption_of, read_records
-from tests.checkpoint.convert.tool_runs import TOOLS, run_tool
+from tests.tool_runs import TOOLS, run_tool
 
 CAPTION_FILE = Path(__file__).parent / "mplug_owl_captions.jsonl"
 

@@ -13,8 +13,8 @@ import pytest
 
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.hallucinate.checks import cleaned, fault_of
-from tests.checkpoint.convert.tool_runs import TOOLS, run_tool
 from tests.hallucinate.chat_server import ChatServer
+from tests.tool_runs import TOOLS, run_tool
 
 KEY = "sk-secret-0123456789"
 pytest.importorskip("openai")

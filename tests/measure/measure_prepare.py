@@ -102,7 +102,7 @@ print(f"RssAnon {imported - bare:.0f} MB by imports beyond torch, {anon() - impo
 FIRST = """
 import re, sys, time
 def anon(): return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
-from tests.data.test_loader import MODEL
+from tests.data.loader_runs import MODEL
 from hacl_megatron.config.flags import DataFlags
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.loader import MicroBatching, build_loader

@@ -14,20 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hacl_megatron.config.lora import TARGETS
-from tests.model.parity_cases import (
-    LAYERS,
-    PADDED_VOCAB,
-    TEMPERATURE,
-    VOCAB,
-    Layout,
-    _heads,
-    _segment_hidden,
-    load,
-    loss_weights,
-    make_batches,
-    run_schedule,
-    wrap,
-)
+from tests.model.parity_batches import LAYERS, PADDED_VOCAB, VOCAB, loss_weights, make_batches
+from tests.model.parity_cases import TEMPERATURE, Layout, _heads, _segment_hidden, load, run_schedule, wrap
 from tests.tiny import randomise, write_tiny_llava
 
 RANK, ALPHA = 3, 5.0

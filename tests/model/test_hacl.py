@@ -8,16 +8,8 @@ import torch
 
 from hacl_megatron.batch import SegmentLengths
 from tests.distributed import run_distributed
-from tests.model.parity_cases import (
-    Layout,
-    Variant,
-    build,
-    load,
-    make_batches,
-    run_schedule,
-    wrap,
-    write_reference,
-)
+from tests.model.parity_batches import make_batches
+from tests.model.parity_cases import Layout, Variant, build, load, run_schedule, wrap, write_reference
 
 FROZEN = {
     "connector and heads": dict(language_model=True, vision_tower=True),

@@ -6,6 +6,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.model.parity_cases import Layout, Variant, compare_all, write_reference
+from tests.selection import selected
 from tests.tiny import LLAMA3_ROPE_SCALING
 
 VARIANTS = {
@@ -37,14 +38,17 @@ GRADIENTS = 2e-5  # of each tensor's largest entry
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[tuple[str, Layout], list[dict[str, Any]]]:
-    """For every case what each rank found."""
-    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in VARIANTS}
+def results(request, tmp_path_factory) -> dict[tuple[str, Layout], list[dict[str, Any]]]:
+    """For every selected case what each rank found."""
+    wanted = selected(request, "case", CASES)
+    folders = {
+        name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in dict.fromkeys(name for name, _ in wanted)
+    }
     for name, folder in folders.items():
         write_reference(folder, VARIANTS[name])
     found = {}
-    for world_size in sorted({layout.world_size for _, layout in CASES}):
-        cases = [case for case in CASES if case[1].world_size == world_size]
+    for world_size in sorted({layout.world_size for _, layout in wanted}):
+        cases = [case for case in wanted if case[1].world_size == world_size]
         jobs = [(str(folders[name]), layout) for name, layout in cases]
         ranks = run_distributed(compare_all, world_size, jobs)
         found.update({case: [rank[index] for rank in ranks] for index, case in enumerate(cases)})

@@ -24,7 +24,8 @@ from transformers import Blip2Config, LlavaConfig
 from hacl_megatron.train import run
 from tests.distributed import run_distributed
 from tests.model.hf_architecture import architecture
-from tests.tiny import image_token_id, sentencepiece_model, tiny_tokenizer, write_tiny_data, write_tiny_llava
+from tests.tiny import image_token_id, sentencepiece_model, tiny_tokenizer, write_tiny_llava
+from tests.tiny_data import write_tiny_data
 
 LOSSES = ("lm loss", "contrastive loss i2t", "contrastive loss t2i")
 

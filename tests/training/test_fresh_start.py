@@ -9,8 +9,8 @@ import yaml
 from hacl_megatron.checkpoint.convert.hf_to_megatron import drawn_by_conversion
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.run.folder import locate_checkpoint
-from tests.checkpoint.convert.tool_runs import run_tool
-from tests.checkpoint.hf.test_round_trip import write_parts
+from tests.checkpoint.hf.round_trip_files import write_parts
+from tests.tool_runs import run_tool
 from tests.training.runs import LOSSES, layout_flags, make_inputs, metrics, train
 
 RESTING = ["--lr", "1e-30"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
+from tests.selection import selected
 from tests.training.gradient_cases import SAMPLES, Case, peaks, read, record
 from tests.training.runs import layout_flags, make_inputs
 
@@ -31,20 +32,21 @@ def cases(layout: str) -> list[Case]:
     return [*found, Case("all", "prompt", tokens=700), Case("all", "prompt", "queue", micro_batches=4)]
 
 
-def record_all(folder: str, layouts: list[str]) -> None:
-    for layout, stage in product(layouts, STAGES):
+def record_all(folder: str, layouts: list[str], stages: list[str]) -> None:
+    for layout, stage in product(layouts, stages):
         _, flags = layout_flags(layout, samples=SAMPLES)
         record(folder, layout, [*flags, "--global-batch-size", str(SAMPLES)], stage, cases(layout))
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case at the selected layouts and stages, in one group of processes per world size."""
     folder = make_inputs(tmp_path_factory.mktemp("gradients"))
     by_size: dict[int, list[str]] = {}
-    for layout in LAYOUTS:
+    for layout in {"tp1", *selected(request, "layout", LAYOUTS)}:
         by_size.setdefault(layout_flags(layout)[0], []).append(layout)
     for size, layouts in by_size.items():
-        run_distributed(record_all, size, str(folder), layouts)
+        run_distributed(record_all, size, str(folder), layouts, selected(request, "stage", STAGES))
     return folder
 
 

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import save_file
 
 from tests.reference_hacl import ReferenceHacl, ReferenceTrainer, Sample
+from tests.selection import selected
 from tests.tiny import image_token_id
 from tests.training.runs import make_inputs, metrics, train
 
@@ -101,8 +102,8 @@ def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]])
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case trained by this package in one process, and `NAME.pt` with the samples it saw."""
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every selected case trained by this package in one process, and `NAME.pt` with the samples it saw."""
     folder = make_inputs(tmp_path_factory.mktemp("reference"))
     hidden, generator = 48, torch.Generator().manual_seed(3)
     heads = {
@@ -112,7 +113,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     save_file({**heads, "temperature": torch.tensor([0.09])}, folder / "llava" / "hacl_heads.safetensors")
     commands = []
-    for name, (stage, flags) in CASES.items():
+    for name in selected(request, "name", CASES):
+        stage, flags = CASES[name]
         config = {**yaml.safe_load((folder / f"{stage}.yaml").read_text()), "micro-batch-size": 8, **flags}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
         command = ["--config", str(folder / f"{name}.yaml"), "--save", str(folder / name)]

@@ -42,13 +42,14 @@ from hacl_megatron.config.tensor_rows import row
 from hacl_megatron.config.towers import SIGLIP, TOWERS, register_tower
 from hacl_megatron.config.towers.tower import SIZES
 from hacl_megatron.train import run
-from tests.checkpoint.convert.tool_runs import to_hf, to_megatron
-from tests.checkpoint.hf.test_round_trip import all_tensors, assert_same, write_heads
+from tests.checkpoint.hf.round_trip_files import all_tensors, assert_same, write_heads
 from tests.checkpoint.hf.test_towers import siglip_processor
 from tests.distributed import run_distributed
 from tests.plan.example_plans import plan_of
 from tests.plan.plan_cases import state_on_this_rank
-from tests.tiny import image_token_id, randomise, tiny_llama_config, tiny_siglip_config, tiny_tokenizer, write_tiny_data
+from tests.tiny import image_token_id, randomise, tiny_llama_config, tiny_siglip_config, tiny_tokenizer
+from tests.tiny_data import write_tiny_data
+from tests.tool_runs import to_hf, to_megatron
 from tests.training.runs import weights
 
 SHRINK = "language_model.model.layers.0.mlp.shrink.weight"

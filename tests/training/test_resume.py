@@ -15,6 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.selection import selected
 from tests.training.runs import (
     LOSSES,
     assert_same_state,
@@ -58,27 +59,37 @@ def cut_and_resumed(folder: Path, stage: str, layout: str, after: int) -> list[l
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every run of this file, on three groups of processes."""
-    folder = make_inputs(tmp_path_factory.mktemp("resume"), samples=20)
-    one = [
-        c
-        for layout, stage, after in SAME_LAYOUT
-        if layout == "tp1"
-        for c in cut_and_resumed(folder, stage, layout, after)
-    ]
-    two = [
-        c
-        for layout, stage, after in SAME_LAYOUT
-        if layout != "tp1"
-        for c in cut_and_resumed(folder, stage, layout, after)
-    ]
-    signal_name = str(folder / "signal")
-    two += [
-        signalled(command(folder, "finetune", "dp2-dist", "signal", *UNEVEN), iteration=2, rank=1),
-        command(folder, "finetune", "dp2-dist", "signal", *UNEVEN, "--load", signal_name),
-    ]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("resume"), samples=20)
 
+
+@pytest.fixture(scope="module")
+def resumed(request: pytest.FixtureRequest, folder: Path) -> Path:
+    """Runs whole, interrupted and resumed at their own layout, of the selected layouts; on two groups of processes."""
+    commands: dict[int, list] = {1: [], 2: []}
+    layouts = selected(request, "layout", dict.fromkeys(layout for layout, *_ in SAME_LAYOUT))
+    for layout, stage, after in SAME_LAYOUT:
+        if layout in layouts:
+            commands[layout_flags(layout)[0]] += cut_and_resumed(folder, stage, layout, after)
+    if "dp2-dist" in layouts:
+        signal_name = str(folder / "signal")
+        other_kind = command(folder, "finetune", "dp2", "other-kind", "--load", str(folder / "full-finetune-dp2-dist"))
+        commands[2] += [
+            signalled(command(folder, "finetune", "dp2-dist", "signal", *UNEVEN), iteration=2, rank=1),
+            command(folder, "finetune", "dp2-dist", "signal", *UNEVEN, "--load", signal_name),
+            refused(
+                other_kind, "--use-distributed-optimizer true", "--use-distributed-optimizer false", "--bf16 false"
+            ),
+        ]
+    for size, listed in commands.items():
+        if listed:
+            train(listed, size)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """Runs that go on at another layout, and what they are compared with; on three groups of processes."""
     plain = [command(folder, stage, "tp1", f"whole-{stage}") for stage in ("pretrain", "finetune")]
     halves = {(source, stage) for source, _, stage in OTHER_LAYOUT}
     half = {key: command(folder, key[1], key[0], f"half-{key[1]}-{key[0]}", "--exit-interval", "2") for key in halves}
@@ -88,8 +99,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for source, target, stage in OTHER_LAYOUT
     }
-    one += [*plain, half["tp1", "finetune"]]
-    two += [c for (source, _), c in half.items() if source != "tp1"]
+    one = [*plain, half["tp1", "finetune"]]
+    two = [c for (source, _), c in half.items() if source != "tp1"]
     two += [c for (_, target, _), c in rest.items() if target != "tp1-dist"]
     last = [c for (_, target, _), c in rest.items() if target == "tp1-dist"]
 
@@ -101,10 +112,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command(folder, "finetune", "tp1", "whole-finetune", "--load", str(folder / "whole-finetune")),  # nothing left
     ]
     two += [command(folder, "finetune", "tp2", "stage-2-tp2", *stage_1)]
-    other_kind = command(folder, "finetune", "dp2", "other-kind", "--load", str(folder / "full-finetune-dp2-dist"))
-    two += [
-        refused(other_kind, "--use-distributed-optimizer true", "--use-distributed-optimizer false", "--bf16 false")
-    ]
     train(one, 1)
     train(two, 2)
     train(last, 1)
@@ -112,15 +119,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("layout", "stage", "after"), SAME_LAYOUT)
-def test_resumed_at_its_own_layout_is_bitwise_the_uninterrupted_run(finished, layout, stage, after) -> None:
-    full, cut = finished / f"full-{stage}-{layout}", finished / f"cut-{stage}-{layout}"
+def test_resumed_at_its_own_layout_is_bitwise_the_uninterrupted_run(resumed, layout, stage, after) -> None:
+    full, cut = resumed / f"full-{stage}-{layout}", resumed / f"cut-{stage}-{layout}"
     assert (cut / f"iter_{after:07d}").is_dir()
     assert_same_state(full, cut)
     assert_same_losses(full, cut)
 
 
-def test_sigterm_on_one_rank_saves_and_stops_all_and_resumes(finished: Path) -> None:
-    full, cut = finished / "full-finetune-dp2-dist", finished / "signal"
+def test_sigterm_on_one_rank_saves_and_stops_all_and_resumes(resumed: Path) -> None:
+    full, cut = resumed / "full-finetune-dp2-dist", resumed / "signal"
     # The signal arrives while step 2 is reported; the ranks agree on it at the end of step 3.
     assert sorted(path.name for path in cut.glob("iter_*")) == ["iter_0000003", "iter_0000005"]
     assert_same_state(full, cut)
@@ -137,17 +144,17 @@ def test_resumed_at_another_layout_goes_on_with_the_same_samples(finished, sourc
     assert common_state(finished / f"{stage}-{source}-{target}")["data_state"]["consumed_samples"] == 8 * STEPS
 
 
-def test_each_group_follows_its_own_rate_and_the_temperature_its_bounds_after_a_resume(finished: Path) -> None:
-    state = common_state(finished / "cut-pretrain-tp1")
+def test_each_group_follows_its_own_rate_and_the_temperature_its_bounds_after_a_resume(resumed: Path) -> None:
+    state = common_state(resumed / "cut-pretrain-tp1")
     assert {(group["max_lr"], group["wd_mult"]) for group in state["optimizer"]["param_groups"]} == {
         (2e-3, 1.0), (2e-3, 0.0), (0.4, 1.0), (0.4, 0.0),
     }  # fmt: skip
     assert [group["max_lr"] for group in state["optimizer"]["param_groups"] if group.get("is_temperature")] == [0.4]
     # 2 + 3 steps: the bound was not reached before the interruption, and is kept after it.
-    assert [row["temperature"] for row in metrics(finished / "cut-pretrain-tp1")][2] < 0.5
-    assert weights(finished / "cut-pretrain-tp1")["heads.temperature"].item() == 0.5
+    assert [row["temperature"] for row in metrics(resumed / "cut-pretrain-tp1")][2] < 0.5
+    assert weights(resumed / "cut-pretrain-tp1")["heads.temperature"].item() == 0.5
     # Nothing else was taken for a temperature: one-dimensional parameters of the heads leave [0.001, 0.5].
-    assert weights(finished / "cut-pretrain-tp1")["heads.text_projector.bias"].min() < 0
+    assert weights(resumed / "cut-pretrain-tp1")["heads.text_projector.bias"].min() < 0
 
 
 def test_a_finished_run_started_again_changes_nothing(finished: Path) -> None:
@@ -212,7 +219,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path
 
 
 @pytest.fixture(scope="module")
-def killed(finished: Path) -> dict[str, Path]:
+def killed(folder: Path) -> dict[str, Path]:
     """Two endless runs killed when nobody knows what they do, resumed for two steps more, and the same uninterrupted.
 
     `sigterm`: torchrun with two processes, told to stop. `sigkill`: one process, killed with a save under way.
@@ -220,10 +227,10 @@ def killed(finished: Path) -> dict[str, Path]:
     endless = ["--lr-decay-style", "constant", "--lr-warmup-fraction", "0"]  # a schedule that knows no last iteration
 
     def flags(name: str, layout: str, *extra: str) -> list[str]:
-        return command(finished, "pretrain", layout, name, *endless, *extra)
+        return command(folder, "pretrain", layout, name, *endless, *extra)
 
-    saves = {name: finished / name for name in ("sigterm", "sigkill")}
-    logs = {name: finished / f"{name}.log" for name in saves}
+    saves = {name: folder / name for name in ("sigterm", "sigkill")}
+    logs = {name: folder / f"{name}.log" for name in saves}
     forever = ["--train-iters", "100000"]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hacl_megatron.train"]
     processes = {
@@ -251,7 +258,7 @@ def killed(finished: Path) -> dict[str, Path]:
 
     for name, layout in (("sigkill", "tp1"), ("sigterm", "dp2-dist")):
         done = common_state(saves[name])["progress"]["iteration"]
-        shutil.copytree(saves[name], finished / f"{name}-as-left")
+        shutil.copytree(saves[name], folder / f"{name}-as-left")
         steps = ["--train-iters", str(done + 2)]
         resumed = flags(name, layout, *steps, "--load", str(saves[name]))
         train([resumed, flags(f"{name}-whole", layout, *steps)], layout_flags(layout)[0])

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,10 @@ Trainer._advance = _advance
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
     """What torchrun and its ranks print, and the folder they save to, when rank 1 does each of PATCHES."""
     folder = make_inputs(tmp_path_factory.mktemp("failures"))
-    results = {}
-    for name, patch in PATCHES.items():
+
+    def run(name: str) -> subprocess.CompletedProcess:
         program, save = folder / f"{name}.py", folder / name
-        program.write_text(PROGRAM.format(patch=patch))
+        program.write_text(PROGRAM.format(patch=PATCHES[name]))
         save.mkdir()
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS),
@@ -67,10 +68,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path
             "--save", str(save), "--hang-timeout", "700",
         ]  # fmt: skip
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 1
-        results[name] = (done.stdout + done.stderr, save)
-    return results
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+
+    with ThreadPoolExecutor() as pool:  # side by side: they wait long, for a watchdog or for torchrun to end a rank
+        ended = dict(zip(PATCHES, pool.map(run, PATCHES), strict=True))
+    assert all(done.returncode == 1 for done in ended.values())
+    return {name: (done.stdout + done.stderr, folder / name) for name, done in ended.items()}
 
 
 def test_a_rank_that_hangs_ends_the_run_with_the_stack_of_every_rank(ended) -> None:

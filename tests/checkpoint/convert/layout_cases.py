@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.model.parity_cases import PADDED_VOCAB, Layout, build, make_batches, run_schedule
+from tests.model.parity_batches import PADDED_VOCAB, make_batches
+from tests.model.parity_cases import Layout, build, run_schedule
 
 
 def load_compute_save(reference: Path, converted: Path, save: Path, layout: Layout) -> dict[str, float]:

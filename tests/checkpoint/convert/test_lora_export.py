@@ -15,8 +15,8 @@ from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE
 from hacl_megatron.checkpoint.run.folder import locate_checkpoint
 from hacl_megatron.evaluation.agreement import TOLERANCE, our_logits, random_batch
-from tests.checkpoint.convert.tool_runs import run_tool, to_hf
 from tests.distributed import run_distributed
+from tests.tool_runs import run_tool, to_hf
 from tests.training.runs import layout_flags, make_inputs, train
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "o_proj", "down_proj"]  # not all: parts of fused matrices stay as they are

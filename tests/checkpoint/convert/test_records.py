@@ -18,8 +18,8 @@ from hacl_megatron.checkpoint.hf.safetensors_writer import bytes_of
 from hacl_megatron.checkpoint.hf.weight_files import WeightFiles
 from hacl_megatron.checkpoint.run.folder import locate_checkpoint
 from hacl_megatron.checkpoint.run.part_files import Part, write_index, write_parts
-from tests.checkpoint.convert.tool_runs import run_tool, to_megatron
 from tests.tiny import write_tiny_llava
+from tests.tool_runs import run_tool, to_megatron
 
 
 def test_records_without_a_checksum_are_read(tmp_path):

@@ -13,8 +13,7 @@ from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE
 from hacl_megatron.checkpoint.run.folder import locate_checkpoint
 from hacl_megatron.model.fresh import fresh_parts
 from tests.checkpoint.convert.layout_cases import agreements, initial_parts, load_compute_save_all
-from tests.checkpoint.convert.tool_runs import run_tool, to_hf, to_megatron
-from tests.checkpoint.hf.test_round_trip import (
+from tests.checkpoint.hf.round_trip_files import (
     MODELS,
     all_tensors,
     assert_same,
@@ -26,6 +25,7 @@ from tests.checkpoint.hf.test_round_trip import (
 from tests.distributed import run_distributed
 from tests.model.parity_cases import Layout, Variant, write_reference
 from tests.tiny import LLAMA3_ROPE_SCALING, write_tiny_llava, write_tiny_original_llava
+from tests.tool_runs import run_tool, to_hf, to_megatron
 
 LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)]
 

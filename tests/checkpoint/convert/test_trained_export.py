@@ -18,8 +18,8 @@ from hacl_megatron.data.loader import MicroBatching, build_loader
 from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.model.fresh import fresh_parts
 from hacl_megatron.training.state import saved_progress
-from tests.checkpoint.convert.tool_runs import to_hf, to_megatron
-from tests.checkpoint.hf.test_round_trip import assert_same, save_adapter, write_parts
+from tests.checkpoint.hf.round_trip_files import assert_same, save_adapter, write_parts
+from tests.tool_runs import to_hf, to_megatron
 from tests.training.runs import layout_flags, make_inputs, metrics, train
 
 STEPS = 3

@@ -22,7 +22,7 @@ from transformers import (
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.hf.export import export_hf, export_projector
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE, load_adapter, load_hf_weights
-from tests.checkpoint.hf.test_round_trip import LAYOUTS, assert_same, write_heads
+from tests.checkpoint.hf.round_trip_files import LAYOUTS, assert_same, write_heads
 from tests.checkpoint.rank_modules import import_everywhere, module_of, rank_shapes
 from tests.tiny import (
     LLAMA3_ROPE_SCALING,

@@ -7,16 +7,15 @@ from safetensors.torch import load_file
 
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE
 from tests.checkpoint.convert.layout_cases import agreements, load_compute_save_all
-from tests.checkpoint.convert.tool_runs import to_hf, to_megatron
 from tests.checkpoint.hf import test_blip2
-from tests.checkpoint.hf import test_round_trip as test_hf_round_trip
-from tests.checkpoint.hf.test_round_trip import assert_same
+from tests.checkpoint.hf.round_trip_files import assert_same, load_exactly
 from tests.distributed import run_distributed
 from tests.model.parity_cases import Layout, Variant, write_reference
+from tests.tool_runs import to_hf, to_megatron
 
 VARIANTS = {"blip2": Variant(family="blip2"), "siglip": Variant(family="siglip")}
 CASES = [("blip2", Layout()), ("blip2", Layout(tp=2)), ("blip2", Layout(pp=2)), ("siglip", Layout(tp=2, sp=True))]
-LOAD = {"blip2": test_blip2.load_exactly, "siglip": test_hf_round_trip.load_exactly}
+LOAD = {"blip2": test_blip2.load_exactly, "siglip": load_exactly}
 
 
 @pytest.fixture(scope="module")

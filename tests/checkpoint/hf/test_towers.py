@@ -23,8 +23,9 @@ from transformers import (
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.hf.export import export_hf
 from hacl_megatron.config.architecture import ModelConfig
+from tests.checkpoint.hf.round_trip_files import all_tensors, assert_same, carried_of, load_exactly, write_heads
 from tests.checkpoint.hf.test_blip2 import edit, write_llama
-from tests.checkpoint.hf.test_round_trip import all_tensors, assert_same, carried_of, load_exactly, older, write_heads
+from tests.checkpoint.hf.test_round_trip import older
 from tests.checkpoint.rank_modules import import_everywhere
 from tests.tiny import (
     image_token_id,

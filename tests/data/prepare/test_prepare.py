@@ -1,77 +1,27 @@
-"""The prepare tool as its users run it: every record kept as the JSON has it, restarts, duplicates, images, shards."""
+"""The prepare tool as its users run it: every record kept as the JSON has it, duplicates, digests, mistakes."""
 
-import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import tarfile
-import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
-import webdataset
-from PIL import Image
 
 from hacl_megatron.data.encoding import EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.prepare import parts as prepare
 from hacl_megatron.data.prepare.arrow_manifest import ArrowManifest
-from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
-from hacl_megatron.data.store import ImageStore, StoredImage, UnusableImage
+from hacl_megatron.data.prepare.run import run_prepare
 from hacl_megatron.data.templates import template_names
 from hacl_megatron.data.tokenizer import load_tokenizer
+from tests.data.prepare.prepare_runs import RECORDS, ROOT, settings, turns
 from tests.data.tiny_tokenizer import write_tokenizer
-from tests.distributed import _context
-
-ROOT = Path(__file__).parents[3]
-
-
-def turns(question: str = "What is it?", answer: str = "a red cat") -> list[dict]:
-    return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-
-
-RECORDS = [
-    {"id": "1", "image": "a/1.jpg", "conversations": turns()},
-    {"id": 2, "image": "a/2.png", "conversations": turns(), "text": " A cat.\n", "Hallucination caption": "A dog."},
-    {"id": "3", "image": "b/3.jpg", "conversations": turns(), "Hallucination caption": ["A dog. ", "", "A <unk> cat"]},
-    {"id": "4", "conversations": [{"from": "human", "value": "What is <image>?"}, {"from": "gpt", "value": "yes"}]},
-    {"image": "b/3.jpg", "conversations": turns("é 日本 😀", "<unk> a  cat"), "caption": ""},
-    {"conversations": [{"from": "human", "value": "no answer"}], "text": ""},
-    {"id": "\ud83d", "image": "c/\ud83d.jpg", "conversations": turns("\ud83d"), "text": "\ud83d"},
-    {"id": "8", "image": "b/3.jpg", "conversations": [{"from": 1, "value": None}, {"from": "gpt", "value": [2]}]},
-    {"id": "9", "image": "b/3.jpg", "conversations": []},
-    {"id": "10", "image": "a/1.jpg", "conversations": [*turns(), *turns("US", "")[:1], *turns(answer="")[1:]]},
-    {"id": "11", "image": "a/1.jpg", "conversations": [turns()[1], *turns("red </s> dog", "</s>")]},
-    {"id": "12", "image": "a/1.jpg", "conversations": [*turns(), *turns()]},  # two tags: unusable
-]  # fmt: skip
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    """`a.json`, `images/`, `tokenizer/`."""
-    (tmp_path / "a.json").write_text(json.dumps(RECORDS))
-    for name, size in (("a/1.jpg", (20, 10)), ("a/2.png", (8, 9)), ("b/3.jpg", (31, 17))):
-        path = tmp_path / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise(size, 90).convert("RGB").save(path)
-    write_tokenizer(tmp_path / "tokenizer", legacy=True)
-    return tmp_path
-
-
-def settings(source: Path, **changes) -> PrepareSettings:
-    options = {"inputs": [str(source / "a.json")], "output": str(source / "out"), "progress_bar": False}
-    return PrepareSettings(**(options | changes))
 
 
 def contents(manifest: Manifest) -> list[tuple]:
     return [(s.name, s.image, s.conversations, s.caption, s.hallucinated_captions) for s in manifest]
-
-
-# ------------------------------------------------------------------------------------------------------------- manifest
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 4096])
@@ -176,216 +126,11 @@ def test_a_fast_tokenizers_batch_is_its_single_texts(source):
     assert tokenizer.count(texts) == [(len(ids), ids.count(tokenizer.unk_id)) for ids in singles]
 
 
-# ------------------------------------------------------------------------------------------------------------- restarts
-
-
 def tool(source: Path, *more: str) -> list[str]:
     return [
         sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--input", str(source / "a.json"), "--output",
         str(source / "out"), "--num-workers", "2", *more,
     ]  # fmt: skip
-
-
-def prepare_in_small_parts(*options: str) -> None:
-    """Runs in a process of its own, which will be killed."""
-    prepare.CHUNK_SAMPLES = 64
-    source, output, tokenizer = options
-    run_prepare(PrepareSettings(inputs=[source], output=output, tokenizer=tokenizer, progress_bar=False))
-
-
-def test_a_killed_start_goes_on_and_ends_like_an_undisturbed_one(source, monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK_SAMPLES", 64)
-    many = [{"id": n, "image": f"{n % 3}.jpg", "conversations": turns(f"{n}")} for n in range(6000)]
-    total = -(-len(many) // 64)
-    (source / "a.json").write_text(json.dumps(many))
-    tokenizer = str(source / "tokenizer")
-    # A process of the tests' fork server, which has paid the imports.
-    options = (str(source / "a.json"), str(source / "out"), tokenizer)
-    child = _context.Process(target=prepare_in_small_parts, args=options)
-    child.start()
-    work = source / "out" / ".partial"
-    end = time.monotonic() + 120
-    while len(list(work.glob("*.arrow"))) < 5 and child.is_alive() and time.monotonic() < end:
-        time.sleep(0.002)
-    child.kill()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    before = sorted(work.glob("*.arrow"))
-    assert 5 <= len(before) < total and not (source / "out" / "manifest.arrow").exists()
-    before[0].write_bytes(before[0].read_bytes()[:1000])  # as a power cut may leave it
-
-    built = []
-    monkeypatch.setattr(
-        prepare, "build_batch", lambda *given, build=prepare.build_batch: built.append(1) or build(*given)
-    )
-    run_prepare(settings(source, tokenizer=tokenizer))
-    assert len(built) == total - (len(before) - 1)
-    assert not work.exists()
-    run_prepare(settings(source, tokenizer=tokenizer, output=str(source / "undisturbed")))
-    one, other = (source / name / "manifest.arrow" for name in ("out", "undisturbed"))
-    assert one.read_bytes() == other.read_bytes()
-
-
-def test_other_settings_do_not_take_over_what_was_measured_before(source, monkeypatch):
-    monkeypatch.setattr("hacl_megatron.data.prepare.run.remove_folder", lambda folder: None)
-    lengths = []
-    for version in ("plain", "v1", "plain"):
-        run_prepare(settings(source, tokenizer=str(source / "tokenizer"), version=version))
-        lengths.append(ArrowManifest(str(source / "out" / "manifest.arrow")).column("dialogue_tokens").to_pylist())
-    assert lengths[0] == lengths[2] != lengths[1]
-
-
-def test_two_starts_at_once_are_one_too_many(source):
-    (source / "out" / ".partial").mkdir(parents=True)
-    held = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX);"
-         "print('held', flush=True); sys.stdin.read()", str(source / "out" / ".partial")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert held.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="being prepared by another process"):
-            run_prepare(settings(source))
-    finally:
-        held.communicate("")
-    run_prepare(settings(source))
-
-
-# --------------------------------------------------------------------------------------------------------------- images
-
-
-def spoil(source: Path) -> None:
-    folder = source / "images"
-    whole = (folder / "b" / "3.jpg").read_bytes()
-    (folder / "b" / "3.jpg").write_bytes(whole[:-20])
-    (folder / "a" / "2.png").write_text("<html>404</html>")
-
-
-def test_images_are_decoded_measured_and_the_bad_ones_listed(source):
-    spoil(source)
-    report = run_prepare(settings(source, image_folder=str(source / "images"), verify_images=True))
-    assert report["bad images"] == 3
-    bad = {e["image"]: e for e in map(json.loads, (source / "out" / "bad_images.jsonl").read_text().splitlines())}
-    assert "cut off" in bad["b/3.jpg"]["reason"] and bad["b/3.jpg"]["samples"] == ["3", "b/3.jpg", "8", "9"]
-    assert "not an image" in bad["a/2.png"]["reason"] and "no file name" in bad["c/?.jpg"]["reason"]
-    manifest = ArrowManifest(str(source / "out" / "manifest.arrow"))
-    assert manifest.column("width").to_pylist()[:5] == [20, None, None, None, None]
-    assert manifest.column("height").to_pylist()[9] == 10
-    assert Image.open(source / "out" / "histograms.png").size[0] > 1000  # words, width, height
-
-
-def test_shards_are_read_by_webdataset_and_by_offset(source):
-    run_prepare(settings(source, image_folder=str(source / "images"), write_shards=True, images_per_shard=2))
-    shards = sorted(map(str, (source / "out" / "shards").iterdir()))
-    assert [os.path.basename(shard) for shard in shards] == ["images-000000.tar", "images-000001.tar"]
-    seen = {}
-    for found in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
-        about = json.loads(found["json"])
-        (suffix,) = {"jpg", "png"} & set(found)
-        assert about["image"] not in seen
-        seen[about["image"]] = found[suffix]
-        assert all(record["image"] == about["image"] for record in about["records"])
-        for record in about["records"]:
-            given = next(r for r in RECORDS if str(r.get("id", r.get("image"))) == record["id"])
-            assert record["conversations"] == given["conversations"]
-            assert record.get("text") == given.get("text")
-    assert seen == {name: (source / "images" / name).read_bytes() for name in ("a/1.jpg", "a/2.png", "b/3.jpg")}
-
-    (source / "nothing").mkdir()
-    store = ImageStore(source / "nothing")
-    manifest = Manifest.read([str(source / "out")], version="v1")
-    read = 0
-    for sample in manifest:
-        if sample.image in seen:
-            assert store.fetch(sample.image, sample.stored) == seen[sample.image]
-            read += 1
-    assert read == 9 and manifest[3].stored is None
-    columns = ArrowManifest(str(source / "out" / "manifest.arrow"))
-    assert columns.column("width").to_pylist()[:4] == [20, 8, 31, None]
-    store.close()
-
-
-def test_a_finished_shard_is_not_written_again(source, monkeypatch):
-    options = {"image_folder": str(source / "images"), "write_shards": True, "images_per_shard": 1}
-    monkeypatch.setattr("hacl_megatron.data.prepare.run.remove_folder", lambda folder: None)
-    run_prepare(settings(source, **options))
-    shards = sorted((source / "out" / "shards").iterdir())
-    whole = [shard.read_bytes() for shard in shards]
-    old = [shard.stat().st_mtime_ns for shard in shards]
-    shards[1].unlink()
-    run_prepare(settings(source, **options))
-    assert [shard.read_bytes() for shard in shards] == whole
-    now = [shard.stat().st_mtime_ns for shard in shards]
-    assert now[1] != old[1] and now[0] == old[0] and now[2:] == old[2:]
-
-
-# ------------------------------------------------------------------------------------------------------------- security
-
-
-def test_names_leave_neither_the_folder_nor_a_header(source):
-    (source / "secret.jpg").write_bytes((source / "images" / "a" / "1.jpg").read_bytes())
-    hostile = ["../secret.jpg", str(source / "secret.jpg"), "a/../../secret.jpg", "x\0.jpg", "a/1.jpg"]
-    (source / "images" / "link.jpg").symlink_to(source / "secret.jpg")
-    records = [
-        {"id": f"../{n}", "image": name, "conversations": turns()} for n, name in enumerate([*hostile, "link.jpg"])
-    ]
-    (source / "a.json").write_text(json.dumps(records))
-    report = run_prepare(settings(source, image_folder=str(source / "images"), write_shards=True))
-    assert report["bad images"] == 5
-    with tarfile.open(source / "out" / "shards" / "images-000000.tar") as tar:
-        assert tar.getnames() == ["000000004.jpg", "000000004.json"]
-        assert all(member.isreg() for member in tar)
-    assert sorted(path.name for path in source.iterdir()) == ["a.json", "images", "out", "secret.jpg", "tokenizer"]
-
-
-def rewritten(source: Path, **metadata) -> str:
-    """The prepared manifest with other metadata, as a hostile or careless author may give it away."""
-    path = source / "out" / "manifest.arrow"
-    table = pa.ipc.open_file(str(path)).read_all()
-    known = json.loads(table.schema.metadata[b"hacl_megatron"])
-    table = table.replace_schema_metadata({b"hacl_megatron": json.dumps(known | metadata).encode()})
-    with pa.ipc.new_file(str(source / "out" / "other.arrow"), table.schema) as writer:
-        writer.write_table(table)
-    return str(source / "out" / "other.arrow")
-
-
-@pytest.mark.parametrize("name", ["../../secret.tar", "/etc/passwd", "images-000000.tar/..", "x.tar", 3])
-def test_a_manifest_cannot_name_a_shard_outside_its_folder(source, name):
-    run_prepare(settings(source, image_folder=str(source / "images"), write_shards=True))
-    with pytest.raises(ValueError, match=r"as a shard, expected images-000000\.tar"):
-        ArrowManifest(rewritten(source, shards=[name]))
-    with pytest.raises(ValueError, match=r"1 of its 2 shards are missing, first images-000007.tar"):
-        ArrowManifest(rewritten(source, shards=["images-000000.tar", "images-000007.tar"]))
-    with pytest.raises(ValueError, match=r"format 99, expected 1; prepare the data again"):
-        ArrowManifest(rewritten(source, format=99))
-
-
-def test_places_outside_a_shard_are_bad_images(source):
-    path = str(source / "x.tar")
-    Path(path).write_bytes(bytes(range(100)))
-    store = ImageStore(source)
-    assert store.fetch("x", StoredImage(path, 90, 10)) == bytes(range(90, 100))
-    for offset, size in ((90, 11), (-1, 5), (0, 0), (0, -1), (2**62, 1), (0, 2**62)):
-        with pytest.raises(UnusableImage, match="not in the shard"):
-            store.fetch("x", StoredImage(path, offset, size))
-    for made, reason in ((os.symlink, "cannot be read"), (lambda _, to: os.mkfifo(to), "not a regular file")):
-        made(path, f"{path}.{made.__name__}")
-        with pytest.raises(UnusableImage, match=reason):
-            store.fetch("x", StoredImage(f"{path}.{made.__name__}", 0, 1))
-    store.close()
-
-
-def test_more_shards_than_may_stay_open(source, monkeypatch):
-    monkeypatch.setattr("hacl_megatron.data.store.MAX_OPEN_SHARDS", 2)
-    store = ImageStore(source)
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(2):
-        for number in range(5):
-            (source / f"{number}.tar").write_bytes(bytes([number] * 9))
-            assert store.fetch("x", StoredImage(str(source / f"{number}.tar"), 3, 2)) == bytes([number] * 2)
-    assert len(os.listdir("/proc/self/fd")) == before + 2
-    store.close()
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
@@ -447,12 +192,3 @@ def test_what_is_no_manifest_says_so(source):
     path.unlink()
     with pytest.raises(ValueError, match="no such file"):
         Manifest.read([str(source / "out")], version="v1")
-
-
-def test_images_of_any_kind_keep_their_bytes(source):
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(buffer, "GIF")
-    (source / "images" / "a" / "1.jpg").write_bytes(buffer.getvalue())
-    run_prepare(settings(source, image_folder=str(source / "images"), write_shards=True))
-    with tarfile.open(source / "out" / "shards" / "images-000000.tar") as tar:
-        assert tar.extractfile("000000000.gif").read() == buffer.getvalue()

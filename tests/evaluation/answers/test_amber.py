@@ -10,7 +10,7 @@ import pytest
 from hacl_megatron.evaluation.answers.amber import WordLists, read_annotations, score_amber
 from hacl_megatron.evaluation.answers.amber_nouns import LexiconNouns, SpacyNouns
 from hacl_megatron.evaluation.json_files import read_json
-from tests.checkpoint.convert.tool_runs import run_tool
+from tests.tool_runs import run_tool
 
 DATA = Path(__file__).parent / "data/amber"
 ANNOTATIONS = DATA / "annotations.json"

@@ -11,9 +11,9 @@ import pytest
 
 from hacl_megatron.evaluation.answers.benchmarks import Amber, BenchmarkFiles, Item
 from hacl_megatron.evaluation.journal import Journal, settings_path
-from tests.checkpoint.convert.tool_runs import run_tool
 from tests.distributed import _context
 from tests.evaluation.exports import write_pope_questions
+from tests.tool_runs import run_tool
 
 DATA = Path(__file__).parent / "data"
 NUM_QUESTIONS = 24

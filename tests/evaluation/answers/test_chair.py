@@ -7,7 +7,7 @@ import pytest
 
 from hacl_megatron.evaluation.answers.chair import ObjectReader, Synonyms, read_objects, score_chair
 from hacl_megatron.evaluation.json_files import read_records
-from tests.checkpoint.convert.tool_runs import run_tool
+from tests.tool_runs import run_tool
 
 DATA = Path(__file__).parent / "data/chair"
 OFFICIAL = json.loads((DATA / "official.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 
 from hacl_megatron.evaluation.answers.pope import score_pope
 from hacl_megatron.evaluation.json_files import read_records
-from tests.checkpoint.convert.tool_runs import run_tool
+from tests.tool_runs import run_tool
 
 DATA = Path(__file__).parent / "data/pope"
 

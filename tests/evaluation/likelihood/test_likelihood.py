@@ -15,11 +15,12 @@ from hacl_megatron.evaluation.likelihood.preference import CAPTION_QUESTION
 from hacl_megatron.evaluation.likelihood.task_run import from_text
 from hacl_megatron.evaluation.likelihood.task_table import TASKS as TABLE
 from hacl_megatron.evaluation.likelihood.yesno import SHORT_ANSWER
-from tests.checkpoint.convert.tool_runs import run_tool, to_hf, to_megatron
 from tests.distributed import _context, run_distributed
 from tests.evaluation.exports import write_pope_questions
 from tests.evaluation.likelihood.likelihood_oracle import PLAIN, Oracle, records
-from tests.tiny import write_tiny_data, write_tiny_llava
+from tests.tiny import write_tiny_llava
+from tests.tiny_data import write_tiny_data
+from tests.tool_runs import run_tool, to_hf, to_megatron
 
 NUM_SAMPLES = 14
 BROKEN = 5

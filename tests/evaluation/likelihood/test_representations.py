@@ -14,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hacl_megatron.evaluation.likelihood import representation_plots
 from hacl_megatron.evaluation.likelihood.representation_plots import KINDS, project, thinned
 from hacl_megatron.evaluation.likelihood.representations import SPACES, PointCloud
-from tests.checkpoint.convert.tool_runs import run_tool
 from tests.distributed import run_distributed
 from tests.evaluation.likelihood.likelihood_oracle import Oracle
-from tests.tiny import write_tiny_data, write_tiny_llava
+from tests.tiny import write_tiny_llava
+from tests.tiny_data import write_tiny_data
+from tests.tool_runs import run_tool
 
 NUM_SAMPLES, BROKEN = 10, 3
 LAYOUTS = {"tp1": [], "tp2": ["--tensor-model-parallel-size", "2"], "pp2": ["--pipeline-model-parallel-size", "2"]}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.checkpoint.convert.tool_runs import run_tool
 from tests.distributed import run_distributed
+from tests.tool_runs import run_tool
 from tests.training.runs import layout_flags, make_inputs, metrics, refused, train, weights
 
 LAYOUTS = ("tp2-sp", "pp2-dist", "dp2-dist")

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from hacl_megatron.data.show import compare
-from tests.checkpoint.convert.tool_runs import run_tool
-from tests.data import test_images
+from tests.data import drawn_images
 from tests.data.tiny_tokenizer import write_tokenizer
+from tests.tool_runs import run_tool
 
 V = 576
 EVIL = '<script>alert("x")</script> & <b>cat</b> \u202e\x07'
@@ -74,8 +74,8 @@ def turns(question: str, *more: str) -> list[dict]:
 def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
     (folder / "images").mkdir()
-    (folder / "images" / "wide.jpg").write_bytes(test_images.jpeg(90, 60))
-    (folder / "images" / "cut.jpg").write_bytes(test_images.PHOTO[:900])
+    (folder / "images" / "wide.jpg").write_bytes(drawn_images.jpeg(90, 60))
+    (folder / "images" / "cut.jpg").write_bytes(drawn_images.PHOTO[:900])
     pair = {"text": "A red cat, big.", "Hallucination caption": ["A blue cat, big.", "Two red cats, big."]}
     records = [
         {"id": "pair", "image": "wide.jpg", "conversations": turns("What is it?", "it is a cat"), **pair},
@@ -144,8 +144,8 @@ def test_the_picture_is_the_padded_and_resized_one(dataset, monkeypatch):
     kind, _, data = section["image"].partition(",")
     assert kind == "data:image/png;base64"
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), dtype=int)
-    monkeypatch.setattr(test_images, "SIZE", 336)
-    expected = test_images.llava_pad((dataset / "images" / "wide.jpg").read_bytes()).astype(int)
+    monkeypatch.setattr(drawn_images, "SIZE", 336)
+    expected = drawn_images.llava_pad((dataset / "images" / "wide.jpg").read_bytes()).astype(int)
     assert shown.shape == (336, 336, 3) and np.abs(shown - expected).max() <= 2
     assert "JPEG of 90 x 60" in section["text"]
 

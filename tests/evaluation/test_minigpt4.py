@@ -18,11 +18,12 @@ from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.evaluation.answers.answerer import Answerer, GenerationSettings, Question, prompt_rows, read_export
 from hacl_megatron.evaluation.likelihood.task_run import from_text
 from hacl_megatron.evaluation.likelihood.yesno import SHORT_ANSWER
-from tests.checkpoint.convert.tool_runs import run_tool, to_hf, to_megatron
 from tests.distributed import run_distributed
 from tests.evaluation.exports import speak, write_pope_questions
 from tests.evaluation.likelihood.likelihood_oracle import records
-from tests.tiny import write_tiny_blip2, write_tiny_data
+from tests.tiny import write_tiny_blip2
+from tests.tiny_data import write_tiny_data
+from tests.tool_runs import run_tool, to_hf, to_megatron
 
 NUM_SAMPLES, QUERIES, IMAGE_TOKEN = 6, 5, 320
 TASKS = ("preference", "retrieval", "yesno")

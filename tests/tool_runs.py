@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-TOOLS = Path(__file__).parents[3] / "tools"
+TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def run_tool(name: str, *arguments: object) -> int:
