@@ -1,7 +1,7 @@
 """`torchrun … -m hacl_megatron.train --config FILE.yaml [--flag value …]`: parse, check, build, run.
 
 What the flags alone can tell is told before torch and megatron-core are imported, which takes seconds; so the modules
-that need them are imported inside functions here, and nowhere else for that reason. `training.build` builds and trains.
+that need them are imported inside functions here. `training.build` builds and trains.
 """
 
 import logging
@@ -64,6 +64,10 @@ def train(config: RunConfig) -> None:
         if is_first_rank():
             print(to_yaml(config), end="")
         return
+    from hacl_megatron.platform.processes import prepare_device, select_device
+
+    # Before megatron-core and Transformer Engine are imported: what they do with a GPU, they do with this rank's.
+    prepare_device(select_device(config.parallel.device))
     from hacl_megatron.training import build
 
     build.train(config, layout)

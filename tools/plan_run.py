@@ -59,10 +59,10 @@ def _positive(kind: type):
 
 
 def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
-    from hacl_megatron.assemble.start_from import planned_architecture, resolve_lora
+    from hacl_megatron.assemble.start_from import resolve
     from hacl_megatron.config.checks.architecture import check_architecture
     from hacl_megatron.config.checks.flags import check_flags
-    from hacl_megatron.config.run import parse_run_config, with_architecture
+    from hacl_megatron.config.run import parse_run_config
     from hacl_megatron.data.templates import check_template
     from hacl_megatron.plan.planner import make_plan
     from hacl_megatron.plan.report import ranking, report
@@ -72,8 +72,7 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
 
     config = parse_run_config(flags)
     check_template(config.data.version)
-    config = with_architecture(config, planned_architecture(config))
-    config.lora = resolve_lora(config, None)
+    config = resolve(config, planned=True)
     world_size = args.nodes * args.gpus_per_node
     cluster = Cluster(
         gpu_name=args.gpu,

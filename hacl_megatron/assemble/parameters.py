@@ -4,6 +4,7 @@ The list equals `HaclModel.named_parameters()` of that rank, in its order (the t
 the order decides where a parameter stands in megatron-core's buffers.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -131,15 +132,24 @@ def _rules_of_stage(parallel: ParallelFlags, model: ModelConfig, stage: int) -> 
     first_layer, is_first, is_last = sum(layers[:stage]), stage == 0, stage == len(layers) - 1
     on_first = ("vision_tower.", "connector.", "language_model.embedding.")
     on_last = ("language_model.decoder.final_layernorm.", "language_model.output_layer.", "heads.")
-    for name, rule in sorted(NameTable(model).rules.items(), key=lambda item: _place(item[0])):
-        if layer := _LAYER.match(name):
-            local = int(layer[1]) - first_layer
-            if 0 <= local < layers[stage]:
-                yield f"language_model.decoder.layers.{local}.{name[layer.end() :]}", rule
+    for name, rule, layer, rest in _rules_in_order(model):
+        if layer is not None:
+            if 0 <= layer - first_layer < layers[stage]:
+                yield f"language_model.decoder.layers.{layer - first_layer}.{rest}", rule
         elif name == "language_model.output_layer.weight" and is_first and model.language.tie_word_embeddings:
             continue  # the embedding itself
         elif (is_first and name.startswith(on_first)) or (is_last and name.startswith(on_last)):
             yield name, rule
+
+
+@functools.lru_cache(maxsize=4)
+def _rules_in_order(model: ModelConfig) -> list[tuple[str, Rule, int | None, str]]:
+    """(name, rule, LLM layer, what follows it in the name) of the whole model; kept, for a planner asks again."""
+    rows = []
+    for name, rule in sorted(NameTable(model).rules.items(), key=lambda item: _place(item[0])):
+        layer = _LAYER.match(name)
+        rows.append((name, rule, int(layer[1]), name[layer.end() :]) if layer else (name, rule, None, name))
+    return rows
 
 
 _PARTS_IN_ORDER = (

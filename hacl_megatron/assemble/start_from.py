@@ -32,7 +32,7 @@ def resolve(config: RunConfig, *, planned: bool = False) -> RunConfig:
         planned: weights that are not here yet are no mistake where a `model:` section has the sizes.
     """
     resume_from = checkpoint_to_resume(config)
-    sizes = planned_architecture(config) if planned else resolve_architecture(config, resume_from)
+    sizes = (planned_architecture if planned else resolve_architecture)(config, resume_from)
     config = with_architecture(config, sizes)
     return replace(config, lora=resolve_lora(config, resume_from))
 
@@ -71,9 +71,8 @@ def resolve_lora(config: RunConfig, resume_from: Path | None) -> LoraFlags:
     return settle_lora(config.lora, read_run_config(found).lora, str(found), resumes=resume_from is not None)
 
 
-def planned_architecture(config: RunConfig) -> ModelConfig:
+def planned_architecture(config: RunConfig, resume_from: Path | None) -> ModelConfig:
     """As `resolve_architecture`, but the YAML's `model:` section is enough where the weights are not here yet."""
-    resume_from = checkpoint_to_resume(config)
     folders = [config.model.pretrained_checkpoint, config.model.vision_tower]
     missing = [folder for folder in folders if folder is not None and not Path(folder).is_dir()]
     if resume_from is None and (missing or config.model.pretrained_checkpoint is None):

@@ -94,8 +94,9 @@ def concatenate_pairs(parts: Sequence[PairEmbeddings]) -> PairEmbeddings:
     """The pairs of all parts, in their order, as new tensors; owners shifted accordingly. Gradients pass."""
     first_pairs = itertools.accumulate((part.num_pairs for part in parts), initial=0)
     owners = [part.hallucinated_owner + first for part, first in zip(parts, first_pairs, strict=False)]
-    whole = {item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(PairEmbeddings)}
-    return PairEmbeddings(**{**whole, "hallucinated_owner": torch.cat(owners)})
+    names = [item.name for item in fields(PairEmbeddings) if item.name != "hallucinated_owner"]
+    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return PairEmbeddings(**whole, hallucinated_owner=torch.cat(owners))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ class NegativeQueue:
         self.size = size
         embeddings = torch.zeros(0, width, device=device, dtype=dtype)
         integers = torch.zeros(0, device=device, dtype=torch.int64)
+        # Nothing is written in place: an empty queue's fields may share a tensor.
         self._pairs = PairEmbeddings(
             image=embeddings, caption=embeddings, hallucinated=embeddings, hallucinated_owner=integers,
             image_keys=integers, caption_keys=integers, hallucinated_keys=integers,

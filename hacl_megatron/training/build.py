@@ -11,6 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
 from hacl_megatron.training.reporting.profiling import ProfileWindow
 from hacl_megatron.training.reporting.status import write_status
 from hacl_megatron.training.saving import Saving
-from hacl_megatron.training.state import Progress, Standing, restore_run, saved_progress
+from hacl_megatron.training.state import Progress, StartingPoint, restore_run, saved_progress
 from hacl_megatron.training.trainee import Trainee, build_trainee
 from hacl_megatron.training.validation import Validation
 from hacl_megatron.training.watchdog import Watchdog
@@ -114,7 +115,7 @@ def build_trainer(
     return Trainer(
         run,
         trainee,
-        Standing(progress=progress, data_state=data_state or {}, num_samples=num_samples, train_iters=train_iters),
+        StartingPoint(progress=progress, data_state=data_state or {}, num_samples=num_samples, train_iters=train_iters),
         loader=loader,
         validation=_open_validation(run, trainee, tokenizer),
         saving=Saving(
@@ -134,7 +135,7 @@ def open_loader(
     tokenizer: Tokenizer,
     *,
     for_validation: bool = False,
-    data_state: dict | None = None,
+    data_state: dict[str, Any] | None = None,
 ) -> StepLoader:
     """The loader over the training data, from `data_state` on, or over the validation data from its start.
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -23,7 +24,7 @@ from hacl_megatron.training.reporting.step_time import RankNumbers, rank_scalars
 from hacl_megatron.training.saving import Saving
 from hacl_megatron.training.schedule import contrastive_weight_at, default_learning_rate
 from hacl_megatron.training.signals import StopRequests
-from hacl_megatron.training.state import Standing
+from hacl_megatron.training.state import StartingPoint
 from hacl_megatron.training.step import Step, StepMetrics, UpdateResult
 from hacl_megatron.training.trainee import Trainee
 from hacl_megatron.training.validation import Validation
@@ -47,7 +48,7 @@ class Trainer:
         self,
         run: Run,
         trainee: Trainee,
-        standing: Standing,
+        start: StartingPoint,
         *,
         loader: StepLoader | None,
         validation: Validation | None,
@@ -57,8 +58,8 @@ class Trainer:
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.config = run, run.config
-        self.trainee, self.progress, self.data_state = trainee, standing.progress, standing.data_state
-        self.num_samples, self.train_iters = standing.num_samples, standing.train_iters
+        self.trainee, self.progress, self.data_state = trainee, start.progress, start.data_state
+        self.num_samples, self.train_iters = start.num_samples, start.train_iters
         self.loader, self.validation, self.saving = loader, validation, saving
         self.log, self.profile, self.beat = log, profile, beat
         self.stop_requests = StopRequests(self.config.training.exit_duration_in_mins)
@@ -165,7 +166,7 @@ class Trainer:
         judged = progress.drawn_samples >= min(_BAD_FRACTION_MIN_SAMPLES, self.num_samples)
         if judged and progress.bad_samples > limit * progress.drawn_samples:
             self._save(finish=True)
-            where = f"{save}/{BAD_SAMPLES_FILE}" if save else None
+            where = Path(save) / BAD_SAMPLES_FILE if save else "the log"
             raise TrainingStopped(
                 f"{progress.bad_samples} of {progress.drawn_samples} samples were unusable, more than "
                 f"--max-bad-fraction {limit}: see {where}, mend the data or raise the limit"

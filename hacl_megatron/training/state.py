@@ -40,7 +40,7 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class StartingPoint:
     """Where a run stands when its loop begins, and how far it is to go."""
 
     progress: Progress

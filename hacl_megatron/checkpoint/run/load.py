@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException  # no Exception, only a BaseException
+
 
 def state_metadata() -> dict[str, Any]:
     """How megatron-core lays out a state dict: optimiser state in a form that every TP, PP and DP size can read.
@@ -25,8 +28,6 @@ def load_checkpoint(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: a file of the checkpoint is missing, cut or of other sizes; names the checkpoint.
     """
-    from megatron.core import dist_checkpointing
-
     with _damage_reported(folder):
         _require_whole_metadata(folder)
         return dist_checkpointing.load(state, str(folder))
@@ -34,8 +35,6 @@ def load_checkpoint(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def load_common_state(folder: Path) -> dict[str, Any]:
     """What a checkpoint folder holds beside tensors; ValueError names a damaged checkpoint."""
-    from megatron.core import dist_checkpointing
-
     with _damage_reported(folder):
         _require_whole_metadata(folder)
         return dist_checkpointing.load_common_state_dict(str(folder))
@@ -53,8 +52,6 @@ def _require_whole_metadata(folder: Path) -> None:
 @contextmanager
 def _damage_reported(folder: Path) -> Iterator[None]:
     """Errors of the loading libraries, which are of any type for files that are not what they were, as ValueError."""
-    from torch.distributed.checkpoint.api import CheckpointException  # no Exception, only a BaseException
-
     try:
         yield
     except (Exception, CheckpointException) as error:

@@ -81,26 +81,29 @@ def serialized(content: Any) -> bytes:
     return buffer.getvalue()
 
 
-def write_parts(folder: Path, parts: Iterable[Part], rank: int) -> list[StoredPart]:
-    """Write this rank's parts into one file of `folder`, which exists, and sync it. [] and no file without parts.
+def write_parts(folder: Path, parts: Iterable[Part], number: int) -> list[StoredPart]:
+    """Write these parts into one file of `folder`, which exists, and sync it. [] and no file for an empty list.
 
     Of parts that an iterator makes, none is held longer than it takes to write.
+
+    Args:
+        number: of the file; a run's ranks and a conversion's workers write one each.
 
     Raises:
         OSError: the disk is full.
     """
     if not parts:
         return []
-    name, stored = f"__{rank}_0.distcp", []
+    name, stored = f"__{number}_0.distcp", []
     with SyncedFile(folder / name) as file:
         for part in parts:
             offset = file.tell()
             try:
                 _write_record(part.values, file)
             except RuntimeError as error:  # torch.save says only that the file has the wrong length
-                raise _reason(error) from None
+                raise error_of_system(error) from None
             stored.append(_stored(part, name, offset, file.tell() - offset))
-    assert len({(part.key, *part.offsets) for part in stored}) == len(stored), "two parts of a rank have one place"
+    assert len({(part.key, *part.offsets) for part in stored}) == len(stored), "two parts of a file have one place"
     return stored
 
 
@@ -113,7 +116,7 @@ def _write_record(values: Tensor | bytes, file: io.BufferedWriter) -> None:
     torch.save(values if values.untyped_storage().nbytes() == values.nbytes else values.clone(), file)
 
 
-def _reason(error: BaseException) -> BaseException:
+def error_of_system(error: BaseException) -> BaseException:
     """The error of the system that lies behind one of torch's; else the latter."""
     behind: BaseException | None = error
     while behind is not None and not isinstance(behind, OSError):

@@ -29,9 +29,9 @@ def partial_folder(save: Path, iteration: int) -> Path:
 
 
 def begin(save: Path, iteration: int) -> None:
-    """Make the partial folder."""
+    """Make the partial folder, after deleting those (of frozen files too) that a killed save has left behind."""
     for left_behind in (*save.glob("iter_*.partial"), *(save / FROZEN_FOLDER).glob("*.partial")):
-        shutil.rmtree(left_behind, ignore_errors=True)  # by a save that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
     partial_folder(save, iteration).mkdir(parents=True)
 
 

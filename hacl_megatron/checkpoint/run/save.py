@@ -26,7 +26,7 @@ from torch import Tensor
 from hacl_megatron.checkpoint.run.frozen import digest_of, finish_frozen, folder_name, references, value_sums
 from hacl_megatron.checkpoint.run.integrity import FROZEN_FOLDER
 from hacl_megatron.checkpoint.run.local_parts import local_parts
-from hacl_megatron.checkpoint.run.part_files import Part, StoredPart, serialized, write_parts
+from hacl_megatron.checkpoint.run.part_files import Part, StoredPart, error_of_system, serialized, write_parts
 from hacl_megatron.checkpoint.run.publish import begin, partial_folder, publish
 from hacl_megatron.checkpoint.run.retain import prune
 
@@ -270,6 +270,7 @@ def _make_fresh(folder: Path) -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    error = error_of_system(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f' ({os.fspath(error.filename)})' if error.filename else ''}"
     lines = str(error).strip().splitlines()

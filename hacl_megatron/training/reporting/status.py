@@ -1,4 +1,4 @@
-"""`SAVE/run_status.json`: what became of a run, for whoever started it.
+"""What became of a run, for whoever started it: `SAVE/run_status.json`, and the error that ends a run on purpose.
 
 torchrun turns every exit code of a trainer into 0 or 1, so a batch script decides by this file whether the run is to
 be started again: `running` (or killed), `stopped` (on request, saved, not finished), `finished`, or `failed` (by a
@@ -15,7 +15,8 @@ STATUS_FILE = "run_status.json"
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and what to do. A checkpoint was saved if --save is set."""
+    """The run cannot go on; the message says why and what to do. With --save a checkpoint was saved before,
+    unless the message says that this is what failed."""
 
 
 def write_status(

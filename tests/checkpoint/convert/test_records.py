@@ -41,7 +41,7 @@ def test_a_part_of_a_storage_is_written_alone(tmp_path, cut):
     """torch.save writes the storage behind a tensor, which for a rank's part may be the whole of its model."""
     whole = torch.arange(12 * 1000, dtype=torch.float32).view(12, 1000)
     part = Part(key="weight", values=whole[cut], offsets=(0, 0), global_shape=tuple(whole[cut].shape))
-    (stored,) = write_parts(tmp_path, [part], rank=0)
+    (stored,) = write_parts(tmp_path, [part], number=0)
     assert whole[cut].nbytes < stored.length < whole[cut].nbytes + 2000
     loaded = torch.load(tmp_path / stored.file, weights_only=True)
     assert torch.equal(loaded, whole[cut])
@@ -59,7 +59,7 @@ def test_parts_are_made_one_after_another(tmp_path):
             yield Part(key="weight", values=values, offsets=(i, 0), global_shape=(5, 1000))
             del values
 
-    stored = write_parts(tmp_path, parts(), rank=0)
+    stored = write_parts(tmp_path, parts(), number=0)
     write_index(tmp_path, stored)
     state = {"weight": torch.empty(5, 1000)}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)

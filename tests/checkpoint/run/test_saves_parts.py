@@ -62,7 +62,7 @@ def test_the_digest_is_of_the_values_not_of_the_layout(dtype: torch.dtype) -> No
 
 
 def test_parts_that_do_not_make_up_their_tensor_are_no_checkpoint(tmp_path: Path) -> None:
-    stored = write_parts(tmp_path, [part(torch.ones(2, 3), 0, 0, of=(4, 3))], rank=1)
+    stored = write_parts(tmp_path, [part(torch.ones(2, 3), 0, 0, of=(4, 3))], number=1)
     assert [path.name for path in tmp_path.iterdir()] == ["__1_0.distcp"]
     with pytest.raises(RuntimeError, match="weight: 6 of 12 values"):
         write_index(tmp_path, stored)
