@@ -32,7 +32,7 @@ QUICK = (
     "tests/training/test_reference.py",
     "tests/training/test_gradient_invariance.py::test_losses_and_gradients_are_those_of_one_process_and_one_micro_batch"
     "[dp2-finetune]",
-    "tests/training/test_resume.py::test_resumed_at_its_own_layout_is_bitwise_the_uninterrupted_run[dp2-dist-finetune-1]",
+    "tests/training/test_resume.py::test_resumed_at_its_own_layout_is_bitwise_the_uninterrupted_run[dp2-dist",
     "tests/evaluation/answers/test_amber.py",
     "tests/evaluation/answers/test_answerer.py",
     "tests/evaluation/answers/test_chair.py",
@@ -40,6 +40,7 @@ QUICK = (
     "tests/evaluation/likelihood/test_representations.py",
     "tests/evaluation/likelihood/test_retrieval.py",
     "tests/examples/test_readmes.py",
+    "tests/test_house.py",
 )
 """What `--quick` runs: folders, files, and beginnings of tests' names; of what several processes do, one case each."""
 ROOT = Path(__file__).parents[1]
