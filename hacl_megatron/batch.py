@@ -11,12 +11,12 @@ Shape legend, used throughout the package:
     K  target rows     N  image-caption pairs                 M  hallucinated captions of those pairs
     Q  rows that are read                                     B  branches (EOS rows that share a prefix)
 
-A sample gives up to four segments, laid out one after another:
+A sample gives up to four kinds of segments, laid out one after another:
 
     dialogue       [prompt, image tokens, answer ...]    rows with a target enter the language-model loss
     image + EOS    [image tokens, EOS]                   its last row is the image's global representation
     caption + EOS  [BOS, caption, EOS]                   its last row is the caption's
-    hallucinated   [BOS, hallucinated caption, EOS]      its last row is a hard negative of the pair
+    hallucinated   [BOS, hallucinated caption, EOS]      of each; its last row is a hard negative of the pair
 
 Worked example: one pair, V = 2, dialogue `[BOS, img, img, "cat", </s>]`, caption `[BOS, "cat", EOS]`, no
 hallucination, padded to a multiple of 4:
@@ -64,7 +64,7 @@ class PackedBatch:
     """
 
     sample_ids: Tensor
-    """int64 [B]: manifest indices of the samples in this micro-batch, bad ones included."""
+    """int64 [samples]: manifest indices of the samples in this micro-batch, bad ones included."""
 
     token_ids: Tensor
     """int64 [T]: token ids; 0 on image rows (overwritten by features) and on padding rows."""

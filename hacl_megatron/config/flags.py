@@ -44,9 +44,9 @@ class ModelFlags:
         metavar="FILE"
     )  # fmt: skip
     vision_tower: str | None = flag(
-        None, "Folder of the vision tower (CLIP, SigLIP, or a BLIP-2, whose Q-Former is taken too), where the Hugging "
-        "Face folder of --pretrained-checkpoint holds none: a LLaMA, whose connector then starts fresh, or LLaVA's "
-        "original layout.", metavar="DIR"
+        None, "Folder of the vision tower: CLIP, SigLIP, or a BLIP-2, whose Q-Former is taken too. For a "
+        "--pretrained-checkpoint without one: a LLaMA, whose connector then starts fresh, or LLaVA's original layout.",
+        metavar="DIR"
     )  # fmt: skip
     tokenizer: str | None = flag(
         None, "Folder of the LLaMA tokenizer. Default: the one inside --pretrained-checkpoint.", metavar="DIR"
@@ -68,7 +68,10 @@ class ModelFlags:
     freeze_qformer: bool = flag(
         True, "Freeze the query tokens and Q-Former of --mm-projector-type qformer; the projection behind them trains."
     )  # fmt: skip
-    bf16: bool = flag(False, "Parameters and activations in bfloat16, master weights and reductions in fp32.")
+    bf16: bool = flag(
+        False, "Parameters and activations in bfloat16, master weights and reductions in fp32; switches "
+        "--use-distributed-optimizer on."
+    )  # fmt: skip
 
 
 @dataclass
@@ -78,8 +81,8 @@ class LoraFlags:
     _argument_group_name = "LoRA"
 
     lora_rank: int | None = flag(
-        None, "Rank of the adapters; they train, with --freeze-LM or without. Default: those of the checkpoint that is "
-        "resumed or started from, else none."
+        None, "Rank of the adapters; they train, with --freeze-LM or without. Default: the rank in the checkpoint that "
+        "is resumed or started from, else no adapters."
     )  # fmt: skip
     lora_alpha: float | None = flag(
         None, "Numerator of the adapters' weight alpha / rank. Default: twice the rank, as LLaVA's recipe has it."
@@ -99,7 +102,9 @@ class ParallelFlags:
 
     tensor_model_parallel_size: int = flag(1, "Ranks that share every layer's matrices.")
     pipeline_model_parallel_size: int = flag(1, "Pipeline stages. The vision tower and connector live on the first.")
-    sequence_parallel: bool = flag(False, "Split activations between the tensor-parallel regions over the same ranks.")
+    sequence_parallel: bool = flag(
+        False, "Between tensor-parallel layers, split activations by rows over the same ranks: less memory."
+    )  # fmt: skip
     decoder_first_pipeline_num_layers: int | None = flag(
         None, "LLaMA layers on the first pipeline stage, which also carries the vision tower. Default: an even split."
     )  # fmt: skip
@@ -137,10 +142,9 @@ class DataFlags:
         [], "How often an epoch draws the samples of each --data-path: 2 twice, 0.5 every other epoch. Default: once."
     )  # fmt: skip
     contrastive_data_path: list[str] = flag(
-        [], "LLaVA JSON file(s) of contrastive samples, spread evenly through the epoch beside --data-path.",
-        metavar="PATH"
+        [], "Contrastive samples, as for --data-path, spread evenly through the epoch beside those.", metavar="PATH"
     )  # fmt: skip
-    valid_data_path: list[str] = flag([], "LLaVA JSON file(s) for validation.", metavar="PATH")
+    valid_data_path: list[str] = flag([], "Data for validation, as for --data-path.", metavar="PATH")
     data_cache_dir: str | None = flag(
         None, "Where raw JSON is kept prepared. Default: .hacl_megatron_cache beside the file, else "
         "~/.cache/hacl_megatron, else the temporary folder.", metavar="DIR"
@@ -158,12 +162,11 @@ class DataFlags:
     )  # fmt: skip
     version: str = flag(
         "v1", "Conversation template, a file of hacl_megatron/data/templates: plain for pretrain, LLaVA's v1 (Vicuna) "
-        "or minigpt4 (###Human: ...) for finetune. A question without words has MiniGPT-4's first-stage prompt, none, "
-        "which is plain's."
+        "or minigpt4 (###Human: ...) for finetune. MiniGPT-4's first stage has no prompt: use plain."
     )  # fmt: skip
     image_aspect_ratio: Literal["pad", "square", "stretch"] = flag(
-        "pad", "pad: fill to a square with the mean colour, then resize. square: shortest edge, then centre crop. "
-        "stretch: resize to the square as BLIP-2 and MiniGPT-4 do."
+        "pad", "pad: fill to a square with the mean colour, then resize. square: resize the shorter edge, then crop "
+        "the centre. stretch: resize to the square as BLIP-2 and MiniGPT-4 do."
     )  # fmt: skip
     model_max_length: int = flag(2048, "Dialogues are cut here, counted after the image is expanded.")
     image_backend: Literal["auto", "dali", "pillow"] = flag(
@@ -185,24 +188,25 @@ class ObjectiveFlags:
     contrastive_weight: float = flag(1.0, "Lambda: weight of (L_v + L_t) / 2 beside the language-model loss.")
     contrastive_warmup_fraction: float = flag(
         0.0, "Share of the iterations over which lambda rises, geometrically from a ten-thousandth, to "
-        "--contrastive-weight: the heads learn before the connector learns from them."
+        "--contrastive-weight: the connector learns the model's words first, and the heads before it follows."
     )  # fmt: skip
     contrastive_negatives: Literal["micro-batch", "global-batch", "queue"] = flag(
-        "global-batch", "Pool of negatives: one micro-batch of all data-parallel ranks, every pair of the optimiser "
-        "step, or the step's pairs and a queue of earlier ones."
+        "global-batch", "Pool of negatives. micro-batch: the pairs of one micro-batch of all data-parallel ranks. "
+        "global-batch: every pair of the optimiser step. queue: these and a queue of earlier pairs."
     )  # fmt: skip
     queue_size: int = flag(16_384, "Pairs that the queue of --contrastive-negatives queue holds.")
     hallucination_negatives: Literal["own", "all", "none"] = flag(
         "all", "Hallucinated captions in a pair's denominator: its own (the paper), every one in the pool (the "
         "released code), or none (plain contrastive)."
     )  # fmt: skip
-    mask_duplicates: bool = flag(True, "Another pair with the same caption or image is no negative.")
+    mask_duplicates: bool = flag(True, "Do not take another pair with the same caption or image as a negative.")
     contrastive_image_context: Literal["image", "prompt"] = flag(
-        "image", "What precedes the image's EOS: the image alone (as released), or the prefix of the dialogue too."
+        "image", "What precedes the image's EOS. image: the image alone (as released). prompt: the prefix of the "
+        "dialogue too."
     )  # fmt: skip
     heads_init: Literal["independent", "same"] = flag(
-        "independent", "Fresh heads of images and texts start apart (as released), or both from the same values: then "
-        "the language model's own likeness of an image to its caption is what training starts from."
+        "independent", "First values of fresh heads. independent: images' and texts' are drawn apart (as released). "
+        "same: both get the same, so that the first similarities are those of the language model's own states."
     )  # fmt: skip
     initial_temperature: float = flag(0.07, "Temperature that fresh heads start from; it is learned.")
 
@@ -239,20 +243,22 @@ class TrainingFlags:
         "many micro-batches as that takes."
     )  # fmt: skip
     balance_micro_batches: bool | None = flag(
-        None, "Even out the packed rows of a step's micro-batches; changes nothing but time. Default: yes, but with "
-        "--contrastive-negatives micro-batch."
+        None, "Even out the packed rows of a step's micro-batches; changes nothing but time. Default: true, except "
+        "with --contrastive-negatives micro-batch, where it is false."
     )  # fmt: skip
     global_batch_size: int | None = flag(
         None, "Samples of one optimiser step over all ranks. Default: micro-batch size x data-parallel size."
     )  # fmt: skip
-    train_iters: int | None = flag(None, "Optimiser steps to train for.")
+    train_iters: int | None = flag(
+        None, "Optimiser steps to train for. Either this or --num-train-epochs must be given."
+    )  # fmt: skip
     num_train_epochs: float | None = flag(None, "Passes over the data, instead of --train-iters.")
     exit_interval: int | None = flag(
         None, "Save and stop at every iteration divisible by this; the schedule is not shortened."
     )  # fmt: skip
     exit_duration_in_mins: float | None = flag(None, "Save and stop after this many minutes.")
     eval_interval: int = flag(0, "Validate every so many iterations; 0 never does.")
-    eval_iters: int = flag(10, "Batches of a validation.")
+    eval_iters: int = flag(10, "Global batches in each validation.")
     eval_tasks: list[str] = flag(
         [], "Also evaluate at each validation, on its samples: preference (is a caption likelier than its hallucinated "
         "twins), retrieval (image to caption and back).", metavar="TASK"
@@ -260,8 +266,8 @@ class TrainingFlags:
     seed: int = flag(1234, "Seeds parameters, data order and every random choice about a sample.")
     print_config: bool = flag(False, "Print the whole resolved configuration and stop.")
     dry_run: bool = flag(
-        False, "Build parts of the model without memory, data, weights or other processes, say what would be trained, "
-        "and stop: shows on a laptop whether a cluster's configuration can be built."
+        False, "Build parts of the model without allocating weights, without data or other processes, say what would "
+        "be trained, and stop: shows on a laptop whether a cluster's configuration can be built."
     )  # fmt: skip
     world_size: int | None = flag(None, "With --dry-run: processes of the run that is tried.")
     dry_run_rank: int | None = flag(
@@ -275,7 +281,9 @@ class CheckpointFlags:
 
     _argument_group_name = "checkpoints"
 
-    save: str | None = flag(None, "Folder for checkpoints, metrics.jsonl and bad_samples.jsonl.", metavar="DIR")
+    save: str | None = flag(
+        None, "Folder for checkpoints, metrics.jsonl and bad_samples.jsonl. Without it nothing is saved.", metavar="DIR"
+    )  # fmt: skip
     load: str | None = flag(
         None, "Resume everything from this folder when it holds a checkpoint; wins over --pretrained-checkpoint.",
         metavar="DIR"

@@ -64,7 +64,7 @@ class FlagParser(HfArgumentParser):
         self.add_argument(
             "--config", action="append", metavar="FILE.yaml", default=[],
             help="YAML file of flags (`micro_batch_size: 4`) and of the sections model, transformer, ddp, optimizer. "
-            "Flags given beside it beat it.",
+            "Flags on the command line override the file.",
         )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:

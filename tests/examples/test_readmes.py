@@ -25,8 +25,8 @@ PATH = re.compile(r"(?<![\w./-])(?:examples|hacl_megatron|tests|tools)/[\w./*-]*
 FILE = re.compile(r"(?<!`)`([\w-]+\.(?:py|sh|yaml|sbatch))`")
 FILES_ELSEWHERE = {"eval_gpt4.py", "inference.py"}
 """MMHal-Bench's and AMBER's."""
-FLAGS_ELSEWHERE = {"--nproc-per-node", "--shutdown-timeout"}
-"""torchrun's."""
+FLAGS_ELSEWHERE = {"--nproc-per-node", "--shutdown-timeout", "--no-build-isolation"}
+"""torchrun's, and pip's."""
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -1,7 +1,7 @@
 """`.metadata` of a distributed checkpoint: which chunks a tensor has, and where they are.
 
-The file is a pickle of torch.distributed.checkpoint's dataclasses. Torch itself writes it. It is read into records of
-our own: a pickle can hold any code, so nothing that it names is looked up; and torch's package takes long to import.
+The file is a pickle of torch.distributed.checkpoint's dataclasses (`run.part_files` writes it). It is read into records
+of our own: a pickle can hold any code, so nothing that it names is looked up; and torch's package takes long to import.
 """
 
 import pickle
@@ -16,7 +16,7 @@ from hacl_megatron.checkpoint.hf.json_files import one_line
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """A part of a tensor, and the record of it (`tensor_records`)."""
+    """A part of a tensor, and the record of it, which `torch.save` wrote."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -88,44 +88,6 @@ def _tensors(metadata: "_Metadata") -> tuple[dict[str, StoredTensor], list[str]]
             )
         tensors[key] = StoredTensor(entry.properties.dtype, chunks)
     return tensors, others
-
-
-def prepare_to_write() -> None:
-    """Import what `write_metadata` needs, which takes a second: in a thread, beside the writing of the tensors."""
-    import torch.distributed.checkpoint.filesystem  # noqa: F401
-
-
-def write_metadata(folder: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Torch's own writer makes the file."""
-    from torch.distributed.checkpoint import FileSystemWriter
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-    from torch.distributed.checkpoint.storage import WriteResult
-
-    entries, results = {}, []
-    for key, tensor in tensors.items():
-        entries[key] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=tensor.dtype),
-            size=torch.Size(tensor.size),
-            chunks=[ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks],
-        )
-        results += [
-            WriteResult(
-                index=MetadataIndex(key, torch.Size(chunk.offsets), position),
-                size_in_bytes=chunk.length,
-                storage_data=_StorageInfo(chunk.file, chunk.offset, chunk.length),
-            )
-            for position, chunk in enumerate(tensor.chunks)
-        ]
-    writer = FileSystemWriter(str(folder))
-    writer.set_up_storage_writer(True)
-    writer.finish(Metadata(state_dict_metadata=entries), [results])
 
 
 # --------------------------------------------------------------------------------------------------------- unpickling

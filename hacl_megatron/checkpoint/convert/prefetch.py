@@ -1,4 +1,7 @@
-"""Lets the disk read a conversion's first files while Python imports torch; imports nothing large itself."""
+"""Lets the disk read a conversion's first files while Python imports torch; imports nothing large itself.
+
+Without it, 3.3 GB from Hugging Face took 9.4 s instead of 8.1 (of pairs measured in turn, the median ratio was 1.16).
+"""
 
 import os
 import threading

@@ -2,15 +2,14 @@
 
     our global name ─ stored name, layer ─ `.metadata`: which chunks, in which files ─ read these alone ─→ whole tensor
 
-megatron-core stacks the layers of a block along a new first dim and stores a layer's norms under the linear layer that
-follows them, where Transformer Engine fuses them; here every parameter has its own name again (`hf.names`), whatever
-the layout that wrote the checkpoint. Vocabulary padding is cut off.
+Every parameter has its own name here (`hf.names`), whatever the layout that wrote the checkpoint. Vocabulary padding is
+cut off.
 """
 
 import io
 import math
+import os
 import pickle
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,18 +18,13 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.convert.metadata import StoredChunk, read_metadata
-from hacl_megatron.checkpoint.convert.tensor_records import Record, find_values
-from hacl_megatron.checkpoint.hf.file_blocks import bytes_of, read_block
+from hacl_megatron.checkpoint.convert.stored_names import EMBEDDING, OUTPUT_LAYER, possible_names
 from hacl_megatron.checkpoint.hf.json_files import one_line
-from hacl_megatron.checkpoint.hf.names import FUSED_NORMS, NameTable, nearest
+from hacl_megatron.checkpoint.hf.names import NameTable, nearest
 from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE, read_run_config
 from hacl_megatron.checkpoint.run.integrity import may_be_file_of_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.lora import FUSED, SUFFIX, Lora, target_shapes
-
-EMBEDDING = "language_model.embedding.word_embeddings.weight"
-OUTPUT_LAYER = "language_model.output_layer.weight"
-_STACKED = re.compile(r"(.*\.layers\.)(\d+)\.(.*)")
 
 
 class ShardedReader:
@@ -114,15 +108,17 @@ class ShardedReader:
             if not math.prod(lengths):
                 continue
             from_chunk = [a - b for a, b in zip(first, chunk.offsets, strict=True)]
-            into = _part(target, [a - b for a, b in zip(first, offsets, strict=True)], lengths)
             try:
-                self._read_part(chunk, from_chunk, into)
+                part = _part(self._load(chunk), from_chunk, lengths)
             except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
                 raise ValueError(
                     f"{self.folder}: {name} cannot be read from {chunk.file} ({one_line(error)}); a file is missing or "
                     "cut, take another iter_* folder"
                 ) from None
-            covered += into.numel()
+            if part.shape == target.shape:
+                return part.to(entry.dtype).reshape(shape)
+            _part(target, [a - b for a, b in zip(first, offsets, strict=True)], lengths).copy_(part)
+            covered += part.numel()
         assert covered == target.numel(), f"{name}: chunks cover {covered} of {target.numel()} values"
         return target.view(shape)
 
@@ -132,41 +128,18 @@ class ShardedReader:
         """A [rank, in] and B [out, rank] beside one matrix of a language layer, by its Hugging Face name."""
         return self.read(_adapter(layer, target, "A")), self.read(_adapter(layer, target, "B"))
 
-    def _read_part(self, chunk: StoredChunk, start: Sequence[int], into: Tensor) -> None:
-        """Fill `into` with the part of a chunk from `start` on; read in place where it is contiguous on both sides."""
+    def _load(self, chunk: StoredChunk) -> Tensor:
         with (self.folder / chunk.file).open("rb", buffering=0) as file:
-            record = io.BufferedReader(Record(file.fileno(), chunk.offset, chunk.length))
-            values = find_values(record)
-            if values is None or values.dtype != into.dtype:  # torch.load knows more kinds of records
-                record.seek(0)
-                content = torch.load(record, map_location="cpu", weights_only=True)
-                into.copy_(_part(content, start, into.shape))
-                return
-            # Without memory of its own, the chunk tells where the part begins and whether it is in one piece.
-            part = _part(torch.empty(values.shape, device="meta"), start, into.shape)
-            offset = chunk.offset + values.offset
-            if part.is_contiguous() and into.is_contiguous():
-                read_block(file.fileno(), offset + part.storage_offset() * into.itemsize, bytes_of(into))
-                return
-            content = torch.empty(values.shape, dtype=values.dtype)
-            read_block(file.fileno(), offset, bytes_of(content))
-            into.copy_(_part(content, start, into.shape))
+            record = _Record(file.fileno(), chunk.offset, chunk.length)
+            return torch.load(record, map_location="cpu", weights_only=True)
 
     def _stored(self, name: str) -> tuple[str, int | None]:
         """Key in the checkpoint and row of its first dim, for a parameter of a stacked block."""
         if name == OUTPUT_LAYER and self.model_config.language.tie_word_embeddings:
             name = EMBEDDING
-        match = _STACKED.fullmatch(name)
-        spellings = [name]
-        if match:
-            prefix, rest = match[1], match[3]
-            fused = [theirs for theirs, ours in FUSED_NORMS.items() if ours == rest]
-            spellings = [prefix + spelled for spelled in (*fused, rest)]
-            spellings += [f"{prefix}{match[2]}.{spelled}" for spelled in (*fused, rest)]
-        for key in spellings:
+        for key, row in possible_names(name):
             if key in self._tensors:
-                stacked = match is not None and not key.startswith(f"{match[1]}{match[2]}.")
-                return key, int(match[2]) if stacked else None
+                return key, row
         close = nearest(name, self._tensors)
         raise ValueError(
             f"{self.folder}: parameter {name} is missing, though {RUN_CONFIG_FILE} asks for it"
@@ -202,3 +175,30 @@ def _part(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Ten
     for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
         tensor = tensor.narrow(dim, start, length)
     return tensor
+
+
+class _Record(io.RawIOBase):
+    """Part of an open file, as a file of its own."""
+
+    def __init__(self, file: int, offset: int, length: int):
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._position)]
+        count = os.preadv(self._file, [view], self._offset + self._position) if len(view) else 0
+        self._position += count
+        return count

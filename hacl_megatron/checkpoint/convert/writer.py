@@ -4,34 +4,29 @@
                                           plan of all chunks ─→ .metadata, metadata.json, common.pt
 
 Tensors are cut the way tensor parallelism cuts them, into up to `MAX_PIECES`, so that a rank of a parallel run reads
-little more than its own part. The names are megatron-core's: layers stacked along a new first dim, a layer's norms
-under the linear layer that follows them.
+little more than its own part. Their keys are megatron-core's (`stored_names`).
 """
 
-import json
 import math
-import re
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.serialization import set_crc32_options
 
-from hacl_megatron.checkpoint.convert.metadata import StoredChunk, StoredTensor, prepare_to_write, write_metadata
-from hacl_megatron.checkpoint.convert.tensor_records import frame
-from hacl_megatron.checkpoint.hf.file_blocks import BlockWriter, bytes_of
-from hacl_megatron.checkpoint.hf.names import FUSED_NORMS, NameTable, ReadRows, Rule
+from hacl_megatron.checkpoint.convert.stored_names import OUTPUT_LAYER, stored_name
+from hacl_megatron.checkpoint.hf.names import NameTable, ReadRows, Rule
+from hacl_megatron.checkpoint.run.part_files import Part, serialized, write_format, write_index, write_parts
 
 MAX_PIECES = 8
 """Tensor-parallel ranks that find their own chunks; more ranks share them."""
 SMALLEST_CHUNK = 1 << 18
 """Bytes below which a tensor is not cut further."""
-FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
-          "common_backend_version": 1}  # fmt: skip
-_LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)\.(.*)")
 
 
 @dataclass(frozen=True)
@@ -66,19 +61,11 @@ class Chunk:
         return part.to(self.dtype).reshape(self.sizes).contiguous()
 
 
-def stored_name(ours: str) -> tuple[str, int | None]:
-    """Our name -> megatron-core's key in a checkpoint, and the layer if it is one of a stack."""
-    if not (match := _LAYER.fullmatch(ours)):
-        return ours, None
-    rest = next((theirs for theirs, name in FUSED_NORMS.items() if name == match[3]), match[3])
-    return match[1] + rest, int(match[2])
-
-
 def plan_chunks(table: NameTable, dtype_of: Callable[[Rule], torch.dtype], padded_vocab_size: int) -> list[Chunk]:
     """All chunks in the table's order. A tied output layer is not stored."""
     chunks: list[Chunk] = []
     for rule in table.rules.values():
-        if table.config.language.tie_word_embeddings and rule.ours == "language_model.output_layer.weight":
+        if table.config.language.tie_word_embeddings and rule.ours == OUTPUT_LAYER:
             continue
         key, layer = stored_name(rule.ours)
         dtype, dim = dtype_of(rule), 1 if rule.partition == "row" else 0
@@ -127,42 +114,35 @@ def write_sharded(
     A worker holds one chunk and the slices that it is made of; of a tensor cut by columns, the whole.
     """
     shares = _split(chunks, max(1, workers))
-    failures: list[BaseException] = []
+    shapes = _global_shapes(chunks)
+    stop = threading.Event()
 
-    def write(number: int) -> list[StoredChunk]:
-        name, end, written = f"__{number}_0.distcp", 0, []
-        try:
-            with BlockWriter(folder / name) as file:
-                for chunk, values in _read_chunks(shares[number], read, padded_vocab_size):
-                    if failures:  # of another worker
-                        return []
-                    around, start = frame(chunk.dtype, chunk.sizes), end
-                    end = file.write(start, [around.before, bytes_of(values), around.after])
-                    written.append(StoredChunk(chunk.offsets, chunk.sizes, name, start, end - start))
-                    if progress is not None:
-                        progress(values.nbytes)
-        except BaseException as error:
-            failures.append(error)
-            raise
-        return written
+    def parts(share: list[Chunk]) -> Iterator[Part]:
+        for chunk, values in _read_chunks(share, read, padded_vocab_size):
+            if stop.is_set():  # another worker has failed
+                return
+            yield Part(key=chunk.key, values=values, offsets=chunk.offsets, global_shape=shapes[chunk.key])
+            if progress is not None:
+                progress(values.nbytes)
 
-    with ThreadPoolExecutor(len(shares) + 1) as pool:
+    # Checksums, which torch.load never looks at, are a tenth of a conversion's work. The option is a thread's own.
+    with ThreadPoolExecutor(len(shares), initializer=set_crc32_options, initargs=(False,)) as pool:
         try:
-            futures = [pool.submit(write, number) for number in range(len(shares))]
-            pool.submit(prepare_to_write)
-            wait(futures)
-        except BaseException as error:  # an interrupt of the user's
-            failures.append(error)
-            raise
-    if failures:
-        raise failures[0]
-    stored = [chunk for future in futures for chunk in future.result()]
-    tensors: dict[str, StoredTensor] = {}
-    for chunk, place in zip(chunks, stored, strict=True):
-        tensors.setdefault(chunk.key, StoredTensor(chunk.dtype, [])).chunks.append(place)
-    write_metadata(folder, tensors)
-    torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(FORMAT))
+            futures = [pool.submit(write_parts, folder, parts(share), rank) for rank, share in enumerate(shares)]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    write_index(folder, [part for future in futures for part in future.result()])
+    write_format(folder, serialized({}))
+
+
+def _global_shapes(chunks: list[Chunk]) -> dict[str, tuple[int, ...]]:
+    """Name in the checkpoint -> shape of the whole tensor, which its chunks cover."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for chunk in chunks:
+        ends = tuple(offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        shapes[chunk.key] = tuple(map(max, ends, shapes.get(chunk.key, ends)))
+    return shapes
 
 
 def _read_chunks(share: list[Chunk], read: ReadRows, padded_vocab_size: int) -> Iterator[tuple[Chunk, Tensor]]:

@@ -14,9 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hacl_megatron.checkpoint.hf.file_blocks import bytes_of, read_block
 from hacl_megatron.checkpoint.hf.json_files import one_line, read_json
-from hacl_megatron.checkpoint.hf.safetensors_writer import DTYPE_NAMES
+from hacl_megatron.checkpoint.hf.safetensors_writer import DTYPE_NAMES, bytes_of
 
 CANDIDATES = (
     ("model.safetensors.index.json", True), ("model.safetensors", False),
@@ -104,7 +103,10 @@ class WeightFiles:
 
 
 class _Safetensors:
-    """One safetensors file: checked by its own library, read in large blocks."""
+    """One safetensors file: checked by its own library, read in large blocks.
+
+    A memory map, as that library reads, ends the process where a file is cut or its disk fails meanwhile; this says so.
+    """
 
     def __init__(self, file: Path):
         try:
@@ -140,9 +142,12 @@ class _Safetensors:
             first, last, _ = rows.indices(shape[0])
             start, shape = first * math.prod(shape[1:]), (max(last - first, 0), *shape[1:])
         tensor = torch.empty(shape, dtype=dtype)
-        offset = self._start + self._facts[name]["data_offsets"][0] + start * dtype.itemsize
+        left, offset = bytes_of(tensor), self._start + self._facts[name]["data_offsets"][0] + start * dtype.itemsize
         try:
-            read_block(self._file.fileno(), offset, bytes_of(tensor))
+            while len(left):  # the system reads at most 2 GB at once
+                if not (count := os.preadv(self._file.fileno(), [left], offset)):
+                    raise EOFError(f"it ends {len(left)} bytes before the tensor does")
+                left, offset = left[count:], offset + count
         except (EOFError, OSError) as error:
             raise ValueError(f"{self._path}: {name} cannot be read ({one_line(error)}); the file may be cut") from None
         return tensor if len(shape) < 2 or columns == slice(None) else tensor[:, columns]

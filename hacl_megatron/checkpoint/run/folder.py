@@ -1,4 +1,4 @@
-"""Saves and loads runs through megatron-core's distributed checkpointing, so that any layout can read any other's.
+"""The folders and files of a run's checkpoints.
 
     SAVE/iter_0000100/                         torch_dist shards, common.pt, metadata.json
     SAVE/iter_0000100/run_config.yaml          the resolved configuration; the model can be rebuilt from it alone
@@ -7,7 +7,7 @@
     SAVE/frozen/0123456789abcdef/              weights that do not train, once for all iterations (`frozen`)
     SAVE/latest_checkpointed_iteration.txt     written last: a killed save never becomes the latest
 
-A save goes to `iter_0000100.partial/` and is renamed when it is complete on every rank (`save`).
+A save goes to `iter_0000100.partial/` and is renamed when it is complete on every rank (`publish`).
 """
 
 import os

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.run.integrity import FILES_FILE, FROZEN_FOLDER, damage, read_files, write_files
-from hacl_megatron.checkpoint.run.local_parts import Part
-from hacl_megatron.checkpoint.run.part_files import StoredPart
+from hacl_megatron.checkpoint.run.part_files import Part, StoredPart
 
 _BLOCK = 1 << 22
 """Values that are hashed at once; each takes 16 bytes meanwhile."""

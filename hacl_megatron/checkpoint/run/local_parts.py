@@ -4,9 +4,7 @@ A part is a rectangle of a global tensor, or an object. What data-parallel ranks
 that all of them write; what each holds of its own (the shards of a distributed optimiser) it writes itself.
 """
 
-import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,24 +16,8 @@ from megatron.core.dist_checkpointing.mapping import (
     is_main_replica,
 )
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One thing to write. Identified by `key` and `offsets` in the whole checkpoint."""
-
-    key: str
-    """Name of the global tensor, or unique name of the object."""
-    values: Tensor | bytes
-    """Values of the rectangle, of as many dims as the global tensor; for an object what `torch.save` makes of it."""
-    offsets: tuple[int, ...] = ()
-    """Where the rectangle begins in the global tensor."""
-    global_shape: tuple[int, ...] = ()
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.values) if isinstance(self.values, bytes) else self.values.nbytes
+from hacl_megatron.checkpoint.run.part_files import Part, serialized
 
 
 def local_parts(state: dict[str, Any], *, replica: int = 0, num_replicas: int = 1) -> tuple[list[Part], dict[str, Any]]:
@@ -108,13 +90,6 @@ def flat_blocks(
 def _row(shape, row: int, start: int, stop: int, shift: int):
     for offsets, sizes, position in flat_blocks(shape[1:], start, stop):
         yield (row, *offsets), (1, *sizes), position + shift
-
-
-def serialized(content: Any) -> bytes:
-    """What `torch.save` writes."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 def _part(sharded: ShardedTensor) -> Part:

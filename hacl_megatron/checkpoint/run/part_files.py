@@ -1,10 +1,13 @@
-"""Writes parts into `.distcp` files and the index of them: torch.distributed.checkpoint's format, by its own writer.
+"""Writes parts into `.distcp` files, and the index of them: the format of torch.distributed.checkpoint.
 
-Each rank writes one file. `.metadata` says which file holds which rectangle of which tensor; a name of the form
-`../frozen/DIGEST/FILE` stands for a file beside the iteration's folder.
+Each rank writes one file: a row of records, for a tensor what `torch.save` makes of it. `.metadata`, which torch's own
+writer makes, says which record of which file holds which rectangle of which tensor; a name of the form
+`../frozen/DIGEST/FILE` stands for a file beside the iteration's folder. A run writes what is in its memory
+(`local_parts`), a conversion what it reads meanwhile (`convert.writer`).
 """
 
 import io
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -23,10 +26,30 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from hacl_megatron.checkpoint.run.local_parts import Part
+from hacl_megatron.checkpoint.hf.synced_file import SyncedFile
+
+INDEX_FILE = ".metadata"
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+           "common_backend_version": 1}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One thing to write: a rectangle of a global tensor, or an object. Its place is `key` and `offsets`."""
+
+    key: str
+    """Name of the global tensor, or unique name of the object."""
+    values: Tensor | bytes
+    """Values of the rectangle, of as many dims as the global tensor; for an object what `torch.save` makes of it."""
+    offsets: tuple[int, ...] = ()
+    """Where the rectangle begins in the global tensor."""
+    global_shape: tuple[int, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.values) if isinstance(self.values, bytes) else self.values.nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,39 +74,68 @@ class StoredPart:
         return asdict(self)
 
 
-def write_parts(folder: Path, parts: list[Part], rank: int) -> list[StoredPart]:
-    """Write this rank's parts into one file of `folder`, which exists, and sync it. [] and no file without parts."""
+def serialized(content: Any) -> bytes:
+    """What `torch.save` writes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def write_parts(folder: Path, parts: Iterable[Part], rank: int) -> list[StoredPart]:
+    """Write this rank's parts into one file of `folder`, which exists, and sync it. [] and no file without parts.
+
+    Of parts that an iterator makes, none is held longer than it takes to write.
+
+    Raises:
+        OSError: the disk is full.
+    """
     if not parts:
         return []
-    by_index = {MetadataIndex(part.key, torch.Size(part.offsets)): part for part in parts}
-    assert len(by_index) == len(parts), "two parts of a rank have one place"
-    writer = FileSystemWriter(str(folder), thread_count=1, per_thread_copy_ahead=0)
-    writer.set_up_storage_writer(True)
-    plan = SavePlan([_write_item(index, part) for index, part in by_index.items()])
-    # The writer numbers files by the plans it is given, one a rank.
-    plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[-1]
-    results = writer.write_data(plan, _Parts(by_index)).wait()
-    stored = []
-    for result in results:
-        part, info = by_index[result.index], result.storage_data
-        tensor = isinstance(part.values, Tensor)
-        stored.append(
-            StoredPart(
-                key=part.key,
-                offsets=list(part.offsets),
-                sizes=list(part.values.shape) if tensor else [],
-                global_shape=list(part.global_shape),
-                dtype=str(part.values.dtype).removeprefix("torch.") if tensor else None,
-                file=info.relative_path,
-                offset=info.offset,
-                length=info.length,
-            )
-        )
-    assert len(stored) == len(parts)
+    name, stored = f"__{rank}_0.distcp", []
+    with SyncedFile(folder / name) as file:
+        for part in parts:
+            offset = file.tell()
+            try:
+                _write_record(part.values, file)
+            except RuntimeError as error:  # torch.save says only that the file has the wrong length
+                raise _reason(error) from None
+            stored.append(_stored(part, name, offset, file.tell() - offset))
+    assert len({(part.key, *part.offsets) for part in stored}) == len(stored), "two parts of a rank have one place"
     return stored
 
 
-def write_index(folder: Path, parts: Iterable[StoredPart], name: str = ".metadata") -> None:
+def _write_record(values: Tensor | bytes, file: io.BufferedWriter) -> None:
+    if isinstance(values, bytes):
+        file.write(values)
+        return
+    values = values.detach().cpu()
+    # torch.save writes the whole storage, whatever part of it a tensor is.
+    torch.save(values if values.untyped_storage().nbytes() == values.nbytes else values.clone(), file)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """The error of the system that lies behind one of torch's; else the latter."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind or error
+
+
+def _stored(part: Part, file: str, offset: int, length: int) -> StoredPart:
+    tensor = isinstance(part.values, Tensor)
+    return StoredPart(
+        key=part.key,
+        offsets=list(part.offsets),
+        sizes=list(part.values.shape) if tensor else [],
+        global_shape=list(part.global_shape),
+        dtype=str(part.values.dtype).removeprefix("torch.") if tensor else None,
+        file=file,
+        offset=offset,
+        length=length,
+    )
+
+
+def write_index(folder: Path, parts: Iterable[StoredPart], name: str = INDEX_FILE) -> None:
     """Write the index of all ranks' parts.
 
     Raises:
@@ -116,38 +168,14 @@ def write_index(folder: Path, parts: Iterable[StoredPart], name: str = ".metadat
     writer = FileSystemWriter(str(folder))
     writer.set_up_storage_writer(True)
     writer.finish(Metadata(state_dict_metadata=entries), [results])
-    os.replace(folder / ".metadata", folder / name)  # the writer knows one name alone
+    os.replace(folder / INDEX_FILE, folder / name)  # the writer knows one name alone
 
 
-def _write_item(index: MetadataIndex, part: Part) -> WriteItem:
-    if isinstance(part.values, bytes):
-        return WriteItem(index=index, type=WriteItemType.BYTE_IO)
-    data = TensorWriteData(
-        chunk=ChunkStorageMetadata(torch.Size(part.offsets), part.values.shape),
-        properties=TensorProperties(dtype=part.values.dtype),
-        size=torch.Size(part.global_shape),
-    )
-    return WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)
+def write_format(folder: Path, common: bytes) -> None:
+    """What megatron-core wants beside the index: which format this is, and what is neither tensor nor object.
 
-
-class _Parts(SavePlanner):
-    """Gives torch's writer the values of each item."""
-
-    def __init__(self, by_index: dict[MetadataIndex, Part]) -> None:
-        self._by_index = by_index
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        values = self._by_index[write_item.index].values
-        return io.BytesIO(values) if isinstance(values, bytes) else values
-
-    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator: bool = False) -> None:
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        raise NotImplementedError  # the plan is made by write_parts
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        raise NotImplementedError
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
+    Args:
+        common: `serialized`.
+    """
+    (folder / "common.pt").write_bytes(common)
+    (folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Saves a run's checkpoints while it goes on: a copy in host memory is all that training waits for.
 
     main thread:  state ─ this rank's parts ─ copy ┐                     (or, without `asynchronous`, all of it)
-    background:          frozen part, once ─ files of all ranks ─ index, sizes ─ rename ─ latest ─ old ones deleted
+    background:          frozen part, once ─ files of all ranks ─ index, rename, latest (`publish`) ─ old ones deleted
 
 The ranks' background threads talk over a gloo group of their own, so that nothing of the training's traffic is touched.
 Each phase ends with every rank knowing whether it went well everywhere: a save is whole or is not there, and a full
@@ -23,17 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, RUN_CONFIG_FILE, iteration_folder, write_atomically
 from hacl_megatron.checkpoint.run.frozen import digest_of, finish_frozen, folder_name, references, value_sums
-from hacl_megatron.checkpoint.run.integrity import FROZEN_FOLDER, sync_folder, write_files
-from hacl_megatron.checkpoint.run.local_parts import Part, local_parts, serialized
-from hacl_megatron.checkpoint.run.part_files import StoredPart, write_index, write_parts
+from hacl_megatron.checkpoint.run.integrity import FROZEN_FOLDER
+from hacl_megatron.checkpoint.run.local_parts import local_parts
+from hacl_megatron.checkpoint.run.part_files import Part, StoredPart, serialized, write_parts
+from hacl_megatron.checkpoint.run.publish import begin, partial_folder, publish
 from hacl_megatron.checkpoint.run.retain import prune
-from hacl_megatron.config.checks.files import LATEST_FILE
 
-WHOLE_INDEX = ".metadata.whole"
-"""The index that a checkpoint has once its frozen files lie in its own folder (`whole.py`)."""
-_FORMAT = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}'  # noqa: E501
 _TIMEOUT = timedelta(hours=2)
 """How long the fastest rank waits for the slowest one's disk."""
 
@@ -188,23 +184,19 @@ class CheckpointSaver:
             self._error = str(error) if isinstance(error, _NotSaved) else _one_line(error)
             self._notes.append(f"iteration {job.iteration} was NOT saved, the run goes on without: {self._error}")
             if dist.get_rank() == 0:  # what is there of it takes the room that the next attempt needs
-                shutil.rmtree(self._partial(job), ignore_errors=True)
+                shutil.rmtree(partial_folder(self._save, job.iteration), ignore_errors=True)
         else:
             self._error = None
             seconds = time.perf_counter() - started
             self._notes.append(f"saved iteration {job.iteration} to {self._save} ({seconds:.1f} s)")
 
     def _write(self, job: _Job) -> None:
-        self._together(lambda: self._on_rank_0(self._begin, job))
+        self._together(lambda: self._on_rank_0(begin, self._save, job.iteration))
         frozen, mixed = self._write_frozen(job)
         parts = job.parts + [part for part in job.frozen if part.key in mixed]
-        stored = self._together(lambda: write_parts(self._partial(job), parts, dist.get_rank()))
-        self._together(lambda: self._on_rank_0(self._publish, job, frozen + [p for own in stored for p in own]))
-
-    def _begin(self, job: _Job) -> None:
-        for left_behind in (*self._save.glob("iter_*.partial"), *(self._save / FROZEN_FOLDER).glob("*.partial")):
-            shutil.rmtree(left_behind, ignore_errors=True)  # by a save that was killed
-        self._partial(job).mkdir(parents=True)
+        partial = partial_folder(self._save, job.iteration)
+        stored = self._together(lambda: write_parts(partial, parts, dist.get_rank()))
+        self._together(lambda: self._on_rank_0(self._finish, job, frozen + [p for own in stored for p in own]))
 
     def _write_frozen(self, job: _Job) -> tuple[list[StoredPart], frozenset[str]]:
         """See that the frozen part is on disk. Its parts, on rank 0, and the keys that train on some other rank."""
@@ -228,37 +220,21 @@ class CheckpointSaver:
             found = self._together(lambda: self._on_rank_0(references, self._save, name))
         return (found[0] or []) if found else [], mixed
 
-    def _publish(self, job: _Job, stored: list[StoredPart]) -> None:
-        """Rank 0: whatever makes a checkpoint of the files, then its name, then `latest`."""
-        partial, final = self._partial(job), iteration_folder(self._save, job.iteration)
-        outside = sorted({part.file for part in stored if part.file.startswith("../")})
-        if outside:
-            write_index(partial, [replace(p, file=inside_name(p.file)) for p in stored], WHOLE_INDEX)
-        write_index(partial, stored)
-        (partial / "common.pt").write_bytes(job.common)
-        (partial / "metadata.json").write_text(_FORMAT, encoding="utf-8")
-        write_atomically(partial / RUN_CONFIG_FILE, job.run_config)
-        job.write_assets(partial / ASSETS_FOLDER)
-        inside = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-        inside.remove(RUN_CONFIG_FILE)  # a text that people edit
-        write_files(partial, [*inside, *outside])
-        # Saved again, an iteration's old folder steps aside: deleting it takes long, and "latest" may name it.
-        replaced = final.with_name(final.name + ".replaced.partial")
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        sync_folder(self._save)
-        write_atomically(self._save / LATEST_FILE, f"{job.iteration}\n")
-        shutil.rmtree(replaced, ignore_errors=True)
+    def _finish(self, job: _Job, stored: list[StoredPart]) -> None:
+        """Rank 0: make it the latest checkpoint, then delete old ones."""
+        publish(
+            self._save,
+            job.iteration,
+            stored,
+            common=job.common,
+            run_config=job.run_config,
+            write_assets=job.write_assets,
+        )
         if self._newest is not None:
             try:
                 prune(self._save, latest=job.iteration, newest=self._newest, every=self._every)
             except OSError as error:  # what was saved is saved
                 self._notes.append(f"an old checkpoint could not be deleted: {_one_line(error)}")
-
-    def _partial(self, job: _Job) -> Path:
-        final = iteration_folder(self._save, job.iteration)
-        return final.with_name(final.name + ".partial")
 
     # ------------------------------------------------------------------------------------------------ between the ranks
 
@@ -288,22 +264,13 @@ class CheckpointSaver:
         return box[0]
 
 
-def inside_name(file: str) -> str:
-    """Name that a frozen file gets in the folder of a checkpoint that is made whole."""
-    return "-".join(file.split("/")[1:]) if file.startswith("../") else file
-
-
 def _make_fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
 def _one_line(error: BaseException) -> str:
-    # torch.save reports a full disk as a file of the wrong length; the reason stands behind that.
-    behind: BaseException | None = error
-    while behind is not None:
-        if isinstance(behind, OSError) and behind.strerror:
-            return f"{behind.strerror}{f' ({os.fspath(behind.filename)})' if behind.filename else ''}"
-        behind = behind.__cause__ or behind.__context__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f' ({os.fspath(error.filename)})' if error.filename else ''}"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -7,7 +7,7 @@ from hacl_megatron.checkpoint.hf.fresh_folder import fresh_folder
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
 from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE
 from hacl_megatron.checkpoint.run.integrity import FILES_FILE, read_files, write_files
-from hacl_megatron.checkpoint.run.save import WHOLE_INDEX, inside_name
+from hacl_megatron.checkpoint.run.publish import WHOLE_INDEX, inside_name
 
 
 def make_whole(load: Path, out: Path) -> Path:

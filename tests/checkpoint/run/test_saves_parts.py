@@ -14,8 +14,8 @@ from hacl_megatron.checkpoint.run import save as saver
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
 from hacl_megatron.checkpoint.run.frozen import digest_of, value_sums
 from hacl_megatron.checkpoint.run.integrity import may_be_file_of_checkpoint, write_files
-from hacl_megatron.checkpoint.run.local_parts import Part, flat_blocks
-from hacl_megatron.checkpoint.run.part_files import write_index, write_parts
+from hacl_megatron.checkpoint.run.local_parts import flat_blocks
+from hacl_megatron.checkpoint.run.part_files import Part, write_index, write_parts
 from hacl_megatron.checkpoint.run.retain import prune
 from tests.distributed import run_distributed
 
