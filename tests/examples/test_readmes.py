@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hacl_megatron.config.parser import HINTS
-from hacl_megatron.config.run import parse_run_config
+from hacl_megatron.config.run import RunConfig, parse_run_config
 from tests.examples.command_lines import ROOT, check_command, split_commands
 
 READMES = {
@@ -43,6 +43,16 @@ def anchors(text: str) -> set[str]:
     """What GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_defaults_in_brackets_are_those_of_the_parser() -> None:
+    """`--queue-size` (16,384): catches a default that was changed on one side alone."""
+    found = re.findall(r"`--([\w-]+)` \(([\d.,]*\d)\)", "".join(READMES.values()))
+    assert found
+    for flag, value in found:
+        name = flag.replace("-", "_")
+        (section,) = (section for section in vars(RunConfig()).values() if hasattr(section, name))
+        assert getattr(section, name) == float(value.replace(",", "")), flag
 
 
 @EVERY_README

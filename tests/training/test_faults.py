@@ -22,6 +22,7 @@ from hacl_megatron.train import main, run
 from hacl_megatron.training.reporting.status import TrainingStopped
 from hacl_megatron.training.step import Step, _Losses
 from tests.distributed import run_distributed
+from tests.selection import selected
 from tests.training.runs import LOSSES, common_state, layout_flags, make_inputs, metrics, tensors, train, weights
 
 
@@ -42,15 +43,15 @@ def run_with_overflow(arguments: Sequence[str], *, steps: Sequence[int], where: 
     last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     forward_backward, loss, done = Step.forward_backward, _Losses.of_micro_batch, 0
 
-    def overflowing(self: Step, *inputs):
+    def overflowing(self: Step, *inputs, **options):
         nonlocal done
         done += 1
         if not last or where != "weight" or done not in steps:
-            return forward_backward(self, *inputs)
+            return forward_backward(self, *inputs, **options)
         weight = self.model.module.heads.text_projector.weight.data
         kept = weight.clone()
         weight[0, 0] = math.inf
-        metrics = forward_backward(self, *inputs)
+        metrics = forward_backward(self, *inputs, **options)
         weight.copy_(kept)
         return metrics
 
@@ -78,14 +79,17 @@ SKIPPED = [("tp1", "weight"), ("tp1", "gradient"), ("dp2-dist", "weight"), ("dp2
 
 
 @pytest.fixture(scope="module")
-def skipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def skipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    layouts = selected(request, "layout", dict.fromkeys(layout for layout, _ in SKIPPED))
     folder = make_inputs(tmp_path_factory.mktemp("skips"))
     commands: dict[int, list] = {1: [], 2: []}
     for layout, where in SKIPPED:
+        if layout not in layouts:
+            continue
         name = f"{layout}-{where}"
         arguments = command(folder, "finetune", layout, name, "--save-interval", "1")
         commands[layout_flags(layout)[0]].append(overflows(arguments, steps=[3], where=where))
-    for layout in ("tp1", "dp2-dist"):
+    for layout in {"tp1", "dp2-dist"} & {*layouts}:
         # Not one step is applied before the run gives up, and still what it saves can be gone on from.
         arguments = command(folder, "finetune", layout, f"hopeless-{layout}", "--max-skipped-steps", "1")
         resumed = [*arguments, "--load", str(folder / f"hopeless-{layout}")]
@@ -94,7 +98,8 @@ def skipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
             overflows(resumed, steps=[1], where="gradient"),
         ]
     for size, listed in commands.items():
-        train(listed, size)
+        if listed:
+            train(listed, size)
     return folder
 
 

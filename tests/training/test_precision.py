@@ -51,8 +51,13 @@ def build(arguments: Sequence[str]) -> Trainee:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("precision"))
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("precision"))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path) -> Path:
+    folder = inputs
     slow = ["--heads-lr", "1e-5"]
     one = [
         command(folder, stage, "tp1", f"{stage}-{precision}", *slow, *flags)
@@ -192,11 +197,6 @@ def _bounded(commands: Sequence[tuple[Sequence[str], float]]) -> list[tuple[floa
         found.append((trainee.module.heads.temperature.item(), masters[0] if masters else None))
         parallel_state.destroy_model_parallel()
     return found
-
-
-@pytest.fixture(scope="module")
-def inputs(finished: Path) -> Path:
-    return finished
 
 
 def test_weight_decay_spares_biases_vectors_and_the_temperature(inputs: Path) -> None:

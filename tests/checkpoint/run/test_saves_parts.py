@@ -2,17 +2,22 @@
 
 import json
 import math
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader, load
 
+from hacl_megatron.checkpoint.run import save as saver
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
 from hacl_megatron.checkpoint.run.frozen import digest_of, value_sums
 from hacl_megatron.checkpoint.run.integrity import may_be_file_of_checkpoint, write_files
 from hacl_megatron.checkpoint.run.local_parts import flat_blocks
 from hacl_megatron.checkpoint.run.part_files import Part, write_index, write_parts
 from hacl_megatron.checkpoint.run.retain import prune
+from tests.distributed import run_distributed
 
 
 @pytest.mark.parametrize("shape", [(7,), (1,), (4, 3), (1, 5), (5, 1), (3, 1, 4), (2, 3, 4), (1, 2, 3, 2)])
@@ -136,3 +141,32 @@ def test_the_whole_one_is_found_where_the_latest_file_misleads(tmp_path: Path) -
     assert choose_checkpoint(tmp_path, fallback=True)[0] == tmp_path / "iter_0000020"
     (tmp_path / "iter_0000020" / "files.json").write_text(json.dumps([]))
     assert choose_checkpoint(tmp_path, fallback=True)[0] == tmp_path / "iter_0000010"
+
+
+def save_while_weights_move(folder: str) -> None:
+    """Two saves in the background on a slow disk; the weight is overwritten as soon as each call returns."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    weight, write = torch.zeros(4), saver.write_parts
+
+    def write_late(*arguments):
+        time.sleep(0.3)
+        return write(*arguments)
+
+    with mock.patch.object(saver, "write_parts", write_late):
+        checkpoints = saver.CheckpointSaver(Path(folder))
+        for iteration in (1, 2):
+            weight.fill_(iteration)
+            state = {"weight": ShardedTensor.from_rank_offsets("weight", weight)}
+            checkpoints.save(iteration, lambda state=state: state, run_config="", write_assets=lambda to: None)
+            weight.fill_(-1)
+        checkpoints.close()
+
+
+def test_a_save_in_the_background_holds_the_weights_of_its_iteration(tmp_path: Path) -> None:
+    """Catches a save that writes, without a copy, what training has made of the weights meanwhile."""
+    run_distributed(save_while_weights_move, 1, str(tmp_path))
+    for iteration in (1, 2):
+        found = {"weight": torch.empty(4)}
+        load(found, storage_reader=FileSystemReader(tmp_path / f"iter_{iteration:07d}"), no_dist=True)
+        assert torch.equal(found["weight"], torch.full([4], float(iteration)))
