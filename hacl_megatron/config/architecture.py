@@ -29,7 +29,7 @@ class LanguageConfig:
     """Width of one head. Default: hidden_size / num_attention_heads."""
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
     """Llama-3's scaling as its config.json has it (`rope_type: llama3`, factor, ...); None for plain RoPE."""
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
@@ -69,7 +69,7 @@ class VisionConfig:
     """quick_gelu (OpenAI's CLIP) or gelu. Of the backend hf this and `norm_epsilon` are what `hf` says."""
     backend: Literal["megatron", "hf"] = "megatron"
     """megatron: megatron-core's CLIP, tensor parallel. hf: transformers' model, replicated (`config.towers`)."""
-    hf: dict[str, Any] | None = None
+    hf: dict[str, Any] | None = field(default=None, hash=False)
     """Of the backend hf alone: the tower's own transformers configuration (`config.to_dict()`), JSON values only."""
 
     @property
@@ -129,7 +129,7 @@ class QFormerConfig:
 
     num_query_tokens: int
     hidden_size: int
-    hf: dict[str, Any]
+    hf: dict[str, Any] = field(hash=False)
     """Its own transformers configuration (`Blip2QFormerConfig.to_dict()`), JSON values only."""
 
 
@@ -155,7 +155,7 @@ class ModelConfig:
     """Index into the tower's hidden states as transformers counts them (0 is the embedding output)."""
     qformer: QFormerConfig | None = None
     """There exactly when `projector_type` is `qformer`."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
     """Facts a round trip to Hugging Face needs and the model does not (token ids, layout of origin)."""
 
     @property
