@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every test, from nothing but Python and pip:  bash tests/run.sh [pytest arguments]
 #   bash tests/run.sh --quick [pytest arguments]   before every commit: the part of them in QUICK of tests/conftest.py, chosen so
-#                                        that it finds most mistakes for its time: at most 3 minutes on 2 cores with little else to do
+#                                        that it finds most mistakes for its time: 2 minutes on 2 cores with little else to do
 #   bash tests/run.sh --slurm [--full]   instead: jobs on a real Slurm on this host (tests/slurm; as root, with apt's slurmctld,
 #                                        slurmd, slurm-client and munge): 3.5 minutes on 2 cores with little else to do; --full
 #                                        adds ten preemptions, five layouts and thirty kills: half an hour beside other work
