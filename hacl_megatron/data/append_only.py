@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from hacl_megatron.config.console import notify
+
 
 class AppendOnlyLines(AbstractContextManager):
     """The file and its lock, for the classes that say what stands on a line; a context manager.
@@ -31,8 +33,8 @@ class AppendOnlyLines(AbstractContextManager):
         except BlockingIOError:
             self._file.close()
             raise ValueError(f"{path}{busy}") from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:  # a file system without locks
+            notify(f"{path} cannot be locked here ({error.strerror}): see that no other process writes it meanwhile")
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

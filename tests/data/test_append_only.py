@@ -1,5 +1,6 @@
 """What the answers of both kinds rely on: a killed run's file goes on, nobody else writes it, nothing else is in it."""
 
+import errno
 import fcntl
 from pathlib import Path
 
@@ -84,3 +85,17 @@ def test_a_line_of_something_else_is_named_and_the_file_let_go(tmp_path, open_fi
         open_file(path)
     path.write_bytes(first)
     open_file(path).__exit__()
+
+
+@KINDS
+def test_a_file_system_without_locks_is_said(tmp_path, open_file, monkeypatch, capsys):
+    """Two processes mix their lines, and nobody was told that nothing prevents it."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with open_file(tmp_path / "a.jsonl") as file:
+        add(file, 0)
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'a.jsonl'} cannot be locked here (No locks available)" in said
