@@ -29,49 +29,8 @@ def check_architecture(config: RunConfig, layout: Layout) -> None:
     language_family(language.family)  # or a ValueError for an unknown one
     connector_depth(model.projector_type)  # likewise
     _check_qformer(model)
+    _check_tower(model)
 
-    is_hf = vision.backend == "hf"
-    _require(
-        is_hf == (vision.hf is not None),
-        f"the vision tower's backend is {vision.backend}, but its `hf` is {'' if vision.hf is None else 'not '}empty",
-        "`hf` holds the transformers configuration of the backend hf, and of it alone",
-    )
-    _require(
-        is_hf or vision.image_size % vision.patch_size == 0,
-        f"the vision tower's image_size {vision.image_size} is no multiple of its patch_size {vision.patch_size}",
-        "correct the tower's configuration",
-    )
-    _require(
-        model.image.size == vision.image_size,
-        f"images are resized to {model.image.size}, but the vision tower takes {vision.image_size}",
-        "make `image.size` and `vision.image_size` equal",
-    )
-    _require(
-        1 <= model.num_vision_layers_built <= vision.num_layers,
-        f"--mm-vision-select-layer {model.vision_select_layer} is outside the {vision.num_layers} layers of the tower",
-        f"expected 1..{vision.num_layers} or -{vision.num_layers}..-1",
-    )
-    kind = vision.kind  # or a ValueError for a tower of an unknown kind
-    for ours, theirs in kind.sizes.items():
-        found = getattr(vision, ours) if vision.hf is None else vision.hf.get(theirs, getattr(vision, ours))
-        _require(
-            found == getattr(vision, ours),
-            f"the model's vision.hf.{theirs} is {found}, but vision.{ours} {getattr(vision, ours)}",
-            "make them equal",
-        )
-    fixed = kind.fixed_select_layer
-    _require(
-        fixed in (None, model.vision_select_layer),
-        f"--mm-vision-select-layer is {model.vision_select_layer}, but a {kind.model_type} hands on its last hidden "
-        "state alone",
-        f"expected {fixed}, or leave the flag out",
-    )
-    activations = () if is_hf else kind.megatron.activations
-    _require(
-        is_hf or vision.activation in activations,
-        f"the vision tower's activation is {vision.activation!r}",
-        f"expected {' or '.join(activations)}, or --vision-backend hf",
-    )
     rope = language.rope_scaling
     _require(
         rope is None or rope.get("rope_type") == "llama3",
@@ -123,6 +82,52 @@ def _check_widths(model: ModelConfig) -> None:
         language.hidden_size % 4 == 0,
         f"the language model's hidden_size is {language.hidden_size}",
         "the contrastive heads are a quarter as wide: expected a multiple of 4",
+    )
+
+
+def _check_tower(model: ModelConfig) -> None:
+    vision = model.vision
+    is_hf = vision.backend == "hf"
+    _require(
+        is_hf == (vision.hf is not None),
+        f"the vision tower's backend is {vision.backend}, but its `hf` is {'' if vision.hf is None else 'not '}empty",
+        "`hf` holds the transformers configuration of the backend hf, and of it alone",
+    )
+    _require(
+        is_hf or vision.image_size % vision.patch_size == 0,
+        f"the vision tower's image_size {vision.image_size} is no multiple of its patch_size {vision.patch_size}",
+        "correct the tower's configuration",
+    )
+    _require(
+        model.image.size == vision.image_size,
+        f"images are resized to {model.image.size}, but the vision tower takes {vision.image_size}",
+        "make `image.size` and `vision.image_size` equal",
+    )
+    _require(
+        1 <= model.num_vision_layers_built <= vision.num_layers,
+        f"--mm-vision-select-layer {model.vision_select_layer} is outside the {vision.num_layers} layers of the tower",
+        f"expected 1..{vision.num_layers} or -{vision.num_layers}..-1",
+    )
+    kind = vision.kind  # or a ValueError for a tower of an unknown kind
+    for ours, theirs in kind.sizes.items():
+        found = getattr(vision, ours) if vision.hf is None else vision.hf.get(theirs, getattr(vision, ours))
+        _require(
+            found == getattr(vision, ours),
+            f"the model's vision.hf.{theirs} is {found}, but vision.{ours} {getattr(vision, ours)}",
+            "make them equal",
+        )
+    fixed = kind.fixed_select_layer
+    _require(
+        fixed in (None, model.vision_select_layer),
+        f"--mm-vision-select-layer is {model.vision_select_layer}, but a {kind.model_type} hands on its last hidden "
+        "state alone",
+        f"expected {fixed}, or leave the flag out",
+    )
+    activations = () if is_hf else kind.megatron.activations
+    _require(
+        is_hf or vision.activation in activations,
+        f"the vision tower's activation is {vision.activation!r}",
+        f"expected {' or '.join(activations)}, or --vision-backend hf",
     )
 
 
