@@ -111,20 +111,23 @@ def build_trainer(
         restore_run(trainee, resume_from)
         said = f"resumed iteration {progress.iteration} from {resume_from}"
 
+    validation = _open_validation(run, trainee, tokenizer)
+    log = _open_log(run, progress.iteration, train_iters, num_samples, said) if dist.get_rank() == 0 else None
     hf_model = config.architecture if start_from.starts_from_hf(config, resume_from) else None
     return Trainer(
         run,
         trainee,
         StartingPoint(progress=progress, data_state=data_state or {}, num_samples=num_samples, train_iters=train_iters),
         loader=loader,
-        validation=_open_validation(run, trainee, tokenizer),
+        validation=validation,
         saving=Saving(
             run,
             trainee,
             saved_at=progress.iteration,
             write_assets=partial(copy_assets, assets, weights_of=hf_model, tokenizer=config.model.tokenizer),
+            say=None if log is None else log.say,
         ),
-        log=_open_log(run, progress.iteration, train_iters, num_samples, said) if dist.get_rank() == 0 else None,
+        log=log,
         profile=ProfileWindow.of(config.logging, _tensorboard_dir(config), dist.get_rank(), device),
         beat=beat,
     )

@@ -185,13 +185,13 @@ class Trainer:
         try:
             self.saving.save(self.progress, self.data_state, finish=finish, again=again)
         finally:
-            self._say_notes()
+            self.saving.say_notes()
 
     def close(self) -> None:
         """End what runs beside the loop, also after a failure."""
         self.profile.close()
         self.saving.close()
-        self._say_notes()
+        self.saving.say_notes()
 
     def _validate(self) -> dict[str, float]:
         if self.validation is None:
@@ -206,12 +206,8 @@ class Trainer:
         if self.log is not None:
             self.log.say(text)
 
-    def _say_notes(self) -> None:
-        for note in self.saving.notes():
-            self._say(note)
-
     def _report(self, scalars: dict[str, float]) -> None:
-        self._say_notes()
+        self.saving.say_notes()
         if self.log is None:
             return
         self.log.advance()

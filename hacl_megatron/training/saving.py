@@ -29,12 +29,21 @@ class Saving:
     Args:
         saved_at: iteration that is on disk already, the one that was resumed.
         write_assets: puts tokenizer and processor files into a folder of each checkpoint.
+        say: writes a line into the run's log, on rank 0; the notes are there.
     """
 
-    def __init__(self, run: Run, trainee: Trainee, *, saved_at: int, write_assets: Callable[[Path], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        trainee: Trainee,
+        *,
+        saved_at: int,
+        write_assets: Callable[[Path], None],
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         checkpoint, groups = run.config.checkpoint, run.groups
         self._config, self._trainee, self._write_assets = run.config, trainee, write_assets
-        self._saved_at = saved_at
+        self._saved_at, self._say = saved_at, say
         self._stall = 0.0
         self._frozen = frozen_keys(trainee.module.sharded_state_dict(metadata=state_metadata()))
         self._saver = None
@@ -69,6 +78,7 @@ class Saving:
         if not finish:
             return
         if self._saver.wait() is not None:
+            self.say_notes()
             self._start(progress, data_state, asynchronous=False)  # once more: it may have been a moment's
         if (error := self._saver.wait()) is not None:
             raise TrainingStopped(
@@ -90,9 +100,10 @@ class Saving:
         self._saved_at = progress.iteration
         self._stall += time.perf_counter() - started
 
-    def notes(self) -> list[str]:
-        """What became of saves since the last call, in words for the user; on rank 0."""
-        return [] if self._saver is None else self._saver.notes()
+    def say_notes(self) -> None:
+        """Tell the user what became of saves since the last call."""
+        for note in [] if self._saver is None or self._say is None else self._saver.notes():
+            self._say(note)
 
     def take_stall(self) -> float:
         """Seconds that saves have kept this rank from training since the last call."""

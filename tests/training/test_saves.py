@@ -18,6 +18,7 @@ from hacl_megatron.checkpoint.run import save as saver
 from hacl_megatron.checkpoint.run.whole import make_whole
 from hacl_megatron.train import run
 from hacl_megatron.training.loop import Trainer
+from hacl_megatron.training.reporting.metrics import MetricsLog
 from hacl_megatron.training.reporting.status import TrainingStopped
 from tests.training.runs import (
     assert_same_state,
@@ -38,15 +39,14 @@ def command(folder: Path, stage: str, layout: str, save: str | Path, *extra: str
 
 def run_heard(arguments: Sequence[str], heard: Path, patches: Callable[[], list] = list) -> None:
     """Train, with what is said to the user in a file too; a run that stops by itself says why there."""
-    say = Trainer._say
+    say = MetricsLog.say
 
-    def say_and_note(self: Trainer, text: str) -> None:
+    def say_and_note(self: MetricsLog, text: str) -> None:
         say(self, text)
-        if torch.distributed.get_rank() == 0:
-            with heard.open("a") as file:
-                file.write(text + "\n")
+        with heard.open("a") as file:
+            file.write(text + "\n")
 
-    with mock.patch.object(Trainer, "_say", say_and_note):
+    with mock.patch.object(MetricsLog, "say", say_and_note):
         for patch in (started := patches()):
             patch.start()
         try:
