@@ -21,13 +21,11 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -43,11 +41,11 @@ from hacl_megatron.config.towers import SIGLIP, TOWERS, register_tower
 from hacl_megatron.config.towers.tower import SIZES
 from hacl_megatron.train import run
 from tests.checkpoint.hf.round_trip_files import all_tensors, assert_same, write_heads
-from tests.checkpoint.hf.test_towers import siglip_processor
+from tests.checkpoint.hf.test_towers import save_with_siglip_processor
 from tests.distributed import run_distributed
 from tests.plan.example_plans import plan_of
 from tests.plan.plan_cases import state_on_this_rank
-from tests.tiny import image_token_id, randomise, tiny_llama_config, tiny_siglip_config, tiny_tokenizer
+from tests.tiny import image_token_id, tiny_llama_config, tiny_siglip_config
 from tests.tiny_data import write_tiny_data
 from tests.tool_runs import to_hf, to_megatron
 from tests.training.runs import weights
@@ -222,13 +220,7 @@ def write_tella_llava(folder: Path) -> Path:
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     assert isinstance(model.model.language_model, TellaModel) and isinstance(model.model.vision_tower, PeekVisionModel)
-    randomise(model, 0)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=image_token_id() + 1)
-    model.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=siglip_processor(), tokenizer=tiny_tokenizer(), patch_size=8,
-        vision_feature_select_strategy="full", num_additional_image_tokens=0,
-    ).save_pretrained(folder)  # fmt: skip
+    save_with_siglip_processor(model, folder)
     write_heads(folder)
     return folder
 

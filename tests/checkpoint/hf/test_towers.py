@@ -49,6 +49,17 @@ def siglip_processor(image: int = 50) -> SiglipImageProcessor:
     return SiglipImageProcessor(size={"height": image, "width": image})
 
 
+def save_with_siglip_processor(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """A LLaVA of random weights whose processor hands every patch to the model."""
+    randomise(model, 0)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=image_token_id() + 1)
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=siglip_processor(), tokenizer=tiny_tokenizer(), patch_size=8,
+        vision_feature_select_strategy="full", num_additional_image_tokens=0,
+    ).save_pretrained(folder)  # fmt: skip
+
+
 def write_siglip_llava(folder: Path, *, use_head: bool = True, select_layer: int = -2) -> Path:
     """A `LlavaForConditionalGeneration` whose tower is a SigLIP."""
     vision = tiny_siglip_config()
@@ -59,13 +70,7 @@ def write_siglip_llava(folder: Path, *, use_head: bool = True, select_layer: int
             image_seq_length=36, vision_feature_layer=select_layer, vision_feature_select_strategy="full",
         )
     )  # fmt: skip
-    randomise(model, 0)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=image_token_id() + 1)
-    model.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=siglip_processor(), tokenizer=tiny_tokenizer(), patch_size=8,
-        vision_feature_select_strategy="full", num_additional_image_tokens=0,
-    ).save_pretrained(folder)  # fmt: skip
+    save_with_siglip_processor(model, folder)
     shutil.copy(sentencepiece_model(image_token_id()), folder / "tokenizer.model")
     write_heads(folder)
     return folder
