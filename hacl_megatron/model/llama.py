@@ -88,7 +88,8 @@ class LlamaStage(LanguageModule):
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 padded_vocab_size,
-                config=without_sequence_parallel(config),
+                # megatron-core's own layer, whose fused weight gradients would need Apex.
+                config=replace(without_sequence_parallel(config), gradient_accumulation_fusion=False),
                 init_method=config.init_method,
                 bias=False,
                 skip_bias_add=False,

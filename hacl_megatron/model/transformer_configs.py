@@ -10,6 +10,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.families import language_family
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.model.vision import ACTIVATIONS
+from hacl_megatron.platform.accelerators import layer_library
 
 
 def language_transformer_config(
@@ -18,6 +19,7 @@ def language_transformer_config(
     """The language model's configuration. `overrides` are fields of the YAML's `transformer:` section."""
     language = model.language
     on_gpu = device.type == "cuda"
+    has_te_layers = layer_library(device) == "transformer_engine"
     fields = dict(
         **language_family(language.family).transformer,
         num_layers=language.num_layers,
@@ -45,7 +47,10 @@ def language_transformer_config(
         # Fusions that need CUDA, or torch.compile, which costs minutes on a CPU and gains nothing there.
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        # Transformer Engine's kernels: rotation in one pass over queries and keys each (row by row, by the angles of
+        # that row, so positions may be any), and weight gradients added to DDP's fp32 buffer by the product itself.
+        apply_rope_fusion=has_te_layers,
+        gradient_accumulation_fusion=has_te_layers,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
     )

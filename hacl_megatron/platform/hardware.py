@@ -23,6 +23,10 @@ class Gpu:
 
 
 GPUS = {
+    "h200-141g": Gpu(
+        memory=139.8 * GIB, bf16_flops=989e12, fp32_flops=67e12, memory_bandwidth=4.8e12, node_bandwidth=450e9,
+        network_bandwidth=50e9,
+    ),
     "h100-80g": Gpu(
         memory=79.1 * GIB, bf16_flops=989e12, fp32_flops=67e12, memory_bandwidth=3.35e12, node_bandwidth=450e9,
         network_bandwidth=50e9,
@@ -38,7 +42,7 @@ GPUS = {
 }  # fmt: skip
 
 
-_CHIPS = {"A100": "a100-80g", "H100 80GB HBM3": "h100-80g", "H200": "h100-80g"}
+_CHIPS = {"A100": "a100-80g", "H100 80GB HBM3": "h100-80g", "H200": "h200-141g"}
 """Part of a device's name, and an entry of `GPUS` whose FLOP/s it has. Not H100s on PCIe, which have fewer."""
 
 

@@ -1,14 +1,16 @@
 """The packed-attention kernels that exist on CUDA alone, against dense attention in fp32."""
 
 import importlib.util
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
+from hacl_megatron.platform import attention
 from hacl_megatron.platform.accelerators import attention_kernel, find_accelerators
-from hacl_megatron.platform.attention import PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
+from hacl_megatron.platform.attention import Branches, PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
 from tests.platform.segment_cases import (
     LENGTHS,
     READ,
@@ -76,6 +78,40 @@ def test_bf16_queries_from_the_ends_of_segments_alone(kernel, lengths):
     ours = with_gradients(lambda q, k, v: kernel(q[rows], k, v, segments, None), half)
     dense = with_gradients(lambda q, k, v: dense_attention(q, k, v, allowed)[rows], exact)
     for ours_, dense_ in zip(ours, dense, strict=True):
+        torch.testing.assert_close(ours_.float(), dense_, rtol=0.05, atol=0.02 * dense_.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("heads", ["multi-head, 64", "grouped, 128"])
+def test_bf16_branches_see_their_prefix_and_themselves(kernel, heads, monkeypatch):
+    """Images' EOS rows that hang on a dialogue: one sees 400 rows of the first segment, one 3 rows of the third."""
+    lengths = ALL_LENGTHS["long"]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    rows = [ends[0], ends[3]]  # the one-row segment behind the first, and the first row of the last
+    context = [*range(400), rows[0], *range(ends[1], ends[1] + 3), rows[1]]
+    branches = Branches(
+        queries=torch.tensor(rows, device="cuda"), context_rows=torch.tensor(context, device="cuda"), lengths=(401, 4),
+        borders=torch.tensor([0, 401, 405], dtype=torch.int32, device="cuda"),
+    )  # fmt: skip
+    segments = replace(borders(lengths, "cuda"), branches=branches)
+    allowed = causal_within_segments(lengths)
+    allowed[rows[0], :400] = allowed[rows[1], ends[1] : ends[1] + 3] = True
+    half = draw(sum(lengths), *HEADS[heads], dtype=torch.bfloat16, device="cuda")
+    exact = [tensor.detach().float().requires_grad_() for tensor in half]
+    name = {sdpa_per_segment: "sdpa", flash_varlen: "flash_attn", torch_varlen: "torch_varlen"}[kernel]
+    monkeypatch.setattr(attention, "attention_kernel", lambda *_: name)
+
+    def ours(q, k, v):
+        return packed_attention()(*(t.unsqueeze(1) for t in (q, k, v)), packed_seq_params=segments).reshape(q.shape)
+
+    try:
+        found = with_gradients(ours, half)
+    except RuntimeError as error:
+        if "split" not in str(error):
+            raise
+        pytest.skip(f"this build of flash-attn has no kernel for it: {error}")
+    dense = with_gradients(lambda q, k, v: dense_attention(q, k, v, allowed.cuda()), exact)
+    for ours_, dense_ in zip(found, dense, strict=True):
         torch.testing.assert_close(ours_.float(), dense_, rtol=0.05, atol=0.02 * dense_.abs().max().item())
 
 

@@ -121,7 +121,7 @@ def write_reference(folder: Path, variant: Variant) -> None:
 # ---------------------------------------------------------------------------------------------------------- our answer
 
 
-def build(folder: Path, case: Case, variant: Variant, device: torch.device, **lora: Any):
+def build(folder: Path, case: Case, variant: Variant, device: torch.device, *, bf16: bool = False, **lora: Any):
     """Our model of a Hugging Face folder on this rank, its weights loaded and its adapters fresh."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -129,7 +129,7 @@ def build(folder: Path, case: Case, variant: Variant, device: torch.device, **lo
 
     from hacl_megatron.assemble.module import build_module
     from hacl_megatron.checkpoint.hf.config_read import read_model_config
-    from hacl_megatron.config.flags import LoraFlags, ParallelFlags
+    from hacl_megatron.config.flags import LoraFlags, ModelFlags, ParallelFlags
     from hacl_megatron.config.run import RunConfig
 
     layout = case.layout
@@ -146,7 +146,10 @@ def build(folder: Path, case: Case, variant: Variant, device: torch.device, **lo
     )  # fmt: skip
     flags = LoraFlags(lora_rank=RANK, lora_alpha=ALPHA, lora_target_modules=list(variant.targets), **lora)
     architecture = read_model_config(folder)
-    config = RunConfig(parallel=parallel, lora=flags, transformer=dict(case.transformer), architecture=architecture)
+    config = RunConfig(
+        parallel=parallel, lora=flags, model=ModelFlags(bf16=bf16), transformer=dict(case.transformer),
+        architecture=architecture,
+    )  # fmt: skip
     module = build_module(config, groups, device)
     load(module, folder, architecture, layout, groups)
     module.freeze(language_model=True, vision_tower=True)
@@ -171,11 +174,11 @@ def cut(key: str, whole: Tensor, rank: int, size: int) -> Tensor:
     return whole.chunk(size, dim=0)[rank] if kind == "B" else whole
 
 
-def compare(folder: Path, case: Case, variant: Variant, device: torch.device) -> dict[str, Any]:
+def compare(folder: Path, case: Case, variant: Variant, device: torch.device, *, bf16: bool = False) -> dict[str, Any]:
     """`outputs`: absolute differences; `gradients`: relative to each tensor's largest entry; `trained`: names."""
     layout = case.layout
     expected = torch.load(folder / "expected.pt", weights_only=True)
-    module, groups = build(folder / "weights", case, variant, device)
+    module, groups = build(folder / "weights", case, variant, device, bf16=bf16)
     adapters = adapter_parameters(module, layout, groups.pp.rank())
     rank = groups.tp.rank()
     with torch.no_grad():
@@ -196,7 +199,7 @@ def compare(folder: Path, case: Case, variant: Variant, device: torch.device) ->
         for key, value in theirs.items():
             assert ours[key].shape == value.shape, (key, ours[key].shape, value.shape)
             if value.numel():
-                outputs[f"{key} {index}"] = float((ours[key].cpu() - value).abs().max())
+                outputs[f"{key} {index}"] = float((ours[key].float().cpu() - value).abs().max())
 
     gradients = {}
     trained = {key: (p, cut(key, expected["gradients"][key], rank, layout.tp)) for key, p in adapters.items()}

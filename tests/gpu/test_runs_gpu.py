@@ -1,0 +1,163 @@
+"""Whole runs of a small model on one GPU, by the trainer's own entry, against the same run in fp32 on the CPU.
+
+The same data in the same order, so that losses can be compared step by step. What a run uses (Transformer Engine,
+flash-attn, or megatron-core's layers and torch's kernel) is what is installed: `tests/gpu/run.sh` runs this with and
+without. `HACL_REHEARSE=1` runs both sides on the CPU, to see that the script itself is in order.
+"""
+
+import gzip
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from hacl_megatron.platform.accelerators import layer_library
+from tests.distributed import run_distributed
+from tests.training.runs import latest_checkpoint, make_inputs, metrics
+
+REHEARSED = bool(os.environ.get("HACL_REHEARSE")) and not torch.cuda.is_available()
+DEVICE = "cpu" if REHEARSED else "cuda"
+pytestmark = pytest.mark.skipif(not (REHEARSED or torch.cuda.is_available()), reason="needs a CUDA device")
+
+STEPS = 20
+COMMON = ["--train-iters", str(STEPS), "--micro-batch-size", "4", "--lr-warmup-fraction", "0", "--lr", "2e-4"]
+LORA = ["--lora-rank", "8", "--freeze-LM", "false"]
+LOSSES = ("lm loss", "contrastive loss i2t", "contrastive loss t2i")
+
+
+def run_each(commands: Sequence[Sequence[str] | Callable[[], None]], requested: str) -> None:
+    """Trainings one after another in this process, each with a process group of its own."""
+    from hacl_megatron.train import run
+
+    torch.distributed.destroy_process_group()  # the gloo group that `run_distributed` made
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    for command in commands:
+        run([*command, "--device", requested])
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method="tcp://127.0.0.1:0")
+
+
+def command(folder: Path, stage: str, save: str, *extra: str) -> list[str]:
+    return ["--config", str(folder / f"{stage}.yaml"), "--save", str(folder / save), *COMMON, *extra]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Widths that FP8's products and flash kernels take: multiples of 32, heads of 64."""
+    return make_inputs(
+        tmp_path_factory.mktemp("runs"), hidden=256, heads=4, groups=4, ffn=512, layers=4, vision_hidden=128,
+        vision_heads=2,
+    )  # fmt: skip
+
+
+def with_transformer(folder: Path, stage: str, **fields: object) -> str:
+    """A YAML like `stage`'s with these fields in its `transformer:` section; its name."""
+    import yaml
+
+    values = yaml.safe_load((folder / f"{stage}.yaml").read_text())
+    name = "-".join((stage, *fields))
+    values["transformer"] = fields
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return name
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path) -> Path:
+    """All runs: the CPU's in fp32 and in bf16, the GPU's beside them, each kind in a process of its own."""
+    prompt, bf16 = ["--contrastive-image-context", "prompt"], ["--bf16"]
+    on_cpu = [
+        [
+            command(inputs, "finetune", f"cpu{name}", *flags),
+            command(inputs, "finetune", f"cpu{name}-prompt", *prompt, *flags),
+            command(inputs, "pretrain", f"cpu{name}-pretrain", *flags),
+            command(inputs, "finetune", f"cpu{name}-lora", *LORA, *flags),
+        ]
+        for name, flags in (("", []), ("16", bf16))
+    ]
+    saves = ["--save-interval", "10", "--async-save"]
+    profile = ["--profile-step-start", "16", "--profile-step-end", "18"]
+    on_gpu = [
+        command(inputs, "finetune", "fp32"),
+        command(inputs, "finetune", "bf16", *bf16, *profile),
+        command(inputs, "finetune", "bf16-prompt", *bf16, *prompt),
+        command(inputs, "pretrain", "bf16-pretrain", *bf16),
+        command(inputs, "finetune", "bf16-lora", *bf16, *LORA),
+        command(inputs, "finetune", "resumed", *bf16, *saves, "--exit-interval", "10"),
+        command(inputs, "finetune", "resumed", *bf16, *saves, "--load", str(inputs / "resumed")),
+    ]
+    has_te = not REHEARSED and layer_library(torch.device("cuda")) == "transformer_engine"
+    if has_te and torch.cuda.get_device_capability() >= (8, 9):
+        eight = with_transformer(inputs, "finetune", fp8="hybrid")
+        on_gpu += [command(inputs, eight, "fp8", *bf16), command(inputs, eight, "fp8-lora", *bf16, *LORA)]
+    runs = [(on_gpu, DEVICE), *((commands, "cpu") for commands in on_cpu)]
+    with ThreadPoolExecutor() as pool:  # the CPU's take longest, and the GPU need not wait for them
+        list(pool.map(lambda run: run_distributed(partial(run_each, *run), 1), runs))
+    return inputs
+
+
+def largest_difference(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:
+    """Of the three losses over all steps, relative to the larger of the loss and 1."""
+    assert len(one) == len(other) == STEPS
+    found = 0.0
+    for a, b in zip(one, other, strict=True):
+        for tag in LOSSES:
+            assert (tag in a) == (tag in b), (tag, a["iteration"])
+            if tag in a:
+                assert math.isfinite(b[tag]), (tag, b)
+                found = max(found, abs(a[tag] - b[tag]) / max(1.0, abs(a[tag])))
+    return found
+
+
+def test_fp32_losses_are_those_of_the_cpu(finished: Path) -> None:
+    """TF32 products, 10 bits of mantissa, would be off by 1e-3 and more."""
+    assert largest_difference(metrics(finished / "cpu"), metrics(finished / "fp32")) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["", "-prompt", "-pretrain", "-lora"])
+def test_bf16_losses_follow_those_of_the_cpu_in_fp32(finished: Path, kind: str) -> None:
+    """Not further off than bf16 on the CPU is, by a factor of 3: the noise of 20 steps in that precision."""
+    exact = metrics(finished / f"cpu{kind}")
+    noise = largest_difference(exact, metrics(finished / f"cpu16{kind}"))
+    difference = largest_difference(exact, metrics(finished / f"bf16{kind}"))
+    assert difference <= 3 * noise + 0.01, (difference, noise)
+    assert difference > 1e-5, "that was not bfloat16"
+
+
+@pytest.mark.parametrize(("on_cpu", "on_gpu"), [("cpu", "fp8"), ("cpu-lora", "fp8-lora")])
+def test_fp8_losses_follow_those_of_the_cpu_in_fp32(finished: Path, on_cpu: str, on_gpu: str) -> None:
+    if not (finished / on_gpu).exists():
+        pytest.skip("FP8 needs Transformer Engine and a GPU from Ada or Hopper on")
+    eight, bf16 = metrics(finished / on_gpu), metrics(finished / on_gpu.replace("fp8", "bf16"))
+    assert largest_difference(metrics(finished / on_cpu), eight) <= 0.25
+    assert largest_difference(bf16, eight) > 1e-4, "that was not FP8"
+
+
+def test_a_run_saved_in_the_background_goes_on_where_it_was(finished: Path) -> None:
+    """To what flash-attn's backward pass, which adds in any order, leaves."""
+    whole, resumed = metrics(finished / "bf16"), metrics(finished / "resumed")
+    assert largest_difference(whole[:10] * 2, resumed[:10] * 2) <= 0.02
+    assert largest_difference(whole, resumed) <= 0.03
+    assert latest_checkpoint(finished / "resumed").name == f"iter_{STEPS:07d}"
+
+
+def test_a_profiled_window_shows_kernels_of_the_gpu(finished: Path) -> None:
+    if REHEARSED:
+        pytest.skip("no kernels on a CPU")
+    (trace,) = (finished / "bf16" / "tensorboard" / "profile").iterdir()
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert sum(event.get("cat") == "kernel" for event in events) > 100
+
+
+def test_the_gpus_memory_and_speed_are_logged(finished: Path) -> None:
+    if REHEARSED:
+        pytest.skip("no GPU")
+    last = metrics(finished / "bf16")[-1]
+    assert last["mem-max-allocated-bytes"] > 1e6 and last["model-tflops-per-gpu"] > 0
