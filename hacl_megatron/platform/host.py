@@ -108,6 +108,7 @@ def install() -> None:
     torch.Tensor.type = _host_type(torch.Tensor.type)
     _host_random_states()
     _host_activation()
+    _host_multi_tensor()
 
 
 def _host_activation() -> None:
@@ -122,6 +123,18 @@ def _host_activation() -> None:
         return fused(both, bias, fp8_input_store, cpu_offload_input)
 
     mlp.bias_swiglu_impl = bias_swiglu
+
+
+def _host_multi_tensor() -> None:
+    """megatron-core takes the kernels of Transformer Engine or Apex over lists of tensors wherever one is installed."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None  # from 0.19 on
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
 
 
 def _host_random_states() -> None:
