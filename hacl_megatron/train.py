@@ -29,17 +29,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse_run_config(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
         exit_with_error(error)
+    except Exception as error:
+        if (broken := _broken_library(error)) is None:
+            raise
+        exit_with_error(broken)
     save = config.checkpoint.save
     if (reason := reason_not_to_restart(save)) is not None:
         exit_with_error(f"not tried again: {reason}")
     try:
         train(config)
     except Exception as error:
-        if not _is_for_the_user(error):
+        broken = _broken_library(error)
+        if broken is None and not _is_for_the_user(error):
             report_crash(error)
             raise SystemExit(1) from None
-        if report_error(error):
-            write_status(save, "failed", reason=str(error))
+        if report_error(broken or error):
+            write_status(save, "failed", reason=broken or str(error))
         raise SystemExit(2) from None
 
 
@@ -92,6 +97,13 @@ def _refuse_dry_run_flags(config: RunConfig) -> None:
             raise ValueError(
                 f"--{flag} is given without --dry-run; a run takes its processes from torchrun: leave it out"
             )
+
+
+def _broken_library(error: Exception) -> str | None:
+    """One line, if megatron-core's import failed because of a library that is installed but broken."""
+    from hacl_megatron.platform.accelerators import broken_import
+
+    return broken_import(error)
 
 
 def _is_for_the_user(error: BaseException) -> bool:

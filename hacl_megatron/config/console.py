@@ -5,11 +5,15 @@ a wrong flag is reported before there is one. torchrun's store, which is there f
 """
 
 import itertools
+import logging
 import os
 import re
 import socket
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -60,6 +64,22 @@ def report_crash(error: BaseException) -> bool:
         text = "".join(traceback.format_exception(error)).rstrip()
         print(f"hacl_megatron: failed{_named(': {}')}\n{text}", file=sys.stderr, flush=True)
     return speaks
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Without what torch's extensions, megatron-core and GPU libraries warn of when they are imported.
+
+    On a CPU that is every GPU library that is not there.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def rank_and_node() -> str:

@@ -6,13 +6,11 @@ one setting would contradict each other sooner or later. megatron-core is import
 
 import dataclasses
 import importlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, get_type_hints
 
+from hacl_megatron.config.console import quiet_imports
 from hacl_megatron.config.names import did_you_mean
 from hacl_megatron.config.typed_yaml import convert, underscored
 
@@ -87,24 +85,11 @@ OWNED: dict[str, dict[str, tuple[str, ...]]] = {
 """For each section: what to do instead, and the fields it is said of."""
 
 
-@contextmanager
-def _without_noise() -> Iterator[None]:
-    """On a CPU, importing torch's extensions and megatron-core warns of every GPU library that is not there."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
 @cache
 def field_hints(section: str) -> dict[str, Any]:
     """Public fields of a section's megatron-core dataclass and their types, as the installed version has them."""
     module, _, name = SECTIONS[section].rpartition(".")
-    with _without_noise():
+    with quiet_imports():
         record = getattr(importlib.import_module(module), name)
         hints = get_type_hints(record)
     return {field.name: hints[field.name] for field in dataclasses.fields(record) if not field.name.startswith("_")}

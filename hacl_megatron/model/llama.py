@@ -70,7 +70,7 @@ class LlamaStage(LanguageModule):
                 scatter_to_sequence_parallel=False,  # image features are laid in first, over all rows
                 tp_group=groups.tp,
             )
-        spec = language_layer_spec(device, separate_norms=lora is not None)
+        spec = language_layer_spec(device, config.params_dtype, separate_norms=lora is not None)
         layers = [spec.layer] * num_layers_on_stage(config, groups)
         if post_process:
             layers[-1] = spec.last_layer

@@ -19,7 +19,7 @@ def language_transformer_config(
     """The language model's configuration. `overrides` are fields of the YAML's `transformer:` section."""
     language = model.language
     on_gpu = device.type == "cuda"
-    has_te_layers = layer_library(device) == "transformer_engine"
+    has_te_layers = layer_library(device, dtype) == "transformer_engine"
     fields = dict(
         **language_family(language.family).transformer,
         num_layers=language.num_layers,

@@ -30,7 +30,7 @@ class VisionTower(CLIPViTModel):
     def __init__(
         self, model: ModelConfig, config: TransformerConfig, device: torch.device, groups: ProcessGroupCollection
     ) -> None:
-        spec = vision_layer_spec(device)
+        spec = vision_layer_spec(device, config.params_dtype)
         super().__init__(
             config,
             TransformerBlockSubmodules(layer_specs=[spec.layer] * config.num_layers),

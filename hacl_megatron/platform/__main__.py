@@ -1,57 +1,49 @@
 """`python -m hacl_megatron.platform`: what this machine has, and what a run on it will use."""
 
-import importlib.metadata
 import platform
 
 import torch
 
 import hacl_megatron
-from hacl_megatron.platform.accelerators import adam_library, attention_kernel, find_accelerators, layer_library
+from hacl_megatron.platform.accelerators import (
+    LOCAL_IN_FP32,
+    NAMES,
+    adam_library,
+    attention_kernel,
+    find_accelerators,
+    find_library,
+    layer_library,
+)
 from hacl_megatron.platform.processes import select_device
-
-_NAMES = {
-    "flash_attn": "flash-attn (varlen)",
-    "torch_varlen": "torch's flash kernel (varlen)",
-    "sdpa": "torch SDPA, one call per segment",
-    "transformer_engine": "Transformer Engine",
-    "apex": "Apex (fused)",
-    "torch": "hacl_megatron (torch foreach)",
-    "local": "megatron-core local layers",
-}
 
 
 def table() -> list[tuple[str, str]]:
     """Rows (subject, finding) of the report."""
     found, device = find_accelerators(), select_device()
-    rows = [("Python", platform.python_version())]
-    for package in ("torch", "megatron-core", "transformers"):
-        rows.append((package, importlib.metadata.version(package)))
+    rows = [("Python", platform.python_version()), ("torch", torch.__version__)]
+    rows += [(finding.title, str(finding)) for finding in map(find_library, ("megatron_core", "transformers"))]
     rows.append(("hacl_megatron", hacl_megatron.__version__))
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         rows.append(("GPU", f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"))
     else:
         rows.append(("GPU", "none: CPU and gloo"))
-    for label, version in (
-        ("Transformer Engine", found.transformer_engine),
-        ("flash-attn", found.flash_attn),
-        ("Apex", found.apex),
-        ("DALI", found.dali),
-    ):
-        rows.append((label, version or "not found"))
-    norms = "TENorm" if layer_library(device) == "transformer_engine" else "hacl_megatron RMSNorm, LayerNorm (torch)"
+    optional = {name: find_library(name) for name in ("transformer_engine", "flash_attn", "apex", "dali")}
+    rows += [(finding.title, str(finding)) for finding in optional.values()]
     decode = "Pillow"
-    if found.dali:
+    if optional["dali"].usable:
         decode = "DALI, mixed (nvJPEG)" if device.type == "cuda" else "DALI, CPU"
-    rows += [
-        ("will use: backend", "nccl" if device.type == "cuda" else "gloo"),
-        ("will use: layers", _NAMES[layer_library(device)]),
-        ("will use: attention (bf16)", _NAMES[attention_kernel(device, torch.bfloat16, found)]),
-        ("will use: attention (fp32)", _NAMES[attention_kernel(device, torch.float32, found)]),
-        ("will use: norms", norms),
-        ("will use: image decode", decode),
-        ("will use: Adam", _NAMES[adam_library(device, found)]),
-    ]
+    rows.append(("will use: backend", "nccl" if device.type == "cuda" else "gloo"))
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        library = layer_library(device, dtype, found)
+        norms = "TENorm" if library == "transformer_engine" else "hacl_megatron RMSNorm, LayerNorm (torch)"
+        exact = device.type == "cuda" and found.transformer_engine and library == "local"
+        rows += [
+            (f"will use: layers ({name})", NAMES[library] + (f" ({LOCAL_IN_FP32})" if exact else "")),
+            (f"will use: norms ({name})", norms),
+            (f"will use: attention ({name})", NAMES[attention_kernel(device, dtype, found)]),
+        ]
+    rows += [("will use: image decode", decode), ("will use: Adam", NAMES[adam_library(device, found)])]
     return rows
 
 

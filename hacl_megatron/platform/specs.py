@@ -32,9 +32,15 @@ class LayerSpec:
 
 
 def _layer_spec(
-    device: torch.device, mask: AttnMaskType, norm: type, normalization: str, *, separate_norms: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    mask: AttnMaskType,
+    norm: type,
+    normalization: str,
+    *,
+    separate_norms: bool = False,
 ) -> LayerSpec:
-    if layer_library(device) == "transformer_engine":
+    if layer_library(device, dtype) == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -68,15 +74,16 @@ def _separate_norms(spec: ModuleSpec, norm: type) -> None:
     }
 
 
-def language_layer_spec(device: torch.device, *, separate_norms: bool = False) -> LayerSpec:
+def language_layer_spec(device: torch.device, dtype: torch.dtype, *, separate_norms: bool = False) -> LayerSpec:
     """A LLaMA layer: RMSNorm, causal attention within packed segments.
 
     Args:
+        dtype: of the parameters.
         separate_norms: do not fuse a norm with the linear layer behind it, whose input is then to be had (LoRA).
     """
-    return _layer_spec(device, AttnMaskType.causal, RMSNorm, "RMSNorm", separate_norms=separate_norms)
+    return _layer_spec(device, dtype, AttnMaskType.causal, RMSNorm, "RMSNorm", separate_norms=separate_norms)
 
 
-def vision_layer_spec(device: torch.device) -> LayerSpec:
+def vision_layer_spec(device: torch.device, dtype: torch.dtype) -> LayerSpec:
     """A CLIP ViT layer: LayerNorm, attention without a mask."""
-    return _layer_spec(device, AttnMaskType.no_mask, LayerNorm, "LayerNorm")
+    return _layer_spec(device, dtype, AttnMaskType.no_mask, LayerNorm, "LayerNorm")

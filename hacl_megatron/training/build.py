@@ -35,6 +35,7 @@ from hacl_megatron.evaluation.likelihood.item_packs import ItemReader
 from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
 from hacl_megatron.evaluation.likelihood.task_table import manifest_tasks
 from hacl_megatron.evaluation.likelihood.validation_tasks import ValidationTasks
+from hacl_megatron.platform.accelerators import describe_choice
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.loop import Trainer
 from hacl_megatron.training.packs import pack_plan
@@ -206,6 +207,7 @@ def _tensorboard_dir(config: RunConfig) -> Path | None:
 def _open_log(run: Run, iteration: int, train_iters: int, num_samples: int, said: str | None) -> MetricsLog:
     """The run's log, with what is to be known at its start said; a resumed run's lines beyond `iteration` are gone."""
     config, layout = run.config, run.layout
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     save = Path(config.checkpoint.save) if config.checkpoint.save else None
     if save is not None:
         keep_iterations(save / BAD_SAMPLES_FILE, iteration)
@@ -222,7 +224,7 @@ def _open_log(run: Run, iteration: int, train_iters: int, num_samples: int, said
     log.say(
         f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {run.device.type}, "
         f"{layout.global_batch_size} samples a step, {num_samples} an epoch, {train_iters} iterations"
-        + "".join(f"\n{line}" for line in parts_of_transformers(config))
+        + "".join(f"\n{line}" for line in (*parts_of_transformers(config), *describe_choice(run.device, dtype)))
     )
     return log
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from hacl_megatron.platform import attention
-from hacl_megatron.platform.accelerators import attention_kernel, find_accelerators
+from hacl_megatron.platform.accelerators import attention_kernel, has_torch_varlen
 from hacl_megatron.platform.attention import Branches, PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
 from tests.platform.segment_cases import (
     LENGTHS,
@@ -33,7 +33,7 @@ KERNELS = {
     ),
     "torch_varlen": pytest.param(
         torch_varlen,
-        marks=pytest.mark.skipif(not find_accelerators().torch_varlen, reason="torch has no varlen attention"),
+        marks=pytest.mark.skipif(not has_torch_varlen(), reason="torch has no varlen attention"),
     ),
 }
 HEADS = {"multi-head, 64": (4, 4, 64), "grouped, 128": (6, 2, 128), "grouped, 8": (6, 2, 8)}

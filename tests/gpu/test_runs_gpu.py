@@ -93,7 +93,7 @@ def finished(inputs: Path) -> Path:
         command(inputs, "finetune", "resumed", *bf16, *saves, "--exit-interval", "10"),
         command(inputs, "finetune", "resumed", *bf16, *saves, "--load", str(inputs / "resumed")),
     ]
-    has_te = not REHEARSED and layer_library(torch.device("cuda")) == "transformer_engine"
+    has_te = not REHEARSED and layer_library(torch.device("cuda"), torch.bfloat16) == "transformer_engine"
     if has_te and torch.cuda.get_device_capability() >= (8, 9):
         eight = with_transformer(inputs, "finetune", fp8="hybrid")
         on_gpu += [command(inputs, eight, "fp8", *bf16), command(inputs, eight, "fp8-lora", *bf16, *LORA)]

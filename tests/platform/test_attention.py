@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hacl_megatron.platform import attention
-from hacl_megatron.platform.accelerators import find_accelerators
+from hacl_megatron.platform.accelerators import has_torch_varlen
 from hacl_megatron.platform.attention import Branches, PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
 from tests.platform import varlen_signatures
 from tests.platform.segment_cases import (
@@ -179,7 +179,7 @@ def test_the_installed_flash_attn_has_the_signature_of_the_stand_in():
     assert parameters(flash_attn_varlen_func) == parameters(varlen_signatures.flash_attn_varlen_func)
 
 
-@pytest.mark.skipif(not find_accelerators().torch_varlen, reason="torch has no varlen attention")
+@pytest.mark.skipif(not has_torch_varlen(), reason="torch has no varlen attention")
 def test_the_installed_torch_has_a_signature_that_we_call_right():
     """One of those whose stand-in is compared with dense attention above; a new one wants a look at `torch_varlen`."""
     from torch.nn.attention.varlen import varlen_attn
