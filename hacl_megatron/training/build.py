@@ -109,8 +109,8 @@ def build_trainer(
     said = None if resume_from is not None else load_pretrained(module, config)
     trainee = build_trainee(module, config, train_iters)
     if resume_from is not None:
-        restore_run(trainee, resume_from)
-        said = f"resumed iteration {progress.iteration} from {resume_from}"
+        note = restore_run(trainee, resume_from)
+        said = f"resumed iteration {progress.iteration} from {resume_from}" + (f"; {note}" if note else "")
 
     validation = _open_validation(run, trainee, tokenizer)
     log = _open_log(run, progress.iteration, train_iters, num_samples, said) if dist.get_rank() == 0 else None

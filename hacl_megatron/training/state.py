@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from hacl_megatron.checkpoint.run.load import load_checkpoint, load_common_state, state_metadata
+from hacl_megatron.checkpoint.run import extra_states
+from hacl_megatron.checkpoint.run.load import load_checkpoint, load_common_state, state_metadata, stored_keys
+from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.optimizer_shards import ShardsToLoad, shards_to_save
 from hacl_megatron.training.schedule import groups_kept, load_optimizer, optimizer_parts, without_groups
@@ -88,10 +90,14 @@ def saved_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
     return Progress(**common["progress"]), common["data_state"]
 
 
-def restore_run(trainee: Trainee, folder: Path) -> None:
+def restore_run(trainee: Trainee, folder: Path) -> str | None:
     """Load weights, optimiser, schedule, queue of negatives and, at the same layout, random states from a checkpoint.
 
-    A run that goes on with a queue where there was none starts it empty.
+    A run that goes on with a queue where there was none starts it empty. Layers' extra states that the checkpoint lacks
+    start fresh, and what it has beside this model's is passed over.
+
+    Returns:
+        A line for the user on FP8 scales that were not there or are of no use.
 
     Raises:
         ValueError: the checkpoint is damaged, of another model, or its optimiser state of another kind.
@@ -114,16 +120,17 @@ def restore_run(trainee: Trainee, folder: Path) -> None:
     with groups_kept(trainee.optimizer):
         if trainee.optimizer.config.use_distributed_optimizer:
             shards = ShardsToLoad(optimizer_parts(trainee.optimizer), weights)
-            wanted = {"model": weights, "optimizer_shards": shards.wanted}
+            wanted = {"optimizer_shards": shards.wanted}
         else:
             optimizer = trainee.optimizer.sharded_state_dict(weights, is_loading=True, metadata=state_metadata())
-            wanted = {"model": weights, "optimizer": without_groups(optimizer)}
+            wanted = {"optimizer": without_groups(optimizer)}
+        wanted["model"] = extra_states.without_absent(weights, stored_keys(folder))
         if same_layout:
             wanted["random_states"] = _sharded_random_states(trainee)
         if common.get("has_queue"):
             wanted |= _sharded_queue(trainee)
         state = load_checkpoint(wanted, folder)
-        trainee.module.load_state_dict(state["model"])
+        note = _load_weights(trainee.module, state["model"])
         load_optimizer(trainee.optimizer, state["optimizer"])
         if shards is not None:
             shards.take_over()
@@ -133,6 +140,17 @@ def restore_run(trainee: Trainee, folder: Path) -> None:
     trainee.scheduler.load_state_dict(state["scheduler"])
     if same_layout:
         _restore_random_states(state["random_states"])
+    return note
+
+
+def _load_weights(module: HaclModel, weights: dict[str, Any]) -> str | None:
+    config = module.config
+    note = extra_states.take_out_scales(weights, used=bool(config.fp8) and config.fp8_recipe == "delayed")
+    with extra_states.pickled_scales_allowed():
+        found = module.load_state_dict(weights, strict=False)
+    missing = [name for name in found.missing_keys if not name.endswith(extra_states.SUFFIX)]
+    assert not missing and not found.unexpected_keys, (missing, found.unexpected_keys)
+    return note
 
 
 def _layout(trainee: Trainee) -> list[int]:

@@ -1,12 +1,13 @@
 """Loads a run's state through megatron-core's distributed checkpointing; what is damaged is said in one line."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, only a BaseException
 
 
@@ -38,6 +39,13 @@ def load_common_state(folder: Path) -> dict[str, Any]:
     with _damage_reported(folder):
         _require_whole_metadata(folder)
         return dist_checkpointing.load_common_state_dict(str(folder))
+
+
+def stored_keys(folder: Path) -> Set[str]:
+    """Keys of the tensors and objects that a checkpoint folder holds; ValueError names a damaged checkpoint."""
+    with _damage_reported(folder):
+        _require_whole_metadata(folder)
+        return FileSystemReader(folder).read_metadata().state_dict_metadata.keys()
 
 
 def _require_whole_metadata(folder: Path) -> None:
