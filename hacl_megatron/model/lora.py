@@ -173,8 +173,10 @@ class _Adds:
     def __init__(self, adapters: LoraLinear, widths: dict[str, int], groups: int) -> None:
         self.adapters, self.widths, self.groups = adapters, widths, groups
 
-    def __call__(self, linear: nn.Module, inputs: tuple[Tensor], result: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def __call__(self, linear: nn.Module, inputs: tuple, result: tuple[Any, Any]) -> tuple[Any, Any]:
         output, bias = result
+        if isinstance(output, tuple):  # the last layer's (`ReadRowsLinear`)
+            return self._of_read_rows(*inputs[:2], output), bias
         added = self.adapters(inputs[0])
         if len(self.widths) == 1:
             return output + next(iter(added.values())), bias
@@ -185,6 +187,14 @@ class _Adds:
             for target, width in self.widths.items()
         ]
         return output + torch.cat(parts, dim=-1).flatten(-2), bias
+
+    def _of_read_rows(self, hidden: Tensor, read: Tensor, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Queries [Q, 1, groups, width] of the rows `read`, keys and values [T, 1, groups, width] of all."""
+        added = self.adapters(hidden, ("k_proj", "v_proj")) | self.adapters(hidden.index_select(0, read), ("q_proj",))
+        return tuple(
+            part + added[target].unflatten(-1, (self.groups, -1)) if target in added else part
+            for target, part in zip(self.widths, output, strict=True)
+        )
 
 
 def _hook(path: str, adapters: LoraLinear, language: LanguageConfig, tp_size: int) -> _Adds:

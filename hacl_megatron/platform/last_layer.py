@@ -6,6 +6,7 @@ are read from a segment's first one to its end (`PackedBatch.read_rows`), and th
 The layer works on gathered rows: under sequence parallelism a rank's part of the read rows would be uneven.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,36 +72,47 @@ class LastSelfAttention(SelfAttention):
     def _project(self, hidden_states: Tensor, read: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[T, 1, H] -> query [Q, 1, h, d], key and value [T, 1, g, d]."""
         width, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
-        query_width = self.num_attention_heads_per_partition // groups * width
-        if read is None or type(self.linear_qkv) is not tensor_parallel.ColumnParallelLinear:
+        widths = self.num_attention_heads_per_partition // groups * width, width, width
+        if read is not None and isinstance(self.linear_qkv, ReadRowsLinear):
+            query, key, value = self.linear_qkv(hidden_states, read, widths)[0]
+        else:
             # Transformer Engine's layer holds the norm too and cannot be cut: queries of all rows, most thrown away.
-            mixed = self.linear_qkv(hidden_states)[0].unflatten(-1, (groups, query_width + 2 * width))
-            query, key, value = mixed.split([query_width, width, width], dim=-1)
+            mixed = self.linear_qkv(hidden_states)[0].unflatten(-1, (groups, sum(widths)))
+            query, key, value = mixed.split(widths, dim=-1)
             if read is not None:
                 query = query.index_select(0, read)
-        else:
-            # Of each group of heads the weight's rows are its queries', then its key's and its value's.
-            of_group = (groups, query_width + 2 * width)
-            weight, bias = self.linear_qkv.weight.unflatten(0, of_group), self.linear_qkv.bias
-            of_query = of_pairs = None
-            if bias is not None:
-                of_query, of_pairs = (
-                    part.flatten() for part in bias.unflatten(0, of_group).split([query_width, 2 * width], dim=1)
-                )
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
-            query = F.linear(hidden.index_select(0, read), weight[:, :query_width].flatten(0, 1), of_query)
-            query = query.unflatten(-1, (groups, query_width))
-            pairs = F.linear(hidden, weight[:, query_width:].flatten(0, 1), of_pairs).unflatten(-1, (groups, 2 * width))
-            key, value = pairs.split([width, width], dim=-1)
-            adapters = getattr(self, "linear_qkv_lora", None)
-            if adapters is not None:  # the hook that adds them elsewhere stands on the layer that was not called
-                added = adapters(hidden_states, ("k_proj", "v_proj"))
-                added |= adapters(hidden_states.index_select(0, read), ("q_proj",))
-                query, key, value = (
-                    part + added[name].unflatten(-1, (groups, -1)) if name in added else part
-                    for name, part in (("q_proj", query), ("k_proj", key), ("v_proj", value))
-                )
         return query.flatten(-2).unflatten(-1, (-1, width)), key, value
+
+
+class ReadRowsLinear(tensor_parallel.ColumnParallelLinear):
+    """`linear_qkv` whose queries may be wanted of some rows alone.
+
+    The product is this module's own forward pass, so that whatever stands before and behind a layer's call has its
+    turn: `--overlap-param-gather` waits for the layer's updated weight, LoRA adds its part.
+    """
+
+    def forward(
+        self, hidden: Tensor, read: Tensor | None = None, widths: Sequence[int] | None = None
+    ) -> tuple[Tensor | tuple[Tensor, Tensor, Tensor], Tensor | None]:
+        """[T, 1, H] -> what its base class gives, or with `read` (queries [Q, 1, g, q], keys and values [T, 1, g, d]).
+
+        Args:
+            read: int64 [Q]: rows of which the queries are wanted.
+            widths: q and twice d: of each of g groups of heads the weight has so many rows of queries, keys, values.
+        """
+        if read is None:
+            return super().forward(hidden)
+        query_width, width, _ = widths
+        weight, bias = self.weight.unflatten(0, (-1, sum(widths))), self.bias
+        of_query = of_pairs = None
+        if bias is not None:
+            of_query, of_pairs = (
+                part.flatten() for part in bias.unflatten(0, (-1, sum(widths))).split([query_width, 2 * width], dim=1)
+            )
+        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        query = F.linear(hidden.index_select(0, read), weight[:, :query_width].flatten(0, 1), of_query)
+        pairs = F.linear(hidden, weight[:, query_width:].flatten(0, 1), of_pairs).unflatten(-1, (-1, 2 * width))
+        return (query.unflatten(-1, (-1, query_width)), *pairs.split([width, width], dim=-1)), None
 
 
 def without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:

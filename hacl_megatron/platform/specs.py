@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from hacl_megatron.platform.accelerators import layer_library
 from hacl_megatron.platform.attention import PackedAttention
-from hacl_megatron.platform.last_layer import LastLayer, LastSelfAttention
+from hacl_megatron.platform.last_layer import LastLayer, LastSelfAttention, ReadRowsLinear
 from hacl_megatron.platform.norms import LayerNorm, RMSNorm
 
 
@@ -27,7 +28,10 @@ class LayerSpec:
         """The same layer, computed for the rows that are read alone."""
         spec = deepcopy(self.layer)
         spec.module = LastLayer
-        spec.submodules.self_attention.module = LastSelfAttention
+        attention = spec.submodules.self_attention
+        attention.module = LastSelfAttention
+        if attention.submodules.linear_qkv is ColumnParallelLinear:  # Transformer Engine's is left as it is
+            attention.submodules.linear_qkv = ReadRowsLinear
         return spec
 
 
