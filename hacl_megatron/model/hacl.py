@@ -178,12 +178,15 @@ class HaclModel(MegatronModule):
 
     def _embed(self, batch: PackedBatch, tower_features: Tensor | None) -> Tensor:
         """Token embeddings with image features laid over the image rows: [T', 1, H]."""
-        hidden = self.language_model.embed(batch.token_ids)
+        # In the order of `__init__`, which is that in which `--overlap-param-gather` fetches updated parameters.
+        features = None
         if torch.is_grad_enabled() or batch.image_rows.numel():
             if tower_features is None:
                 tower_features = self.tower_features(batch.pixel_values)
             options = {"from_queries": True} if self.query_states_are_constant else {}
             features = self.connector(tower_features, **options).flatten(0, 1)  # [I * V, H]
+        hidden = self.language_model.embed(batch.token_ids)
+        if features is not None:
             rows = features.index_select(0, batch.feature_rows).to(hidden.dtype)
             hidden = hidden.squeeze(1).index_copy(0, batch.image_rows, rows).unsqueeze(1)
         if self.sequence_parallel:

@@ -93,7 +93,7 @@ class Step:
 
     def __init__(self, run: Run, trainee: Trainee) -> None:
         self.config, self.groups, self.device = run.config, run.groups, run.device
-        self.model, self.optimizer = trainee.model, trainee.optimizer
+        self.trainee, self.model, self.optimizer = trainee, trainee.model, trainee.optimizer
         self.contrast = Contrast(run.config.objective, trainee.queue, run.groups.dp)
         self.vocab_size = run.config.architecture.language.vocab_size
         self.is_last_stage = run.groups.pp.rank() == run.groups.pp.size() - 1
@@ -214,6 +214,7 @@ class Step:
         if micro_batches[0].ahead is None:
             return None
         started = time.perf_counter()
+        self.trainee.gather_image_parameters()
         packs = [replace(batch.ahead, pixel_values=batch.main.pixel_values) for batch in micro_batches]
         lengths = [batch.ahead.lengths for batch in micro_batches]
 

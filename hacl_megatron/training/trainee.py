@@ -43,6 +43,18 @@ class Trainee:
         if self.model.ddp_config.overlap_param_gather:
             self.model.start_param_sync(force_sync=True)
 
+    def gather_image_parameters(self) -> None:
+        """The same for what only images go through, ahead of a pass that leaves it out where a pack has none.
+
+        Gathers begin as modules are called, and ranks must begin them in one order, whatever their packs hold.
+        """
+        if not (self.model.ddp_config.overlap_param_gather and self.module.pre_process):
+            return
+        for part in (self.module.vision_tower, self.module.connector):
+            for parameter in part.parameters():
+                if parameter.requires_grad:
+                    self.model.param_to_bucket_group[parameter].finish_param_sync()
+
 
 def build_trainee(module: HaclModel, config: RunConfig, train_iters: int) -> Trainee:
     """Freeze, wrap and give `module` its optimiser and schedule."""
