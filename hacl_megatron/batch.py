@@ -47,17 +47,20 @@ and which nothing else sees. In the example, with the prefix `[BOS, img, img]`:
 A micro-batch may be cut into two packs (`MicroBatch`): one that runs ahead, forward only, and the main one.
 """
 
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+HOST_FIELDS = ("sample_ids", "hallucinated_owner", "image_keys", "caption_keys", "hallucinated_keys")
+"""Fields of a pack that stay on the host: the model does not need them, and what is made of them decides sizes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One pack of one data-parallel rank's micro-batch. All tensors are contiguous and on the host when packed.
+    """One pack of one data-parallel rank's micro-batch. All tensors are contiguous and on the host when packed; when it
+    runs, all but `HOST_FIELDS` are on the model's device.
 
     A pack that leaves out a kind of segment (`Parts`) has no EOS rows of that kind; the pairs' keys and owners are
     there all the same.
@@ -120,11 +123,13 @@ class PackedBatch:
     """Rows at the end of the pack that belong to no sample."""
     num_text_rows: int
     """Rows of caption and hallucinated-caption segments."""
+    lengths: "SegmentLengths" = None  # type: ignore[assignment]
+    """Lengths on the host, wherever the tensors are; left out, they are read from the tensors of a pack on the host."""
 
-    @cached_property
-    def lengths(self) -> "SegmentLengths":
-        """Read back from an accelerator once, when it is first asked for: before the step runs."""
-        return SegmentLengths.of(self)
+    def __post_init__(self) -> None:
+        if self.lengths is None:
+            assert not self.cu_seqlens.is_cuda, "to read the lengths back would wait for the device"
+            object.__setattr__(self, "lengths", SegmentLengths.of(self))
 
     @property
     def num_pairs(self) -> int:
@@ -142,13 +147,10 @@ class PackedBatch:
     def num_rows(self) -> int:
         return self.token_ids.numel()
 
-    def to(self, device: torch.device, *, non_blocking: bool = True) -> "PackedBatch":
-        """The same batch with every tensor on `device`."""
-        moved = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            moved[item.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-        return PackedBatch(**moved)
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch with every tensor but `HOST_FIELDS` on `device`."""
+        names = [item.name for item in fields(self) if item.type is Tensor and item.name not in HOST_FIELDS]
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,11 +166,16 @@ class SegmentLengths:
 
     @classmethod
     def of(cls, batch: PackedBatch) -> "SegmentLengths":
-        """Reads the lengths back if `batch` is on an accelerator: call it before the step runs."""
+        """The lengths of a pack on the host; on a device `PackedBatch.lengths` has them."""
+        return cls.of_tensors(batch.cu_seqlens, batch.read_lengths, batch.branch_lengths)
+
+    @classmethod
+    def of_tensors(cls, cu_seqlens: Tensor, read_lengths: Tensor, branch_lengths: Tensor) -> "SegmentLengths":
+        """The same from the three fields of a pack, on the host."""
         return cls(
-            segments=tuple(batch.cu_seqlens.diff().tolist()),
-            read=tuple(batch.read_lengths.tolist()),
-            branches=tuple(batch.branch_lengths.tolist()),
+            segments=tuple(cu_seqlens.diff().tolist()),
+            read=tuple(read_lengths.tolist()),
+            branches=tuple(branch_lengths.tolist()),
         )
 
 

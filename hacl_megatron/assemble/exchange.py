@@ -1,23 +1,33 @@
 """Hands each micro-batch from the rank that loaded it to the ranks that share its model replica.
 
 One rank of a replica (tensor-parallel rank 0 of the first pipeline stage) reads and decodes; the others receive. So an
-image is decoded once a replica, and all ranks agree on which samples were unusable. All integer fields travel as one
-tensor; pixels go to the tensor-parallel ranks of the first stage alone.
+image is decoded once a replica, and all ranks agree on which samples were unusable.
+
+    host     sizes, lengths and whatever stays on the host, of all packs of the step in one message
+    device   all other integers of all packs in one tensor; pixels to the tensor-parallel ranks of the first stage alone
+
+Nothing is read back from the device, and no copy to it is waited for.
 """
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hacl_megatron.batch import MicroBatch, PackedBatch
+from hacl_megatron.batch import HOST_FIELDS, MicroBatch, PackedBatch, SegmentLengths
 from hacl_megatron.model.hacl import HaclModel
+from hacl_megatron.platform.copies import to_device
+from hacl_megatron.platform.host_groups import broadcast_integers
 
-_INTEGER_FIELDS = [item.name for item in fields(PackedBatch) if item.type is Tensor and item.name != "pixel_values"]
 _INT32_FIELDS = ("cu_seqlens", "read_lengths", "branch_lengths")
-_SCALAR_FIELDS = [item.name for item in fields(PackedBatch) if item.type is int]
+_SCALAR_FIELDS = tuple(item.name for item in fields(PackedBatch) if item.type is int)
+_DEVICE_FIELDS = tuple(
+    item.name
+    for item in fields(PackedBatch)
+    if item.type is Tensor and item.name != "pixel_values" and item.name not in HOST_FIELDS
+)
 
 
 def exchange_step(
@@ -28,57 +38,107 @@ def exchange_step(
     The source is rank 0 of that group; it is rank 0 of its tensor-parallel group too. Other ranks pass None. Ranks
     without a vision tower get `pixel_values` on the meta device: the shape without the pixels.
     """
-    group = module.groups.mp
-    header = torch.zeros(2, dtype=torch.int64, device=device)
+    packs = None
     if micro_batches is not None:
-        header.copy_(torch.tensor([len(micro_batches), micro_batches[0].ahead is not None]))
+        packs = [pack for batch in micro_batches for pack in (batch.main, batch.ahead) if pack is not None]
+    if module.groups.mp.size() == 1 and device.type == "cpu":
+        return list(micro_batches)
+
+    told = None if packs is None else torch.cat([_header(micro_batches), *map(_facts, packs)])
+    if module.groups.mp.size() > 1:
+        told = broadcast_integers(told, module.groups.mp_host)
+    rest = _Reader(told)
+    num_micro_batches, has_ahead = rest.numbers(2)
+    facts = [_PackFacts.read(rest) for _ in range(num_micro_batches * (1 + has_ahead))]
+
+    integers = _send_integers(packs, facts, module, device)
+    received = [
+        PackedBatch(
+            **of_pack,
+            **fact.on_host,
+            **fact.scalars,
+            lengths=fact.lengths,
+            pixel_values=_send_pixels(None if packs is None else packs[index].pixel_values, fact, module, device),
+        )
+        for index, (of_pack, fact) in enumerate(zip(integers, facts, strict=True))
+    ]
+    if not has_ahead:
+        return [MicroBatch(main=main) for main in received]
+    return [MicroBatch(main=main, ahead=ahead) for main, ahead in zip(received[::2], received[1::2], strict=True)]
+
+
+def _header(micro_batches: Sequence[MicroBatch]) -> Tensor:
+    return torch.tensor([len(micro_batches), micro_batches[0].ahead is not None])
+
+
+def _facts(pack: PackedBatch) -> Tensor:
+    """int64 [n]: what every host is told of a pack."""
+    sizes = [getattr(pack, name).numel() for name in _DEVICE_FIELDS + HOST_FIELDS]
+    scalars = [getattr(pack, name) for name in _SCALAR_FIELDS]
+    values = [getattr(pack, name).long() for name in HOST_FIELDS + _INT32_FIELDS]
+    return torch.cat([torch.tensor([*sizes, *scalars, pack.num_images]), *values])
+
+
+class _Reader:
+    """Takes a tensor apart from its beginning on."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._at = values, 0
+
+    def take(self, count: int) -> Tensor:
+        self._at += count
+        return self._values[self._at - count : self._at]
+
+    def numbers(self, count: int) -> list[int]:
+        return self.take(count).tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PackFacts:
+    """What `_facts` told."""
+
+    sizes: dict[str, int]
+    """Elements of each field that goes to the device."""
+    on_host: dict[str, Tensor]
+    scalars: dict[str, int]
+    num_images: int
+    lengths: SegmentLengths
+
+    @classmethod
+    def read(cls, told: _Reader) -> "_PackFacts":
+        sizes = dict(zip(_DEVICE_FIELDS, told.numbers(len(_DEVICE_FIELDS)), strict=True))
+        sizes_on_host = told.numbers(len(HOST_FIELDS))
+        scalars = dict(zip(_SCALAR_FIELDS, told.numbers(len(_SCALAR_FIELDS)), strict=True))
+        (num_images,) = told.numbers(1)
+        on_host = {name: told.take(size) for name, size in zip(HOST_FIELDS, sizes_on_host, strict=True)}
+        lengths = SegmentLengths.of_tensors(*(told.take(sizes[name]) for name in _INT32_FIELDS))
+        return cls(sizes=sizes, on_host=on_host, scalars=scalars, num_images=num_images, lengths=lengths)
+
+
+def _send_integers(
+    packs: Sequence[PackedBatch] | None, facts: Sequence[_PackFacts], module: HaclModel, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Each pack's integer fields on the device of every rank."""
+    group, sizes = module.groups.mp, [size for fact in facts for size in fact.sizes.values()]
+    if packs is not None:
+        flat = torch.cat([getattr(pack, name).long() for pack in packs for name in _DEVICE_FIELDS])
+        flat = to_device(flat, device)
+    else:
+        flat = torch.empty(sum(sizes), dtype=torch.int64, device=device)
     if group.size() > 1:
-        dist.broadcast(header, dist.get_global_rank(group, 0), group=group)
-    num_micro_batches, has_ahead = header.tolist()
-    received = []
-    for index in range(num_micro_batches):
-        batch = micro_batches[index] if micro_batches is not None else None
-        main = _exchange_pack(batch.main if batch is not None else None, module, device)
-        ahead = _exchange_pack(batch.ahead if batch is not None else None, module, device) if has_ahead else None
-        received.append(MicroBatch(main=main, ahead=ahead))
-    return received
+        dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
+    parts = iter(flat.split(sizes))
+    for _ in facts:
+        fields_of_pack = dict(zip(_DEVICE_FIELDS, parts, strict=False))
+        yield {name: part.int() if name in _INT32_FIELDS else part for name, part in fields_of_pack.items()}
 
 
-def _exchange_pack(batch: PackedBatch | None, module: HaclModel, device: torch.device) -> PackedBatch:
-    group, tp_group = module.groups.mp, module.groups.tp
-    if group.size() == 1:
-        assert batch is not None
-        return batch.to(device)
-    source = dist.get_global_rank(group, 0)
-    header = torch.zeros(len(_INTEGER_FIELDS) + len(_SCALAR_FIELDS) + 1, dtype=torch.int64, device=device)
-    if batch is not None:
-        sizes = [getattr(batch, name).numel() for name in _INTEGER_FIELDS]
-        scalars = [getattr(batch, name) for name in _SCALAR_FIELDS]
-        header.copy_(torch.tensor([*sizes, *scalars, batch.num_images]))
-    dist.broadcast(header, source, group=group)
-    *numbers, num_images = header.tolist()
-    sizes, scalars = numbers[: len(_INTEGER_FIELDS)], numbers[len(_INTEGER_FIELDS) :]
-
-    flat = torch.empty(sum(sizes), dtype=torch.int64, device=device)
-    if batch is not None:
-        flat.copy_(torch.cat([getattr(batch, name).long() for name in _INTEGER_FIELDS]))
-    dist.broadcast(flat, source, group=group)
-    integers = dict(zip(_INTEGER_FIELDS, flat.split(sizes), strict=True))
-    for name in _INT32_FIELDS:
-        integers[name] = integers[name].int()
-
-    pixels_device = device if module.pre_process else torch.device("meta")
-    pixels = torch.empty(num_images, 3, module.image_size, module.image_size, device=pixels_device)
-    if module.pre_process and num_images:
-        if batch is not None:
-            pixels.copy_(batch.pixel_values)
-        if tp_group.size() > 1:
-            dist.broadcast(pixels, dist.get_global_rank(tp_group, 0), group=tp_group)
-    return PackedBatch(**integers, **dict(zip(_SCALAR_FIELDS, scalars, strict=True)), pixel_values=pixels)
-
-
-def global_sums(values: Sequence[float], *, group: dist.ProcessGroup, device: torch.device) -> list[float]:
-    """Element-wise sums of `values` over `group`, in float64, as host numbers."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total, group=group)
-    return total.tolist()
+def _send_pixels(pixels: Tensor | None, facts: _PackFacts, module: HaclModel, device: torch.device) -> Tensor:
+    """A pack's pixels on the ranks with a vision tower; their shape elsewhere."""
+    shape, group = (facts.num_images, 3, module.image_size, module.image_size), module.groups.tp
+    if not module.pre_process:
+        return torch.empty(shape, device="meta")
+    pixels = torch.empty(shape, device=device) if pixels is None else to_device(pixels, device)
+    if group.size() > 1 and facts.num_images:
+        dist.broadcast(pixels, dist.get_global_rank(group, 0), group=group)
+    return pixels

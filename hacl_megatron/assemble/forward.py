@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import nn
 
 from hacl_megatron.assemble.exchange import exchange_step
-from hacl_megatron.batch import MicroBatch, PackedBatch, SegmentLengths
+from hacl_megatron.batch import MicroBatch, PackedBatch
 from hacl_megatron.model.hacl import HaclModel, ModelOutput
 
 Result = TypeVar("Result")
@@ -78,10 +78,9 @@ class ForwardOnly:
         step = None if packs is None else [MicroBatch(main=pack) for pack in packs]
         micro_batches = exchange_step(step, self.module, self.device)
         received = [micro_batch.main for micro_batch in micro_batches]
-        lengths = [SegmentLengths.of(pack) for pack in received]
 
         def forward_step(index: int, model: nn.Module):
-            output = model(received[index], lengths[index])
+            output = model(received[index], received[index].lengths)
             return output, lambda output, non_loss_data: collect(output, received[index])
 
         results = run_schedule(forward_step, self.model, received, forward_only=True, keeps_outputs=True)

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from hacl_megatron.assemble.run import Run
 from hacl_megatron.config.layout import Layout, world_size_from_environment
 from hacl_megatron.config.run import RunConfig
+from hacl_megatron.platform.host_groups import Groups
 from hacl_megatron.platform.processes import start_platform
 
 
-def initialize_parallelism(config: RunConfig, layout: Layout) -> ProcessGroupCollection:
+def initialize_parallelism(config: RunConfig, layout: Layout) -> Groups:
     """Create megatron-core's process groups and seed every rank's generators."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -24,7 +24,7 @@ def initialize_parallelism(config: RunConfig, layout: Layout) -> ProcessGroupCol
     )
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)
-    return ProcessGroupCollection.use_mpu_process_groups()
+    return Groups.of_parallel_state(config.parallel.distributed_timeout_minutes)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
+from hacl_megatron.platform.host_groups import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Run:
     config: RunConfig
     """The resolved configuration, the model's sizes (`config.architecture`) included."""
     layout: Layout
-    groups: ProcessGroupCollection
+    groups: Groups
     """This rank's groups."""
     device: torch.device
     """What this rank computes on."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from hacl_megatron.config.flags import TEMPERATURE_RANGE
 from hacl_megatron.objective.negatives import PairEmbeddings
 from hacl_megatron.objective.row_blocks import BLOCK_BYTES, Columns, softmax_loss_sum
+from hacl_megatron.platform.copies import to_device
 
 HallucinationNegatives = Literal["own", "all", "none"]
 
@@ -94,19 +95,22 @@ def contrastive_loss(
     assert temperature.shape == (1,) and temperature.dtype == local.image.dtype == pool.image.dtype
 
     pairs = [pool] if queue is None else [pool, queue]
+    keys, pool_keys = _Keys.of(local), [_Keys.of(others) for others in pairs]
     captions, images = [], []
-    for others in pairs:
+    for others, their in zip(pairs, pool_keys, strict=True):
         equal_keys = ()
         if mask_duplicates:
-            equal_keys = ((local.caption_keys, others.caption_keys), (local.image_keys, others.image_keys))
+            equal_keys = ((keys.caption, their.caption), (keys.image, their.image))
         captions.append(Columns(embeddings=others.caption, equal_keys=equal_keys))
         images.append(Columns(embeddings=others.image, equal_keys=equal_keys))
     hallucinated = []
     if hallucination_negatives != "none":
         # No pair of this step owns what the queue holds.
-        for others in pairs if hallucination_negatives == "all" else [pool]:
+        for others, their in list(zip(pairs, pool_keys, strict=True))[
+            : None if hallucination_negatives == "all" else 1
+        ]:
             owner = others.hallucinated_owner - first_pair if hallucination_negatives == "own" else None
-            equal_keys = ((local.caption_keys, others.hallucinated_keys),) if mask_duplicates else ()
+            equal_keys = ((keys.caption, their.hallucinated),) if mask_duplicates else ()
             hallucinated.append(Columns(embeddings=others.hallucinated, equal_keys=equal_keys, owner=owner))
 
     image_to_text_sum, nearest = softmax_loss_sum(
@@ -114,7 +118,7 @@ def contrastive_loss(
         num_ranked=len(captions), block_bytes=block_bytes,
     )  # fmt: skip
     text_to_image_sum, _ = softmax_loss_sum(local.caption, images, first_pair, temperature, block_bytes=block_bytes)
-    correct_sum = _retrieval_hits(nearest, local, pairs, first_pair)
+    correct_sum = _retrieval_hits(nearest, keys, pool_keys, first_pair).to(local.image.dtype)
     return ContrastiveTerms(
         image_to_text_sum=image_to_text_sum,
         text_to_image_sum=text_to_image_sum,
@@ -124,21 +128,35 @@ def contrastive_loss(
     )
 
 
-def _retrieval_hits(nearest: Tensor, local: PairEmbeddings, pairs: Sequence[PairEmbeddings], first_pair: int) -> Tensor:
-    """How many of the captions nearest to this rank's images are their own, or a duplicate pair's; [].
+@dataclass(frozen=True)
+class _Keys:
+    """Keys of pairs on the device of their embeddings, int64 [N], [N] and [M]."""
+
+    image: Tensor
+    caption: Tensor
+    hallucinated: Tensor
+
+    @classmethod
+    def of(cls, pairs: PairEmbeddings) -> "_Keys":
+        keys = (pairs.image_keys, pairs.caption_keys, pairs.hallucinated_keys)
+        return cls(*(to_device(part, pairs.image.device) for part in keys))
+
+
+def _retrieval_hits(nearest: Tensor, local: _Keys, pairs: Sequence[_Keys], first_pair: int) -> Tensor:
+    """How many of the captions nearest to this rank's images are their own, or a duplicate pair's; int64 [].
 
     nearest: int64 [N local], counting through the captions of `pairs`.
     """
-    own = torch.arange(first_pair, first_pair + local.num_pairs, device=nearest.device)
-    same_caption = torch.cat([others.caption_keys for others in pairs])[nearest] == local.caption_keys
-    same_image = torch.cat([others.image_keys for others in pairs])[nearest] == local.image_keys
-    return ((nearest == own) | same_caption | same_image).sum().to(local.image.dtype)
+    own = torch.arange(first_pair, first_pair + nearest.numel(), device=nearest.device)
+    same_caption = torch.cat([others.caption for others in pairs])[nearest] == local.caption
+    same_image = torch.cat([others.image for others in pairs])[nearest] == local.image
+    return ((nearest == own) | same_caption | same_image).sum()
 
 
 @torch.no_grad()
 def _hallucination_metrics(local: PairEmbeddings) -> dict[str, Tensor]:
     """Metrics of each pair against its own hallucinated captions, whatever the loss uses as negatives."""
-    owner = local.hallucinated_owner
+    owner = to_device(local.hallucinated_owner, local.image.device)
     to_caption = (local.image * local.caption).sum(1)  # [N]
     to_hallucinated = (local.image[owner] * local.hallucinated).sum(1)  # [M]
     nearest = torch.full_like(to_caption, float("-inf")).scatter_reduce(0, owner, to_hallucinated, "amax")

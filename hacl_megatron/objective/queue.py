@@ -30,7 +30,7 @@ class NegativeQueue:
         assert size > 0, size
         self.size = size
         embeddings = torch.zeros(0, width, device=device, dtype=dtype)
-        integers = torch.zeros(0, device=device, dtype=torch.int64)
+        integers = torch.zeros(0, dtype=torch.int64)
         # Nothing is written in place: an empty queue's fields may share a tensor.
         self._pairs = PairEmbeddings(
             image=embeddings, caption=embeddings, hallucinated=embeddings, hallucinated_owner=integers,
@@ -48,7 +48,7 @@ class NegativeQueue:
 
         Of more than `size` pairs the last ones stay.
         """
-        new = _newest(pool.map(Tensor.detach), self.size)
+        new = _newest(pool.detach(), self.size)
         self._pairs = concatenate_pairs([_newest(self._pairs, self.size - new.num_pairs), new])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -76,7 +76,8 @@ class NegativeQueue:
                     "the checkpoint belongs to a model of another width, start without its queue"
                 )
         device = self._pairs.image.device
-        loaded = PairEmbeddings(**{name: tensor.detach().to(device) for name, tensor in state.items()})
+        places = {name: device if tensor.dim() == 2 else "cpu" for name, tensor in expected.items()}
+        loaded = PairEmbeddings(**{name: tensor.detach().to(places[name]) for name, tensor in state.items()})
         self._pairs = concatenate_pairs([_newest(loaded, self.size)])
 
 
@@ -86,4 +87,4 @@ def _newest(pairs: PairEmbeddings, count: int) -> PairEmbeddings:
     if dropped == 0:
         return pairs
     owner = pairs.hallucinated_owner - dropped
-    return pairs.select(slice(dropped, None), owner >= 0, owner)
+    return pairs.select(slice(dropped, None), (owner >= 0).nonzero().flatten(), owner)

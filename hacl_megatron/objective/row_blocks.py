@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hacl_megatron.platform.copies import to_device
+
 BLOCK_BYTES = 160 * 2**20
 """Most that one block may take, similarities and mask together: 256 rows of 131,072 fp32 columns. Every block reads and
 writes the columns' gradients once, which smaller ones spend their time on: 1,024 rows took 17.3, 13.7, 11.6 and 9.9
@@ -41,7 +43,8 @@ class Columns:
     equal_keys: tuple[tuple[Tensor, Tensor], ...] = ()
     """(int64 [R], int64 [C]): a column whose key equals the row's is no candidate of that row."""
     owner: Tensor | None = None
-    """int64 [C]: the only row that each column is a candidate of; below 0 or at R and above, none. None: all rows."""
+    """int64 [C], on the host: the only row that each column is a candidate of; below 0 or at R and above, none. None:
+    all rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +127,8 @@ class _SoftmaxLossSum(torch.autograd.Function):
 
             own_diagonal = parts[0][:, own].diagonal()
             positive = own_diagonal.clone()
-            for part, group, index in zip(parts, plan.columns, block.indices, strict=True):
-                _mask_(part, group, block.rows, index)
+            for part, group, index, owner in zip(parts, plan.columns, block.indices, block.owners, strict=True):
+                _mask_(part, group, block.rows, index, owner)
             own_diagonal.copy_(positive)
 
             # The positive is never masked, so each row's maximum is finite, and its sum at least 1.
@@ -174,6 +177,8 @@ class _Block:
     rows: slice
     indices: list[Tensor | None]
     """For each element of `columns`, which of its columns; None: all, in their order."""
+    owners: list[Tensor | None]
+    """Whose candidates those are."""
     similarities: Tensor
     """[B, all these columns], not initialised; the blocks share its memory."""
 
@@ -201,28 +206,33 @@ def _blocks(rows: Tensor, plan: _Plan) -> Iterator[_Block]:
     )
     for block, part in enumerate(slices):
         shape = (part.stop - part.start, widths[block])
+        chosen = [group[block] for group in indices]
+        owners = [
+            None if index is None else group.owner[index] for index, group in zip(chosen, plan.columns, strict=True)
+        ]
         yield _Block(
             rows=part,
-            indices=[group[block] for group in indices],
+            indices=[None if index is None else to_device(index, rows.device) for index in chosen],
+            owners=[None if owner is None else to_device(owner, rows.device) for owner in owners],
             similarities=buffer[: shape[0] * shape[1]].view(shape),
         )
 
 
 def _owned_by_block(owner: Tensor | None, slices: Sequence[slice]) -> list[Tensor | None]:
-    """Indices of the columns that rows of each block own; waits for the device once."""
+    """Indices of the columns that rows of each block own, on the host as `owner` is."""
     if owner is None or not slices:
         return [None] * len(slices)
     owners, order = owner.sort(stable=True)
-    borders = torch.tensor([part.start for part in slices] + [slices[-1].stop], device=owner.device)
+    borders = torch.tensor([part.start for part in slices] + [slices[-1].stop])
     borders = torch.searchsorted(owners, borders).tolist()
     return [order[start:stop] for start, stop in itertools.pairwise(borders)]
 
 
-def _mask_(similarities: Tensor, group: Columns, rows: slice, index: Tensor | None) -> None:
+def _mask_(similarities: Tensor, group: Columns, rows: slice, index: Tensor | None, owner: Tensor | None) -> None:
     """-inf, in place, where a column is no candidate of the row. similarities: [B, C of the block]."""
-    if index is not None:
+    if owner is not None:
         numbers = torch.arange(rows.start, rows.stop, device=similarities.device)
-        similarities.masked_fill_(group.owner[index] != numbers[:, None], float("-inf"))
+        similarities.masked_fill_(owner != numbers[:, None], float("-inf"))
     for row_keys, column_keys in group.equal_keys:
         keys = column_keys if index is None else column_keys[index]
         similarities.masked_fill_(row_keys[rows, None] == keys, float("-inf"))

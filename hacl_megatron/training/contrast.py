@@ -19,7 +19,7 @@ from hacl_megatron.batch import PackedBatch
 from hacl_megatron.config.flags import ObjectiveFlags
 from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.contrastive import ContrastiveTerms, contrastive_loss
-from hacl_megatron.objective.negatives import PairEmbeddings, concatenate_pairs, gather_pairs
+from hacl_megatron.objective.negatives import PairEmbeddings, PairIntegers, concatenate_pairs, gather_pairs
 from hacl_megatron.objective.queue import NegativeQueue
 
 
@@ -60,9 +60,14 @@ class Contrast:
         self.group = group
         self._new_pairs: list[PairEmbeddings] = []
 
-    def terms(self, local: PairEmbeddings, temperature: Tensor, *, with_queue: bool) -> ContrastiveTerms:
-        """Sums over this rank's pairs `local` against all ranks' (and the queue's)."""
-        gathered = gather_pairs(local, self.group)
+    def terms(
+        self, local: PairEmbeddings, everyone: Sequence[PairIntegers], temperature: Tensor, *, with_queue: bool
+    ) -> ContrastiveTerms:
+        """Sums over this rank's pairs `local` against all ranks' (and the queue's).
+
+        everyone: every rank's integers of these pairs.
+        """
+        gathered = gather_pairs(local, self.group, everyone)
         queue = self.queue if with_queue else None
         if queue is not None:
             self._new_pairs.append(gathered.pool)
@@ -82,9 +87,17 @@ class Contrast:
         return weight * sums / (2 * max(num_pairs, 1))
 
     def cached_gradients(
-        self, micro_batches: Sequence[PairEmbeddings], temperature: Tensor, num_pairs: int, weight: float
+        self,
+        micro_batches: Sequence[PairEmbeddings],
+        everyone: Sequence[PairIntegers],
+        temperature: Tensor,
+        num_pairs: int,
+        weight: float,
     ) -> tuple[ContrastiveTerms, list[CachedGradients]]:
-        """Terms over all of `micro_batches` (embeddings without gradients), and each one's gradients."""
+        """Terms over all of `micro_batches` (embeddings without gradients), and each one's gradients.
+
+        everyone: every rank's integers of the pairs of all its micro-batches.
+        """
         sizes = [(pairs.num_pairs, pairs.num_hallucinated) for pairs in micro_batches]
         with torch.enable_grad():
             local = concatenate_pairs(micro_batches)
@@ -92,7 +105,7 @@ class Contrast:
                 assert not embeddings.requires_grad
                 embeddings.requires_grad_()
             leaf = temperature.detach().clone().requires_grad_()
-            terms = self.terms(local, leaf, with_queue=True)
+            terms = self.terms(local, everyone, leaf, with_queue=True)
             self.share(terms, num_pairs, weight).backward()
         pairs, hallucinated = [size for size, _ in sizes], [size for _, size in sizes]
         if local.hallucinated.grad is None:  # no negatives of anything
@@ -126,6 +139,13 @@ def pair_embeddings(output: ModelOutput, batch: PackedBatch) -> PairEmbeddings:
         image=output.image_embeddings,
         caption=output.caption_embeddings,
         hallucinated=output.hallucinated_embeddings,
+        **vars(pair_integers(batch)),
+    )
+
+
+def pair_integers(batch: PackedBatch) -> PairIntegers:
+    """What the hosts know of the pairs of one micro-batch."""
+    return PairIntegers(
         hallucinated_owner=batch.hallucinated_owner,
         image_keys=batch.image_keys,
         caption_keys=batch.caption_keys,

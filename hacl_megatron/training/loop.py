@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hacl_megatron.assemble.exchange import global_sums
 from hacl_megatron.assemble.run import Run
 from hacl_megatron.batch import MicroBatch, StepBatches
 from hacl_megatron.config.lora import Lora
@@ -141,7 +140,7 @@ class Trainer:
         local = [len(data.bad_samples), data.num_tokenization_mismatches, data.num_truncated, reason is not None]
         if own is not None:
             local += own.slots(dist.get_rank(), dist.get_world_size())
-        sums = global_sums(local, group=dist.group.WORLD, device=self.run.device)
+        sums = self.run.groups.sums(local)
         num_bad, mismatches, truncated, num_reasons = sums[:4]
         ranks = RankNumbers.of_slots(sums[4:])
         self.progress.tokenization_mismatches += int(mismatches)
@@ -269,5 +268,5 @@ class Trainer:
         if result.num_zeros is not None:
             scalars["num-zeros"] = result.num_zeros
         if self.config.logging.log_params_norm:
-            scalars["params-norm"] = params_norm(self.trainee, self.run.device)
+            scalars["params-norm"] = params_norm(self.trainee)
         return scalars

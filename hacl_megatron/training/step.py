@@ -6,7 +6,7 @@ What the loop around it decides (logging, saving, giving up) is not here.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -15,16 +15,23 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from hacl_megatron.assemble.exchange import exchange_step, global_sums
+from hacl_megatron.assemble.exchange import exchange_step
 from hacl_megatron.assemble.forward import run_schedule
 from hacl_megatron.assemble.run import Run
 from hacl_megatron.batch import MicroBatch, StepBatches
 from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.contrastive import ContrastiveTerms
 from hacl_megatron.objective.generation import generation_loss_sum
-from hacl_megatron.objective.negatives import PairEmbeddings, concatenate_pairs
+from hacl_megatron.objective.negatives import (
+    PairEmbeddings,
+    PairIntegers,
+    concatenate_integers,
+    concatenate_pairs,
+    gather_integers_of_pairs,
+)
+from hacl_megatron.platform.host_groups import host_sums
 from hacl_megatron.platform.random_state import random_states, set_random_states
-from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings
+from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings, pair_integers
 from hacl_megatron.training.packs import has_dropout, pool_spans_micro_batches
 from hacl_megatron.training.reporting.step_time import OwnTime
 from hacl_megatron.training.trainee import Trainee
@@ -45,6 +52,8 @@ class GlobalCounts:
     pairs: int
     rows: int
     images: int
+    pairs_of_ranks: Sequence[Sequence[PairIntegers]] = field(repr=False)
+    """Of each data-parallel rank and each of its micro-batches; on the last pipeline stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +130,12 @@ class Step:
             sum(batch.num_rows_once for batch in micro_batches),
             sum(batch.main.num_images for batch in micro_batches),
         ]
-        targets, pairs, rows, images = global_sums(local, group=self.groups.dp, device=self.device)
-        return GlobalCounts(targets=int(targets), pairs=int(pairs), rows=int(rows), images=int(images))
+        targets, pairs, rows, images = map(int, host_sums(local, self.groups.dp_host))
+        pairs_of_ranks = []
+        if self.is_last_stage:
+            own = [pair_integers(batch.main) for batch in micro_batches]
+            pairs_of_ranks = gather_integers_of_pairs(own, self.groups.dp_host)
+        return GlobalCounts(targets=targets, pairs=pairs, rows=rows, images=images, pairs_of_ranks=pairs_of_ranks)
 
     def forward_backward(
         self,
@@ -160,8 +173,6 @@ class Step:
         contrastive_weight: float,
         forward_only: bool,
     ) -> StepMetrics:
-        # Read the lengths back before the first micro-batch runs, so that the schedule itself never waits for the host.
-        lengths = [batch.main.lengths for batch in micro_batches]
         spans = pool_spans_micro_batches(self.config, len(micro_batches))
         caches = spans and not forward_only and micro_batches[0].ahead is not None
 
@@ -187,7 +198,7 @@ class Step:
             if batch.ahead is not None and self.is_last_stage and not batch.main.num_text_rows:
                 texts = ahead[index].texts
             with self.own_time.forward():
-                output = model(batch.main, lengths[index], tower_features=features[index], texts=texts)
+                output = model(batch.main, batch.main.lengths, tower_features=features[index], texts=texts)
             return output, partial(losses.of_micro_batch, index=index)
 
         run_schedule(forward_step, self.model, [batch.main for batch in micro_batches], forward_only=forward_only)
@@ -216,11 +227,10 @@ class Step:
         started = time.perf_counter()
         self.trainee.gather_image_parameters()
         packs = [replace(batch.ahead, pixel_values=batch.main.pixel_values) for batch in micro_batches]
-        lengths = [batch.ahead.lengths for batch in micro_batches]
 
         def forward_step(index: int, model: DistributedDataParallel):
             with self.own_time.forward():
-                output = model(packs[index], lengths[index], tower_features=kept_features[index])
+                output = model(packs[index], packs[index].lengths, tower_features=kept_features[index])
             return output, _as_it_is
 
         outputs = run_schedule(forward_step, self.model, packs, forward_only=True, keeps_outputs=True)
@@ -237,7 +247,9 @@ class Step:
                 sums = [torch.stack(losses.lm_sums).double().sum().view(1), torch.stack(vectors).double().sum(0)]
                 sums.append(losses.temperature.double() / self.groups.dp.size())  # adds up to the one value
                 local = torch.cat(sums).tolist()
-        total = dict(zip(_SUMS, global_sums(local, group=dist.group.WORLD, device=self.device), strict=True))
+        summed = torch.tensor(local, dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        total = dict(zip(_SUMS, summed.tolist(), strict=True))
 
         def mean(name: str, count: float) -> float:
             return total[name] / count if count else math.nan
@@ -308,7 +320,7 @@ class _Losses:
         """Compute the contrastive loss from the embeddings that ran ahead, before the main pass."""
         pairs = [pair_embeddings(out, batch.main) for out, batch in zip(ahead, self.micro_batches, strict=True)]
         terms, self._gradients = self.contrast.cached_gradients(
-            pairs, ahead[0].temperature, self.counts.pairs, self.contrastive_weight
+            pairs, self._everyone(), ahead[0].temperature, self.counts.pairs, self.contrastive_weight
         )
         self._terms.append(terms)
 
@@ -329,8 +341,9 @@ class _Losses:
             )
             self._pairs.append(pairs)
         else:
+            everyone = [of_rank[index] for of_rank in self.counts.pairs_of_ranks]
             terms = self.contrast.terms(
-                pair_embeddings(output, batch), output.temperature, with_queue=not self.forward_only
+                pair_embeddings(output, batch), everyone, output.temperature, with_queue=not self.forward_only
             )
             loss = loss + self.contrast.share(terms, self.counts.pairs, self.contrastive_weight)
             self._terms.append(terms)
@@ -343,9 +356,14 @@ class _Losses:
         """Parts whose sums are the step's, once all micro-batches have run."""
         if self._pairs:
             local = concatenate_pairs(self._pairs)
-            self._terms.append(self.contrast.terms(local, self.temperature, with_queue=not self.forward_only))
+            terms = self.contrast.terms(local, self._everyone(), self.temperature, with_queue=not self.forward_only)
+            self._terms.append(terms)
             self._pairs = []
         return self._terms
+
+    def _everyone(self) -> list[PairIntegers]:
+        """Every rank's integers of the pairs of all micro-batches."""
+        return [concatenate_integers(of_rank) for of_rank in self.counts.pairs_of_ranks]
 
 
 def _as_it_is(output: ModelOutput, non_loss_data: bool) -> ModelOutput:

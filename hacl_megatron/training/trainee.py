@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.sections import megatron_fields
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.objective.queue import NegativeQueue
+from hacl_megatron.platform.host_groups import Groups
 from hacl_megatron.training.schedule import build_optimizer, build_scheduler
 
 
@@ -33,7 +33,7 @@ class Trainee:
     """Earlier pairs, on the last pipeline stage of a run with `--contrastive-negatives queue`."""
     has_queue: bool
     """Whether the last stage has one."""
-    groups: ProcessGroupCollection
+    groups: Groups
 
     def gather_parameters(self) -> None:
         """Make every rank's parameters the updated ones: with `--overlap-param-gather` the next forward pass would.

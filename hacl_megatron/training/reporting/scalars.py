@@ -7,7 +7,7 @@ import torch
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from hacl_megatron.assemble.exchange import global_sums
+from hacl_megatron.platform.host_groups import host_sums
 from hacl_megatron.training.step import GlobalCounts, StepMetrics
 from hacl_megatron.training.trainee import Trainee
 
@@ -39,14 +39,15 @@ def mean_losses(batches: Sequence[tuple[StepMetrics, GlobalCounts]]) -> dict[str
     return means
 
 
-def params_norm(trainee: Trainee, device: torch.device) -> float:
+def params_norm(trainee: Trainee) -> float:
     """L2 norm of the trained parameters of the whole model; every rank calls it."""
     trainee.gather_parameters()
-    local = sum(
-        parameter.detach().float().square().sum().item()
+    squares = [
+        parameter.detach().float().square().sum()
         for parameter in trainee.module.parameters()
         if parameter.requires_grad
         and param_is_not_shared(parameter)
         and param_is_not_tensor_parallel_duplicate(parameter)
-    )
-    return math.sqrt(global_sums([local], group=trainee.groups.mp, device=device)[0])
+    ]
+    local = sum(torch.stack(squares).tolist()) if squares else 0.0
+    return math.sqrt(host_sums([local], trainee.groups.mp_host)[0])

@@ -1,0 +1,79 @@
+"""What ranks tell each other by way of their hosts: sizes, counts, keys.
+
+Numbers that a host has and a host needs do not travel through the GPU: reading them back would wait for all that the
+GPU still has to do. Without a GPU a group serves for both.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class Groups(ProcessGroupCollection):
+    """megatron-core's groups of this rank, and two of them once more, for tensors on the host."""
+
+    mp_host: ProcessGroup
+    """The ranks of `mp`: one model replica."""
+    dp_host: ProcessGroup
+    """The ranks of `dp`."""
+
+    @classmethod
+    def of_parallel_state(cls, timeout_minutes: int) -> "Groups":
+        """Those that megatron-core has initialised; every rank must call it at the same time."""
+        groups = cls.use_mpu_process_groups()
+        if dist.get_backend(groups.mp) != "nccl":
+            groups.mp_host, groups.dp_host = groups.mp, groups.dp
+        else:
+            groups.mp_host = dist.new_group(
+                dist.get_process_group_ranks(groups.mp),
+                backend="gloo",
+                timeout=timedelta(minutes=timeout_minutes),
+                use_local_synchronization=True,  # every rank makes its own group alone
+                group_desc="MODEL_PARALLEL_GROUP_GLOO",
+            )
+            groups.dp_host = parallel_state.get_data_parallel_group_gloo()
+        assert groups.mp.size() * groups.dp.size() == dist.get_world_size(), "sums over the world go by way of both"
+        return groups
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sums over all ranks, in float64."""
+        return host_sums(host_sums(values, self.mp_host), self.dp_host)
+
+
+def host_sums(values: Sequence[float], group: ProcessGroup) -> list[float]:
+    """Element-wise sums over a host group, in float64."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
+    return total.tolist()
+
+
+def broadcast_integers(values: Tensor | None, group: ProcessGroup) -> Tensor:
+    """int64 [n] of the group's rank 0 on all of its ranks; the others need not know n."""
+    source = dist.get_global_rank(group, 0)
+    size = torch.tensor([0 if values is None else values.numel()])
+    dist.broadcast(size, source, group=group)
+    received = torch.empty(int(size), dtype=torch.int64) if values is None else values
+    dist.broadcast(received, source, group=group)
+    return received
+
+
+def gather_integers(values: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """Every rank's int64 [n], rank 0's first; n may differ.
+
+    By sums in which everyone has a place of its own: gloo's all-gather goes round in a ring, a thousand steps for a
+    thousand ranks, its sums in their logarithm.
+    """
+    sizes = torch.zeros(group.size(), dtype=torch.int64)
+    sizes[group.rank()] = values.numel()
+    dist.all_reduce(sizes, group=group)
+    everyone = torch.zeros(int(sizes.sum()), dtype=torch.int64)
+    everyone.split(sizes.tolist())[group.rank()].copy_(values)
+    dist.all_reduce(everyone, group=group)
+    return list(everyone.split(sizes.tolist()))
