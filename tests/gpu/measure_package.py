@@ -9,6 +9,7 @@ hides some.
 
 import argparse
 import gc
+import gzip
 import json
 import statistics
 import time
@@ -23,7 +24,9 @@ from hacl_megatron.platform.__main__ import table
 from hacl_megatron.platform.hardware import GPUS
 from tests.gpu.speed_cases import Case, cases, write_config, write_data
 
-WARM_UP = 3
+WARM_UP, PROFILED = 3, 2
+"""Steps at the beginning and at the end that do not count: the last one is profiled, the one before warms that up."""
+
 TAGS = (
     "iteration-time", "samples-per-second", "tokens-per-second-per-gpu", "model-tflops-per-gpu", "mfu",
     "data-wait-share", "ahead-share", "mem-max-allocated-bytes",
@@ -52,19 +55,57 @@ def measure(case: Case, data: Path, out: Path, *, tiny: bool, steps: int) -> dic
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    command = ["--config", str(write_config(case, data, tiny=tiny, steps=steps)), "--log-interval", "1"]
+    traces = out / "traces" / f"{case.name}{time.time():.0f}"
+    command += [
+        "--tensorboard-dir",
+        str(traces),
+        "--profile-step-start",
+        str(steps),
+        "--profile-step-end",
+        str(steps + 1),
+    ]
     started = time.perf_counter()
     with mock.patch.object(Step, "receive", receive_and_keep), mock.patch.object(Trainer, "_report", report_and_keep):
-        run(["--config", str(write_config(case, data, tiny=tiny, steps=steps)), "--log-interval", "1"])
-    counted = rows[min(WARM_UP, steps - 1) :]
+        run(command)
+    counted = rows[WARM_UP : steps - PROFILED]
     result: dict[str, Any] = {
         tag: statistics.median(row[tag] for row in counted) for tag in TAGS if all(tag in row for row in counted)
     }
     result["iteration-times"] = [round(row["iteration-time"], 4) for row in rows]
     result["lm losses"] = [round(row["lm loss"], 4) for row in rows]
+    result |= kernels(traces, out / f"kernels-{case.name}.txt")
     result["seconds in all"] = round(time.perf_counter() - started, 1)
     (out / f"lengths-{case.name}.json").write_text(json.dumps(lengths(seen["micro_batches"])))
     result |= planned(seen["step"].config, seen["micro_batches"], tiny=tiny)
     return result
+
+
+def kernels(traces: Path, table_file: Path) -> dict[str, float]:
+    """What the GPU did in the profiled step: its busy share between the first kernel and the last, and a table."""
+    (trace,) = traces.glob("profile/*")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    spans = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    waits = [e for e in events if e.get("cat") == "cuda_runtime" and "Synchronize" in e["name"]]
+    if not spans:
+        return {}
+    by_name: dict[str, list[float]] = {}
+    for event in spans:
+        by_name.setdefault(event["name"], []).append(event["dur"])
+    lines = [f"{sum(t) / 1e3:9.2f} ms {len(t):6} {name[:150]}" for name, t in by_name.items()]
+    lines.sort(key=lambda line: -float(line.split()[0]))
+    of_waits: dict[str, list[float]] = {}
+    for event in waits:
+        of_waits.setdefault(event["name"], []).append(event["dur"])
+    lines[60:] = [f"wait {sum(t) / 1e3:9.2f} ms {len(t):6} {name}" for name, t in of_waits.items()]
+    table_file.write_text("\n".join(lines) + "\n")
+    begin, end = min(e["ts"] for e in spans), max(e["ts"] + e["dur"] for e in spans)
+    busy = reached = 0.0
+    for event in sorted(spans, key=lambda e: e["ts"]):
+        start, stop = event["ts"], event["ts"] + event["dur"]
+        busy += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return {"gpu busy": busy / (end - begin), "kernels": len(spans), "synchronisations": len(waits)}
 
 
 def lengths(micro_batches: list[Any]) -> list[dict[str, list[int]]]:
@@ -111,7 +152,7 @@ def planned(config: Any, micro_batches: list[Any], *, tiny: bool) -> dict[str, A
     from tests.plan.plan_cases import shape_of
 
     def on_host(pack: Any) -> Any:
-        return None if pack is None else pack.to(torch.device("cpu"), non_blocking=False)
+        return None if pack is None else pack.to(torch.device("cpu"))
 
     first = micro_batches[0]
     shape = shape_of(replace(first, main=on_host(first.main), ahead=on_host(first.ahead)))
@@ -130,7 +171,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("/tmp/hacl-gpu-data"))
     parser.add_argument("--cases", nargs="+", default=["pretrain-image", "pretrain-prompt", "finetune-image"])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--label", default="")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
