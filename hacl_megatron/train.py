@@ -70,9 +70,12 @@ def train(config: RunConfig) -> None:
             print(to_yaml(config), end="")
         return
     from hacl_megatron.platform.processes import prepare_device, select_device
+    from hacl_megatron.platform.requirements import check_machine
 
     # Before megatron-core and Transformer Engine are imported: what they do with a GPU, they do with this rank's.
-    prepare_device(select_device(config.parallel.device))
+    device = select_device(config.parallel.device, layout.tp)
+    prepare_device(device)
+    check_machine(config, device)
     from hacl_megatron.training import build
 
     build.train(config, layout)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from hacl_megatron.checkpoint.convert.hf_to_megatron import drawn_by_conversion
@@ -14,7 +15,7 @@ from hacl_megatron.checkpoint.run.load import load_checkpoint
 from hacl_megatron.config.checks.architecture import padded_vocab_size
 from hacl_megatron.config.lora import Lora, is_lora
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.config.sections import megatron_fields
+from hacl_megatron.config.sections import megatron_fields, refusals_of
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
 
@@ -32,13 +33,7 @@ def build_module(config: RunConfig, groups: ProcessGroupCollection, device: torc
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     return HaclModel(
         architecture,
-        language_config=language_transformer_config(
-            architecture,
-            config.parallel,
-            device=device,
-            dtype=dtype,
-            overrides=megatron_fields("transformer", config.transformer),
-        ),
+        language_config=language_config(config, device),
         vision_config=vision_transformer_config(architecture, config.parallel, device=device, dtype=dtype),
         padded_vocab_size=padded_vocab_size(architecture.language.vocab_size, config.parallel),
         initial_temperature=config.objective.initial_temperature,
@@ -48,6 +43,18 @@ def build_module(config: RunConfig, groups: ProcessGroupCollection, device: torc
         groups=groups,
         lora=Lora.of(config.lora),
     )
+
+
+def language_config(config: RunConfig, device: torch.device) -> TransformerConfig:
+    """megatron-core's configuration of the language model; ValueError of one line if it refuses the YAML's fields."""
+    with refusals_of("transformer"):
+        return language_transformer_config(
+            config.architecture,
+            config.parallel,
+            device=device,
+            dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+            overrides=megatron_fields("transformer", config.transformer),
+        )
 
 
 def parts_of_transformers(config: RunConfig) -> list[str]:

@@ -39,7 +39,7 @@ def joined_processes(config: RunConfig, world_size: int | None = None) -> Iterat
     """
     layout = Layout.of(config, world_size or world_size_from_environment())
     joined_already = dist.is_initialized()
-    device = start_platform(config.parallel.device)
+    device = start_platform(config.parallel.device, tensor_parallel=layout.tp)
     groups = initialize_parallelism(config, layout)
     yield Run(config=config, layout=layout, groups=groups, device=device)
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.

@@ -19,7 +19,13 @@ from megatron.core import parallel_state
 
 from hacl_megatron.assemble import start_from
 from hacl_megatron.assemble.forward import ForwardOnly
-from hacl_megatron.assemble.module import build_module, load_pretrained, pad_multiple, parts_of_transformers
+from hacl_megatron.assemble.module import (
+    build_module,
+    language_config,
+    load_pretrained,
+    pad_multiple,
+    parts_of_transformers,
+)
 from hacl_megatron.assemble.parameters import trained_and_frozen, whole_model
 from hacl_megatron.assemble.processes import initialize_parallelism
 from hacl_megatron.assemble.run import Run
@@ -45,7 +51,7 @@ from hacl_megatron.training.reporting.profiling import ProfileWindow
 from hacl_megatron.training.reporting.status import write_status
 from hacl_megatron.training.saving import Saving
 from hacl_megatron.training.state import Progress, StartingPoint, restore_run, saved_progress
-from hacl_megatron.training.trainee import Trainee, build_trainee
+from hacl_megatron.training.trainee import Trainee, build_trainee, check_configurations
 from hacl_megatron.training.validation import Validation
 from hacl_megatron.training.watchdog import Watchdog
 
@@ -56,7 +62,7 @@ def train(config: RunConfig, layout: Layout) -> None:
     Joins the process group, and leaves it unless it was joined before.
     """
     joined_already = dist.is_initialized()
-    device = start_platform(config.parallel.device, config.parallel.distributed_timeout_minutes)
+    device = start_platform(config.parallel.device, config.parallel.distributed_timeout_minutes, layout.tp)
     resume_from = note = None
     if config.checkpoint.load is not None:
         resume_from, note = agree_on_checkpoint(Path(config.checkpoint.load), fallback=config.checkpoint.load_fallback)
@@ -96,7 +102,9 @@ def build_trainer(
     run = Run(config=config, layout=layout, groups=initialize_parallelism(config, layout), device=device)
     progress, data_state = (Progress(), None) if resume_from is None else saved_progress(resume_from)
 
-    # Data before weights: mistakes in it are found in no time.
+    # Configurations and data before weights: mistakes in them are found in no time.
+    language_config(config, device)
+    check_configurations(config)
     assets = start_from.assets_folder(config, resume_from)
     tokenizer = load_tokenizer(config.model.tokenizer or assets) if run.reads_data else None
     loader = open_loader(run, tokenizer, data_state=data_state) if run.reads_data else None

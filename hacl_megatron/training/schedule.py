@@ -9,28 +9,16 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hacl_megatron.config.flags import ObjectiveFlags, OptimizerFlags
+from hacl_megatron.config.run import RunConfig
+from hacl_megatron.config.sections import megatron_fields, refusals_of
 from hacl_megatron.objective.contrastive import clamp_temperature_
 
 
-def build_optimizer(
-    model: DistributedDataParallel,
-    flags: OptimizerFlags,
-    *,
-    dtype: torch.dtype,
-    use_distributed_optimizer: bool,
-    overlap_param_gather: bool,
-    log_num_zeros: bool,
-    groups: ProcessGroupCollection,
-    overrides: dict[str, Any],
-) -> MegatronOptimizer:
-    """Adam over the trained parameters of `model`, in groups by weight decay and peak rate.
-
-    No weight decay on biases, 1-dim parameters and the temperature (Megatron's rule). A rank without trained
-    parameters gets an optimiser that steps nothing and still takes part in the gradient norm.
-    """
+def optimizer_config(config: RunConfig) -> OptimizerConfig:
+    """megatron-core's configuration of Adam, as flags and the YAML's `optimizer:` section say."""
+    flags, dtype = config.optimizer, torch.bfloat16 if config.model.bf16 else torch.float32
     fields = dict(
         optimizer="adam",
         lr=flags.lr,
@@ -42,11 +30,22 @@ def build_optimizer(
         clip_grad=flags.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=use_distributed_optimizer,
-        overlap_param_gather=overlap_param_gather,
-        log_num_zeros_in_grad=log_num_zeros,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        log_num_zeros_in_grad=config.logging.log_num_zeros_in_grad,
     )
-    config = OptimizerConfig(**{**fields, **overrides})
+    with refusals_of("optimizer"):
+        return OptimizerConfig(**{**fields, **megatron_fields("optimizer", config.optimizer_overrides)})
+
+
+def build_optimizer(
+    model: DistributedDataParallel, flags: OptimizerFlags, config: OptimizerConfig
+) -> MegatronOptimizer:
+    """Adam over the trained parameters of `model`, in groups by weight decay and peak rate.
+
+    No weight decay on biases, 1-dim parameters and the temperature (Megatron's rule). A rank without trained
+    parameters gets an optimiser that steps nothing and still takes part in the gradient norm.
+    """
     optimizer = get_megatron_optimizer(
         config, [model], config_overrides=_group_overrides(flags), use_gloo_process_groups=False
     )

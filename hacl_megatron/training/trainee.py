@@ -12,11 +12,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.config.sections import megatron_fields
+from hacl_megatron.config.sections import megatron_fields, refusals_of
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.objective.queue import NegativeQueue
 from hacl_megatron.platform.host_groups import Groups
-from hacl_megatron.training.schedule import build_optimizer, build_scheduler
+from hacl_megatron.training.schedule import build_optimizer, build_scheduler, optimizer_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,33 +58,12 @@ class Trainee:
 
 def build_trainee(module: HaclModel, config: RunConfig, train_iters: int) -> Trainee:
     """Freeze, wrap and give `module` its optimiser and schedule."""
-    parallel, flags, groups = config.parallel, config.model, module.groups
+    flags, groups = config.model, module.groups
     module.freeze(
         language_model=config.language_model_is_frozen, vision_tower=flags.freeze_ViT, qformer=flags.freeze_qformer
     )
-    ddp_fields = dict(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        check_for_nan_in_grad=False,  # a non-finite step is skipped and counted, not fatal
-    )
-    model = DistributedDataParallel(
-        module.config,
-        DistributedDataParallelConfig(**{**ddp_fields, **megatron_fields("ddp", config.ddp)}),
-        module,
-        pg_collection=groups,
-    )
-    optimizer = build_optimizer(
-        model,
-        config.optimizer,
-        dtype=module.config.params_dtype,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather,
-        log_num_zeros=config.logging.log_num_zeros_in_grad,
-        groups=groups,
-        overrides=megatron_fields("optimizer", config.optimizer_overrides),
-    )
+    model = DistributedDataParallel(module.config, data_parallel_config(config), module, pg_collection=groups)
+    optimizer = build_optimizer(model, config.optimizer, optimizer_config(config))
     _connect_schedule(module.config, model)
     model.train()
     return Trainee(
@@ -96,6 +75,30 @@ def build_trainee(module: HaclModel, config: RunConfig, train_iters: int) -> Tra
         has_queue=config.objective.contrastive_negatives == "queue",
         groups=groups,
     )
+
+
+def check_configurations(config: RunConfig) -> None:
+    """Have megatron-core check its configurations before anything is built.
+
+    Raises:
+        ValueError: one line for the first thing it has against them.
+    """
+    data_parallel_config(config)
+    optimizer_config(config)
+
+
+def data_parallel_config(config: RunConfig) -> DistributedDataParallelConfig:
+    """How gradients are reduced over data-parallel ranks."""
+    parallel = config.parallel
+    fields = dict(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # a non-finite step is skipped and counted, not fatal
+    )
+    with refusals_of("ddp"):
+        return DistributedDataParallelConfig(**{**fields, **megatron_fields("ddp", config.ddp)})
 
 
 def build_queue(module: HaclModel, config: RunConfig) -> NegativeQueue | None:

@@ -56,6 +56,23 @@ def check(model: ModelConfig = LLAVA_7B, tp: int = 1, pp: int = 1, length: int =
     check_architecture(config, layout)
 
 
+def check_fp8(model: ModelConfig, tp: int = 1, recipe: str = "delayed") -> None:
+    fields = {"fp8": "hybrid", "fp8_recipe": recipe}
+    layout = Layout(world_size=tp, tp=tp, pp=1, dp=1, micro_batch_size=1, global_batch_size=1, num_micro_batches=1)
+    check_architecture(RunConfig(architecture=model, transformer=fields), layout)
+
+
+def test_fp8_takes_multiples_of_16_on_every_rank():
+    check_fp8(LLAVA_7B, tp=4)
+    check_fp8(LLAVA_7B, recipe="mxfp8")
+    odd = language(ffn_hidden_size=11024)  # 16 x 689
+    check_fp8(odd)
+    with pytest.raises(ValueError, match=r"ffn_hidden_size on a tensor-parallel rank is 5512, .* multiples of 16"):
+        check_fp8(odd, tp=2)
+    with pytest.raises(ValueError, match=r"ffn_hidden_size .* is 11024, .* multiples of 32"):
+        check_fp8(odd, recipe="mxfp8")
+
+
 def language(**fields) -> ModelConfig:
     return replace(LLAVA_7B, language=replace(LLAVA_7B.language, **fields))
 

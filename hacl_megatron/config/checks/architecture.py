@@ -26,6 +26,8 @@ def check_architecture(config: RunConfig, layout: Layout) -> None:
     _check_widths(model)
     _check_tensor_parallel(model, layout.tp)
     _check_pipeline(config.parallel, language.num_layers)
+    if config.transformer.get("fp8"):
+        _check_fp8_widths(model, layout.tp, config.transformer.get("fp8_recipe", "delayed"))
     language_family(language.family)  # or a ValueError for an unknown one
     connector_depth(model.projector_type)  # likewise
     _check_qformer(model)
@@ -174,6 +176,22 @@ def _check_tensor_parallel(model: ModelConfig, tp: int) -> None:
                 f"the {part}'s {name} {size} cannot be shared by {tp} tensor-parallel ranks",
                 f"choose a --tensor-model-parallel-size that divides {size}",
             )
+
+
+def _check_fp8_widths(model: ModelConfig, tp: int, recipe: str) -> None:
+    """As Transformer Engine's linear layers assert it (`assert_dim_for_fp8_exec`); MXFP8 scales 32 numbers at once."""
+    language, multiple = model.language, 32 if recipe == "mxfp8" else 16
+    for name, width in (
+        ("hidden_size", language.hidden_size),
+        ("heads' width together", language.num_attention_heads * language.head_dim // tp),
+        ("ffn_hidden_size", language.ffn_hidden_size // tp),
+    ):
+        _require(
+            width % multiple == 0,
+            f"the language model's {name} on a tensor-parallel rank is {width}, and FP8 products take multiples of "
+            f"{multiple}",
+            "leave transformer.fp8 out, or choose another --tensor-model-parallel-size",
+        )
 
 
 def _check_pipeline(parallel: ParallelFlags, num_layers: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from hacl_megatron.config.checks.files import check_inputs, check_outputs
 from hacl_megatron.config.checks.require import dashed as _dashed
 from hacl_megatron.config.checks.require import require as _require
+from hacl_megatron.config.checks.sections import check_sections
 from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.config.console import notify
 from hacl_megatron.config.flags import TEMPERATURE_RANGE
@@ -99,6 +100,7 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
         notify(
             "--sequence-parallel is switched off: --tensor-model-parallel-size is 1, there is nothing to split over."
         )
+    check_sections(config)
     return layout
 
 
