@@ -108,7 +108,7 @@ def install() -> None:
     torch.Tensor.type = _host_type(torch.Tensor.type)
     _host_random_states()
     _host_activation()
-    _host_multi_tensor()
+    _host_optimizer_kernels()
 
 
 def _host_activation() -> None:
@@ -125,18 +125,6 @@ def _host_activation() -> None:
     mlp.bias_swiglu_impl = bias_swiglu
 
 
-def _host_multi_tensor() -> None:
-    """megatron-core takes the kernels of Transformer Engine or Apex over lists of tensors wherever one is installed."""
-    from megatron.core import utils
-    from megatron.core.optimizer import clip_grads, optimizer
-
-    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
-    clip_grads.multi_tensor_scale_tensor_impl = None  # from 0.19 on
-    for module in (clip_grads, optimizer):
-        module.multi_tensor_applier = utils.local_multi_tensor_applier
-        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
-
-
 def _host_random_states() -> None:
     """megatron-core's random-state tracker reaches into CUDA's generators; here the CPU has the only one."""
     from megatron.core.tensor_parallel import random
@@ -149,3 +137,15 @@ def _host_random_states() -> None:
 
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
+
+
+def _host_optimizer_kernels() -> None:
+    """Where Transformer Engine or Apex is installed, megatron-core's norms and copies of gradients are their kernels."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None  # from 0.19 on

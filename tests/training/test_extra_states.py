@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
@@ -25,7 +26,15 @@ from hacl_megatron.platform import norms
 from hacl_megatron.train import run
 from tests.distributed import run_distributed
 from tests.tool_runs import run_tool, to_hf
-from tests.training.runs import assert_same_state, latest_checkpoint, layout_flags, make_inputs, run_refused, train
+from tests.training.runs import (
+    assert_same_state,
+    latest_checkpoint,
+    layout_flags,
+    make_inputs,
+    refused,
+    run_refused,
+    train,
+)
 
 EMPTY = torch.empty(0, dtype=torch.uint8)
 SCALES = torch.frombuffer(bytearray(pickle.dumps({"scale_fwd": [2.0]})), dtype=torch.uint8)
@@ -106,8 +115,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         plain = ["--config", str(folder / "finetune.yaml"), "--micro-batch-size", "8", "--train-iters", "3"]
         commands[1].append(partial(run_as, side, [*plain, "--save", str(folder / name), *more], folder / f"{name}.txt"))
-    # A weight that is not there stays an error; the run sees that itself.
+    # A weight that is not there stays an error, and FP8 without Transformer Engine is one; the run sees that itself.
     commands[1].append(partial(run_with_another_weight, [*plain, "--load", str(folder / "scaled")]))
+    stage = yaml.safe_load((folder / "finetune.yaml").read_text())
+    (folder / "fp8.yaml").write_text(yaml.safe_dump({**stage, "transformer": {"fp8": "hybrid"}}))
+    commands[1].append(
+        refused(["--config", str(folder / "fp8.yaml"), *plain[2:]], "transformer.fp8", "local ones (cpu")
+    )
     for processes, listed in commands.items():
         train(listed, processes)
     return folder

@@ -1,0 +1,83 @@
+"""Transformer Engine's own modules on the CPU: all of them as it is, but for the kernels, which torch stands in for.
+
+So what is tested is what this project and megatron-core give the modules (arguments, groups, shapes, names in
+checkpoints, hooks), and what the modules make of it; not NVIDIA's kernels, which need a GPU (`tests/gpu`).
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+from megatron.core import tensor_parallel
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _built_as_with_a_gpu(build: Callable) -> Callable:
+    """A constructor that asserts a CUDA device; megatron-core has it put its parameters on the CPU all the same."""
+
+    @functools.wraps(build)
+    def built(self, *arguments, **keywords) -> None:
+        with mock.patch("torch.cuda.is_available", return_value=True):
+            build(self, *arguments, **keywords)
+
+    return built
+
+
+def _norm(module, x: Tensor) -> Tensor:
+    """The norm inside of `LayerNormLinear`."""
+    assert not module.zero_centered_gamma
+    if module.normalization == "RMSNorm":
+        return F.rms_norm(x, x.shape[-1:], module.layer_norm_weight, module.eps)
+    return F.layer_norm(x, x.shape[-1:], module.layer_norm_weight, module.layer_norm_bias, module.eps)
+
+
+def _linear(module, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """`Linear.forward` and the second half of `LayerNormLinear.forward`, with the exchange between the ranks."""
+    assert x.dtype == module.weight.dtype, "the modules refuse this"
+    group, column = module.tp_group, module.parallel_mode == "column"
+    bias = module.bias if module.use_bias and module.bias.numel() else None
+    if column and module.sequence_parallel:
+        x = tensor_parallel.gather_from_sequence_parallel_region(x, group=group)
+    elif column:
+        x = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=group)
+    y = F.linear(x, module.weight, bias if column and not module.return_bias else None)
+    if not column:
+        assert module.parallel_mode == "row"
+        if module.sequence_parallel:
+            y = tensor_parallel.reduce_scatter_to_sequence_parallel_region(y, group=group)
+        else:
+            y = tensor_parallel.reduce_from_tensor_model_parallel_region(y, group=group)
+        if bias is not None and not module.return_bias:
+            y = y + bias
+    return (y, bias) if module.return_bias else y
+
+
+@contextmanager
+def te_on_host() -> Iterator[None]:
+    """Inside, models are built of Transformer Engine's modules, as on a GPU that has it."""
+    import transformer_engine.pytorch as te
+
+    from hacl_megatron.assemble import module
+    from hacl_megatron.platform import specs
+
+    def rms_norm(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+    def layer_norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+    replaced = [
+        (te.Linear, "__init__", _built_as_with_a_gpu(te.Linear.__init__)),
+        (te.LayerNormLinear, "__init__", _built_as_with_a_gpu(te.LayerNormLinear.__init__)),
+        (te.Linear, "forward", lambda self, x, is_first_microbatch=None: _linear(self, x)),
+        (te.LayerNormLinear, "forward", lambda self, x, is_first_microbatch=None: _linear(self, _norm(self, x))),
+        (te.RMSNorm, "forward", rms_norm),
+        (te.LayerNorm, "forward", layer_norm),
+        *((user, "layer_library", lambda *_, **__: "transformer_engine") for user in (specs, module)),
+    ]
+    with ExitStack() as stack:
+        for each in replaced:
+            stack.enter_context(mock.patch.object(*each))
+        yield
