@@ -140,7 +140,7 @@ def _host_random_states() -> None:
 
 
 def _host_optimizer_kernels() -> None:
-    """Where Transformer Engine or Apex is installed, megatron-core's norms and copies of gradients are their kernels."""
+    """With Transformer Engine or Apex installed, megatron-core has their kernels for norms and copies of gradients."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +35,13 @@ def _norm(module, x: Tensor) -> Tensor:
 
 
 def _linear(module, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """`Linear.forward` and the second half of `LayerNormLinear.forward`, with the exchange between the ranks."""
+    """`Linear.forward` and the second half of `LayerNormLinear.forward`, with the exchange between the ranks.
+
+    Products are not FP8's where it is on; but the module keeps scales, which a step changes, as delayed scaling does.
+    """
+    module.init_fp8_metadata()
+    if module.fp8 and torch.is_grad_enabled():
+        module.fp8_meta["scaling_fwd"].scale.add_(1)
     assert x.dtype == module.weight.dtype, "the modules refuse this"
     group, column = module.tp_group, module.parallel_mode == "column"
     bias = module.bias if module.use_bias and module.bias.numel() else None
@@ -58,6 +65,7 @@ def _linear(module, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
 def te_on_host() -> Iterator[None]:
     """Inside, models are built of Transformer Engine's modules, as on a GPU that has it."""
     import transformer_engine.pytorch as te
+    from transformer_engine.pytorch import quantization
 
     from hacl_megatron.assemble import module
     from hacl_megatron.platform import specs
@@ -75,6 +83,8 @@ def te_on_host() -> Iterator[None]:
         (te.LayerNormLinear, "forward", lambda self, x, is_first_microbatch=None: _linear(self, _norm(self, x))),
         (te.RMSNorm, "forward", rms_norm),
         (te.LayerNorm, "forward", layer_norm),
+        (quantization.FP8GlobalStateManager, "is_fp8_available", lambda: (True, "")),
+        (quantization, "get_device_compute_capability", lambda: (9, 0)),
         *((user, "layer_library", lambda *_, **__: "transformer_engine") for user in (specs, module)),
     ]
     with ExitStack() as stack:

@@ -3,6 +3,9 @@
 Runs where `transformer_engine` imports (its core and its torch extension); no GPU is needed, see `te_on_host`.
 """
 
+import contextlib
+import io
+import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from torch.distributed.checkpoint import FileSystemReader, load
 
 from hacl_megatron.train import run
 from tests.distributed import run_distributed
@@ -18,7 +24,7 @@ from tests.model.lora_cases import FULL_RECOMPUTE
 from tests.model.parity_cases import Layout
 from tests.model.test_parity import EMBEDDINGS, GRADIENTS, LOGITS
 from tests.platform.te_on_host import te_on_host
-from tests.training.runs import LOSSES, layout_flags, make_inputs, metrics, train, weights
+from tests.training.runs import LOSSES, latest_checkpoint, layout_flags, make_inputs, metrics, train, weights
 
 pytest.importorskip("transformer_engine.pytorch", exc_type=ImportError)
 
@@ -153,9 +159,14 @@ CHANGES = [(before, after) for before in SIDES for after in SIDES if (before, af
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("engine_runs"), samples=24)
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path) -> Path:
     """Whole runs of local layers; for each side one that stops half-way, and what goes on from it on either side."""
-    folder = make_inputs(tmp_path_factory.mktemp("engine_runs"), samples=24)
+    folder = inputs
     for kind, (layout, flags) in KINDS.items():
         size, layout_of_kind = layout_flags(layout)
         common = ["--config", str(folder / "finetune.yaml"), *layout_of_kind, *flags]
@@ -171,6 +182,62 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         train(commands, size)
     return folder
+
+
+def run_and_print(side: str, command: list[str], printed: Path) -> None:
+    with printed.open("w") as file, contextlib.redirect_stdout(file):
+        SIDES[side](command)
+
+
+@pytest.fixture(scope="module")
+def finished_fp8(inputs: Path) -> Path:
+    """Runs with FP8's delayed scaling: whole, interrupted and resumed; and changes to and from runs without."""
+    stage = yaml.safe_load((inputs / "finetune.yaml").read_text())
+    (inputs / "fp8.yaml").write_text(yaml.safe_dump({**stage, "transformer": {"fp8": "hybrid"}}))
+    commands = []
+    for name, stage, side, more in (
+        ("fp8-whole", "fp8", "engine", []),
+        ("fp8-half", "fp8", "engine", ["--exit-interval", "2"]),
+        ("fp8-resumed", "fp8", "engine", ["--load", str(inputs / "fp8-half")]),
+        ("plain-half", "finetune", "engine", ["--exit-interval", "2"]),
+        ("fp8-from-plain", "fp8", "engine", ["--load", str(inputs / "plain-half")]),
+        ("plain-from-fp8", "finetune", "engine", ["--load", str(inputs / "fp8-half")]),
+        ("local-from-fp8", "finetune", "local", ["--load", str(inputs / "fp8-half")]),
+    ):
+        command = ["--config", str(inputs / f"{stage}.yaml"), *layout_flags("tp1")[1], "--train-iters", "4"]
+        command += ["--save", str(inputs / name), *more]
+        commands.append(partial(run_and_print, side, command, inputs / f"{name}.txt"))
+    train(commands, 1)
+    return inputs
+
+
+def scales(save: Path) -> list[torch.Tensor]:
+    """The scales of every layer's products with its weights, in the newest checkpoint."""
+    reader = FileSystemReader(latest_checkpoint(save))
+    names = [name for name in reader.read_metadata().state_dict_metadata if "._extra_state/" in name]
+    found: dict[str, Any] = {
+        name: io.BytesIO() for name in names if "language_model.decoder" in name and "linear" in name
+    }
+    load(found, storage_reader=reader, no_dist=True)
+    states = [found[name][0] for name in sorted(found)]
+    return [pickle.loads(state.numpy().tobytes())["scale_fwd"] for state in states if state is not None and len(state)]
+
+
+def test_fp8_scales_go_on_where_they_were(finished_fp8) -> None:
+    """Transformer Engine 2.20 and later refuse to load what they pickled, unless they are told that it is trusted."""
+    whole, half, resumed = (scales(finished_fp8 / name) for name in ("fp8-whole", "fp8-half", "fp8-resumed"))
+    assert len(whole) == len(half) == len(resumed) == 4 * 4, "four linear layers in each of four LLaMA layers"
+    assert [float(scale[0]) for scale in half] == [3.0] * 16 and [float(scale[0]) for scale in whole] == [5.0] * 16
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    assert "FP8" not in (finished_fp8 / "fp8-resumed.txt").read_text()
+
+
+def test_fp8_scales_that_are_not_there_or_of_no_use_are_said(finished_fp8) -> None:
+    assert "delayed scaling starts with fresh ones" in (finished_fp8 / "fp8-from-plain.txt").read_text()
+    assert [float(scale[0]) for scale in scales(finished_fp8 / "fp8-from-plain")] == [3.0] * 16
+    for name in ("plain-from-fp8", "local-from-fp8"):
+        assert "FP8 scales are left out" in (finished_fp8 / f"{name}.txt").read_text()
+        assert scales(finished_fp8 / name) == []
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES)

@@ -5,4 +5,5 @@ publish.py      where files become a checkpoint, and it the latest      part_fil
 load.py         a checkpoint into a state dict of megatron-core         frozen.py       weights written once a run
 choose.py       which checkpoint is loaded, if the newest is damaged    integrity.py    sizes of files, and damage
 retain.py       which old checkpoints are deleted                       whole.py        a copy without frozen/ beside it
+extra_states.py what layers of another kind saved beside their tensors
 """
