@@ -4,6 +4,7 @@ At real sizes a bucket is a part of the model; the tiny models of other tests fi
 before anything runs.
 """
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from tests.training.runs import LOSSES, layout_flags, make_inputs, metrics, trai
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 TRAINED_TOWER = ["--freeze-ViT", "false"]
 ONE_SAMPLE_EACH = ["--balance-micro-batches", "false"]  # so that ranks' packs differ in what they hold
-VALIDATION = ["--valid-data-path", "{}/llava/data/finetune.json", "--eval-interval", "1", "--eval-iters", "2"]
+# At the end alone: it waits for all parameters first, as does whatever else reads them between two steps.
+VALIDATION = ["--valid-data-path", "{}/valid.json", "--eval-interval", "2", "--eval-iters", "1"]
 # name -> (folder of inputs, stage, samples of a micro-batch over both ranks, flags)
 MODELS = {
     "local": ("llava", "finetune", 8, []),
@@ -29,7 +31,7 @@ MODELS = {
     "siglip": ("siglip", "pretrain", 8, TRAINED_TOWER),
 }
 RUNS = [*((name, "late") for name in MODELS), ("local", "real"), ("one sample each", "real")]
-COMPARED = (*LOSSES, "temperature", "hallucination margin", "grad-norm", "params-norm")
+COMPARED = (*LOSSES, "temperature", "hallucination margin", "grad-norm")
 
 
 def command(folder: Path, name: str, save: str, *extra: str, bucket_size: int | None = None) -> list[str]:
@@ -41,7 +43,7 @@ def command(folder: Path, name: str, save: str, *extra: str, bucket_size: int | 
         config.write_text(yaml.safe_dump(settings))
     files = ["--config", str(config), "--save", str(folder / f"{name} {save}")]
     layout = layout_flags("dp2-dist", samples=samples)[1]
-    return [*files, "--train-iters", "2", "--log-params-norm", *layout, *(f.format(folder) for f in flags), *extra]
+    return [*files, "--train-iters", "2", *layout, *(f.format(folder) for f in flags), *extra]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     siglip.vision_config = tiny_siglip_config()
     for name, config in (("minigpt4", tiny_blip2_config()), ("siglip", siglip)):
         write_hf_stages(folder / name, config)
+    records = json.loads((folder / "llava" / "data" / "finetune.json").read_text())
+    (folder / "valid.json").write_text(json.dumps(records[4:]))  # the one rank's first sample has no image
     commands = [command(folder, name, "plain") for name in MODELS]
     for name, how in RUNS:
         if how == "late":
@@ -74,7 +78,6 @@ def test_no_parameter_is_read_before_it_is_there(finished: Path, name: str, how:
         assert tags == [tag for tag in other if tag in tags] and {*COMPARED} <= {*tags}
         for tag in tags:
             assert math.isclose(row[tag], other[tag], rel_tol=1e-5, abs_tol=1e-7), (tag, row[tag], other[tag])
-    assert plain[0]["params-norm"] != plain[1]["params-norm"], "nothing moved"
     one, other = weights(finished / f"{name} plain"), weights(finished / f"{name} {how}")
     assert one.keys() == other.keys()
     # Entries whose gradient is all rounding go either way, by up to 2 lr a step: a wrong shard would be far off.
