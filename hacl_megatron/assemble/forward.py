@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import nn
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor, nn
 
 from hacl_megatron.assemble.exchange import exchange_step
 from hacl_megatron.batch import MicroBatch, PackedBatch
@@ -35,16 +36,40 @@ def run_schedule(
     Returns:
         On the last stage what the second function gave for each pack; nothing that is of use elsewhere.
     """
+    stage: HaclModel = getattr(model, "module", model)
+    pipeline: dict[str, Any] = {}
+    if stage.groups.pp.size() > 1:
+        pipeline = {"p2p_communicator": _KnownShapes(stage, packs), "pg_collection": stage.groups}
     return get_forward_backward_func()(
         forward_step_func=lambda indices, model: forward_step(next(indices), model),
         data_iterator=iter(range(len(packs))),
         model=model,
         num_microbatches=len(packs),
-        seq_length=packs[0].num_rows,  # a formality: lengths vary and are sent along
+        seq_length=packs[0].num_rows,  # a formality: lengths vary
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=keeps_outputs,
+        **pipeline,
     )
+
+
+class _KnownShapes(P2PCommunicator):
+    """Sends hidden states between pipeline stages, and their gradients back, one tensor a pack.
+
+    megatron-core sends each tensor's shape ahead of it and reads it back from the device. Here every rank knows it.
+    """
+
+    def __init__(self, stage: HaclModel, packs: Sequence[PackedBatch]) -> None:
+        super().__init__(stage.groups.pp, stage.config)
+        parts = stage.groups.tp.size() if stage.sequence_parallel else 1
+        shapes = [[pack.num_rows // parts, 1, stage.config.hidden_size] for pack in packs]
+        self._hidden, self._gradients = iter(shapes), iter(shapes)
+
+    def _communicate_shapes(
+        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
+    ) -> tuple[list[int], list[int]]:
+        """Shapes of what is received from the stage before and from the next one; packs come in their order."""
+        return next(self._hidden) if recv_prev else [], next(self._gradients) if recv_next else []
 
 
 class ForwardOnly:

@@ -41,6 +41,7 @@ def language_transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=True,  # packs differ in length from micro-batch to micro-batch
+        batch_p2p_sync=False,  # waits for the device behind every exchange of two stages, for the sake of old torch
         moe_token_dispatcher_type="alltoall",  # megatron-core asks for it beside variable lengths; there is no MoE
         use_cpu_initialization=not on_gpu,
         bias_activation_fusion=True,  # on the CPU: `platform.host_kernels.swiglu`

@@ -1,6 +1,5 @@
 """The training loop: load, step, log, evaluate, save; and when to give up."""
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,9 +83,9 @@ class Trainer:
                 micro_batches, counts = self.step.receive(step_batches)
             with self.profile.phase("forward-backward"):
                 weight = contrastive_weight_at(self.config.objective, iteration, self.train_iters)
-                metrics = self.step.forward_backward(micro_batches, counts, contrastive_weight=weight, timed=is_logged)
+                losses = self.step.forward_backward(micro_batches, counts, contrastive_weight=weight, timed=is_logged)
             with self.profile.phase("update"):
-                result = self.step.update(loss_is_finite=math.isfinite(metrics.total))
+                metrics, result = self.step.update(losses)
             seconds = time.perf_counter() - started
             scalars = self._scalars(metrics, result, micro_batches, seconds) if is_logged else {}
             self._advance(step_batches, result)

@@ -32,6 +32,7 @@ from hacl_megatron.objective.negatives import (
 from hacl_megatron.platform.host_groups import host_sums
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings, pair_integers
+from hacl_megatron.training.grad_norm import squared_grad_norm
 from hacl_megatron.training.packs import has_dropout, pool_spans_micro_batches
 from hacl_megatron.training.reporting.step_time import OwnTime
 from hacl_megatron.training.trainee import Trainee
@@ -80,6 +81,39 @@ class StepMetrics:
         """L = L_G + lambda (L_v + L_t) / 2, for deciding whether the step is finite."""
         contrastive = self.contrastive_loss if self.counts.pairs else 0.0
         return (self.lm_loss if self.counts.targets else 0.0) + self.contrastive_weight * contrastive
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSums:
+    """What the losses of a step add up to over all ranks, not yet read from the device."""
+
+    sums: Tensor
+    """float64 [len(_SUMS)], on the device, the same on every rank."""
+    contrastive_weight: float
+    counts: GlobalCounts
+
+    def read(self) -> StepMetrics:
+        """Waits for the device."""
+        return self.metrics(self.sums.tolist())
+
+    def metrics(self, sums: Sequence[float]) -> StepMetrics:
+        """The metrics, given `sums` as they were read."""
+        total, counts = dict(zip(_SUMS, sums, strict=True)), self.counts
+
+        def mean(name: str, count: float) -> float:
+            return total[name] / count if count else math.nan
+
+        return StepMetrics(
+            contrastive_weight=self.contrastive_weight,
+            lm_loss=mean("lm_loss", counts.targets),
+            contrastive_i2t=mean("image_to_text_sum", counts.pairs),
+            contrastive_t2i=mean("text_to_image_sum", counts.pairs),
+            retrieval_accuracy_i2t=mean("correct_i2t_sum", counts.pairs),
+            hallucination_margin=mean("margin_sum", total["margin_count"]),
+            hallucination_accuracy=mean("hallucination_correct_sum", total["hallucination_pairs"]),
+            temperature=total["temperature"],
+            counts=counts,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +178,7 @@ class Step:
         *,
         contrastive_weight: float,
         timed: bool = False,
-    ) -> StepMetrics:
+    ) -> StepSums:
         """Accumulate the gradients of L over the global batch.
 
         Args:
@@ -161,9 +195,9 @@ class Step:
     def evaluate(self, micro_batches: Sequence[MicroBatch], counts: GlobalCounts) -> StepMetrics:
         """The same losses without gradients, against the pairs of this batch alone: no queue."""
         self.model.eval()
-        metrics = self._run(micro_batches, counts, contrastive_weight=0.0, forward_only=True)
+        losses = self._run(micro_batches, counts, contrastive_weight=0.0, forward_only=True)
         self.model.train()
-        return metrics
+        return losses.read()
 
     def _run(
         self,
@@ -172,7 +206,7 @@ class Step:
         *,
         contrastive_weight: float,
         forward_only: bool,
-    ) -> StepMetrics:
+    ) -> StepSums:
         spans = pool_spans_micro_batches(self.config, len(micro_batches))
         caches = spans and not forward_only and micro_batches[0].ahead is not None
 
@@ -237,45 +271,32 @@ class Step:
         self.seconds_ahead = time.perf_counter() - started
         return outputs
 
-    def _reduce(self, losses: "_Losses", counts: GlobalCounts) -> StepMetrics:
-        local = [0.0] * len(_SUMS)
+    def _reduce(self, losses: "_Losses", counts: GlobalCounts) -> StepSums:
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
         # The last stage's tensor-parallel ranks hold equal sums; one of them speaks for all.
         if self.is_last_stage:
             terms = losses.terms()
             if self.groups.tp.rank() == 0:
                 vectors = [torch.stack([getattr(part, name).detach() for name in _TERMS]) for part in terms]
-                sums = [torch.stack(losses.lm_sums).double().sum().view(1), torch.stack(vectors).double().sum(0)]
-                sums.append(losses.temperature.double() / self.groups.dp.size())  # adds up to the one value
-                local = torch.cat(sums).tolist()
-        summed = torch.tensor(local, dtype=torch.float64, device=self.device)
-        dist.all_reduce(summed)
-        total = dict(zip(_SUMS, summed.tolist(), strict=True))
+                parts = [torch.stack(losses.lm_sums).double().sum().view(1), torch.stack(vectors).double().sum(0)]
+                parts.append(losses.temperature.double() / self.groups.dp.size())  # adds up to the one value
+                sums = torch.cat(parts)
+        dist.all_reduce(sums)
+        return StepSums(sums=sums, contrastive_weight=losses.contrastive_weight, counts=counts)
 
-        def mean(name: str, count: float) -> float:
-            return total[name] / count if count else math.nan
-
-        return StepMetrics(
-            contrastive_weight=losses.contrastive_weight,
-            lm_loss=mean("lm_loss", counts.targets),
-            contrastive_i2t=mean("image_to_text_sum", counts.pairs),
-            contrastive_t2i=mean("text_to_image_sum", counts.pairs),
-            retrieval_accuracy_i2t=mean("correct_i2t_sum", counts.pairs),
-            hallucination_margin=mean("margin_sum", total["margin_count"]),
-            hallucination_accuracy=mean("hallucination_correct_sum", total["hallucination_pairs"]),
-            temperature=total["temperature"],
-            counts=counts,
-        )
-
-    def update(self, *, loss_is_finite: bool) -> UpdateResult:
+    def update(self, losses: StepSums) -> tuple[StepMetrics, UpdateResult]:
         """Clip over all axes and step the optimiser, unless loss or gradients are not finite.
 
-        The norm is the same number on every rank, so all take the same branch.
+        Here, once, a step waits for the device: losses and norm are read together. They are the same numbers on every
+        rank, so all take the same branch.
         """
         optimizer = self.optimizer
         optimizer.prepare_grads()
-        grad_norm = float(optimizer.get_grad_norm())
-        if not (loss_is_finite and math.isfinite(grad_norm)):
-            return UpdateResult(applied=False, grad_norm=grad_norm, num_zeros=None)
+        squared_norm = squared_grad_norm(optimizer, self.device)
+        *sums, squared_norm = torch.cat([losses.sums, squared_norm.double()]).tolist()
+        metrics, grad_norm = losses.metrics(sums), squared_norm**0.5
+        if not (math.isfinite(metrics.total) and math.isfinite(grad_norm)):
+            return metrics, UpdateResult(applied=False, grad_norm=grad_norm, num_zeros=None)
         clip_grad = optimizer.config.clip_grad
         parameters = optimizer.get_parameters()
         if clip_grad > 0 and parameters:
@@ -284,7 +305,7 @@ class Step:
         num_zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None
         optimizer.step_with_ready_grads()
         self.contrast.remember()
-        return UpdateResult(applied=True, grad_norm=grad_norm, num_zeros=num_zeros)
+        return metrics, UpdateResult(applied=True, grad_norm=grad_norm, num_zeros=num_zeros)
 
 
 class _Losses:

@@ -192,8 +192,9 @@ def package_side(work: Work, flags: tuple[str, ...], without: tuple[str, ...] = 
 
     def take_step() -> dict[str, float]:
         counts = step.count(micro_batches)
-        metrics = step.forward_backward(micro_batches, counts, contrastive_weight=config.objective.contrastive_weight)
-        assert step.update(loss_is_finite=True).applied
+        losses = step.forward_backward(micro_batches, counts, contrastive_weight=config.objective.contrastive_weight)
+        metrics, result = step.update(losses)
+        assert result.applied
         trainee.scheduler.step(increment=1)
         return {
             "lm loss": metrics.lm_loss,

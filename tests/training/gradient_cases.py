@@ -61,7 +61,7 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
             loader.close()
         metrics = trainer.step.forward_backward(
             micro_batches, counts, contrastive_weight=config.objective.contrastive_weight
-        )
+        ).read()
         torch.save(
             {
                 "losses": [metrics.lm_loss, metrics.contrastive_i2t, metrics.contrastive_t2i],

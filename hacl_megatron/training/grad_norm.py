@@ -1,0 +1,42 @@
+"""The gradients' norm as megatron-core computes it, left on the device.
+
+megatron-core's own reads it back at once; a step reads it together with its losses.
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import l2_norm_impl, multi_tensor_applier
+from megatron.core.utils import local_multi_tensor_l2_norm
+from torch import Tensor
+
+
+@torch.no_grad()
+def squared_grad_norm(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
+    """Square of the global L2 norm of the prepared gradients, fp32 [1], the same on every rank.
+
+    Source: `get_grad_norm_fp32` and `ChainedOptimizer.get_grad_norm` of megatron-core.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    group = parts[0].get_grad_stats_parallel_group()
+    assert all(part.get_grad_stats_parallel_group() == group for part in parts[1:]), "as without experts"
+    gradients = [gradient for part in parts for gradient in _gradients(part)]
+    norm = _l2_norm(gradients, device) if gradients else torch.zeros(1, device=device)
+    squared = norm**2.0
+    dist.all_reduce(squared, group=group)
+    return squared
+
+
+def _gradients(part: MegatronOptimizer) -> list[Tensor]:
+    """Those that count: of parameters that tensor-parallel or pipeline ranks share, one rank's."""
+    if hasattr(part, "get_main_grads_for_grad_norm"):
+        return part.get_main_grads_for_grad_norm()
+    return part.get_grads_for_grad_norm()  # megatron-core 0.19
+
+
+def _l2_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """fp32 [1]. By the kernel of Transformer Engine or Apex; megatron-core's stand-in for it reads every norm back."""
+    if l2_norm_impl is local_multi_tensor_l2_norm:
+        return torch.nn.utils.get_total_norm(gradients).view(1)
+    overflow = torch.zeros(1, dtype=torch.int, device=device)
+    return multi_tensor_applier(l2_norm_impl, overflow, [gradients], False)[0]
