@@ -8,7 +8,7 @@ A micro-batch may come in two packs (`hacl_megatron.batch.MicroBatch`). The one 
 and EOS states of texts behind, which the main one takes instead of computing them again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -199,14 +199,15 @@ class HaclModel(MegatronModule):
         lengths: SegmentLengths,
         *,
         tower_features: Tensor | None = None,
-        texts: TextStates | None = None,
+        texts: TextStates | Callable[[], TextStates] | None = None,
     ) -> Tensor | ModelOutput:
         """Run one pack through this stage.
 
         Args:
             lengths: the pack's, on the host.
             tower_features: what `tower_features` gave for this pack's images; None: compute it.
-            texts: EOS states of the pairs' texts, for a pack that leaves the texts out.
+            texts: EOS states of the pairs' texts, for a pack that leaves the texts out; or what computes them, to be
+                called when all before the heads is on its way, so that a GPU has work while the host launches it.
         """
         segments = packed_segments(batch, lengths, read_rows_only=self.read_rows_only)
         embedded = self._embed(batch, tower_features) if self.pre_process else None
@@ -224,6 +225,8 @@ class HaclModel(MegatronModule):
             texts = TextStates(
                 captions=states(batch.caption_eos_rows), hallucinated=states(batch.hallucinated_eos_rows)
             )
+        elif not isinstance(texts, TextStates):
+            texts = texts()
         images, captions, hallucinated, temperature = self.heads(
             states(batch.image_eos_rows), texts.captions, texts.hallucinated
         )

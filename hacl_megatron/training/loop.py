@@ -1,10 +1,12 @@
 """The training loop: load, step, log, evaluate, save; and when to give up."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from hacl_megatron.assemble.run import Run
 from hacl_megatron.batch import MicroBatch, StepBatches
@@ -23,12 +25,26 @@ from hacl_megatron.training.saving import Saving
 from hacl_megatron.training.schedule import contrastive_weight_at, default_learning_rate
 from hacl_megatron.training.signals import StopRequests
 from hacl_megatron.training.state import StartingPoint
-from hacl_megatron.training.step import Step, StepMetrics, UpdateResult
+from hacl_megatron.training.step import GlobalCounts, Step, StepMetrics, UpdateResult
 from hacl_megatron.training.trainee import Trainee
 from hacl_megatron.training.validation import Validation
 
 _BAD_FRACTION_MIN_SAMPLES = 1000
 """The bad share is judged from here on (or from one epoch of a smaller set): one of the first ten is not 10 %."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Received:
+    """A step's data on this rank."""
+
+    step_batches: StepBatches | None
+    """None on ranks that do not read."""
+    micro_batches: list[MicroBatch]
+    counts: GlobalCounts
+    waited: float
+    """Seconds until the loader had it."""
+    first_features: Tensor | None
+    """`Step.start_images`."""
 
 
 class Trainer:
@@ -70,20 +86,25 @@ class Trainer:
     def train(self) -> str | None:
         """Train to the last iteration (None), or until something asks to stop (what it was)."""
         batches = iter(self.loader) if self.loader is not None else None
-        stop = None
+        stop = upcoming = None
         while self.progress.iteration < self.train_iters and stop is None:
             self.beat()
             iteration = self.progress.iteration + 1
             is_logged = self._is_logged(iteration)
             self.profile.begin(iteration)
             started = time.perf_counter()
-            with self.profile.phase("load"):
-                step_batches = next(batches) if batches is not None else None
-                waited = time.perf_counter() - started
-                micro_batches, counts = self.step.receive(step_batches)
+            received = upcoming or self._receive(batches)
+            step_batches, micro_batches, waited = received.step_batches, received.micro_batches, received.waited
             with self.profile.phase("forward-backward"):
-                weight = contrastive_weight_at(self.config.objective, iteration, self.train_iters)
-                losses = self.step.forward_backward(micro_batches, counts, contrastive_weight=weight, timed=is_logged)
+                losses = self.step.forward_backward(
+                    micro_batches,
+                    received.counts,
+                    contrastive_weight=contrastive_weight_at(self.config.objective, iteration, self.train_iters),
+                    timed=is_logged,
+                    first_features=received.first_features,
+                )
+            # While a GPU is busy with this step, the next one's data get ready for it.
+            upcoming = self._receive(batches) if self._goes_on_behind(iteration) else None
             with self.profile.phase("update"):
                 metrics, result = self.step.update(losses)
             seconds = time.perf_counter() - started
@@ -108,6 +129,27 @@ class Trainer:
             return None
         self._say(f"stopped after iteration {self.progress.iteration}: {stop}")
         return stop
+
+    def _receive(self, batches: Iterator[StepBatches] | None) -> "_Received":
+        with self.profile.phase("load"):
+            started = time.perf_counter()
+            step_batches = next(batches) if batches is not None else None
+            waited = time.perf_counter() - started
+            micro_batches, counts = self.step.receive(step_batches)
+            return _Received(
+                step_batches=step_batches,
+                micro_batches=micro_batches,
+                counts=counts,
+                waited=waited,
+                first_features=self.step.start_images(micro_batches),
+            )
+
+    def _goes_on_behind(self, iteration: int) -> bool:
+        """Whether another step is to follow without a save before it: data that fail to load must not cost one."""
+        intervals = (self.config.training.exit_interval, self.config.checkpoint.save_interval)
+        return iteration < self.train_iters and not any(
+            interval and iteration % interval == 0 for interval in intervals
+        )
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0

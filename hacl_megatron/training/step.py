@@ -19,7 +19,7 @@ from hacl_megatron.assemble.exchange import exchange_step
 from hacl_megatron.assemble.forward import run_schedule
 from hacl_megatron.assemble.run import Run
 from hacl_megatron.batch import MicroBatch, StepBatches
-from hacl_megatron.model.hacl import ModelOutput
+from hacl_megatron.model.hacl import ModelOutput, TextStates
 from hacl_megatron.objective.contrastive import ContrastiveTerms
 from hacl_megatron.objective.generation import generation_loss_sum
 from hacl_megatron.objective.negatives import (
@@ -156,6 +156,17 @@ class Step:
         micro_batches = exchange_step(own, self.model.module, self.device)
         return micro_batches, self.count(micro_batches)
 
+    @torch.no_grad()
+    def start_images(self, micro_batches: Sequence[MicroBatch]) -> Tensor | None:
+        """The tower's features of the first micro-batch, which no step changes; None where it is trained, or not here.
+
+        On a GPU it is on its way behind what was launched before, so that a step need not begin with an idle GPU.
+        """
+        module = self.model.module
+        if not module.pre_process or module.vision_tower_is_trained:
+            return None
+        return module.tower_features(micro_batches[0].main.pixel_values)
+
     def count(self, micro_batches: Sequence[MicroBatch]) -> GlobalCounts:
         """Target tokens, pairs, packed rows and images of the global batch."""
         local = [
@@ -178,18 +189,26 @@ class Step:
         *,
         contrastive_weight: float,
         timed: bool = False,
+        first_features: Tensor | None = None,
     ) -> StepSums:
         """Accumulate the gradients of L over the global batch.
 
         Args:
             contrastive_weight: lambda in this step.
             timed: add this rank's passes up in `own_time`.
+            first_features: what `start_images` gave.
         """
         self.own_time.is_on = timed
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.contrast.forget()
-        return self._run(micro_batches, counts, contrastive_weight=contrastive_weight, forward_only=False)
+        return self._run(
+            micro_batches,
+            counts,
+            contrastive_weight=contrastive_weight,
+            forward_only=False,
+            first_features=first_features,
+        )
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], counts: GlobalCounts) -> StepMetrics:
@@ -206,13 +225,18 @@ class Step:
         *,
         contrastive_weight: float,
         forward_only: bool,
+        first_features: Tensor | None = None,
     ) -> StepSums:
         spans = pool_spans_micro_batches(self.config, len(micro_batches))
         caches = spans and not forward_only and micro_batches[0].ahead is not None
 
         states = random_states() if caches and has_dropout(self.config) else None
-        features = self._kept_tower_features(micro_batches)
-        ahead = self._run_ahead(micro_batches, features)
+        features = self._kept_tower_features(micro_batches, first_features)
+        self.seconds_ahead = 0.0
+        ahead = None
+        # Constant texts alone, on one stage, can wait until a pass of the main pack is under way (`_text_states`).
+        if micro_batches[0].ahead is not None and (caches or self.groups.pp.size() > 1):
+            ahead = self._run_ahead(micro_batches, features)
         if states is not None:
             set_random_states(states)
         losses = _Losses(
@@ -230,7 +254,7 @@ class Step:
             batch = micro_batches[index]
             texts = None
             if batch.ahead is not None and self.is_last_stage and not batch.main.num_text_rows:
-                texts = ahead[index].texts
+                texts = partial(self._text_states, batch) if ahead is None else ahead[index].texts
             with self.own_time.forward():
                 output = model(batch.main, batch.main.lengths, tower_features=features[index], texts=texts)
             return output, partial(losses.of_micro_batch, index=index)
@@ -238,26 +262,27 @@ class Step:
         run_schedule(forward_step, self.model, [batch.main for batch in micro_batches], forward_only=forward_only)
         return self._reduce(losses, counts)
 
-    def _kept_tower_features(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | None]:
-        """A frozen tower's features of each micro-batch, if its images run twice; a trained tower runs twice too."""
+    def _kept_tower_features(self, micro_batches: Sequence[MicroBatch], first: Tensor | None) -> list[Tensor | None]:
+        """A frozen tower's features of each micro-batch, if its images run twice; a trained tower runs twice too.
+
+        first: those of the first micro-batch, if they are there.
+        """
         module = self.model.module
         if not module.pre_process or module.vision_tower_is_trained:
             return [None] * len(micro_batches)
-        return [
+        others = [
             module.tower_features(batch.main.pixel_values)
             if batch.ahead is not None and batch.ahead.image_rows.numel()
             else None
-            for batch in micro_batches
+            for batch in micro_batches[first is not None :]
         ]
+        return others if first is None else [first, *others]
 
     @torch.no_grad()
     def _run_ahead(
         self, micro_batches: Sequence[MicroBatch], kept_features: Sequence[Tensor | None]
     ) -> list[ModelOutput] | None:
-        """Outputs of the packs that run ahead, on the last stage; None if there are none."""
-        self.seconds_ahead = 0.0
-        if micro_batches[0].ahead is None:
-            return None
+        """Outputs of the packs that run ahead, on the last stage; None elsewhere."""
         started = time.perf_counter()
         self.trainee.gather_image_parameters()
         packs = [replace(batch.ahead, pixel_values=batch.main.pixel_values) for batch in micro_batches]
@@ -270,6 +295,14 @@ class Step:
         outputs = run_schedule(forward_step, self.model, packs, forward_only=True, keeps_outputs=True)
         self.seconds_ahead = time.perf_counter() - started
         return outputs
+
+    @torch.no_grad()
+    def _text_states(self, batch: MicroBatch) -> TextStates:
+        """EOS states of a micro-batch's texts, whose way through the model holds nothing that trains."""
+        started = time.perf_counter()
+        output = self.model(batch.ahead, batch.ahead.lengths)
+        self.seconds_ahead += time.perf_counter() - started
+        return output.texts
 
     def _reduce(self, losses: "_Losses", counts: GlobalCounts) -> StepSums:
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)

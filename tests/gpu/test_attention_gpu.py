@@ -77,8 +77,9 @@ def test_bf16_queries_from_the_ends_of_segments_alone(kernel, lengths):
     allowed = causal_within_segments(lengths).cuda()
     ours = with_gradients(lambda q, k, v: kernel(q[rows], k, v, segments, None), half)
     dense = with_gradients(lambda q, k, v: dense_attention(q, k, v, allowed)[rows], exact)
+    floor = 0.02 * max(tensor.abs().max().item() for tensor in dense)  # q and k of a segment of length 1 get nothing
     for ours_, dense_ in zip(ours, dense, strict=True):
-        torch.testing.assert_close(ours_.float(), dense_, rtol=0.05, atol=0.02 * dense_.abs().max().item())
+        torch.testing.assert_close(ours_.float(), dense_, rtol=0.05, atol=floor)
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)

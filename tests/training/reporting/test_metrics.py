@@ -92,13 +92,21 @@ def _flops(arguments: Sequence[str]) -> list[tuple[float, float]]:
     from hacl_megatron.training.step import Step
 
     found: list[list[float]] = []
-    forward_backward, scalars = Step.forward_backward, Trainer._scalars
+    of_images: list[float] = []
+    start_images, forward_backward, scalars = Step.start_images, Step.forward_backward, Trainer._scalars
+
+    def images_counted(self: Step, *inputs):
+        """Of a frozen tower; a step's images start while the step before it is under way."""
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+            result = start_images(self, *inputs)
+        of_images.append(float(counter.get_total_flops()))
+        return result
 
     def counted(self: Step, *inputs, **options):
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             result = forward_backward(self, *inputs, **options)
         assert counter.get_flop_counts()["Global"].keys() >= _CPU_ATTENTION.keys(), "attention ran as another operator"
-        found.append([float(counter.get_total_flops())])
+        found.append([of_images[len(found)] + float(counter.get_total_flops())])
         return result
 
     def noted(self: Trainer, metrics, result, micro_batches, *times):
@@ -106,7 +114,11 @@ def _flops(arguments: Sequence[str]) -> list[tuple[float, float]]:
         found[-1].append(step_flops(self.config.architecture, micro_batches, **trains))
         return scalars(self, metrics, result, micro_batches, *times)
 
-    with mock.patch.object(Step, "forward_backward", counted), mock.patch.object(Trainer, "_scalars", noted):
+    with (
+        mock.patch.object(Step, "start_images", images_counted),
+        mock.patch.object(Step, "forward_backward", counted),
+        mock.patch.object(Trainer, "_scalars", noted),
+    ):
         run(arguments)
     return [(counted, ours) for counted, ours in found]
 
