@@ -63,6 +63,8 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
             "num_microbatches_with_partial_activation_checkpoints", "hetereogenous_dist_checkpoint", "use_kitchen*",
             "kitchen_*", "quant_recipe",
         ),
+        "it keeps activations in FP8 without a scale, so that small ones and their gradients vanish; use "
+        "transformer.recompute_modules: [mlp]": ("activation_func_fp8_input_store",),
         "it needs torch built with ring exchange; leave it out": ("use_ring_exchange_p2p",),
         "the layers multiply bf16 weights, which an fp32 residual stream does not fit; leave --bf16 out for fp32": (
             "fp32_residual_connection",
@@ -170,8 +172,7 @@ TAKEN: dict[str, dict[str, tuple[str, ...]]] = {
     "transformer": {
         "of `TransformerBlock` and its layers, the last one included": (
             "hidden_dropout", "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion",
-            "gradient_accumulation_fusion", "activation_func_fp8_input_store", "mlp_chunks_for_training",
-            "disable_bf16_reduced_precision_matmul",
+            "gradient_accumulation_fusion", "mlp_chunks_for_training", "disable_bf16_reduced_precision_matmul",
         ),
         "of random weights": ("init_method_std", "embedding_init_method_std"),
         "of `TransformerBlock`; the last layer, whose rows are few, recomputes its MLP alone": (

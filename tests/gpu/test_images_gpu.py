@@ -1,5 +1,7 @@
 """Images decoded, resized and normalised by DALI's `mixed` graph against those of the host."""
 
+import operator
+
 import numpy as np
 import pytest
 import torch
@@ -7,15 +9,21 @@ import torch
 from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.data import images
 from hacl_megatron.data.images import ImageDecoder
-from tests.data.drawn_images import BAD, KINDS, SIZES, drawing, jpeg
+from tests.data.drawn_images import BAD, KINDS, SIZES, drawing, inner_levels, jpeg
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(not images.dali_is_installed(), reason="DALI is not installed"),
 ]
 CONFIG = ImageConfig(size=336)
-TOLERANCE = (10 / 255 / np.array(CONFIG.std)).reshape(3, 1, 1)
-"""10 of 255 levels: DALI's resize differs by up to 8 from Pillow's, which the host's follows to 2."""
+LEVEL = (1 / 255 / np.array(CONFIG.std)).reshape(3, 1, 1)
+
+
+def bounds(name: str) -> tuple[float, float]:
+    """Levels of difference inside and at the borders, as `tests/data/test_mixed_graph.py` holds them for the graph
+    itself; for a JPEG there is another decoder before it."""
+    inside = 10 if "jpeg" in name else 3
+    return inside, 17 if name == "black and white png" else max(inside, 6)
 
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square", "stretch"])
@@ -28,10 +36,14 @@ def test_mixed_pixels_are_those_of_the_cpu(aspect_ratio):
         assert decoded[device].reasons == [None] * len(files)
         assert decoded[device].pixel_values.device.type == "cpu"
         decoder.close()
-    difference = (decoded["mixed"].pixel_values - decoded["cpu"].pixel_values).abs().numpy()
-    worst = (difference / TOLERANCE).reshape(len(files), -1).max(axis=1)
+    difference = (decoded["mixed"].pixel_values - decoded["cpu"].pixel_values).abs().numpy() / LEVEL
     names = [f"jpeg {size}" for size in SIZES] + list(KINDS)
-    assert worst.max() <= 1, {name: float(share) for name, share in zip(names, worst, strict=True) if share > 1}
+    found = {
+        name: (float(inner_levels(here, file).max()), float(here.max()))
+        for name, file, here in zip(names, files, difference, strict=True)
+    }
+    too_far = {name: worst for name, worst in found.items() if any(map(operator.gt, worst, bounds(name)))}
+    assert too_far == {}
 
 
 def test_mixed_refuses_broken_files_and_moves_nothing_else():
