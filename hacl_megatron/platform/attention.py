@@ -79,10 +79,26 @@ class Branches:
     """int64 [n]: their places among the queries."""
     context_rows: Tensor
     """int64 [sum of lengths]: packed rows that each sees, branch after branch."""
-    lengths: tuple[int, ...]
-    """[n]: how many rows each sees, on the host."""
-    borders: Tensor
-    """int32 [n + 1]: where each one's rows begin and end among `context_rows`."""
+    segments: PackedSegments
+    """One query each over its rows of `context_rows`; the same in every layer."""
+
+    @classmethod
+    def of(cls, rows: Tensor, context_rows: Tensor, lengths: tuple[int, ...], borders: Tensor) -> "Branches":
+        """
+        Args:
+            rows: int64 [n]: packed rows of the branches.
+            lengths: [n]: how many rows each sees, on the host.
+            borders: int32 [n + 1]: where each one's rows begin and end among `context_rows`.
+        """
+        segments = PackedSegments(
+            cu_seqlens_q=torch.arange(len(lengths) + 1, dtype=torch.int32, device=borders.device),
+            cu_seqlens_kv=borders,
+            max_seqlen_q=1,
+            max_seqlen_kv=max(lengths),
+            query_lengths=(1,) * len(lengths),
+            lengths=lengths,
+        )
+        return cls(rows, context_rows, segments)
 
 
 def packed_segments(batch: PackedBatch, lengths: SegmentLengths, *, read_rows_only: bool = True) -> PackedSegments:
@@ -93,9 +109,8 @@ def packed_segments(batch: PackedBatch, lengths: SegmentLengths, *, read_rows_on
     longest = max(lengths.segments)
     branches = None
     if lengths.branches:
-        branches = Branches(
-            batch.branch_rows, batch.branch_context_rows, lengths.branches, _borders(batch.branch_lengths)
-        )
+        borders = _borders(batch.branch_lengths)
+        branches = Branches.of(batch.branch_rows, batch.branch_context_rows, lengths.branches, borders)
     return PackedSegments(
         qkv_format="sbhd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=longest, max_seqlen_kv=longest, lengths=lengths.segments, query_lengths=lengths.segments,
@@ -141,25 +156,14 @@ def sdpa_per_segment(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, 
 
 
 def _attend_to_branches(
-    kernel: Callable, out: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, scale: float | None
+    kernel: Callable, out: Tensor, q: Tensor, k: Tensor, v: Tensor, branches: Branches, scale: float | None
 ) -> Tensor:
     """`out` [Q, h, d] with the branches' rows replaced by attention of one query each over its context rows."""
-    branches = segments.branches
-    one_query_each = replace(
-        segments,
-        cu_seqlens_q=torch.arange(len(branches.lengths) + 1, dtype=torch.int32, device=q.device),
-        cu_seqlens_kv=branches.borders,
-        max_seqlen_q=1,
-        max_seqlen_kv=max(branches.lengths),
-        query_lengths=(1,) * len(branches.lengths),
-        lengths=branches.lengths,
-        branches=None,
-    )
     branch_out = kernel(
         q.index_select(0, branches.queries),
         k.index_select(0, branches.context_rows),
         v.index_select(0, branches.context_rows),
-        one_query_each,
+        branches.segments,
         scale,
     )
     return out.index_copy(0, branches.queries, branch_out)
@@ -267,8 +271,9 @@ class PackedAttention(torch.nn.Module):
             query, key = rotate(query, *asking), rotate(key, cos, sin)
         qkv = query, key, value
         out = kernel(*qkv, packed_seq_params, self.softmax_scale)
-        if packed_seq_params.branches is not None:
-            out = _attend_to_branches(kernel, out, *qkv, packed_seq_params, self.softmax_scale)
+        branches = packed_seq_params.branches
+        if branches is not None:
+            out = _attend_to_branches(kernel, out, *qkv, branches, self.softmax_scale)
         return out.flatten(1).unsqueeze(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

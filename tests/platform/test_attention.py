@@ -77,18 +77,20 @@ def test_queries_from_the_ends_of_segments_alone(kernel, heads, lengths):
         torch.testing.assert_close(ours_, dense_, **CLOSE)
 
 
+def two_branches() -> Branches:
+    """Rows 7 and 43 of the odd lengths are one-row segments: the one sees rows 0-4 of the first segment, the other
+    rows 8-19 of the third."""
+    context = [*range(5), 7, *range(8, 20), 43]
+    return Branches.of(
+        torch.tensor([7, 43]), torch.tensor(context), (6, 13), torch.tensor([0, 6, 19], dtype=torch.int32)
+    )
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("last_layer", [False, True])
 def test_branches_see_the_prefix_that_they_share_and_themselves(kernel, last_layer, monkeypatch):
-    """Rows 7 and 43 are one-row segments: the one sees rows 0-4 of the first segment, the other rows 8-19 of the
-    third."""
     lengths, read = LENGTHS["odd"], READ["odd"]
-    context = [*range(5), 7, *range(8, 20), 43]
-    branches = Branches(
-        queries=torch.tensor([7, 43]), context_rows=torch.tensor(context), lengths=(6, 13),
-        borders=torch.tensor([0, 6, 19], dtype=torch.int32),
-    )  # fmt: skip
-    segments = replace(borders(lengths), branches=branches)
+    segments = replace(borders(lengths), branches=two_branches())
     allowed = causal_within_segments(lengths)
     allowed[7, :5] = allowed[43, 8:20] = True
     rows = torch.arange(sum(lengths))
@@ -105,6 +107,15 @@ def test_branches_see_the_prefix_that_they_share_and_themselves(kernel, last_lay
     dense = with_gradients(lambda q, k, v: dense_attention(q, k, v, allowed)[rows], tensors)
     for ours_, dense_ in zip(with_gradients(ours, tensors), dense, strict=True):
         torch.testing.assert_close(ours_, dense_, **CLOSE)
+
+
+def test_indices_and_borders_are_made_once_a_pack():
+    """They are the same in every layer: on a GPU each would be a launch a layer."""
+    segments = replace(borders(LENGTHS["odd"]), branches=two_branches())
+    tensors = [tensor.unsqueeze(1) for tensor in draw(sum(LENGTHS["odd"]), 6, 2, width=8)]
+    with _Produced() as produced:
+        packed_attention()(*tensors, packed_seq_params=segments)
+    assert not produced.dtypes & {torch.int32, torch.int64}, produced.dtypes
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -195,16 +206,19 @@ def test_the_installed_torch_has_a_signature_that_we_call_right():
 
 
 class _Produced(TorchDispatchMode):
-    """Counts the elements of every tensor that an operation makes, in the forward and the backward pass."""
+    """Counts the elements of every tensor that an operation makes, forward and backward, and notes the dtypes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.largest = self.total = 0
+        self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.dtypes |= {tensor.dtype for tensor in tensors}
+            sizes = [tensor.numel() for tensor in tensors]
             self.largest = max(self.largest, *sizes, 0)
             self.total += sum(sizes)
         return result
