@@ -5,8 +5,7 @@ megatron-core's own reads it back at once; a step reads it together with its los
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import l2_norm_impl, multi_tensor_applier
+from megatron.core.optimizer import MegatronOptimizer, clip_grads
 from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 
@@ -36,7 +35,7 @@ def _gradients(part: MegatronOptimizer) -> list[Tensor]:
 
 def _l2_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """fp32 [1]. By the kernel of Transformer Engine or Apex; megatron-core's stand-in for it reads every norm back."""
-    if l2_norm_impl is local_multi_tensor_l2_norm:
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         return torch.nn.utils.get_total_norm(gradients).view(1)
     overflow = torch.zeros(1, dtype=torch.int, device=device)
-    return multi_tensor_applier(l2_norm_impl, overflow, [gradients], False)[0]
+    return clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [gradients], False)[0]
