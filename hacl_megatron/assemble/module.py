@@ -32,7 +32,7 @@ def build_module(config: RunConfig, groups: ProcessGroupCollection, device: torc
     """This rank's stage with initial weights, nothing loaded, frozen or wrapped yet."""
     architecture = config.architecture
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
-    if config.transformer.get("fp8") and layer_library(device) == "local" and device.type != "meta":
+    if config.transformer.get("fp8") and layer_library(device, dtype) == "local" and device.type != "meta":
         # megatron-core's own layers know nothing of FP8, and would run in the run's dtype without a word.
         raise ValueError(
             f"transformer.fp8 is {config.transformer['fp8']}, but this run's layers are megatron-core's local ones "
