@@ -52,11 +52,8 @@ setup(
         *dali(),  # JPEG bytes to pixels, on GPU and CPU
     ],
     extras_require={
-        "gpu": [
-            "transformer-engine[pytorch]>=2.4",  # fused layers and FP8
-            "flash-attn>=2.7",  # packed (varlen) attention
-            *dali(),
-        ],  # Apex is detected if built from source; the index's "apex" is another project
+        # Transformer Engine and flash-attn: tools/install_gpu.sh, for an extra cannot build them against the torch that
+        # is here. Apex: built from source, for the index's "apex" is another project.
         "llm": ["openai>=2.0"],  # --method llm of tools/generate_hallucinations.py: retries, back-off, time-outs
         "wandb": ["wandb>=0.18"],  # --wandb-project: curves of many runs side by side, on its server or one's own
         "lora": ["peft>=0.17"],  # --format peft of tools/convert_megatron_to_hf.py: its own adapter_config.json
