@@ -10,14 +10,15 @@
 #   FLASH_ATTN=auto       yes: fail without flash-attn; no: leave it out. It compiles for hours where no wheel fits this
 #                         torch; from torch 2.10 on a run without it takes torch's own varlen kernel
 #   MAX_JOBS=2            compilers at a time; each of flash-attn's takes up to 10 GB of memory
-#   DRY_RUN=1             build metadata and resolve, install nothing
+#   DRY_RUN=1             install the tools of the builds alone, build metadata and resolve the rest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 export MAX_JOBS=${MAX_JOBS:-2}
 say() { printf 'install_gpu: %s\n' "$*"; }
-_pip() { "$PYTHON" -m pip install --disable-pip-version-check ${DRY_RUN:+--dry-run} -c "$_torch" "$@"; }
+_pip() { "$PYTHON" -m pip install --disable-pip-version-check -c "$_torch" "$@"; }
+_last() { _pip ${DRY_RUN:+--dry-run} "$@"; }
 
 _seen=$("$PYTHON" -c 'import torch; print(torch.__version__.split("+")[0], torch.version.cuda)' 2>/dev/null) || {
   say "$PYTHON has no torch; pip install torch first (CUDA 13), or for CUDA 12 pip install torch --index-url" \
@@ -44,15 +45,15 @@ sys.exit(not any(f for p in nvidia.__path__ for f in Path(p).glob("*/include/cud
   _pip "cuda-toolkit[nvcc,cccl,profiler$_crt]==$_cuda.*" nvidia-cudnn-frontend
 fi # else torch stands on a CUDA toolkit, as in NGC's container, and so does the build
 
-_pip -e .
+_last -e .
 # Expert parallelism is not used here, and wants newer NCCL headers than torch may bring.
 NVTE_FRAMEWORK=pytorch NVTE_WITH_NCCL_EP=${NVTE_WITH_NCCL_EP:-0} \
-  _pip --no-build-isolation "transformer-engine[pytorch,core_cu$_major]>=2.4"
+  _last --no-build-isolation "transformer-engine[pytorch,core_cu$_major]>=2.4"
 
 case ${FLASH_ATTN:=auto} in
   no) say "flash-attn: left out, as FLASH_ATTN=no says" ;;
   *)
-    if ! _pip --no-build-isolation 'flash-attn>=2.7'; then
+    if ! _last --no-build-isolation 'flash-attn>=2.7'; then
       say "flash-attn: could not be built, see above; a run takes torch's varlen kernel from torch 2.10 on, else SDPA"
       [ "$FLASH_ATTN" = auto ] || exit 1
     fi
