@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("/tmp/hacl-gpu-data"))
     parser.add_argument("--cases", nargs="+", default=["pretrain-image", "pretrain-prompt", "finetune-image"])
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--label", default="")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()

@@ -20,7 +20,8 @@ import torch
 from tests.gpu.speed_cases import SEVEN_B, TINY, Case, cases
 from tests.reference_hacl import IGNORE, ReferenceHacl, ReferenceTrainer, Sample
 
-WARM_UP = 2
+WARM_UP = 1
+"""Steps that do not count, behind a first one that tries whether it fits."""
 
 
 def build(case: Case, attention: str, *, tiny: bool, device: str) -> ReferenceTrainer:
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", default=["pretrain-image", "pretrain-prompt", "finetune-image"])
     parser.add_argument("--attention", nargs="+", default=["sdpa"])
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,6 +101,14 @@ def main() -> None:
                 lengths = json.loads((args.out / f"lengths-{name}.json").read_text())
                 trainer = build(case, attention, tiny=args.tiny, device=device)
                 batches = draw(case, lengths, tiny=args.tiny, device=device)
+                try:
+                    trainer.step(batches)
+                except torch.OutOfMemoryError:  # its padded passes keep more than the package's: in two halves, then
+                    found["label"] += ", half micro-batches"
+                    trainer.optimizer.zero_grad()
+                    batches = [half for batch in batches for half in (batch[::2], batch[1::2])]
+                    torch.cuda.empty_cache()
+                    trainer.step(batches)
                 times = []
                 for _ in range(args.steps):
                     started = time.perf_counter()

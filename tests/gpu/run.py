@@ -13,6 +13,7 @@ LIBRARIES = "transformer_engine,flash_attn"
 HIDDEN = {"HACL_WITHOUT": LIBRARIES}
 SPEED = ("-m", "tests.gpu.measure_package", "--label")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "280")
+CASES = ("pretrain-image", "pretrain-prompt", "finetune-image")
 ON_LAYERS = ("tests/gpu/test_attention_gpu.py", "tests/gpu/test_training_gpu.py", "tests/gpu/test_lora_gpu.py")
 
 
@@ -32,8 +33,9 @@ PARTS = {
     "runs-local": Part(150, (*PYTEST, "tests/gpu/test_runs_gpu.py"), HIDDEN),
     "runs": Part(180, (*PYTEST, "tests/gpu/test_runs_gpu.py")),
     "images": Part(100, (*PYTEST, "tests/gpu/test_images_gpu.py")),
-    "speed": Part(180, (*SPEED, "best", "--cases", "pretrain-image", "pretrain-prompt", "finetune-image")),
-    "speed-fp8": Part(120, (*SPEED, "fp8", "--cases", "pretrain-image-fp8", "finetune-image-fp8")),
+    "speed": Part(200, (*SPEED, "best", "--cases", *CASES, "pretrain-image-fp8")),
+    "speed-dali": Part(100, (*SPEED, "DALI mixed", "--cases", "pretrain-prompt")),
+    "speed-fp8": Part(120, (*SPEED, "best", "--cases", "pretrain-image-fp8", "finetune-image-fp8")),
     "speed-local": Part(120, (*SPEED, "local", "--cases", "pretrain-image", "finetune-image"), HIDDEN),
     "plain": Part(120, ("-m", "tests.gpu.measure_plain", "--attention", "sdpa")),
     "plain-flash": Part(120, ("-m", "tests.gpu.measure_plain", "--attention", "flash_attention_2")),
