@@ -26,7 +26,6 @@ An image's pixels depend on its bytes alone, not on the batch it comes in, its p
 
 import io
 import queue
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from torch import Tensor
 from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.dali import HOST_BATCH, Frame, Graph, dali_is_installed, host_graph, mixed_graph
+from hacl_megatron.data.image_headers import gpu_decoder_is_right, jpeg_scans
 from hacl_megatron.data.store import UnusableImage
 
 _DALI_MODES = {
@@ -54,9 +54,6 @@ _OTHER_FORMATS = ("WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 MAX_JPEG_SCANS = 100
 """Progressive JPEGs have about ten. Each costs a pass over all pixels, so that a small file could take hours."""
-
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-"""A marker in entropy-coded data, where 0xff is followed by 0 (stuffing) or D0-D7 (restart) otherwise."""
 
 
 def resolve_backend(backend: Literal["auto", "dali", "pillow"]) -> Literal["dali", "pillow"]:
@@ -270,6 +267,7 @@ class ImageDecoder:
         try:
             with self._open(data) as image:
                 width, height, format, mode = *image.size, image.format, image.mode
+                for_gpu = gpu_decoder_is_right(image, data)
         except Image.DecompressionBombError:
             raise UnusableImage(
                 f"its declared pixels are more than twice Pillow's limit and --max-image-pixels {self.max_image_pixels}"
@@ -289,10 +287,10 @@ class ImageDecoder:
                 f"{self.max_image_pixels}"
             )
         for_dali = mode in _DALI_MODES.get(format, ())
-        if self.device == "mixed" and self.config.size * height > self.max_image_pixels:
-            for_dali = False  # the graph resizes the width of all rows first
+        if self.device == "mixed":  # whose graph resizes the width of all rows first
+            for_dali = for_dali and for_gpu and self.config.size * height <= self.max_image_pixels
         if format in ("JPEG", "MPO"):
-            scans, ends = _jpeg_scans(data)
+            scans, ends = jpeg_scans(data)
             if scans > MAX_JPEG_SCANS:
                 raise UnusableImage(f"a JPEG of {scans} scans; expected at most {MAX_JPEG_SCANS}")
             # Pillow refuses a progressive file that calls itself sequential, DALI does not. It also decides about files
@@ -415,20 +413,3 @@ def _resize_by_torch(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def _one_line(text: str) -> str:
     """`text` without line breaks, at most 200 characters."""
     return " ".join(text.split())[:200]
-
-
-def _jpeg_scans(data: bytes) -> tuple[int, bool]:
-    """How many scans a JPEG has, and whether its end-of-image marker is there.
-
-    Walks the segments, because an EXIF thumbnail carries an end-of-image marker of its own, and looks no further than
-    the first one at this level, because some cameras write on behind it.
-    """
-    position, scans = 2, 0  # behind the start-of-image marker
-    while match := _JPEG_MARKER.search(data, position):
-        marker = data[match.end() - 1]
-        if marker == 0xD9:
-            return scans, True
-        scans += marker == 0xDA
-        length = 0 if marker == 0x01 else int.from_bytes(data[match.end() : match.end() + 2], "big")
-        position = match.end() + length
-    return scans, False

@@ -58,6 +58,21 @@ def test_levels_are_those_of_the_other_ways(decoded, other):
         assert here.mean() <= (0.3 if name.startswith(BLACK_AND_WHITE) else 0.15), name
 
 
+@pytest.mark.parametrize("kind", ["rgb jpeg", "png with 4 colours"])
+def test_what_the_gpus_decoders_get_wrong_goes_the_hosts_way(monkeypatch, kind):
+    """On an H200 the one was off by 202 levels, the other by 211; a picture that only looks like them goes on."""
+    monkeypatch.setattr(images, "mixed_graph", graph_on_the_host)
+    alike = {"rgb jpeg": "4:4:4 jpeg", "png with 4 colours": "png with palette"}[kind]
+    files = [KINDS[name](drawing(200, 150)) for name in (kind, alike)]
+    pixels = {}
+    for device in ("mixed", "cpu"):
+        decoder = ImageDecoder(CONFIG, aspect_ratio="pad", backend="dali", device=device, device_id=0)
+        pixels[device] = decoder.decode(files).pixel_values
+        decoder.close()
+    assert pixels["mixed"][0].equal(pixels["cpu"][0])
+    assert not pixels["mixed"][1].equal(pixels["cpu"][1]), "so the graph's pixels would be told apart"
+
+
 def test_an_image_too_tall_to_be_widened_whole_goes_the_hosts_way(monkeypatch):
     """The graph would make 336 columns of all its rows."""
     monkeypatch.setattr(images, "mixed_graph", graph_on_the_host)
