@@ -126,7 +126,7 @@ def find_library(name: str) -> Finding:
                 fault = _first_line(error)
                 break
     # Unpacked beside the code rather than installed, a library has no metadata.
-    version = getattr(sys.modules.get(library.modules[0]), "__version__", None) or version or "unknown version"
+    version = version or getattr(sys.modules.get(library.modules[0]), "__version__", "unknown version")
     return Finding(title=library.title, version=version, fault=fault, remedy=library.remedy if fault else "")
 
 
