@@ -46,9 +46,9 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
         "leave it out",
     )
     _require(
-        "layernorm" not in fields.get("recompute_modules", ()) or bool(find_library("transformer_engine").usable),
+        "layernorm" not in fields.get("recompute_modules", ()) or bool(engine and engine.usable),
         "transformer.recompute_modules names layernorm, which megatron-core can only recompute beside Transformer "
-        f"Engine, and that is {find_library('transformer_engine')}",
+        f"Engine on a GPU, but {missing}",
         "leave layernorm out, or use recompute_granularity: full",
     )
     _require(

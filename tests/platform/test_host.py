@@ -1,5 +1,6 @@
 """The host meanings of CUDA names, observed in a process of their own: they change torch for good."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -52,6 +53,8 @@ def observe() -> dict[str, Any]:
         return [*changed, torch.cuda.current_device, torch.cuda.manual_seed, random._get_cuda_rng_state]
 
     original = everything()
+    for module, name in _TENSOR_LISTS:  # as where Transformer Engine is installed, which needs CUDA for them
+        setattr(importlib.import_module(module), name, _needs_cuda)
     host.install()
     first = everything()
     host.install()
@@ -130,6 +133,8 @@ def observe() -> dict[str, Any]:
         out.sum().backward()
         seen[f"recomputed dropout, {name}"] = torch.equal(out.detach(), x.grad) and 0 < int(out.eq(0).sum()) < 64
 
+    seen["norm and scaling of tensors"] = _norm_and_scaled([torch.tensor([1.0, 2.0]), torch.tensor([[2.0], [4.0]])])
+
     stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream), stream:
         stream.wait_stream(torch.cuda.current_stream())
@@ -143,6 +148,35 @@ def observe() -> dict[str, Any]:
     torch.cuda.set_device(0)
     seen["stream and event are done"] = stream.query() and event.query()
     return seen
+
+
+_TENSOR_LISTS = [
+    (f"megatron.core.optimizer.{module}", name)
+    for module, names in {
+        "clip_grads": ("multi_tensor_applier", "l2_norm_impl", "multi_tensor_scale_impl"),
+        "optimizer": ("multi_tensor_applier", "multi_tensor_scale_impl"),
+    }.items()
+    for name in names
+]
+
+
+def _needs_cuda(*args: Any) -> None:
+    raise AssertionError("a kernel for CUDA")
+
+
+def _norm_and_scaled(tensors: list[torch.Tensor]) -> tuple[float, list[list]]:
+    """By megatron-core: the norm of gradients, and those tensors clipped to a norm of 1 and copied."""
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    norm = float(clip_grads.get_grad_norm_fp32(tensors, grad_stats_parallel_group=torch.distributed.group.WORLD))
+    parameters = [torch.nn.Parameter(torch.zeros_like(tensor)) for tensor in tensors]
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.grad = tensor.clone()
+    clip_grads.clip_grad_by_total_norm_fp32(parameters, 1.0, norm)
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    overflow = torch.zeros(1, dtype=torch.int32)
+    optimizer._multi_tensor_copy_this_to_that([p.grad for p in parameters], copies, overflow)
+    return norm, [copy.tolist() for copy in copies]
 
 
 def _megatron_checkpoint(x: torch.Tensor) -> torch.Tensor:
@@ -225,6 +259,15 @@ def test_random_state_tracker(seen, what):
 @pytest.mark.parametrize("library", ["torch", "megatron"])
 def test_recomputation_draws_the_same_dropout(seen, library):
     assert seen[f"recomputed dropout, {library}"]
+
+
+def test_norms_and_copies_of_many_tensors_need_no_gpu_library(seen):
+    """Transformer Engine's, which megatron-core takes where it is installed, ask the driver of a GPU."""
+    norm, copies = seen["norm and scaling of tensors"]
+    assert norm == 5
+    assert copies[0] == pytest.approx([0.2, 0.4]) and torch.tensor(copies[1]).flatten().tolist() == pytest.approx(
+        [0.4, 0.8]
+    )
 
 
 def test_streams_and_events_have_nothing_to_wait_for(seen):

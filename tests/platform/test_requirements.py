@@ -57,8 +57,8 @@ def test_a_gpu_without_a_working_transformer_engine_says_what_is_wrong_with_it(e
         assert "2.20.2, broken: ImportError: undefined symbol; mend it" in refusal(text, CUDA)
 
 
-def test_recomputed_norms_need_transformer_engine_on_a_cpu_too(engine_is_broken):
-    """megatron-core dies of a NameError in the backward pass otherwise."""
+def test_recomputed_norms_need_transformer_engine():
+    """megatron-core dies of a NameError in the backward pass otherwise, and on a CPU inside Transformer Engine."""
     text = "transformer: {recompute_granularity: selective, recompute_modules: [core_attn, layernorm]}"
     assert "recompute_modules names layernorm" in refusal(text, CPU)
     check_machine(from_yaml(text.replace(", layernorm", "")), CPU)
