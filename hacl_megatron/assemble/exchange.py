@@ -42,7 +42,8 @@ def exchange_step(
     if micro_batches is not None:
         packs = [pack for batch in micro_batches for pack in (batch.main, batch.ahead) if pack is not None]
     if module.groups.mp.size() == 1 and device.type == "cpu":
-        return list(micro_batches)
+        moved = iter([pack.to(device) for pack in packs])
+        return [MicroBatch(main=next(moved), ahead=batch.ahead and next(moved)) for batch in micro_batches]
 
     told = None if packs is None else torch.cat([_header(micro_batches), *map(_facts, packs)])
     if module.groups.mp.size() > 1:

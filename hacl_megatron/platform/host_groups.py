@@ -27,16 +27,9 @@ class Groups(ProcessGroupCollection):
     def of_parallel_state(cls, timeout_minutes: int) -> "Groups":
         """Those that megatron-core has initialised; every rank must call it at the same time."""
         groups = cls.use_mpu_process_groups()
-        if dist.get_backend(groups.mp) != "nccl":
-            groups.mp_host, groups.dp_host = groups.mp, groups.dp
-        else:
-            groups.mp_host = dist.new_group(
-                dist.get_process_group_ranks(groups.mp),
-                backend="gloo",
-                timeout=timedelta(minutes=timeout_minutes),
-                use_local_synchronization=True,  # every rank makes its own group alone
-                group_desc="MODEL_PARALLEL_GROUP_GLOO",
-            )
+        groups.mp_host, groups.dp_host = groups.mp, groups.dp
+        if not takes_host_tensors(groups.mp):
+            groups.mp_host = _host_twin(groups.mp, timedelta(minutes=timeout_minutes))
             groups.dp_host = parallel_state.get_data_parallel_group_gloo()
         assert groups.mp.size() * groups.dp.size() == dist.get_world_size(), "sums over the world go by way of both"
         return groups
@@ -44,6 +37,19 @@ class Groups(ProcessGroupCollection):
     def sums(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over all ranks, in float64."""
         return host_sums(host_sums(values, self.mp_host), self.dp_host)
+
+
+def takes_host_tensors(group: ProcessGroup) -> bool:
+    """Whether the group serves hosts too."""
+    return dist.get_backend(group) != "nccl"
+
+
+def _host_twin(group: ProcessGroup, timeout: timedelta) -> ProcessGroup:
+    """This rank's group of the same ranks. All ranks of the world make all of them, in one order, as torch wants it."""
+    everyone: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, dist.get_process_group_ranks(group))
+    own, _ = dist.new_subgroups_by_enumeration(sorted(map(list, {tuple(r) for r in everyone})), timeout, backend="gloo")
+    return own
 
 
 def host_sums(values: Sequence[float], group: ProcessGroup) -> list[float]:

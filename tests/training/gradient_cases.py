@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.optimizer import MegatronOptimizer
 
 from hacl_megatron.assemble.start_from import resolve_architecture
 from hacl_megatron.config.checks.flags import check_flags
@@ -16,6 +17,7 @@ from hacl_megatron.config.run import parse_run_config, with_architecture
 from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.build import build_trainer, open_loader
+from hacl_megatron.training.grad_norm import squared_grad_norm
 from hacl_megatron.training.loop import Trainer
 from tests.memory import peak_bytes
 
@@ -67,6 +69,7 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
                 "losses": [metrics.lm_loss, metrics.contrastive_i2t, metrics.contrastive_t2i],
                 "num_micro_batches": len(micro_batches),
                 "gradients": _shards(trainer.trainee.module),
+                "norms": _norms(trainer.trainee.optimizer),
             },
             root / f"{stage}_{layout}_{case.name()}_{dist.get_rank()}.pt",
         )
@@ -109,6 +112,12 @@ def peaks(folder: str, stage: str, counts: list[int], samples: int) -> dict[int,
     return found
 
 
+def _norms(optimizer: MegatronOptimizer) -> tuple[float, float]:
+    """The gradients' norm as a step computes it, and by megatron-core itself."""
+    optimizer.prepare_grads()
+    return float(squared_grad_norm(optimizer, torch.device("cpu"))) ** 0.5, float(optimizer.get_grad_norm())
+
+
 def _shards(module) -> list[tuple[str, tuple, tuple, torch.Tensor]]:
     """(name, global shape, offset, gradient) of each shard of which this rank holds the first replica."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -128,7 +137,7 @@ def _shards(module) -> list[tuple[str, tuple, tuple, torch.Tensor]]:
 
 
 def read(folder: Path, stage: str, layout: str, ranks: int, case: Case) -> dict[str, Any]:
-    """Losses, number of micro-batches, and whole gradients (frozen weights as they are)."""
+    """Losses, number of micro-batches, whole gradients (frozen weights as they are), and each rank's norms of them."""
     parts = [torch.load(folder / f"{stage}_{layout}_{case.name()}_{rank}.pt") for rank in range(ranks)]
     assert all(part["losses"] == parts[0]["losses"] for part in parts), "ranks disagree"
     whole: dict[str, torch.Tensor] = {}
@@ -144,4 +153,9 @@ def read(folder: Path, stage: str, layout: str, ranks: int, case: Case) -> dict[
             target[where] = tensor
             covered[where] = True
     assert all(covered.all() for covered in seen.values())
-    return {"losses": parts[0]["losses"], "num_micro_batches": parts[0]["num_micro_batches"], "gradients": whole}
+    return {
+        "losses": parts[0]["losses"],
+        "num_micro_batches": parts[0]["num_micro_batches"],
+        "gradients": whole,
+        "norms": [part["norms"] for part in parts],
+    }

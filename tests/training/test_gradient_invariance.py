@@ -66,6 +66,7 @@ def test_losses_and_gradients_are_those_of_one_process_and_one_micro_batch(
         for name, gradient in expected["gradients"].items():
             difference = float((found["gradients"][name] - gradient).norm() / gradient.norm().clamp_min(1e-12))
             assert difference <= 1e-4, (case.name(), name, difference)
+        assert all(norm == megatrons > 0 for norm, megatrons in found["norms"]), (case.name(), found["norms"])
 
 
 @pytest.mark.parametrize("stage", STAGES)
