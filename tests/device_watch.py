@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 HOST, DEVICE, UNSEEN = "host", "device", "unseen"
 _BRINGS_OVER = ("platform/copies.py", "hacl_megatron/batch.py")
 """Files whose `Tensor.to` is what it is for."""
-_CPU_ALONE = ("platform/host_kernels.py",)
+_CPU_ALONE = ("platform/cpu/kernels.py",)
 """Files that stand for a GPU's kernels."""
 _READS = {"tolist", "numpy", "cpu"}
 _WAITS = {
@@ -178,7 +178,7 @@ class _Operations(TorchDispatchMode):
 def _caller() -> str:
     """The file from which torch was called."""
     frame = sys._getframe(2)
-    while frame.f_code.co_filename.endswith(("platform/host.py", "torch/_tensor.py")):
+    while frame.f_code.co_filename.endswith(("platform/cpu/stand_ins.py", "torch/_tensor.py")):
         frame = frame.f_back
     return frame.f_code.co_filename
 

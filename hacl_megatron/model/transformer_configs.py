@@ -44,7 +44,7 @@ def language_transformer_config(
         batch_p2p_sync=False,  # waits for the device behind every exchange of two stages, for the sake of old torch
         moe_token_dispatcher_type="alltoall",  # megatron-core asks for it beside variable lengths; there is no MoE
         use_cpu_initialization=not on_gpu,
-        bias_activation_fusion=True,  # on the CPU: `platform.host_kernels.swiglu`
+        bias_activation_fusion=True,  # on the CPU: `platform.cpu.kernels.swiglu`
         # Fusions that need CUDA, or torch.compile, which costs minutes on a CPU and gains nothing there.
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,

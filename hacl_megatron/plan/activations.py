@@ -57,7 +57,7 @@ GPU = Kernels(
 
 
 def cpu_kernels(config: RunConfig) -> Kernels:
-    """`platform.host_kernels`' own kernels take fp32 alone, its attention no grouped queries."""
+    """`platform.cpu.kernels`' own kernels take fp32 alone, its attention no grouped queries."""
     own, language = not config.model.bf16, config.architecture.language
     attention = own and language.num_query_groups == language.num_attention_heads
     return Kernels(

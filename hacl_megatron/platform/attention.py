@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from hacl_megatron.batch import PackedBatch, SegmentLengths
 from hacl_megatron.platform.accelerators import attention_kernel
-from hacl_megatron.platform.host_kernels import has_segment_attention, rotate, segment_attention
+from hacl_megatron.platform.cpu.kernels import has_segment_attention, rotate, segment_attention
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hacl_megatron.platform.host_kernels import rms_norm
+from hacl_megatron.platform.cpu.kernels import rms_norm
 
 
 class _Norm(torch.nn.Module):

@@ -7,8 +7,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hacl_megatron.platform import adam, host
+from hacl_megatron.platform import adam
 from hacl_megatron.platform.accelerators import adam_library
+from hacl_megatron.platform.cpu import stand_ins
 
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _BLACKWELL = (10, 0)
@@ -39,7 +40,7 @@ def prepare_device(device: torch.device) -> None:
         # fp32 means fp32 (the contrastive similarities above all); whoever wants speed trains in bf16.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     else:
-        host.install()
+        stand_ins.install()
     if adam_library(device) == "torch":
         adam.use_group_step_adam()
 

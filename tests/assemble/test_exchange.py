@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hacl_megatron.assemble.exchange import exchange_step
 from hacl_megatron.batch import MicroBatch, PackedBatch
-from hacl_megatron.platform.host import install
+from hacl_megatron.platform.cpu.stand_ins import install
 from hacl_megatron.platform.host_groups import Groups
 from tests.distributed import run_distributed
 from tests.model.parity_batches import IMAGE_SIZE, make_batches

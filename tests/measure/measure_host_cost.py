@@ -5,8 +5,8 @@ Run alone, on an idle machine (it is no test: its result is a time):
     OMP_NUM_THREADS=1 python -m tests.measure.measure_host_cost --repetitions 40
 
 One process builds a LLaMA of 4 layers and width 256 with a small vision tower, runs forward and backward over one
-packed micro-batch of 512 rows, and swaps the wrappers of `hacl_megatron.platform.host` for the originals between
-repetitions, in turns. Everything else that `install` does replaces functions and costs nothing per call. The last line
+packed micro-batch of 512 rows, and swaps the wrappers of `hacl_megatron.platform.cpu.stand_ins` for the originals
+between repetitions, in turns. Everything else that `install` does replaces functions and costs nothing per call. The last line
 counts the wrapper calls of a step and prices one of them: the same answer without the noise of the machine.
 """
 
@@ -20,12 +20,12 @@ import torch
 from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
 from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, VisionConfig
 from hacl_megatron.config.flags import ParallelFlags
-from hacl_megatron.platform import host
+from hacl_megatron.platform.cpu import stand_ins
 
 LENGTHS = (130, 37, 20, 24, 110, 37, 15, 30, 72, 37)
 IMAGES, VISUAL = 3, 36
 
-ORIGINALS = {name: getattr(torch, name) for name in host._FACTORIES}
+ORIGINALS = {name: getattr(torch, name) for name in stand_ins._FACTORIES}
 ORIGINAL_TYPE = torch.Tensor.type
 
 

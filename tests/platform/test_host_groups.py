@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from hacl_megatron.platform import host_groups
-from hacl_megatron.platform.host import install
+from hacl_megatron.platform.cpu.stand_ins import install
 from hacl_megatron.platform.host_groups import Groups, broadcast_integers, gather_integers
 from tests.distributed import run_distributed
 

@@ -12,7 +12,7 @@ import functools
 import torch
 import torch.utils._device
 
-from hacl_megatron.platform.host_kernels import swiglu
+from hacl_megatron.platform.cpu.kernels import swiglu
 
 _FACTORIES = (
     "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "eye",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hacl_megatron.platform import host_kernels
+from hacl_megatron.platform.cpu import kernels
 from tests.platform.segment_cases import with_gradients
 
 CLOSE = dict(rtol=1e-12, atol=1e-12)
@@ -36,13 +36,13 @@ def plain_swiglu(both: Tensor) -> Tensor:
 
 ANGLES = torch.linspace(0, 7, 5 * 4, dtype=torch.float64).view(5, 1, 4)
 CASES = {
-    "norm": (lambda x, w: host_kernels.rms_norm(x, w, 1e-5), plain_rms_norm, [draw(7, 1, 12), draw(12)]),
+    "norm": (lambda x, w: kernels.rms_norm(x, w, 1e-5), plain_rms_norm, [draw(7, 1, 12), draw(12)]),
     "rotation": (
-        lambda t: host_kernels.rotate(t, ANGLES.cos(), ANGLES.sin()),
+        lambda t: kernels.rotate(t, ANGLES.cos(), ANGLES.sin()),
         lambda t: plain_rotation(t, ANGLES.cos(), ANGLES.sin()),
         [draw(5, 3, 8)],
     ),
-    "activation": (host_kernels.swiglu, plain_swiglu, [draw(6, 1, 10)]),
+    "activation": (kernels.swiglu, plain_swiglu, [draw(6, 1, 10)]),
 }
 
 
@@ -93,19 +93,19 @@ def test_what_is_kept_for_the_backward():
     def attention(mixed: Tensor) -> Tensor:
         query, key, value = mixed.unflatten(-1, (2, 24)).split([8, 8, 8], dim=-1)
         cos, sin = torch.ones(rows, 1, 4, dtype=torch.float64), torch.zeros(rows, 1, 4, dtype=torch.float64)
-        query, key = host_kernels.rotate(query, cos, sin), host_kernels.rotate(key, cos, sin)
-        return host_kernels.segment_attention(query, key, value, (rows,), (rows,), None)
+        query, key = kernels.rotate(query, cos, sin), kernels.rotate(key, cos, sin)
+        return kernels.segment_attention(query, key, value, (rows,), (rows,), None)
 
     # Queries, keys, values and outputs of 16 each, a sum for each of 2 heads, and the angles of 2 x 4.
     assert kept(attention, draw(rows, 48)) <= 4 * 16 + 2 + 2 * 2 * 4 + 1
-    assert kept(host_kernels.swiglu, draw(rows, 1, 40)) == 40
-    assert kept(lambda x: host_kernels.rms_norm(x, torch.ones(16, dtype=torch.float64), 1e-5), draw(rows, 16)) <= 20
+    assert kept(kernels.swiglu, draw(rows, 1, 40)) == 40
+    assert kept(lambda x: kernels.rms_norm(x, torch.ones(16, dtype=torch.float64), 1e-5), draw(rows, 16)) <= 20
 
 
 def test_segments_that_nothing_asks_about_get_no_gradient():
     queries, rows = (0, 2, 0), (3, 4, 2)
     query, key, value = draw(2, 2, 8), draw(9, 2, 8), draw(9, 2, 8)
-    out = host_kernels.segment_attention(query, key, value, queries, rows, 0.3)
+    out = kernels.segment_attention(query, key, value, queries, rows, 0.3)
     for gradient in torch.autograd.grad(out.square().sum(), (key, value)):
         assert gradient[:3].eq(0).all() and gradient[7:].eq(0).all() and gradient[3:7].ne(0).any()
     assert [*itertools.accumulate(rows)] == [3, 7, 9]

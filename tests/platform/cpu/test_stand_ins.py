@@ -38,7 +38,7 @@ def observe() -> dict[str, Any]:
     from megatron.core.tensor_parallel import random
     from torch.utils.checkpoint import checkpoint
 
-    from hacl_megatron.platform import host
+    from hacl_megatron.platform.cpu import stand_ins
 
     seen: dict[str, Any] = {}
     available = torch.cuda.is_available()
@@ -55,9 +55,9 @@ def observe() -> dict[str, Any]:
     original = everything()
     for module, name in _TENSOR_LISTS:  # as where Transformer Engine is installed, which needs CUDA for them
         setattr(importlib.import_module(module), name, _needs_cuda)
-    host.install()
+    stand_ins.install()
     first = everything()
-    host.install()
+    stand_ins.install()
     seen["changed"] = all(a is not b for a, b in zip(original, first, strict=True))
     seen["idempotent"] = all(a is b for a, b in zip(first, everything(), strict=True))
 
@@ -211,9 +211,9 @@ def test_factories_asked_for_cuda_make_cpu_tensors(seen):
 
 
 def test_every_wrapped_factory_is_tested():
-    from hacl_megatron.platform import host
+    from hacl_megatron.platform.cpu import stand_ins
 
-    assert set(host._FACTORIES) == set(FACTORIES)
+    assert set(stand_ins._FACTORIES) == set(FACTORIES)
 
 
 def test_other_devices_stay(seen):
