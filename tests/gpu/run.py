@@ -28,10 +28,10 @@ class Part:
 
 PARTS = {
     "platform": Part(60, ("-m", "hacl_megatron.platform")),
-    "tests-local": Part(150, (*PYTEST, *ON_LAYERS), HIDDEN),
-    "tests": Part(150, (*PYTEST, *ON_LAYERS)),
-    "runs-local": Part(150, (*PYTEST, "tests/gpu/test_runs_gpu.py"), HIDDEN),
-    "runs": Part(180, (*PYTEST, "tests/gpu/test_runs_gpu.py")),
+    "tests-local": Part(240, (*PYTEST, *ON_LAYERS), HIDDEN),
+    "tests": Part(240, (*PYTEST, *ON_LAYERS)),
+    "runs-local": Part(300, (*PYTEST, "-s", "tests/gpu/test_runs_gpu.py"), HIDDEN),
+    "runs": Part(300, (*PYTEST, "-s", "tests/gpu/test_runs_gpu.py")),
     "images": Part(100, (*PYTEST, "tests/gpu/test_images_gpu.py")),
     "speed": Part(200, (*SPEED, "best", "--cases", *CASES, "pretrain-image-fp8")),
     "speed-dali": Part(100, (*SPEED, "DALI mixed", "--cases", "pretrain-prompt")),

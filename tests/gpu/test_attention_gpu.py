@@ -90,10 +90,12 @@ def test_bf16_branches_see_their_prefix_and_themselves(kernel, heads, monkeypatc
     ends = torch.tensor(lengths).cumsum(0).tolist()
     rows = [ends[0], ends[3]]  # the one-row segment behind the first, and the first row of the last
     context = [*range(400), rows[0], *range(ends[1], ends[1] + 3), rows[1]]
-    branches = Branches(
-        queries=torch.tensor(rows, device="cuda"), context_rows=torch.tensor(context, device="cuda"), lengths=(401, 4),
-        borders=torch.tensor([0, 401, 405], dtype=torch.int32, device="cuda"),
-    )  # fmt: skip
+    branches = Branches.of(
+        torch.tensor(rows, device="cuda"),
+        torch.tensor(context, device="cuda"),
+        (401, 4),
+        torch.tensor([0, 401, 405], dtype=torch.int32, device="cuda"),
+    )
     segments = replace(borders(lengths, "cuda"), branches=branches)
     allowed = causal_within_segments(lengths)
     allowed[rows[0], :400] = allowed[rows[1], ends[1] : ends[1] + 3] = True
