@@ -6,8 +6,8 @@ Run alone, on an idle machine (it is no test: its result is a time):
 
 One process builds a LLaMA of 4 layers and width 256 with a small vision tower, runs forward and backward over one
 packed micro-batch of 512 rows, and swaps the wrappers of `hacl_megatron.platform.cpu.stand_ins` for the originals
-between repetitions, in turns. Everything else that `install` does replaces functions and costs nothing per call. The last line
-counts the wrapper calls of a step and prices one of them: the same answer without the noise of the machine.
+between repetitions, in turns. Everything else that `install` does replaces functions and costs nothing per call. The
+last line counts the wrapper calls of a step and prices one of them: the same answer without the noise of the machine.
 """
 
 import argparse
