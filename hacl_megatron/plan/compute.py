@@ -154,6 +154,15 @@ def sent_bytes(
     return SentBytes(tensor_parallel=tensor, pipeline=pipeline, data_parallel=data, contrastive=contrastive)
 
 
+def _flops_a_second(config: RunConfig, cluster: Cluster) -> float:
+    gpu = cluster.gpu
+    if config.transformer.get("fp8"):
+        if gpu.fp8_flops is None:
+            raise ValueError(f"transformer: fp8 is set, and {cluster.gpu_name} has no FP8 units; leave it out")
+        return gpu.fp8_flops * cluster.fp8_efficiency
+    return (gpu.bf16_flops if config.model.bf16 else gpu.fp32_flops) * cluster.compute_efficiency
+
+
 def step_time(
     config: RunConfig,
     layout: Layout,
@@ -170,14 +179,14 @@ def step_time(
     and the next forward pass (`--overlap-param-gather`) as far as that is long enough.
     """
     gpu, nodes = cluster.gpu, cluster.gpus_per_node
-    peak = (gpu.bf16_flops if config.model.bf16 else gpu.fp32_flops) * cluster.compute_efficiency
+    reached = _flops_a_second(config, cluster)
 
     def seconds(num_bytes: float, reach: int) -> float:
         """`reach`: processes from the first to the last of a group."""
         link = gpu.node_bandwidth if reach <= nodes else gpu.network_bandwidth
         return num_bytes / (link * cluster.bandwidth_efficiency)
 
-    compute = [one.hardware * layout.num_micro_batches / layout.tp / peak for one in flops]
+    compute = [one.hardware * layout.num_micro_batches / layout.tp / reached for one in flops]
     tensor = [seconds(one.tensor_parallel, layout.tp) for one in sent]
     pipeline = [seconds(one.pipeline, layout.tp * layout.dp * 2) for one in sent]
     passes = 2 + (recompute_of(config).granularity == "full") + runs_ahead

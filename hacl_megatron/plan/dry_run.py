@@ -27,6 +27,7 @@ from hacl_megatron.platform.hardware import GIB, GPUS, Cluster
 from hacl_megatron.platform.processes import prepare_device
 from hacl_megatron.training.trainee import build_trainee
 
+PACKAGE = Path(__file__).parents[1]
 META = torch.device("meta")
 
 
@@ -89,6 +90,8 @@ def _refusals_in_one_line(rank: int) -> Iterator[None]:
         yield
     except (ValueError, AssertionError, RuntimeError, NotImplementedError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, ValueError) and Path(frame.filename).is_relative_to(PACKAGE):
+            raise ValueError(f"rank {rank} cannot be built: {error}") from error
         reason = str(error) or f"{type(error).__name__}, {frame.line}"
         raise ValueError(
             f"rank {rank} cannot be built: {reason} ({Path(frame.filename).name}, line {frame.lineno}); change the "

@@ -3,7 +3,13 @@
 from dataclasses import dataclass, replace
 from math import ceil
 
-from hacl_megatron.assemble.parameters import count_by_part, layers_by_stage, stage_parameters, whole_model
+from hacl_megatron.assemble.parameters import (
+    PlannedParameter,
+    count_by_part,
+    layers_by_stage,
+    stage_parameters,
+    whole_model,
+)
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.objective.row_blocks import BLOCK_BYTES
@@ -149,7 +155,7 @@ def make_plan(
                     + _left_behind(config, layout, micro_batch, index, in_flight),
                     logits=activations.logits + activations.logits_peak,
                     contrastive=_contrastive_bytes(config, layout, micro_batch) if index == layout.pp - 1 else 0,
-                    working=activations.working,
+                    working=activations.working + _fp8_weights(config, parameters),
                     reserve=cluster.reserve,
                 ),
                 flops=stage_flops(config, micro_batch, index),
@@ -174,6 +180,15 @@ def make_plan(
         weights_checkpoint=sum(p.num_bytes for p in whole),
         optimizer_checkpoint=trained * optimizer_checkpoint_bytes_each(config),
     )  # fmt: skip
+
+
+def _fp8_weights(config: RunConfig, parameters: list[PlannedParameter]) -> float:
+    """Bytes of the LLaMA layers' matrices in FP8, as they are and transposed, which Transformer Engine keeps."""
+    if not config.transformer.get("fp8"):
+        return 0.0
+    copies = 1 if config.transformer.get("disable_parameter_transpose_cache") else 2
+    of_layers = [p for p in parameters if p.part == "language_model" and ".layers." in p.name]
+    return float(copies * sum(p.numel for p in of_layers if len(p.shape) == 2))
 
 
 def _left_behind(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape, stage: int, in_flight: int) -> float:

@@ -20,7 +20,7 @@ _PUBLISHED_HOURS = {
 """Hours on 8 A100 by template, hidden size and layers: README of haotian-liu/LLaVA (DeepSpeed ZeRO-2 and ZeRO-3)."""
 
 _NOT_MODELLED = (
-    "fp8", "fp8_param_gather", "cpu_offloading", "distribute_saved_activations", "optimizer_cpu_offload",
+    "fp8_param_gather", "cpu_offloading", "distribute_saved_activations", "optimizer_cpu_offload",
     "use_precision_aware_optimizer", "nccl_ub",
 )  # fmt: skip
 """Fields of megatron-core's configurations that change memory in ways that `state` and `activations` do not know."""
@@ -190,13 +190,19 @@ def _assumptions(plan: Plan) -> str:
         f"{samples.caption_tokens:g} rows, {samples.hallucinated_per_pair:g} hallucinated a pair",
         f"a micro-batch: {_pack('with gradients', plan.micro_batch.main)}"
         + (f"; {_pack('ahead of it, forward only', plan.micro_batch.ahead)}" if plan.micro_batch.ahead else ""),
-        f"assumed of the machine: {cluster.compute_efficiency:.0%} of the peak FLOP/s in matrix products, "
+        f"assumed of the machine: {_efficiency(plan)} in matrix products, "
         f"{cluster.bandwidth_efficiency:.0%} of the links' bandwidth, {cluster.reserve / GIB:g} GiB reserve; "
         "data are never waited for; no saving, no validation",
     ]
     if unknown:
         lines.append(f"not in the plan, although the file sets it: {', '.join(unknown)}")
     return "\n".join(lines)
+
+
+def _efficiency(plan: Plan) -> str:
+    if plan.config.transformer.get("fp8"):
+        return f"{plan.cluster.fp8_efficiency:.0%} of the peak FLOP/s of FP8"
+    return f"{plan.cluster.compute_efficiency:.0%} of the peak FLOP/s"
 
 
 def _pack(label: str, pack: PackShape) -> str:

@@ -20,11 +20,15 @@ def example(name: str) -> RunConfig:
 
 
 def plan_of(
-    config: RunConfig, world_size: int, gpu: str = "a100-80g", micro_batch: MicroBatchShape | None = None
+    config: RunConfig,
+    world_size: int,
+    gpu: str = "a100-80g",
+    micro_batch: MicroBatchShape | None = None,
+    **assumed: float,
 ) -> Plan:
     layout = check_flags(config, world_size, files=False)
     check_architecture(config, layout)
-    cluster, samples = Cluster(gpu_name=gpu, gpus_per_node=8), assumed_samples(config)
+    cluster, samples = Cluster(gpu_name=gpu, gpus_per_node=8, **assumed), assumed_samples(config)
     return make_plan(config, layout, cluster, samples, micro_batch)
 
 
