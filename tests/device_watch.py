@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 HOST, DEVICE, UNSEEN = "host", "device", "unseen"
-_BRINGS_OVER = ("platform/copies.py", "hacl_megatron/batch.py")
+_BRINGS_OVER = ("platform/device.py", "hacl_megatron/batch.py")
 """Files whose `Tensor.to` is what it is for."""
 _CPU_ALONE = ("platform/cpu/kernels.py",)
 """Files that stand for a GPU's kernels."""

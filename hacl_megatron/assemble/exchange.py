@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hacl_megatron.batch import HOST_FIELDS, MicroBatch, PackedBatch, SegmentLengths
 from hacl_megatron.model.hacl import HaclModel
-from hacl_megatron.platform.copies import to_device
+from hacl_megatron.platform.device import to_device
 from hacl_megatron.platform.host_groups import broadcast_integers
 
 _INT32_FIELDS = ("cu_seqlens", "read_lengths", "branch_lengths")

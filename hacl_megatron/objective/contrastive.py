@@ -31,7 +31,7 @@ from torch import Tensor
 from hacl_megatron.config.flags import TEMPERATURE_RANGE
 from hacl_megatron.objective.negatives import PairEmbeddings
 from hacl_megatron.objective.row_blocks import BLOCK_BYTES, Columns, softmax_loss_sum
-from hacl_megatron.platform.copies import to_device
+from hacl_megatron.platform.device import to_device
 
 HallucinationNegatives = Literal["own", "all", "none"]
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from hacl_megatron.platform.copies import to_device
+from hacl_megatron.platform.device import to_device
 from hacl_megatron.platform.host_groups import gather_integers
 
 # torch 2.13 renamed both and warns about the old names, which are all that earlier releases have.

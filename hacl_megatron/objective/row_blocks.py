@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hacl_megatron.platform.copies import to_device
+from hacl_megatron.platform.device import to_device
 
 BLOCK_BYTES = 160 * 2**20
 """Most that one block may take, similarities and mask together: 256 rows of 131,072 fp32 columns. Every block reads and

@@ -12,8 +12,8 @@ from hacl_megatron.assemble.run import Run
 from hacl_megatron.batch import MicroBatch, StepBatches
 from hacl_megatron.config.lora import Lora
 from hacl_megatron.data.loader import StepLoader
+from hacl_megatron.platform.device import device_name, memory_in_use
 from hacl_megatron.platform.hardware import peak_flops
-from hacl_megatron.platform.stopwatch import device_name, memory_in_use
 from hacl_megatron.training.flops import step_flops
 from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE, report_bad_samples
 from hacl_megatron.training.reporting.metrics import MetricsLog

@@ -4,7 +4,6 @@ What the loop around it decides (logging, saving, giving up) is not here.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +28,7 @@ from hacl_megatron.objective.negatives import (
     concatenate_pairs,
     gather_integers_of_pairs,
 )
+from hacl_megatron.platform.device import Stopwatch
 from hacl_megatron.platform.host_groups import host_sums
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings, pair_integers
@@ -144,7 +144,8 @@ class Step:
         """Seconds that this rank's passes took, of the steps that are `timed`."""
         trainee.module.config.timers = self.own_time
         self.seconds_ahead = 0.0
-        """Time that the last step's forward-only pass took on this rank."""
+        """Time that the last step's forward-only pass took on this rank's device."""
+        self._time_ahead = Stopwatch(run.device)
 
     def receive(self, step_batches: StepBatches | None) -> tuple[list[MicroBatch], GlobalCounts]:
         """This replica's micro-batches on its every rank, and what the losses are divided by.
@@ -216,7 +217,9 @@ class Step:
         self.model.eval()
         losses = self._run(micro_batches, counts, contrastive_weight=0.0, forward_only=True)
         self.model.train()
-        return losses.read()
+        metrics = losses.read()
+        self._time_ahead.take()  # a step's own is wanted
+        return metrics
 
     def _run(
         self,
@@ -232,7 +235,6 @@ class Step:
 
         states = random_states() if caches and has_dropout(self.config) else None
         features = self._kept_tower_features(micro_batches, first_features)
-        self.seconds_ahead = 0.0
         ahead = None
         # Constant texts alone, on one stage, can wait until a pass of the main pack is under way (`_text_states`).
         if micro_batches[0].ahead is not None and (caches or self.groups.pp.size() > 1):
@@ -283,7 +285,7 @@ class Step:
         self, micro_batches: Sequence[MicroBatch], kept_features: Sequence[Tensor | None]
     ) -> list[ModelOutput] | None:
         """Outputs of the packs that run ahead, on the last stage; None elsewhere."""
-        started = time.perf_counter()
+        self._time_ahead.start()
         self.trainee.gather_image_parameters()
         packs = [replace(batch.ahead, pixel_values=batch.main.pixel_values) for batch in micro_batches]
 
@@ -293,15 +295,15 @@ class Step:
             return output, _as_it_is
 
         outputs = run_schedule(forward_step, self.model, packs, forward_only=True, keeps_outputs=True)
-        self.seconds_ahead = time.perf_counter() - started
+        self._time_ahead.stop()
         return outputs
 
     @torch.no_grad()
     def _text_states(self, batch: MicroBatch) -> TextStates:
         """EOS states of a micro-batch's texts, whose way through the model holds nothing that trains."""
-        started = time.perf_counter()
+        self._time_ahead.start()
         output = self.model(batch.ahead, batch.ahead.lengths)
-        self.seconds_ahead += time.perf_counter() - started
+        self._time_ahead.stop()
         return output.texts
 
     def _reduce(self, losses: "_Losses", counts: GlobalCounts) -> StepSums:
@@ -328,6 +330,7 @@ class Step:
         squared_norm = squared_grad_norm(optimizer, self.device)
         *sums, squared_norm = torch.cat([losses.sums, squared_norm.double()]).tolist()
         metrics, grad_norm = losses.metrics(sums), squared_norm**0.5
+        self.seconds_ahead = self._time_ahead.take()
         if not (math.isfinite(metrics.total) and math.isfinite(grad_norm)):
             return metrics, UpdateResult(applied=False, grad_norm=grad_norm, num_zeros=None)
         clip_grad = optimizer.config.clip_grad

@@ -14,7 +14,7 @@ HIDDEN = {"HACL_WITHOUT": LIBRARIES}
 SPEED = ("-m", "tests.gpu.measure_package", "--label")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "280")
 CASES = ("pretrain-image", "pretrain-prompt", "finetune-image")
-ON_LAYERS = ("tests/gpu/test_attention_gpu.py", "tests/gpu/test_training_gpu.py", "tests/gpu/test_lora_gpu.py")
+ON_LAYERS = tuple(f"tests/gpu/test_{name}_gpu.py" for name in ("attention", "training", "lora", "synchronisations"))
 
 
 @dataclass(frozen=True)

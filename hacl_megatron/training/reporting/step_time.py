@@ -13,7 +13,7 @@ from statistics import median_low
 
 import torch
 
-from hacl_megatron.platform.stopwatch import Stopwatch
+from hacl_megatron.platform.device import Stopwatch
 
 
 class OwnTime:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from hacl_megatron.data.loader import StepLoader
 from hacl_megatron.model.hacl import HaclModel
+from hacl_megatron.platform.device import Stopwatch
 from hacl_megatron.platform.hardware import peak_flops
-from hacl_megatron.platform.stopwatch import Stopwatch
 from hacl_megatron.train import run
 from hacl_megatron.training.reporting.step_time import OwnTime, RankNumbers, rank_scalars
 from tests.training.runs import layout_flags, make_inputs, metrics, train

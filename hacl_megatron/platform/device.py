@@ -1,9 +1,21 @@
-"""Seconds of work on the device and bytes of memory it took, whatever the device is."""
+"""What a host asks of its device, whatever that is: to take a copy; how long work took, how much memory, its name."""
 
 import time
 
 import psutil
 import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of the host on `device`; on a GPU from pinned memory, behind what the current stream has to do.
+
+    A copy from ordinary memory would first wait for all that the stream still has to do, `non_blocking` or not.
+    torch keeps pinned memory from being used anew before its copies are done.
+    """
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Stopwatch:
