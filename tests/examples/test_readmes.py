@@ -127,7 +127,8 @@ def test_flags_in_prose_exist() -> None:
         *(ROOT / "tools").glob("*.py"),
         *(ROOT / "tests" / "measure").glob("*.py"),
         *(ROOT / "examples").rglob("*.sh"),
-        ROOT / "tests" / "run.sh",
+        *(ROOT / "tests").glob("*.sh"),
+        *(ROOT / "tests" / "gpu").glob("*.py"),
     ]
     written = "\n".join(path.read_text(encoding="utf-8") for path in programs)
     known = {"--help", "--config", *FLAGS_ELSEWHERE, *(f"--{flag.replace('_', '-')}" for flag in HINTS)}
