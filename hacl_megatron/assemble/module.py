@@ -18,7 +18,6 @@ from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.sections import megatron_fields, refusals_of
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
-from hacl_megatron.platform.accelerators import layer_library
 
 
 def pad_multiple(config: RunConfig) -> int:
@@ -32,13 +31,6 @@ def build_module(config: RunConfig, groups: ProcessGroupCollection, device: torc
     """This rank's stage with initial weights, nothing loaded, frozen or wrapped yet."""
     architecture = config.architecture
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
-    if config.transformer.get("fp8") and layer_library(device, dtype) == "local" and device.type != "meta":
-        # megatron-core's own layers know nothing of FP8, and would run in the run's dtype without a word.
-        raise ValueError(
-            f"transformer.fp8 is {config.transformer['fp8']}, but this run's layers are megatron-core's local ones "
-            f"({device.type}, {'bf16' if config.model.bf16 else 'fp32'}); leave it out, or run in bf16 on a GPU with "
-            "Transformer Engine (`python -m hacl_megatron.platform` says what is found)"
-        )
     return HaclModel(
         architecture,
         language_config=language_config(config, device),
