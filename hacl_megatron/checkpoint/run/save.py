@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hacl_megatron.checkpoint.run.frozen import digest_of, finish_frozen, folder_name, references, value_sums
+from hacl_megatron.checkpoint.run.host_copies import empty_copies
 from hacl_megatron.checkpoint.run.integrity import FROZEN_FOLDER
 from hacl_megatron.checkpoint.run.local_parts import local_parts
 from hacl_megatron.checkpoint.run.part_files import Part, StoredPart, error_of_system, serialized, write_parts
@@ -149,24 +150,24 @@ class CheckpointSaver:
 
     def _copied(self, parts: list[Part]) -> list[Part]:
         """The parts with copies of their values in host memory, which every save reuses."""
-        copies, held = [], {}
-        on_gpu = False
-        for part in parts:
-            if isinstance(part.values, bytes):
-                copies.append(part)
-                continue
-            place, values = (part.key, part.offsets), part.values
-            copy = self._copies.get(place)
-            if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
-                copy = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=values.is_cuda)
-            copy.copy_(values, non_blocking=True)
-            on_gpu |= values.is_cuda
-            held[place] = copy
-            copies.append(replace(part, values=copy))
-        if on_gpu:
+        values = {(part.key, part.offsets): part.values for part in parts if isinstance(part.values, Tensor)}
+        held = {
+            place: copy
+            for place, copy in self._copies.items()
+            if place in values and (copy.shape, copy.dtype) == (values[place].shape, values[place].dtype)
+        }
+        self._copies = {}  # frees what is of no more use before more is asked for
+        missing = [place for place in values if place not in held]
+        held |= zip(missing, empty_copies([values[place] for place in missing]), strict=True)
+        for place, tensor in values.items():
+            held[place].copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in values.values()):
             torch.cuda.synchronize()
         self._copies = held
-        return copies
+        return [
+            replace(part, values=held[part.key, part.offsets]) if isinstance(part.values, Tensor) else part
+            for part in parts
+        ]
 
     # ---------------------------------------------------------------------------------------------------- in background
 
