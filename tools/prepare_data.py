@@ -37,6 +37,8 @@ def main(args: argparse.Namespace) -> None:
 
     values = vars(args)
     report = run_prepare(PrepareSettings(inputs=values.pop("input"), **values))
+    for line in report.pop("to look at", []):
+        print(f"note: {line}")
     for label, value in report.items():
         text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
         print(f"{label}: {text}")

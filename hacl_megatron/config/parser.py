@@ -7,7 +7,7 @@ in one place and a flag given on the command line beats the file.
 from argparse import Action
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Literal, NoReturn, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser
 
@@ -15,7 +15,7 @@ from hacl_megatron.config import flags
 from hacl_megatron.config.help import FlagHelp
 from hacl_megatron.config.names import did_you_mean
 from hacl_megatron.config.sections import SECTIONS, sections_with
-from hacl_megatron.config.yaml_text import Document
+from hacl_megatron.config.yaml_text import NOTHING, Document
 
 GROUPS: dict[str, type] = {
     "model": flags.ModelFlags,
@@ -129,6 +129,8 @@ class FlagParser(HfArgumentParser):
             if name in SECTIONS or name == "model":
                 sections[name] = value
             elif name in HINTS and name not in COMMAND_LINE_ONLY:
+                if key in document.unquoted and NOTHING not in get_args(HINTS[name]):
+                    self._refuse_nothing(name, value, document.where(key))
                 values[name] = self._convert(name, value, document.where(key))
             else:
                 raise ValueError(f"{document.where(key)}: {_unknown_key(name)}")
@@ -139,6 +141,14 @@ class FlagParser(HfArgumentParser):
                     values.pop(name, None)
         self.set_defaults(**values)
         return sections
+
+    def _refuse_nothing(self, name: str, value: str, where: str) -> NoReturn:
+        default = self.get_default(name)
+        advice = "write null or leave the line out" if default is None else f"remove the line for the default {default}"
+        raise ValueError(
+            f"{where}: {name!r} found {value}, which YAML reads as the text {value!r}; {advice}, or put the text in "
+            "quotes if it is meant"
+        )
 
     def _convert(self, name: str, value: Any, where: str) -> Any:
         """A YAML value as the flag would have it."""

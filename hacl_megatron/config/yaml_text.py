@@ -1,7 +1,8 @@
-"""YAML in and out, by PyYAML's safe loader with its three traps closed.
+"""YAML in and out, by PyYAML's safe loader with its traps closed.
 
 `1e-3` is a number here (PyYAML wants `1.0e-3` and takes the rest for text), a key given twice is an error
-(PyYAML keeps the last), and errors name file and line.
+(PyYAML keeps the last), and errors name file and line. What YAML 1.1 reads as few people write it is an error too:
+`010` (octal, 8), `1:30` (sexagesimal, 90) and `None` (the text, for which a folder would be made).
 """
 
 import re
@@ -11,6 +12,12 @@ from typing import Any
 import yaml
 
 _EXPONENT = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+_OCTAL = re.compile(r"^[-+]?0[0-7_]+$")
+_SEXAGESIMAL = re.compile(r"^[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?$")
+NOTHING = "none"
+"""Python's word, in capitals or not, which is a text to YAML; some flags have a choice of that name."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,7 +40,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     # PyYAML loses line breaks such as U+0085 in any other style.
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+    quoted = not text.isprintable() or text.lower() == NOTHING
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
 
 
 _Dumper.add_representer(str, _represent_text)
@@ -51,6 +59,8 @@ class Document:
     values: dict[str, Any]
     lines: dict[str, int]
     """Line of each top-level key, counted from 1."""
+    unquoted: frozenset[str] = frozenset()
+    """Top-level keys whose value is `none` without quotes: a choice of that name, or meant as `null`."""
 
     def where(self, key: str) -> str:
         return f"{self.source}, line {self.lines[key]}"
@@ -66,6 +76,8 @@ def load_yaml(text: str, source: str) -> Document:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is not None:
+            _check_numbers(node, source)
         values = {} if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -74,6 +86,8 @@ def load_yaml(text: str, source: str) -> Document:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ValueError(f"{source}, line {line}: not valid YAML: {error.reason}") from None
+    except Misread:
+        raise
     except ValueError as error:  # a date such as 2024-13-45
         raise ValueError(f"{source}: not valid YAML: {error}; put text in quotes") from None
     finally:
@@ -85,7 +99,43 @@ def load_yaml(text: str, source: str) -> Document:
     for key in values:
         if not isinstance(key, str) or key not in lines:  # 3: ..., or a key merged in by `<<`
             raise ValueError(f"{source}: found the key {key!r}, expected the name of a flag or section")
-    return Document(source=source, values=values, lines=lines)
+    unquoted = frozenset(key.value for key, value in node.value if _is_nothing(value)) if node is not None else ()
+    return Document(source=source, values=values, lines=lines, unquoted=frozenset(unquoted))
+
+
+class Misread(ValueError):
+    """A value that YAML 1.1 does not read as it looks."""
+
+
+def _check_numbers(node: yaml.Node, source: str, key: str = "") -> None:
+    """Raises Misread for the first number below `node` that is written in base 8 or 60; `key` names what holds it."""
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value in node.value:
+            inner = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+            _check_numbers(value, source, f"{key}.{inner}" if key else inner)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_numbers(item, source, key)
+    elif node.style is None and isinstance(node.value, str):
+        found, where = node.value, f"{source}, line {node.start_mark.line + 1}: {key!r}"
+        if node.tag == "tag:yaml.org,2002:int" and _OCTAL.match(found) and int(found.replace("_", ""), 8) > 7:
+            plain = found.replace("_", "")
+            raise Misread(
+                f"{where} found {found}, which YAML reads in base 8, as {int(plain, 8)}; write {int(plain)} or "
+                f"{int(plain, 8)}, or put text in quotes"
+            )
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and _SEXAGESIMAL.match(found):
+            number = yaml.safe_load(found)
+            raise Misread(
+                f"{where} found {found}, which YAML reads in base 60, as {number}; write {number} if that is meant, or "
+                "put text in quotes"
+            )
+        if key.count(".") and found == NOTHING.capitalize():
+            raise Misread(f"{where} found {found}, which YAML reads as text; write null for nothing, or quote the text")
+
+
+def _is_nothing(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value.lower() == NOTHING
 
 
 def dump_yaml(values: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from hacl_megatron.batch import BadSample, MicroBatch, PackedBatch, PackPlan, Parts, StepBatches
+from hacl_megatron.config.console import notify
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.assignment import balanced, in_order, within_tokens
 from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample, encode
@@ -353,6 +354,8 @@ def build_loader(
     data = config.data
     paths = (data.valid_data_path, []) if for_validation else (data.data_path, data.contrastive_data_path)
     manifests = [Manifest.read(some, version=data.version, cache_dir=data.data_cache_dir) for some in paths]
+    for line in (line for manifest in manifests for line in manifest.remarks()):
+        notify(f"note: {line}")
     ordering: dict[str, Any] = {}
     if not for_validation:
         ordering = {

@@ -11,7 +11,7 @@ structure raise when it is read, before any training; faults of one sample's tex
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,12 @@ class Manifest(Sequence[Sample]):
     def samples_per_file(self) -> tuple[int, ...]:
         """How many samples each of the paths gave."""
         return tuple(map(len, self._parts))
+
+    def remarks(self) -> Iterator[str]:
+        """What to tell a user about the files before they are trained on, a line each."""
+        for part in self._parts:
+            for path, findings in zip(part.files, part.findings, strict=True):
+                yield from (f"{path}: {line}" for line in findings.lines())
 
     @property
     def digest(self) -> str:

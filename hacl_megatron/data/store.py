@@ -38,14 +38,17 @@ class FolderStore:
             )
 
     def path(self, name: str) -> Path:
-        """The file that `name` stands for, every link followed. Raises UnusableImage when that leaves the folder."""
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            raise UnusableImage(f"the name {name!r} leaves the image folder")
+        """The file that `name` stands for, every link followed: relative to the folder, or absolute and inside it.
+
+        Raises UnusableImage when that leaves the folder.
+        """
         try:
             path = (self.root / name).resolve()
         except (OSError, ValueError, RuntimeError) as error:  # name too long; null byte; loop of links (Python < 3.13)
             raise UnusableImage(f"the name {name!r} is no file name: {error}") from None
         if not path.is_relative_to(self.root):
+            if os.path.isabs(name) or ".." in Path(name).parts:
+                raise UnusableImage(f"the name {name!r} leaves the image folder {self.root}")
             raise UnusableImage(f"the name {name!r} is a link to {path}, outside the image folder {self.root}")
         return path
 

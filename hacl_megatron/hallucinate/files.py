@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from hacl_megatron.data.prepare.llava_json import decoded_records, text_or_first_answer
+from hacl_megatron.data.prepare.llava_json import decoded_records, text_or_first_answer, value_of
 
 EDITS_KEY = "Hallucination edits"
 """Beside the released key: for each hallucinated caption a list of {"kind", "before", "after"}."""
@@ -20,7 +20,9 @@ EDITS_KEY = "Hallucination edits"
 
 def caption_of(record: dict[str, Any]) -> str | None:
     """The caption as `Manifest` takes it from a record with hallucinated captions: `text`, else the first answer."""
-    return text_or_first_answer(record.get("text"), ((turn["from"], turn["value"]) for turn in record["conversations"]))
+    return text_or_first_answer(
+        value_of(record, "text"), ((turn["from"], turn["value"]) for turn in record["conversations"])
+    )
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -38,7 +40,7 @@ def _check(record: Any, path: Path, index: int, line: int) -> None:
             "image, conversations"
         )
     where = f"{path}, record {index} (line {line})"
-    text = record.get("text")
+    text = value_of(record, "text")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{where}: key 'text' is a {type(text).__name__}; expected a string, the caption")
     turns = record.get("conversations")

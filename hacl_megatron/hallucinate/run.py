@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hacl_megatron.data.prepare.llava_json import HALLUCINATED_KEY, name_of
+from hacl_megatron.data.prepare.llava_json import HALLUCINATED_KEY, name_of, value_of
 from hacl_megatron.hallucinate.answers import AnswerLog
 from hacl_megatron.hallucinate.ask import Endpoint, Verdict, ask_all, import_openai, judge, request_key
 from hacl_megatron.hallucinate.by_rules import hallucinate_all
@@ -166,7 +166,7 @@ def _items(source: Path, totals: Totals, bar: tqdm, replace: bool) -> Iterator[t
         caption = caption_of(record)
         if caption is None:
             totals.no_caption += 1
-        elif record.get(HALLUCINATED_KEY) and not replace:
+        elif value_of(record, HALLUCINATED_KEY) and not replace:
             totals.kept += 1
             caption = None
         yield record, name_of(record, index), caption

@@ -11,7 +11,7 @@ import pytest
 from hacl_megatron.config.flags import FLAG_GROUPS
 from hacl_megatron.config.names import NAMES_ELSEWHERE
 from hacl_megatron.config.parser import GROUPS, HINTS, FlagParser
-from hacl_megatron.config.run import parse_run_config
+from hacl_megatron.config.run import from_yaml, parse_run_config, to_yaml
 
 
 @pytest.fixture
@@ -263,6 +263,15 @@ def test_wrong_command_lines(capsys, argv, expected):
         ("tokenizer: no", ["'tokenizer' found False", "quotes"]),  # YAML's `no` is a boolean
         ("version: 1", ["'version' found 1", "quotes"]),
         ("bf16: perhaps", ["line 1", "perhaps"]),
+        ("train_iters: 010", ["line 1", "'train_iters' found 010", "base 8, as 8", "write 10 or 8"]),
+        ("seed: 3\ndata_weights: [1, 0_17]", ["line 2", "'data_weights' found 0_17", "as 15"]),
+        ("exit_duration_in_mins: 1:30", ["line 1", "'exit_duration_in_mins' found 1:30", "base 60, as 90"]),
+        ("lr: 1:30.5", ["'lr' found 1:30.5", "as 90.5"]),
+        ("optimizer:\n  adam_eps: 1:30", ["line 2", "'optimizer.adam_eps' found 1:30", "as 90"]),
+        ("transformer:\n  fp8: None", ["line 2", "'transformer.fp8' found None", "write null"]),
+        ("save: None", ["line 1", "'save' found None", "write null or leave the line out"]),
+        ("save: none", ["line 1", "'save' found none"]),
+        ("lr: None", ["line 1", "'lr' found None"]),
     ],
 )
 def test_wrong_files(capsys, config_file, text, expected):
@@ -270,6 +279,20 @@ def test_wrong_files(capsys, config_file, text, expected):
     error = refused(capsys, "--config", path)
     for part in [path, *expected]:
         assert part in error
+
+
+def test_none_in_quotes_or_as_a_choice_is_a_text(config_file):
+    """A folder may be called so, and a flag may have a choice of that name; both come back from run_config.yaml."""
+    config = parse_run_config(
+        ["--config", config_file('save: "None"\nhallucination_negatives: none\nwandb_project: "010"\n')]
+    )
+    assert (config.checkpoint.save, config.objective.hallucination_negatives) == ("None", "none")
+    assert from_yaml(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize(("text", "value"), [("08", 8), ("0", 0), ("07", 7), ("1_000", 1000), ("0x10", 16)])
+def test_numbers_that_can_only_mean_one_thing_are_taken(config_file, text, value):
+    assert parse_run_config(["--config", config_file(f"seed: {text}")]).training.seed == value
 
 
 def test_a_file_that_is_no_text(capsys, tmp_path):

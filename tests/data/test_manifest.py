@@ -2,17 +2,24 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
 from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.prepare.llava_json import HALLUCINATED_KEY as HALLUCINATED
+from hacl_megatron.data.prepare.llava_json import read_records
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": " A cat.\n"}]
 
 
 def write(tmp_path, records, name="data.json") -> str:
     path = tmp_path / name
-    text = "\n".join(map(json.dumps, records)) if name.endswith(".jsonl") else json.dumps(records, indent=1)
+    text = (
+        "\n".join(map(json.dumps, records))
+        if name.lower().endswith((".jsonl", ".ndjson"))
+        else json.dumps(records, indent=1)
+    )
     path.write_text(text, encoding="utf-8")
     return str(path)
 
@@ -96,7 +103,7 @@ def test_a_manifest_travels_to_worker_processes(tmp_path):
     [
         ({"image": ["a.jpg", "b.jpg"]}, r"key 'image' is a list of 2; several images a sample are not supported yet"),
         ({"image": 3}, r"key 'image' is int 3; expected a file name"),
-        ({"image": ""}, r"key 'image' is str \"\"; expected a file name"),
+        ({"image": [3]}, r"key 'image' is list \[3\]; expected a file name"),
         ({"id": {}}, r"key 'id' is dict {}; expected a string or a number"),
         ({"conversations": "hello"}, r"key 'conversations' is str \"hello\"; expected a list of turns"),
         ({"conversations": ["hello"]}, r"key 'conversations\[0\]' is str \"hello\"; expected an object with 'from'"),
@@ -128,7 +135,18 @@ def test_missing_conversations_and_records_that_are_no_objects(tmp_path):
         ("a.json", b'[{"id": 1, "conversations": []} {}]', r"line 1, column 33 \(expected ','"),
         ("a.json", b'[{"conversations": []}]\n[]', r"line 2, column 1 \(text behind the list\)"),
         ("a.json", b'[{"conversations": []},\n]', r"broken JSON in line 2, column 1"),
-        ("a.json", b'{"id": 1}', r"found one JSON object, expected a list .* \.jsonl"),
+        ("a.json", b'{"id": 1}', r"found one JSON object with the keys 'id', expected a list .* \.jsonl"),
+        ("a.json", b'{"id": 1}\n{"id": 2}', r"one JSON object behind another.*\.jsonl or \.ndjson: rename the file"),
+        ("a.json", b'{"data": [{"conversations": []}], "data": []}', r"a list under 'data' and under 'data'"),
+        ("a.json", b'{"data": [{"conversations": []}]', r"line 1, column 33 .*cut off"),
+        ("a.json", b'{"data": [{"conversations": []}]} 3', r"text behind the list"),
+        ("a.json", b'[{"conversations": []},\n\n]', r"a comma in line 1 with nothing behind it\); remove the comma"),
+        ("a.json", b'[{"conversations": []},\n{"conversations": [],\n}]', r"a comma in line 2 .*; remove the comma"),
+        ("a.json", b'[{"conversations": [1,]}]', r"a comma in line 1 .*; remove the comma"),
+        ("a.json", b'[{"conversations": []},\n{"id" 2}]', r"line 2, column 7 .*; repair the file there"),
+        ("a.json", b'[{"conversations": []},\n', r"line 2, column 1 .*; is the file cut off"),
+        ("a.jsonl", b'{"conversations": []},\n', r"line 1, column 22 \(a comma with nothing behind it: remove it"),
+        ("a.jsonl", b'{"conversations": [],}\n', r"line 1, column 2[12] \(a comma with nothing behind it: remove it"),
         ("a.json", b"", r"found an empty file"),
         ("a.json", b"[]", r"holds no samples"),
         ("a.json", b"<html>", r"not JSON \(starts with '<html>'\)"),
@@ -147,3 +165,42 @@ def test_broken_files_say_where(tmp_path, name, content, complaint):
 def test_a_missing_file_names_its_flag(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.json: no such file; .*--data-path"):
         Manifest.read([str(tmp_path / "nowhere.json")], version="v1")
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.NdJson"])
+def test_json_lines_by_other_names(tmp_path, name):
+    assert len(Manifest.read([write(tmp_path, [record(id=1), record(id=2)], name)], version="v1")) == 2
+
+
+@pytest.mark.parametrize("head", ['{"data": ', '{"version": [1, {"a": 2}], "info": {"data": 3}, "annotations": '])
+@pytest.mark.parametrize("window", [3, 1 << 20])
+def test_records_inside_one_object(tmp_path, head, window):
+    """As `datasets` (field="data") and COCO write them; keys before and behind the list hold no records."""
+    items = [record(id=n) for n in range(3)]
+    path = tmp_path / "a.json"
+    path.write_text(f'{head}{json.dumps(items, indent=1)}, "more": ["x"]}}')
+    assert [found.name for found, _ in read_records(str(path), window_bytes=window)] == ["0", "1", "2"]
+
+
+def test_numbers_and_gaps_as_pandas_writes_them(tmp_path):
+    """A column with gaps turns 12 into 12.0 and what is not there into NaN; neither stops the file."""
+    gap = float("nan")  # json.dumps writes NaN, as for frame.to_dict("records")
+    rows = [{"id": 12.0, "image": "1.jpg", "text": "a"}, {"id": gap, "image": gap, "text": gap, HALLUCINATED: gap}]
+    path = write(tmp_path, [record(**row) for row in [*rows, {"id": 2.0**40, "image": "3.jpg", "text": "b"}]])
+    assert "12.0" in Path(path).read_text() and "NaN" in Path(path).read_text()
+    manifest = Manifest.read([path], version="v1")
+    assert [sample.name for sample in manifest] == ["12", "record 1", str(2**40)]
+    assert [sample.image for sample in manifest] == ["1.jpg", None, "3.jpg"]
+    assert [sample.caption for sample in manifest] == ["a", None, "b"]
+
+
+@pytest.mark.parametrize(("image", "meant"), [("", None), ("  ", None), ([], None), ([""], None), (["b.jpg"], "b.jpg")])
+def test_an_empty_image_is_none_and_a_list_of_one_is_that_one(tmp_path, image, meant):
+    path = write(tmp_path, [record(id="a"), record(id="b", image=image), record(id="c", image=image)])
+    manifest = Manifest.read([path], version="v1")
+    assert [sample.image for sample in manifest] == ["a/7.jpg", meant, meant]
+    said = [line for line in manifest.remarks() if "read as text only" in line]
+    if meant is None:  # read in another way than it is written: that is said, with the records
+        assert len(said) == 1 and said[0].startswith(f"{path}: 2 records (b, c): key 'image' is ")
+    else:
+        assert not said

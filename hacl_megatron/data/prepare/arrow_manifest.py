@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.llava_json import Record
 from hacl_megatron.data.store import StoredImage
 
@@ -29,6 +30,8 @@ SHARD_NAME = re.compile(r"images-\d{6}\.tar")
 """The only names that a manifest may give a shard: they cannot leave the folder."""
 
 _METADATA_KEY = b"hacl_megatron"
+FINDINGS = "findings"
+"""Key of the metadata: `Findings.as_json` of each file; files prepared by earlier versions have none."""
 _TURNS = pa.list_(pa.struct([pa.field("from", pa.string()), pa.field("value", pa.string())]))
 SCHEMA = pa.schema(
     [
@@ -202,6 +205,8 @@ class ArrowManifest:
         self._columns = [dict(zip(SCHEMA.names, batch.columns, strict=True)) for batch in self._batches]
         self.files: tuple[str, ...] = tuple(map(str, self.metadata["files"]))
         """The JSON files that the samples came from."""
+        self.findings: tuple[Findings, ...] = tuple(map(Findings, self.metadata.get(FINDINGS, [{}] * len(self.files))))
+        """What is to be said about each of the files."""
         self._shards = self._find_shards()
 
     def __len__(self) -> int:

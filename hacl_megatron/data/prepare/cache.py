@@ -18,11 +18,13 @@ from collections.abc import Iterator
 
 from hacl_megatron.config.console import notify
 from hacl_megatron.config.flags import MANIFEST_FILE
-from hacl_megatron.data.prepare.arrow_manifest import FORMAT, ArrowManifest
+from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, FORMAT, ArrowManifest
 from hacl_megatron.data.prepare.parts import build_parts, merge_parts, remove_folder
 
 CACHE_FOLDER = ".hacl_megatron_cache"
 """Beside the JSON file."""
+READING = 2
+"""Raised when files are read in another way or more is found in them, so that they are prepared again."""
 NOTICE_BYTES = 100 << 20
 """Files from this size on take long enough to say so."""
 
@@ -76,7 +78,7 @@ def _cache_name(path: str) -> str:
         return hashlib.blake2b("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
 
     stem = os.path.basename(path)[-100:]
-    return f"{stem}-{key(real)}-{key(FORMAT, state.st_size, state.st_mtime_ns)}.arrow"
+    return f"{stem}-{key(real)}-{key(FORMAT, READING, state.st_size, state.st_mtime_ns)}.arrow"
 
 
 def _default_folders(path: str) -> list[str]:
@@ -119,10 +121,10 @@ def _build(path: str, output: str) -> None:
         notify(f"preparing {path} ({size / 1e9:.1f} GB), once: {output}")
     work = tempfile.mkdtemp(prefix=f"{os.path.basename(output)}.parts-", dir=os.path.dirname(output))
     try:
-        parts, _ = build_parts([path], work, deduplicate=False, num_workers=1)
+        parts, counts = build_parts([path], work, deduplicate=False, num_workers=1)
         if _cache_name(path) != name:
             raise ValueError(f"{path}: changed while it was read; start again when it is finished")
-        merge_parts(parts, output, {"files": [path]})
+        merge_parts(parts, output, {"files": [path], FINDINGS: [found.as_json() for found in counts.findings]})
         os.chmod(output, 0o644)
     finally:
         remove_folder(work)

@@ -9,11 +9,14 @@ Python's own decoder runs on a moving window of the text: faster than ijson's C 
 
 import codecs
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from hacl_megatron.data.prepare.findings import Findings
 
 IMAGE_TAG = "<image>"
 """Where a conversation's text names its image."""
@@ -21,6 +24,11 @@ IMAGE_TAG = "<image>"
 HALLUCINATED_KEY = "Hallucination caption"
 CAPTION_KEYS = ("caption", HALLUCINATED_KEY)
 """Keys that mark a record without `text` as a contrastive sample, whose caption is then its first answer."""
+
+LINES_ENDINGS = (".jsonl", ".ndjson")
+"""Of the names of files of JSON lines, in small or capital letters."""
+LIST_KEYS = ("data", "annotations", "records", "samples")
+"""Where one JSON object holds the list of records instead of being it, as `datasets` and COCO write it."""
 
 WINDOW_BYTES = 1 << 20
 """Read at once."""
@@ -49,16 +57,20 @@ def clean_caption(caption: str) -> str:
     return caption.replace(IMAGE_TAG, "").strip()
 
 
-def read_records(path: str, *, window_bytes: int = WINDOW_BYTES) -> Iterator[tuple[Record, int]]:
-    """Yields the records of a JSON list, or of JSON lines where the name ends in `.jsonl`, and the bytes read so far.
+def read_records(
+    path: str, *, window_bytes: int = WINDOW_BYTES, findings: Findings | None = None
+) -> Iterator[tuple[Record, int]]:
+    """Yields the records of a JSON list, or of JSON lines where the name says so, and the bytes read so far.
 
-    Raises ValueError naming file, record and key for whatever is missing, broken or of the wrong type.
+    What is read in another way than it is written is counted in `findings`. Raises ValueError naming file, record and
+    key for whatever is missing, broken or of the wrong type.
     """
+    findings = Findings() if findings is None else findings
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; expected a LLaVA JSON or JSONL file, check --data-path")
     index = -1
     for index, (record, line, position) in enumerate(decoded_records(path, window_bytes=window_bytes)):
-        yield parse_record(record, path, index, line), position
+        yield parse_record(record, path, index, line, findings), position
     if index < 0:
         raise ValueError(f"{path}: holds no samples; expected at least one, leave the file out")
 
@@ -69,7 +81,7 @@ def decoded_records(path: str, *, window_bytes: int = WINDOW_BYTES) -> Iterator[
     Raises ValueError with the place of whatever is no JSON.
     """
     with open(path, "rb") as file:
-        read = _json_lines if path.endswith(".jsonl") else _json_list
+        read = _json_lines if path.lower().endswith(LINES_ENDINGS) else _json_list
         for line, record in read(path, file, window_bytes):
             yield record, line, file.tell()
 
@@ -92,8 +104,10 @@ def _json_lines(path: str, file: Any, window_bytes: int) -> Iterator[tuple[int, 
         try:
             yield number, json.loads(text)
         except json.JSONDecodeError as error:
+            comma = _comma_before(text, error.pos) or (error.msg == "Extra data" and text[error.pos] == ",")
+            problem = "a comma with nothing behind it: remove it" if comma else error.msg
             raise ValueError(
-                f"{path}: broken JSON in line {number}, column {error.colno} ({error.msg}); expected one "
+                f"{path}: broken JSON in line {number}, column {error.colno} ({problem}); expected one "
                 "object a line, repair or remove the line"
             ) from error
         except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
@@ -105,6 +119,18 @@ def _not_utf8(path: str, byte: int) -> ValueError:
 
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+def _comma_before(text: str, position: int) -> int | None:
+    """Where the comma stands that a bracket at `position` follows, or that stands at it before a bracket.
+
+    Python 3.13 places the fault on the comma, earlier ones on the bracket. None: there is none.
+    """
+    if text[position : position + 1] == ",":
+        behind = _BLANKS.match(text, position + 1).end()
+        return position if text[behind : behind + 1] in ("}", "]") else None
+    before = len(text[:position].rstrip(" \t\r\n")) - 1
+    return before if text[position : position + 1] in ("}", "]") and text[before : before + 1] == "," else None
 
 
 class _Window:
@@ -150,39 +176,94 @@ class _Window:
                 return self.text[self.at : self.at + 1]
             self.more()
 
-    def broken(self, problem: str, position: int) -> ValueError:
+    def broken(self, problem: str, position: int, comma_line: int | None = None) -> ValueError:
+        """The fault at `position`, and what to do: the file is cut off only where nothing stands there any more.
+
+        `comma_line`: of a comma before `position` that nothing follows; looked for where it is not given.
+        """
+        comma = _comma_before(self.text, position)
+        if comma_line is None and comma is not None and comma >= self._counted:
+            comma_line = self.line_of(comma)
         line = self.line_of(position)
+        advice = "repair the file there"
+        if comma_line is not None:
+            problem, advice = f"a comma in line {comma_line} with nothing behind it", "remove the comma"
+        elif problem.startswith("Unterminated string") or self.text[position:].isspace() or position >= len(self.text):
+            advice = "is the file cut off? Download or write it again"
         return ValueError(
-            f"{self._path}: broken JSON in line {line}, column {position - self._line_start + 1} ({problem}); "
-            "is the file cut off? Download or write it again"
+            f"{self._path}: broken JSON in line {line}, column {position - self._line_start + 1} ({problem}); {advice}"
         )
 
 
 def _json_list(path: str, file: Any, window_bytes: int) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, item) of a JSON list."""
+    """Yields (line number, item) of a JSON list, or of the list that an object holds under one of `LIST_KEYS`."""
     window = _Window(path, file, window_bytes)
     first = window.next_character()
-    if first != "[":
-        if first not in ("", "{"):
-            begin = window.text[window.at : window.at + 20]
-            raise ValueError(f"{path}: not JSON (starts with {begin!r}); expected a list of records")
-        found = "one JSON object" if first else "an empty file"
-        raise ValueError(
-            f"{path}: found {found}, expected a list of records; JSON lines need a name that ends in .jsonl"
-        )
+    if first == "{":
+        yield from _list_in_object(path, window)
+    elif first == "[":
+        yield from _items(window)
+    elif first:
+        begin = window.text[window.at : window.at + 20]
+        raise ValueError(f"{path}: not JSON (starts with {begin!r}); expected a list of records")
+    else:
+        raise ValueError(f"{path}: found an empty file, expected a list of records; is it cut off? Write it again")
+    if window.next_character():
+        raise window.broken("text behind the list", window.at)
+
+
+def _items(window: "_Window") -> Iterator[tuple[int, Any]]:
+    """The items of the list that begins at the window's position, which then stands behind it."""
     window.at += 1
     is_first = True
     while (character := window.next_character()) != "]":
         if not is_first:
             if character != ",":
                 raise window.broken("expected ',' or ']' behind a record", window.at)
+            line = window.line_of(window.at)
             window.at += 1
-            window.next_character()
+            if window.next_character() == "]":
+                raise window.broken("", window.at, comma_line=line)
         is_first = False
         yield _decode(window)
     window.at += 1
-    if window.next_character():
-        raise window.broken("text behind the list", window.at)
+
+
+def _list_in_object(path: str, window: "_Window") -> Iterator[tuple[int, Any]]:
+    """The records of `{"info": ..., "data": [records]}`; other keys hold no records and are left out."""
+    keys: list[str] = []
+    found: str | None = None
+    window.at += 1
+    while (character := window.next_character()) != "}":
+        if keys:
+            if character != ",":
+                raise window.broken("expected ',' or '}' behind a value", window.at)
+            window.at += 1
+            window.next_character()
+        _, key = _decode(window)
+        if not isinstance(key, str) or window.next_character() != ":":
+            raise window.broken("expected a key and ':'", window.at)
+        keys.append(key)
+        window.at += 1
+        if window.next_character() != "[" or key not in LIST_KEYS:
+            _decode(window)
+        elif found is not None:
+            raise ValueError(f"{path}: found a list under {found!r} and under {key!r}, expected one; keep one of them")
+        else:
+            found = key
+            yield from _items(window)
+    window.at += 1
+    if found is None:
+        if window.next_character() == "{":
+            raise ValueError(
+                f"{path}: found one JSON object behind another, expected a list of records; JSON lines need a name "
+                f"that ends in {' or '.join(LINES_ENDINGS)}: rename the file"
+            )
+        raise ValueError(
+            f"{path}: found one JSON object with the keys {', '.join(map(repr, keys)) or 'none'}, expected a list of "
+            f"records, or one under {', '.join(map(repr, LIST_KEYS))}; JSON lines need a name that ends in "
+            f"{' or '.join(LINES_ENDINGS)}"
+        )
 
 
 _decode_value = json.JSONDecoder().raw_decode
@@ -221,12 +302,30 @@ def text_or_first_answer(text: Any, turns: Iterable[tuple[Any, Any]]) -> str | N
 
 
 def name_of(record: dict[str, Any], index: int) -> str:
-    """The decoded record's own `id`; its image's name or its index in the file if it has none."""
-    name = record.get("id")
-    return str(name) if name is not None else record.get("image") or f"record {index}"
+    """The decoded record's own `id`; its image's name or its index in the file if it has none.
+
+    pandas makes 12 a 12.0 where another record has no id; the name is 12 all the same.
+    """
+    name, image = value_of(record, "id"), value_of(record, "image")
+    if isinstance(name, float) and name.is_integer():
+        name = int(name)
+    if isinstance(image, list):
+        image = image[0] if len(image) == 1 else None
+    return str(name) if name is not None else image or f"record {index}"
 
 
-def parse_record(record: Any, path: str, index: int, line: int) -> Record:
+def value_of(record: dict[str, Any], key: str) -> Any:
+    """`record[key]`; None where there is none, also where pandas wrote NaN for it."""
+    value = record.get(key)
+    return None if _is_gap(value) else value
+
+
+def _is_gap(value: Any) -> bool:
+    """Whether it is the NaN that pandas writes where a record has no such key."""
+    return isinstance(value, float) and math.isnan(value)
+
+
+def parse_record(record: Any, path: str, index: int, line: int, findings: Findings) -> Record:
     """Checks the types of one decoded record. Raises ValueError that names file, record, line and key."""
 
     def wrong(key: str, found: Any, expected: str) -> ValueError:
@@ -238,18 +337,13 @@ def parse_record(record: Any, path: str, index: int, line: int) -> Record:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: found {_describe(record)}; expected an object with id, image, conversations")
 
-    image = record.get("image")
-    if isinstance(image, list):
-        raise ValueError(
-            f"{where}: key 'image' is a list of {len(image)}; several images a sample are not supported yet, expected "
-            "one file name: split or remove the record"
-        )
-    if image is not None and (not isinstance(image, str) or not image):
-        raise wrong("image", image, "a file name")
-
-    name = record.get("id")
-    if name is not None and not isinstance(name, str | int):
+    name = value_of(record, "id")
+    if name is not None and not isinstance(name, str | int | float):
         raise wrong("id", name, "a string or a number")
+    image = _image_of(record, where, wrong)
+    name = name_of(record, index)
+    if image is None and record.get("image") is not None:
+        findings.count(f"key 'image' is {_describe(record['image'])}: read as text only", name)
 
     if "conversations" not in record:
         raise ValueError(
@@ -265,22 +359,37 @@ def parse_record(record: Any, path: str, index: int, line: int) -> Record:
             raise wrong(f"conversations[{number}]", turn, "an object with 'from' and 'value'")
         turns.append((turn["from"], turn["value"]))
 
-    text = record.get("text")
+    text = value_of(record, "text")
     if text is not None and not isinstance(text, str):
         raise wrong("text", text, "a string, the caption")
-    hallucinated = record.get(HALLUCINATED_KEY)
+    hallucinated = value_of(record, HALLUCINATED_KEY)
     if hallucinated is None or isinstance(hallucinated, str):
         hallucinated = [hallucinated or ""]
     if not isinstance(hallucinated, list) or not all(isinstance(caption, str) for caption in hallucinated):
         raise wrong(HALLUCINATED_KEY, hallucinated, "a string or a list of strings")
     return Record(
-        name_of(record, index),
+        name,
         image,
         tuple(turns),
         text,
-        any(key in record for key in CAPTION_KEYS),
+        any(key in record and not _is_gap(record[key]) for key in CAPTION_KEYS),
         tuple(caption for caption in map(clean_caption, hallucinated) if caption),
     )
+
+
+def _image_of(record: dict[str, Any], where: str, wrong: Callable[[str, Any, str], ValueError]) -> str | None:
+    """The image's name: a string, or a list of one; None where the key is empty."""
+    image = value_of(record, "image")
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise ValueError(
+                f"{where}: key 'image' is a list of {len(image)}; several images a sample are not supported yet, "
+                "expected one file name: split or remove the record"
+            )
+        image = image[0] if image else None
+    if image is not None and not isinstance(image, str):
+        raise wrong("image", record["image"], "a file name")
+    return image if image and not image.isspace() else None
 
 
 def _describe(value: Any) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from hacl_megatron.data.prepare.arrow_manifest import Entry, Measures, build_batch, make_entry, with_metadata
+from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.llava_json import Record, read_records
 
 CHUNK_SAMPLES = 4096
@@ -36,6 +37,8 @@ class Counts:
 
     samples_per_file: list[int] = field(default_factory=list)
     """Kept."""
+    findings: list[Findings] = field(default_factory=list)
+    """What is to be said about each file."""
     dropped: int = 0
     """Same id and same content as an earlier record."""
     renamed: int = 0
@@ -159,8 +162,9 @@ def _entries(
     seen: dict[bytes, int | list[int]] = {}
     for file, path in enumerate(paths):
         counts.samples_per_file.append(0)
+        counts.findings.append(Findings())
         reported = 0
-        for number, (record, position) in enumerate(read_records(path)):
+        for number, (record, position) in enumerate(read_records(path, findings=counts.findings[-1])):
             entry = make_entry(record, file)
             if deduplicate:
                 kept = _unless_duplicate(entry, seen, counts)

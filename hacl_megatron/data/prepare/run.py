@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,9 @@ from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.config.flags import MANIFEST_FILE
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
-from hacl_megatron.data.prepare.arrow_manifest import ArrowManifest, Measures
+from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, ArrowManifest, Measures
 from hacl_megatron.data.prepare.llava_json import Record
-from hacl_megatron.data.prepare.parts import build_parts, merge_parts, remove_folder
+from hacl_megatron.data.prepare.parts import Counts, build_parts, merge_parts, remove_folder
 from hacl_megatron.data.prepare.shards import write_shards
 from hacl_megatron.data.prepare.token_lengths import count_tokens
 from hacl_megatron.data.store import FolderStore, UnusableImage
@@ -77,7 +77,10 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
                 num_workers=settings.num_workers,
                 progress=bar.update,
             )
-        metadata: dict[str, Any] = {"files": [os.path.abspath(path) for path in settings.inputs]}
+        metadata: dict[str, Any] = {
+            "files": [os.path.abspath(path) for path in settings.inputs],
+            FINDINGS: [found.as_json() for found in counts.findings],
+        }
         if tokenizer is not None:
             metadata |= {"version": settings.version, "tokenizer": _tokenizer_key(tokenizer)}
         edit = None
@@ -98,7 +101,7 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
             metadata["shards"], edit = sharded.shards, sharded.place
         manifest_path = os.path.join(settings.output, MANIFEST_FILE)
         merge_parts(parts, manifest_path, metadata, edit)
-        report = _report(ArrowManifest(manifest_path), settings, asdict(counts), images is not None)
+        report = _report(ArrowManifest(manifest_path), settings, counts, images is not None)
         remove_folder(work)
     return report
 
@@ -204,17 +207,14 @@ def _tokenizer_key(tokenizer: Tokenizer) -> str:
 # --------------------------------------------------------------------------------------------------------------- report
 
 
-def _report(
-    manifest: ArrowManifest, settings: PrepareSettings, counts: dict[str, Any], checked: bool
-) -> dict[str, Any]:
+def _report(manifest: ArrowManifest, settings: PrepareSettings, counts: Counts, checked: bool) -> dict[str, Any]:
     """Counts and quantiles; writes report.json, bad_images.jsonl and histograms.png."""
-    per_file = counts.pop("samples_per_file")
     image = manifest.column("image")
     report: dict[str, Any] = {
         "samples": len(manifest),
-        "files": dict(zip(manifest.files, per_file, strict=True)),
-        "duplicates dropped": counts["dropped"],
-        "renamed, same id as another record": counts["renamed"],
+        "files": dict(zip(manifest.files, counts.samples_per_file, strict=True)),
+        "duplicates dropped": counts.dropped,
+        "renamed, same id as another record": counts.renamed,
         "text only": image.null_count,
         "distinct images": len(image.unique()) - bool(image.null_count),
         "with caption": pc.sum(
@@ -239,6 +239,13 @@ def _report(
         report["unusable text"] = manifest.column("dialogue_tokens").null_count
     if checked:
         report["bad images"] = _write_bad_images(manifest, os.path.join(settings.output, BAD_IMAGES_FILE))
+    found = [
+        f"{path}: {line}"
+        for path, about in zip(manifest.files, manifest.findings, strict=True)
+        for line in about.lines()
+    ]
+    if found:
+        report["to look at"] = found
     with open(os.path.join(settings.output, REPORT_FILE), "w", encoding="utf-8") as file:
         json.dump(report, file, indent=2, ensure_ascii=False)
     _draw_histograms(values, os.path.join(settings.output, "histograms.png"))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from hacl_megatron.evaluation.answers.amber import WordLists, needs_nouns, read_annotations, score_amber
 from hacl_megatron.evaluation.answers.amber_nouns import SPACY_MODEL, LexiconNouns, SpacyNouns
 from hacl_megatron.evaluation.answers.chair import ObjectReader, Synonyms, image_id_of_name, read_objects, score_chair
-from hacl_megatron.evaluation.answers.pope import score_pope
+from hacl_megatron.evaluation.answers.pope import is_of_llava, of_llava, score_pope
 from hacl_megatron.evaluation.json_files import read_records
 from hacl_megatron.evaluation.scores import Scores
 
@@ -122,6 +122,13 @@ class Pope(Benchmark):
 
     def key(self, record: dict[str, Any]) -> Hashable:
         return record.get("question_id")
+
+    def read_answers(self, path: Path) -> list[dict[str, Any]]:
+        """POPE's own form, or LLaVA's. Raises ValueError."""
+        records = read_records(path, needed=(), kind="POPE answers")
+        if all(is_of_llava(record) for record in records):
+            return [of_llava(record) for record in records]
+        return read_records(path, needed=(self.answer_key,), kind="POPE answers, its own or LLaVA's (prompt, text)")
 
     def score(self, answers: Sequence[dict[str, Any]], where: Path) -> Scores:
         return score_pope(self.questions, answers, where=where)

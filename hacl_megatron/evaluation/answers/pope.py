@@ -3,10 +3,12 @@
     questions  {"question_id": 1, "image": "COCO_val2014_….jpg", "text": "Is there a car in the image?", "label": "no"}
     answers    {"question": "Is there a car in the image?", "answer": "No, there is none."}
 
-one object a line, answers in the questions' order. `random`, `popular` and `adversarial` are three files of questions
+one object a line, answers in the questions' order; LLaVA's answers ({"prompt": ..., "text": ...}, model_vqa_loader.py)
+are taken too, and scored alike by its eval_pope.py. `random`, `popular` and `adversarial` are three files of questions
 and are scored one by one.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,25 @@ def says_yes(answer: str) -> bool:
     An empty answer therefore means yes.
     """
     return NO_WORDS.isdisjoint(answer.split(".")[0].replace(",", "").split(" "))
+
+
+_NEGATION = re.compile(r"\b(?:no|not|none|nope|never|cannot)\b|n['’]t\b", re.IGNORECASE)
+_YES = re.compile(r"\W*(?:yes|yeah|yep)\b", re.IGNORECASE)
+NAMED = 3
+"""So many ambiguous answers are named in the table; the results file has them all."""
+
+
+def contradicts_rule(answer: str) -> bool:
+    """Whether a reader would take the answer for the opposite of what `says_yes` makes of it.
+
+    "No\\n", "NO", "isn't" and "Not" are read as yes; "Yes, no doubt" and "yes, why not" as no. Empty ones are not
+    meant: they say nothing.
+    """
+    sentence = answer.strip().split(".")[0]
+    starts_with_yes = _YES.match(sentence) is not None
+    if says_yes(answer):
+        return not starts_with_yes and _NEGATION.search(sentence) is not None
+    return starts_with_yes
 
 
 def score_pope(
@@ -45,6 +66,7 @@ def score_pope(
         )
     counts = {"true positives": 0, "false positives": 0, "true negatives": 0, "false negatives": 0}
     empty = 0
+    ambiguous: list[tuple[int, str, bool]] = []
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True), 1):
         text, label = expect_text(answer, "answer", where, number), question["label"]
         if label not in ("yes", "no"):
@@ -57,11 +79,20 @@ def score_pope(
             )
         empty += not text.strip()
         yes = says_yes(text)
+        if contradicts_rule(text):
+            ambiguous.append((number, text, yes))
         counts[f"{'true' if yes == (label == 'yes') else 'false'} {'positives' if yes else 'negatives'}"] += 1
     tp, fp, tn, fn = counts.values()
     precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
     both = precision is not None and recall is not None and precision + recall > 0
-    notes = (f"{empty} empty answers, which POPE's rule reads as yes",) if empty else ()
+    notes = [f"{empty} empty answers, which POPE's rule reads as yes"] if empty else []
+    for reading, other in ((True, "no"), (False, "yes")):
+        if some := [(number, text) for number, text, yes in ambiguous if yes is reading]:
+            named = ", ".join(f"{number}: {text[:40]!r}" for number, text in some[:NAMED])
+            notes.append(
+                f"{len(some)} answers seem to say {other} and are read as {'yes' if reading else 'no'} by POPE's rule "
+                f"(record {named}{', ...' if len(some) > NAMED else ''})"
+            )
     return Scores(
         task="pope",
         metrics={
@@ -72,8 +103,26 @@ def score_pope(
             "yes ratio": ratio(tp + fp, len(questions)),
         },
         counts={"questions": len(questions), **counts},
-        notes=notes,
+        notes=tuple(notes),
+        details={
+            "ambiguous_answers": [
+                {"record": number, "answer": text, "read as": "yes" if yes else "no"} for number, text, yes in ambiguous
+            ]
+        }
+        if ambiguous
+        else {},
     )
+
+
+def is_of_llava(answer: Any) -> bool:
+    """Whether it is a line of LLaVA's `model_vqa_loader.py`."""
+    return isinstance(answer, dict) and "text" in answer and "answer" not in answer
+
+
+def of_llava(answer: dict[str, Any]) -> dict[str, Any]:
+    """A line of LLaVA's `model_vqa_loader.py` with POPE's own keys beside its own."""
+    prompt = {"question": answer["prompt"]} if "prompt" in answer else {}
+    return {**answer, **prompt, "answer": answer["text"]}
 
 
 def _same_question(asked: str, text: str) -> bool:

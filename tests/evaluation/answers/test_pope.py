@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hacl_megatron.evaluation.answers.benchmarks import BenchmarkFiles, Pope
 from hacl_megatron.evaluation.answers.pope import score_pope
 from hacl_megatron.evaluation.json_files import read_records
 from tests.tool_runs import run_tool
@@ -42,6 +43,50 @@ def test_an_empty_answer_is_counted_and_named() -> None:
     scores = score_pope([{"text": "Is there a car?", "label": "no"}], [{"answer": " "}])
     assert scores.counts["false positives"] == 1
     assert "1 empty answers" in scores.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "published", "is_doubtful"),
+    [
+        ("No\n", "yes", True), ("NO.", "yes", True), ("There isn't one.", "yes", True), ("Not at all", "yes", True),
+        ("It isn’t there", "yes", True), ("\nNo", "yes", True), ("Yes, there is no doubt", "no", True),
+        ("No", "no", False), ("no, it is not", "no", False), ("Yes", "yes", False),
+        ("Yes. It is not big.", "yes", False),
+        ("A knot", "yes", False), ("", "yes", False), ("There is no car", "no", False),
+    ],
+)  # fmt: skip
+def test_the_published_rule_decides_and_its_doubtful_readings_are_named(answer, published, is_doubtful) -> None:
+    """Silently, a model that ends its "No" with a line break had a yes ratio of 1."""
+    text = answer  # AoiDragon/POPE, evaluate.py
+    if text.find(".") != -1:
+        text = text.split(".")[0]
+    words = text.replace(",", "").split(" ")
+    assert ("no" if "No" in words or "not" in words or "no" in words else "yes") == published
+    scores = score_pope([{"text": "Is there a car?", "label": published}] * 5, [{"answer": answer}] * 5)
+    assert scores.metrics["accuracy"] == 1.0
+    said = [note for note in scores.notes if "seem to say" in note]
+    assert len(said) == is_doubtful and len(scores.details.get("ambiguous_answers", ())) == 5 * is_doubtful
+    if is_doubtful:
+        other = "no" if published == "yes" else "yes"
+        assert f"5 answers seem to say {other} and are read as {published}" in said[0] and "1: " in said[0]
+
+
+def test_answers_in_llavas_form_score_alike(tmp_path: Path) -> None:
+    """As its model_vqa_loader.py writes them for the very same questions."""
+    lines = (DATA / "answers_popular.jsonl").read_text().splitlines()
+    path, questions = tmp_path / "llava.jsonl", DATA / "coco_pope_popular.json"
+    records = [
+        {"question_id": n, "prompt": answer["question"] + "\nAnswer the question using a single word or phrase.",
+         "text": answer["answer"], "answer_id": "x", "model_id": "llava", "metadata": {}}
+        for n, answer in enumerate(map(json.loads, lines))
+    ]  # fmt: skip
+    benchmark = Pope(BenchmarkFiles(questions=questions), ask=False)
+    path.write_text("\n".join(map(json.dumps, records)))
+    scores = benchmark.score(benchmark.read_answers(path), path)
+    assert scores.metrics == benchmark.score(benchmark.read_answers(DATA / "answers_popular.jsonl"), path).metrics
+    path.write_text(json.dumps({"question_id": 1, "output": "yes"}))
+    with pytest.raises(ValueError, match=r"line 1: found output, question_id, .*its own or LLaVA's \(prompt, text\)"):
+        benchmark.read_answers(path)
 
 
 @pytest.mark.parametrize(
