@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from hacl_megatron.data.prepare.cache import open_data
-from hacl_megatron.data.prepare.llava_json import CAPTION_KEYS, IMAGE_TAG, Record, text_or_first_answer
+from hacl_megatron.data.prepare.llava_json import Record, text_or_first_answer
+from hacl_megatron.data.prepare.record_keys import CAPTION_KEYS, IMAGE_TAG
 from hacl_megatron.data.store import StoredImage
 from hacl_megatron.data.templates import Template, find_template
 
@@ -110,10 +111,16 @@ class Manifest(Sequence[Sample]):
         return tuple(map(len, self._parts))
 
     def remarks(self) -> Iterator[str]:
-        """What to tell a user about the files before they are trained on, a line each."""
+        """What to tell a user about the files before they are trained on, a line each.
+
+        Raises ValueError where training would see no image of any of a file's records, or none of its hallucinated
+        captions.
+        """
+        without = ("image in the dialogue",) if find_template(self._version).shows_untagged_image else ()
         for part in self._parts:
             for path, findings in zip(part.files, part.findings, strict=True):
-                yield from (f"{path}: {line}" for line in findings.lines())
+                findings.refuse_if_all(path, without)
+                yield from (f"{path}: {line}" for line in findings.lines(without))
 
     @property
     def digest(self) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hacl_megatron.data.manifest import Manifest
-from hacl_megatron.data.prepare.llava_json import HALLUCINATED_KEY as HALLUCINATED
 from hacl_megatron.data.prepare.llava_json import read_records
+from hacl_megatron.data.prepare.record_keys import HALLUCINATED_KEY as HALLUCINATED
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": " A cat.\n"}]
 
@@ -201,6 +201,6 @@ def test_an_empty_image_is_none_and_a_list_of_one_is_that_one(tmp_path, image, m
     assert [sample.image for sample in manifest] == ["a/7.jpg", meant, meant]
     said = [line for line in manifest.remarks() if "read as text only" in line]
     if meant is None:  # read in another way than it is written: that is said, with the records
-        assert len(said) == 1 and said[0].startswith(f"{path}: 2 records (b, c): key 'image' is ")
+        assert len(said) == 1 and said[0].startswith(f"{path}: 2 of 3 records (b, c): key 'image' is ")
     else:
         assert not said

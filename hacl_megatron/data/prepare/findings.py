@@ -1,36 +1,116 @@
-"""What a JSON file holds that a reader of it should hear about: read in another way than it is written, or not at all.
+"""What a JSON file holds that its owner should hear about: read in another way than it is written, or not at all.
 
 read_records ─count(kind, name)→ Findings ─as_json→ manifest's metadata ─lines→ terminal, prepare's report
+              find_unseen ──────────┘                                  └refuse_if_all→ ValueError
 """
 
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from hacl_megatron.data.prepare.record_keys import HALLUCINATED_KEY, IMAGE_KEY, IMAGE_TAG, meant_by
 
 NAMED = 3
 """So many records of a kind are named."""
 
+Loss = Literal["image", "image in the dialogue", "hallucinated captions"]
+"""What a record has that training never sees; `image in the dialogue`: a template that asks for no tag does see it."""
+
+
+@dataclass(kw_only=True)
+class Found:
+    """The records of one kind."""
+
+    records: int = 0
+    first: list[str] = field(default_factory=list)
+    """Names of the first `NAMED`."""
+    loss: Loss | None = None
+    """What goes unseen; a record is counted once for each."""
+
 
 class Findings:
-    """How often each kind was met, and the first records of it."""
+    """How often each kind was met in a file, and the first records of it."""
 
     def __init__(self, known: dict[str, Any] | None = None) -> None:
         """`known`: what `as_json` gave."""
-        self._kinds: dict[str, tuple[int, list[str]]] = {
-            kind: (int(found["records"]), list(found["first"])) for kind, found in (known or {}).items()
-        }
+        known = known or {}
+        self.total: int = known.get("total", 0)
+        """Records that were read."""
+        self._kinds = {kind: Found(**found) for kind, found in known.get("kinds", {}).items()}
 
-    def count(self, kind: str, name: str) -> None:
+    def count(self, kind: str, name: str, loss: Loss | None = None) -> None:
         """`kind` says, as the end of a sentence, what was found and what becomes of it; `name` is the record's."""
-        number, first = self._kinds.get(kind, (0, []))
-        if number < NAMED:
-            first = [*first, name.encode("utf-8", "replace").decode()]
-        self._kinds[kind] = (number + 1, first)
+        found = self._kinds.setdefault(kind, Found(loss=loss))
+        found.records += 1
+        if len(found.first) < NAMED:
+            found.first.append(name.encode("utf-8", "replace").decode())
 
     def as_json(self) -> dict[str, Any]:
-        return {kind: {"records": number, "first": first} for kind, (number, first) in self._kinds.items()}
+        return {"total": self.total, "kinds": {kind: asdict(found) for kind, found in self._kinds.items()}}
 
-    def lines(self) -> Iterator[str]:
-        """`3 records (a, b, c): no image: ...`, one line a kind."""
-        for kind, (number, first) in self._kinds.items():
-            more = ", ..." if number > len(first) else ""
-            yield f"{number:,} record{'s' * (number > 1)} ({', '.join(first)}{more}): {kind}"
+    def lines(self, without: Container[Loss | None] = ()) -> Iterator[str]:
+        """`3 of 9 records (a, b, c): an image and no <image> tag`, one line a kind; none of the losses `without`."""
+        for kind, found in self._kinds.items():
+            if found.loss is None or found.loss not in without:
+                yield f"{self._share(found)}: {kind}"
+
+    def refuse_if_all(self, path: str, without: Container[Loss | None] = ()) -> None:
+        """Raises ValueError where every record of the file `path` loses its image, or its hallucinated captions."""
+        for losses in (("image", "image in the dialogue"), ("hallucinated captions",)):
+            kinds = {k: f for k, f in self._kinds.items() if f.loss in losses and f.loss not in without}
+            if self.total and sum(found.records for found in kinds.values()) >= self.total:
+                kind = max(kinds, key=lambda kind: kinds[kind].records)
+                raise ValueError(
+                    f"{path}: training would see no {losses[0]} of any of its {self.total:,} records; "
+                    f"{self._share(kinds[kind])}: {kind}; mend the records, or leave the file out"
+                )
+
+    def _share(self, found: Found) -> str:
+        more = ", ..." if found.records > len(found.first) else ""
+        return f"{found.records:,} of {self.total:,} records ({', '.join(found.first)}{more})"
+
+
+_OTHER_TAG = re.compile(r"<[|/\s]*(?:img|image|picture)[^<>]{0,20}>", re.IGNORECASE)
+
+
+def find_unseen(
+    record: dict[str, Any], name: str, image: str | None, turns: Sequence[tuple[Any, Any]], findings: Findings
+) -> None:
+    """Counts what of a decoded record training will never see: an image, or hallucinated captions.
+
+    Args:
+        image: as it was read, None for a text-only sample.
+        turns: (from, value), unchecked.
+    """
+    strange = {key: meant for key, value in record.items() if value and (meant := meant_by(key))}
+    for key, meant in strange.items():
+        if meant == HALLUCINATED_KEY and not record.get(HALLUCINATED_KEY):
+            kind = f"key {key!r} is not read; did you mean {HALLUCINATED_KEY!r}?"
+            findings.count(kind, name, "hallucinated captions")
+            break
+    tagged = [number for number, (_, value) in enumerate(turns) if isinstance(value, str) and IMAGE_TAG in value]
+    if image is None:
+        key = next((key for key, meant in strange.items() if meant == IMAGE_KEY), None)
+        if key is not None:
+            kind = f"key {key!r} is not read, so its image is never shown; did you mean {IMAGE_KEY!r}?"
+            findings.count(kind, name, "image")
+        elif tagged:
+            kind = (
+                f"an {IMAGE_TAG} tag and no image: the tag is read as text; give the key {IMAGE_KEY!r} or take it out"
+            )
+            findings.count(kind, name, "image")
+        return
+    if not turns:  # unusable for that reason, which is found when it is encoded
+        return
+    # With a caption the image is shown all the same, in a pair with it.
+    loss: Loss | None = None if record.get("text") or record.get(HALLUCINATED_KEY) else "image in the dialogue"
+    if not tagged:
+        others = (_OTHER_TAG.search(value) for _, value in turns if isinstance(value, str))
+        other = next((match[0] for match in others if match), None)
+        hint = f"found {other!r}, did you mean {IMAGE_TAG}?" if other else f"put {IMAGE_TAG} into a question"
+        kind = f"an image and no {IMAGE_TAG} tag, so its dialogue does not show it (but to --version plain); {hint}"
+        findings.count(kind, name, loss)
+    elif tagged == [0] and turns[0][0] != "human" and len(turns) > 1:
+        kind = f"the {IMAGE_TAG} tag is in a leading {turns[0][0]} turn, which is left out; move it into a question"
+        findings.count(kind, name, loss)

@@ -16,14 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hacl_megatron.data.prepare.findings import Findings
-
-IMAGE_TAG = "<image>"
-"""Where a conversation's text names its image."""
-
-HALLUCINATED_KEY = "Hallucination caption"
-CAPTION_KEYS = ("caption", HALLUCINATED_KEY)
-"""Keys that mark a record without `text` as a contrastive sample, whose caption is then its first answer."""
+from hacl_megatron.data.prepare.findings import Findings, find_unseen
+from hacl_megatron.data.prepare.record_keys import CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG
 
 LINES_ENDINGS = (".jsonl", ".ndjson")
 """Of the names of files of JSON lines, in small or capital letters."""
@@ -70,6 +64,7 @@ def read_records(
         raise ValueError(f"{path}: no such file; expected a LLaVA JSON or JSONL file, check --data-path")
     index = -1
     for index, (record, line, position) in enumerate(decoded_records(path, window_bytes=window_bytes)):
+        findings.total += 1
         yield parse_record(record, path, index, line, findings), position
     if index < 0:
         raise ValueError(f"{path}: holds no samples; expected at least one, leave the file out")
@@ -359,6 +354,7 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
             raise wrong(f"conversations[{number}]", turn, "an object with 'from' and 'value'")
         turns.append((turn["from"], turn["value"]))
 
+    find_unseen(record, name, image, turns, findings)
     text = value_of(record, "text")
     if text is not None and not isinstance(text, str):
         raise wrong("text", text, "a string, the caption")

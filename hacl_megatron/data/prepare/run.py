@@ -77,6 +77,9 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
                 num_workers=settings.num_workers,
                 progress=bar.update,
             )
+        for path, found in zip(settings.inputs, counts.findings, strict=True):
+            # Which template will be trained with is not known: what only some of them hide is no reason to refuse.
+            found.refuse_if_all(path, without=("image in the dialogue",))
         metadata: dict[str, Any] = {
             "files": [os.path.abspath(path) for path in settings.inputs],
             FINDINGS: [found.as_json() for found in counts.findings],

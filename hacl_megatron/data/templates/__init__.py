@@ -9,9 +9,9 @@ plans, tools and evaluation then know it. It must say
   counted in bulk. What precedes an image in a first question is read off the pieces, too.
 
 and, only where the template wants it, `find_labels` (targets that depend on the tokens of the whole), `end` (a text
-ends its answers, not EOS), `first_answer_is_caption` and `question_template`; see `Template`. A dialogue that does
-not fit raises UnusableSample with the reason. No file here imports torch or transformers: tools name the templates in
-their `--help`.
+ends its answers, not EOS), `first_answer_is_caption`, `shows_untagged_image` and `question_template`; see `Template`.
+A dialogue that does not fit raises UnusableSample with the reason. No file here imports torch or transformers: tools
+name the templates in their `--help`.
 """
 
 from hacl_megatron.data.templates.minigpt4 import MINIGPT4

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hacl_megatron.data.prepare.llava_json import IMAGE_TAG
+from hacl_megatron.data.prepare.record_keys import IMAGE_TAG
 from hacl_megatron.data.templates.template import IMAGE, Dialogue, Piece, Template, UnusableSample
 
 if TYPE_CHECKING:

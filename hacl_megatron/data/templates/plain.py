@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hacl_megatron.data.prepare.llava_json import IMAGE_TAG
+from hacl_megatron.data.prepare.record_keys import IMAGE_TAG
 from hacl_megatron.data.templates.template import IMAGE, Dialogue, Piece, Template, UnusableSample
 
 if TYPE_CHECKING:
@@ -29,5 +29,10 @@ def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
 
 
 PLAIN = Template(
-    name="plain", title="LLaVA-1.5 plain", pieces=pieces, first_answer_is_caption=True, question_template="v1"
+    name="plain",
+    title="LLaVA-1.5 plain",
+    pieces=pieces,
+    first_answer_is_caption=True,
+    shows_untagged_image=True,
+    question_template="v1",
 )

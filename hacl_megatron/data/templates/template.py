@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from hacl_megatron.config.names import did_you_mean
-from hacl_megatron.data.prepare.llava_json import IMAGE_TAG
+from hacl_megatron.data.prepare.record_keys import IMAGE_TAG
 
 if TYPE_CHECKING:  # it imports transformers, which the tools' --help should not wait for
     from hacl_megatron.data.tokenizer import Tokenizer
@@ -83,6 +83,8 @@ class Template:
     """Text that ends an answer, and so its generation; no special token, which decoding leaves out. None: EOS does."""
     first_answer_is_caption: bool = False
     """Whether the first answer is the caption of the image-caption pair of every record that has no key `text`."""
+    shows_untagged_image: bool = False
+    """Whether it shows an image that no `<image>` tag of the dialogue stands for."""
     question_template: str | None = None
     """Name of the template to ask a question in, where this one leaves questions out. None: this one."""
 

@@ -1,0 +1,138 @@
+"""Images and hallucinated captions that training would never see: said and named, refused where it is all of them.
+
+The kinds are those of public reports: LLaMA-Factory's and TRL's key `images` (LLaMA-Factory#5329), xtuner's `img`
+(xtuner#771), tags without an image and images without a tag, a tag in a turn that the template leaves out.
+"""
+
+import json
+
+import pytest
+
+from hacl_megatron.data.encoding import EncodingSettings, encode
+from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.prepare.record_keys import meant_by
+from hacl_megatron.data.prepare.run import run_prepare
+from hacl_megatron.data.templates.template import IMAGE
+from hacl_megatron.data.tokenizer import load_tokenizer
+from tests.data.conftest import dataset  # noqa: F401  # a fixture
+from tests.data.loader_runs import loader_of
+from tests.data.prepare.prepare_runs import settings
+from tests.data.tiny_tokenizer import write_tokenizer
+from tests.tool_runs import run_tool
+
+TAGGED = [{"from": "human", "value": "<image>\nis it?"}, {"from": "gpt", "value": "yes"}]
+PLAIN = [{"from": "human", "value": "is it?"}, {"from": "gpt", "value": "yes"}]
+GREETING = {"from": "gpt", "value": "<image>\nA cat"}
+
+UNSEEN = {
+    "images": ({"images": ["a/1.jpg"], "conversations": TAGGED}, "key 'images' is not read.*did you mean 'image'?"),
+    "img": ({"img": "a/1.jpg", "conversations": PLAIN}, "key 'img' is not read.*did you mean 'image'?"),
+    "typing": ({"imgae": "a/1.jpg", "conversations": TAGGED}, "key 'imgae' is not read"),
+    "capital": ({"Image": "a/1.jpg", "conversations": TAGGED}, "key 'Image' is not read"),
+    "tag alone": ({"conversations": TAGGED}, "an <image> tag and no image: the tag is read as text"),
+    "no tag": (
+        {"image": "a/1.jpg", "conversations": PLAIN},
+        "an image and no <image> tag.*put <image> into a question",
+    ),
+    "other tag": (
+        {"image": "a/1.jpg", "conversations": [{"from": "human", "value": "<img> is it?"}, PLAIN[1]]},
+        "found '<img>', did you mean <image>?",
+    ),
+    "dropped turn": ({"image": "a/1.jpg", "conversations": [GREETING, *PLAIN]}, "tag is in a leading gpt turn"),
+    "twin": (
+        {"image": "a/1.jpg", "conversations": TAGGED, "hallucination_caption": "a dog"},
+        "key 'hallucination_caption' is not read; did you mean 'Hallucination caption'?",
+    ),
+}
+WITH_PLAIN_TOO = {"images", "img", "typing", "capital", "tag alone", "twin"}
+SOUND = [
+    {"id": "s", "image": "a/1.jpg", "conversations": TAGGED, "text": "a cat", "Hallucination caption": "a dog"},
+    {"id": "t", "conversations": PLAIN},
+    {"id": "u", "image": "a/1.jpg", "conversations": TAGGED, "image_id": "7", "height": 3, "language": "en"},
+]
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_what_is_never_shown_is_named_and_refused_where_it_is_all(tmp_path, kind):
+    record, said = UNSEEN[kind]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([*SOUND, *({"id": f"r{n}", **record} for n in range(5))]))
+    (line,) = Manifest.read([str(path)], version="v1").remarks()
+    assert line.startswith(f"{path}: 5 of 8 records (r0, r1, r2, ...): ")
+    path.write_text(json.dumps([{"id": f"r{n}", **record} for n in range(5)]))
+    with pytest.raises(ValueError, match=said) as caught:
+        list(Manifest.read([str(path)], version="v1").remarks())
+    assert f"{path}: training would see no " in str(caught.value) and "\n" not in str(caught.value)
+    plain = Manifest.read([str(path)], version="plain")
+    if kind in WITH_PLAIN_TOO:
+        with pytest.raises(ValueError, match="training would see no"):
+            list(plain.remarks())
+    else:  # the image is the whole prompt there: nothing is amiss
+        assert list(plain.remarks()) == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in UNSEEN if kind != "twin"])
+def test_the_encoder_shows_no_image_of_them(tmp_path, kind):
+    """What is said is true: no row of the dialogue takes an image feature."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"id": "r", **UNSEEN[kind][0]}, SOUND[2]]))
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer", legacy=True))
+    rows = [
+        encode(sample, tokenizer, EncodingSettings(version="v1", model_max_length=512, visual_tokens=3)).dialogue
+        for sample in Manifest.read([str(path)], version="v1")
+    ]
+    assert IMAGE not in rows[0] and (rows[1] == IMAGE).sum() == 3
+
+
+def test_different_reasons_add_up_to_all_of_a_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"id": kind, **UNSEEN[kind][0]} for kind in UNSEEN if kind != "twin"]))
+    with pytest.raises(ValueError, match="no image of any of its 8 records"):
+        list(Manifest.read([str(path)], version="v1").remarks())
+
+
+def test_sound_records_are_not_remarked_upon(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(SOUND))
+    assert list(Manifest.read([str(tmp_path / "a.json")], version="v1").remarks()) == []
+    # A pair shows its image beside the dialogue, which may do without: named, never refused.
+    pair = {"id": "p", "image": "a/1.jpg", "conversations": PLAIN, "text": "a cat"}
+    (tmp_path / "b.json").write_text(json.dumps([pair]))
+    assert len(list(Manifest.read([str(tmp_path / "b.json")], version="v1").remarks())) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("IMAGES", "image"), ("image_path", "image"), ("Hallucination Caption", "Hallucination caption"),
+     ("hallucination_captions", "Hallucination caption"), ("halucination caption", "Hallucination caption"),
+     ("Hallucination edits", None), ("image_id", None), ("caption", None), ("model", None), ("video", None)],
+)  # fmt: skip
+def test_which_keys_are_taken_for_which(key, meant):
+    assert meant_by(key) == meant
+
+
+def test_prepare_reports_them_and_a_prepared_folder_says_them_again(source, capsys):
+    records = [*SOUND, {"id": "r", **UNSEEN["img"][0]}, {"id": "q", **UNSEEN["no tag"][0]}]
+    (source / "a.json").write_text(json.dumps(records))
+    assert run_tool("prepare_data", "--input", source / "a.json", "--output", source / "out") == 0
+    shown = capsys.readouterr().out
+    lines = [line.removeprefix("note: ") for line in shown.splitlines() if line.startswith("note: ")]
+    assert len(lines) == 2 and "1 of 5 records (r): key 'img'" in lines[0]
+    assert json.loads((source / "out" / "report.json").read_text())["to look at"] == lines
+    assert list(Manifest.read([str(source / "out")], version="v1").remarks()) == lines
+    (source / "a.json").write_text(json.dumps(records[3:4]))
+    with pytest.raises(ValueError, match="no image of any of its 1 records"):
+        run_prepare(settings(source, output=str(source / "other")))
+    assert not (source / "other" / "manifest.arrow").exists()
+
+
+def test_a_start_says_them_and_refuses_before_any_thread(dataset, capsys):  # noqa: F811
+    records = json.loads((dataset / "train.json").read_text())
+    records[0]["images"] = [records[0].pop("image")]
+    (dataset / "train.json").write_text(json.dumps(records))
+    loader_of(dataset).close()
+    assert "note: " in (shown := capsys.readouterr().out) and "1 of 12 records (train-0): key 'images'" in shown
+    for record in records:
+        record["images"] = [record.pop("image", "x.jpg")]
+    (dataset / "train.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match="no image of any of its 12 records"):
+        loader_of(dataset)
