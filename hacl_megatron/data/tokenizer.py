@@ -52,6 +52,9 @@ class Tokenizer:
     """Highest token id + 1, added tokens included; the embedding needs at least so many rows."""
     legacy: bool
     """Whether a text behind a special token reads as it does on its own (`legacy` of LlamaTokenizer); measured."""
+    round_surplus: int = 0
+    """Tokens by which the beginning of a round, `USER:`, is longer on its own than behind EOS; measured. 0 where the
+    tokenizer is `legacy`, else 1 in Vicuna's vocabulary ("▁US", "ER" against "USER"), 0 where "▁USER" is one piece."""
     files: dict[str, bytes] = field(repr=False)
     """The files it was read from, so that a checkpoint can carry them when the folder is long gone."""
     backend: Any = field(repr=False)
@@ -195,6 +198,7 @@ def _measure(backend: Any, path: str, files: dict[str, bytes]) -> Tokenizer:
     # Measured instead of read from `backend.legacy`, which not every class has and which says what was asked for.
     alone, behind_eos = ids("USER"), ids(special["eos_token"] + "USER")[1:]
     legacy = alone == behind_eos
+    round_surplus = len(ids("USER:")) - len(ids(special["eos_token"] + "USER:")[1:])
     needs_space = None
     if ids(" a") == ids("a"):
         # Longest first, as the tokenizer itself matches added tokens.
@@ -208,6 +212,7 @@ def _measure(backend: Any, path: str, files: dict[str, bytes]) -> Tokenizer:
         eos_token=special["eos_token"],
         vocab_size=max(vocabulary.values()) + 1,
         legacy=legacy,
+        round_surplus=round_surplus,
         files=files,
         backend=backend,
         _needs_space=needs_space,

@@ -151,14 +151,52 @@ def test_mismatch_ignores_all_labels(tokenizer, turns):
     assert shown(tokenizer, encoded.dialogue)[: len(SYSTEM)] == SYSTEM
 
 
-def test_mismatch_where_the_vocabulary_breaks_the_correction(tmp_path):
-    """Without the piece "USER" a later round is as long on its own as in the dialogue: LLaVA's -1 is then wrong."""
-    turns = ("<image>\nis it?", "yes", "is it red?", "yes")
-    broken = load_tokenizer(write_tokenizer(tmp_path / "a", legacy=False, user_piece=False))
-    assert encode(sample(*turns), broken, V1).tokenization_mismatch
-    assert not encode(sample(*turns[:2]), broken, V1).tokenization_mismatch
-    legacy = load_tokenizer(write_tokenizer(tmp_path / "b", legacy=True, user_piece=False))
-    assert not encode(sample(*turns), legacy, V1).tokenization_mismatch
+OTHER_VOCABULARIES = {
+    "▁USER whole": {"spaced_user_piece": True},
+    "▁USER whole, USER not": {"spaced_user_piece": True, "user_piece": False},
+    "USER not": {"user_piece": False},
+}
+"""Where a later round is as long on its own as behind EOS, or shorter: LLaVA's correction by one is then wrong."""
+
+
+@pytest.fixture(scope="module", params=OTHER_VOCABULARIES)
+def other_tokenizer(request, tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return load_tokenizer(write_tokenizer(folder, legacy=False, **OTHER_VOCABULARIES[request.param]))
+
+
+def test_several_rounds_keep_their_labels_under_other_vocabularies(other_tokenizer):
+    """LLaVA#1166, FastChat#1290: every dialogue of two rounds or more lost all its labels."""
+    encoded = encode(
+        sample("<image>\nWhat is it?", "a cat.", "is it red?", "yes", "is it?", "it is"), other_tokenizer, V1
+    )
+    assert not encoded.tokenization_mismatch
+    targets = [piece for piece in shown(other_tokenizer, encoded.labels) if piece != "-"]
+    assert targets == ["▁a", "▁cat", ".", "</s>", "▁yes", "</s>", "▁it", "▁is", "</s>"]
+    at = [row for row, label in enumerate(encoded.labels.tolist()) if label != IGNORE]
+    assert encoded.labels[at].tolist() == encoded.dialogue[at].tolist()
+
+
+def test_a_legacy_vocabulary_with_the_spaced_piece(tmp_path):
+    legacy = load_tokenizer(write_tokenizer(tmp_path, legacy=True, spaced_user_piece=True))
+    assert legacy.round_surplus == 0
+    assert not encode(sample("<image>\nis it?", "yes", "is it red?", "yes"), legacy, V1).tokenization_mismatch
+
+
+@pytest.mark.parametrize(
+    ("turns", "targets"),
+    [
+        (("<image>\nis it?", "yes", "is it red?"), "▁yes </s>"),  # the last question has no answer
+        (("<image>\nis it?", "yes", "is ASSISTANT: red?", "a", "is it?", "it is"), "▁yes </s> ▁it ▁is </s>"),
+        (("<image>\nis it?", ""), ""),
+        (("<image>\nis it?", "yes</s>", "is it red?", "a cat"), "▁yes </s> ▁a ▁cat </s>"),
+    ],
+)
+def test_one_bad_round_costs_itself_where_llavas_rule_holds_for_none(other_tokenizer, turns, targets):
+    """The rows' own EOS tell where the others are; under Vicuna's vocabulary LLaVA's rule stands, as the test above."""
+    encoded = encode(sample(*turns), other_tokenizer, V1)
+    assert [piece for piece in shown(other_tokenizer, encoded.labels) if piece != "-"] == targets.split()
+    assert encoded.tokenization_mismatch == (not targets)
 
 
 def test_truncation_counts_the_expanded_image(tokenizer):

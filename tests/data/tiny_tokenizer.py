@@ -17,11 +17,20 @@ WORDS = (
 
 
 def write_tokenizer(
-    folder: Path, *, legacy: bool | None, user_piece: bool = True, with_config: bool = True, **config
+    folder: Path,
+    *,
+    legacy: bool | None,
+    user_piece: bool = True,
+    spaced_user_piece: bool = False,
+    with_config: bool = True,
+    **config,
 ) -> str:
-    """Writes tokenizer.model and tokenizer_config.json; `legacy=None` leaves the key out."""
+    """Writes tokenizer.model and tokenizer_config.json; `legacy=None` leaves the key out.
+
+    `user_piece`, `spaced_user_piece`: whether "USER" and "▁USER" are pieces, as the first is of Vicuna's vocabulary.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(_model(user_piece).SerializeToString())
+    (folder / "tokenizer.model").write_bytes(_model(user_piece, spaced_user_piece).SerializeToString())
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     settings |= {} if legacy is None else {"legacy": legacy}
     if with_config:
@@ -29,7 +38,7 @@ def write_tokenizer(
     return str(folder)
 
 
-def _model(user_piece: bool) -> sentencepiece_model_pb2.ModelProto:
+def _model(user_piece: bool, spaced_user_piece: bool) -> sentencepiece_model_pb2.ModelProto:
     model = sentencepiece_model_pb2.ModelProto()
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
 
@@ -46,6 +55,7 @@ def _model(user_piece: bool) -> sentencepiece_model_pb2.ModelProto:
     for word in WORDS.split():
         merges.update(dict.fromkeys(f"▁{word}"[:end] for end in range(2, len(word) + 2)))
     merges.update(dict.fromkeys(["US", "ER", "USER"][: 3 if user_piece else 2]))
+    merges.update(dict.fromkeys(["▁USER"] if spaced_user_piece else []))
     merges.update(dict.fromkeys(["Wh", "Wha", "What"]))
     for rank, piece in enumerate(merges):
         add(piece, kinds.NORMAL, -float(rank))

@@ -4,7 +4,8 @@
 
 After llava/conversation.py (`conv_vicuna_v1`) and llava/train/train.py (`preprocess_v1`) token for token, also where
 that code is odd: an empty answer loses its separator, and a dialogue whose rounds do not tokenize to the length of the
-whole loses all its labels.
+whole loses all its labels. What that code takes for granted of Vicuna's vocabulary is measured, and under a vocabulary
+for which it does not hold a round that does not fit loses its own labels alone.
 """
 
 from __future__ import annotations
@@ -45,27 +46,33 @@ def find_labels(ids: list[int], dialogue: Dialogue, tokenizer: Tokenizer, model_
 
     Rounds are tokenized once more on their own to find where answers begin, as LLaVA does, with its two corrections:
     a round's instruction ends in a space that belongs to the answer's first token, and a round behind `</s>` has no
-    dummy space unless the tokenizer is `legacy`, so it is taken to be one token shorter (true of Vicuna's vocabulary,
-    where "▁USER" is two pieces and "USER" is one). Where the sum misses the dialogue's length all labels are ignored,
-    unless it reaches `model_max_length`.
+    dummy space unless the tokenizer is `legacy`, so it is `Tokenizer.round_surplus` tokens shorter: 1 in Vicuna's
+    vocabulary, which is all that LLaVA knows. Where the sum misses the dialogue's length all labels are ignored,
+    unless it reaches `model_max_length`; where LLaVA's 1 is wrong, so that it gives no labels to agree with, only those
+    of the rounds whose lengths do not fit between the EOS of the rows.
     """
 
     def length(text: str) -> int:
         return 1 + sum(len(piece.token_ids(tokenizer)) for piece in dialogue.around_image(text))
 
+    def lengths(number: int, text: str) -> tuple[int, int] | None:
+        """Tokens of a round with the EOS that ends it, and of its instruction; None without exactly one answer."""
+        parts = text.split(ANSWER_MARK)
+        if len(parts) != 2:
+            return None
+        # BOS of the round's own tokenization stands for the EOS that ends it.
+        surplus = tokenizer.round_surplus if number > 0 else 0
+        return length(text) - surplus, length(parts[0] + ANSWER_MARK) - 2 - surplus
+
+    rounds = prompt(dialogue, tokenizer).split(tokenizer.eos_token)
     labels = list(ids)
     labels[0] = IGNORE
     begin = 1
-    for number, text in enumerate(prompt(dialogue, tokenizer).split(tokenizer.eos_token)):
-        parts = text.split(ANSWER_MARK)
-        if len(parts) != 2:  # behind the last EOS, or a round without exactly one answer
+    for number, text in enumerate(rounds):
+        found = lengths(number, text)
+        if found is None:  # behind the last EOS, or a round without exactly one answer
             break
-        # BOS of the round's own tokenization stands for the EOS that ends it.
-        round_length = length(text)
-        instruction_length = length(parts[0] + ANSWER_MARK) - 2
-        if number > 0 and not tokenizer.legacy:
-            round_length -= 1
-            instruction_length -= 1
+        round_length, instruction_length = found
         end = min(begin + instruction_length, len(labels))
         labels[begin:end] = [IGNORE] * (end - begin)
         begin += round_length
@@ -73,7 +80,28 @@ def find_labels(ids: list[int], dialogue: Dialogue, tokenizer: Tokenizer, model_
     # LLaVA counts what is not padding, and pads with <unk>; it cuts text-only dialogues before, others after this.
     counted = ids if dialogue.has_image else ids[:model_max_length]
     mismatch = begin < model_max_length and begin != sum(token != tokenizer.unk_id for token in counted)
-    return None if mismatch else labels
+    if not mismatch:
+        return labels
+    if tokenizer.legacy or tokenizer.round_surplus == 1:
+        return None  # as LLaVA, which is right about this tokenizer
+    return _labels_between_eos(ids, [lengths(number, text) for number, text in enumerate(rounds)], tokenizer.eos_id)
+
+
+def _labels_between_eos(ids: list[int], rounds: list[tuple[int, int] | None], eos_id: int) -> list[int] | None:
+    """Labels of the rounds that are as long as the rows between two EOS; None where there is none.
+
+    Args:
+        rounds: tokens of each round and of its instruction, the last behind the last EOS.
+    """
+    labels = [IGNORE] * len(ids)
+    ends = [at + 1 for at, token in enumerate(ids) if token == eos_id]
+    begins = [1, *ends]
+    if len(ends) != len(rounds) - 1:  # an EOS that the text does not show
+        return None
+    for begin, end, found in zip(begins, ends, rounds, strict=False):
+        if found is not None and found[0] == end - begin:
+            labels[begin + found[1] : end] = ids[begin + found[1] : end]
+    return labels if any(label != IGNORE for label in labels) else None
 
 
 V1 = Template(name="v1", title="LLaVA-1.5 v1", pieces=pieces, find_labels=find_labels)
