@@ -92,6 +92,8 @@ def convert(args: argparse.Namespace) -> None:
         print(f"fresh: {', '.join(report.fresh)}")
     for reason in sorted(set(report.ignored.values())):
         print(f"not used: {sum(value == reason for value in report.ignored.values())} tensors, {reason}")
+    for note in sources.notes:
+        print(f"note: {note}")
     if args.verify:
         from hacl_megatron.evaluation.agreement import report_agreement
 

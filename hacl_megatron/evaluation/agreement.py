@@ -6,6 +6,7 @@ Both models are held whole in this one process, so a check of a 7B needs some 60
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from hacl_megatron.assemble.processes import joined_processes
 from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.config_write import to_config_json
-from hacl_megatron.checkpoint.hf.import_weights import SourceTensors
+from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE, SourceTensors
+from hacl_megatron.checkpoint.hf.json_files import read_json
 from hacl_megatron.checkpoint.run.folder import read_run_config
 from hacl_megatron.checkpoint.run.load import load_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
@@ -75,7 +77,8 @@ def compare_models(
     """Logits of every text row of two dialogues with an image each; arguments as for `report_agreement`."""
     reader = ShardedReader(checkpoint)
     config = reader.model_config
-    batch = random_batch(config)
+    settings = read_json(hf_folder / "config.json")
+    batch = random_batch(config, settings.get("image_token_index", settings.get("image_token_id")))
     theirs = transformers_logits(hf_folder, config, sources, reader, batch, dtype)
     with warnings.catch_warnings():  # megatron-core names every library that a machine does not have
         warnings.simplefilter("ignore")
@@ -91,13 +94,19 @@ def compare_models(
     )
 
 
-def random_batch(config: ModelConfig, seed: int = 0) -> PackedBatch:
-    """Two dialogues of one image each, packed; every text row behind the image has a target."""
+def random_batch(config: ModelConfig, image_token: int | None = None, seed: int = 0) -> PackedBatch:
+    """Two dialogues of one image each, packed; every text row behind the image has a target.
+
+    Args:
+        image_token: id by which the other model marks an image, beside the one that `config` states; it may lie
+            anywhere in the vocabulary, and no text has it.
+    """
     generator = torch.Generator().manual_seed(seed)
     visual, size = config.visual_tokens, config.vision.image_size
     lengths = [visual + length for length in TEXT_LENGTHS]
-    limit = min(config.language.vocab_size, config.extra.get("image_token_index", config.language.vocab_size))
-    ids = torch.randint(3, limit, (sum(lengths),), generator=generator)
+    marks = {image_token, config.extra.get("image_token_index")}
+    text_ids = torch.tensor([token for token in range(3, config.language.vocab_size) if token not in marks])
+    ids = text_ids[torch.randint(len(text_ids), (sum(lengths),), generator=generator)]
     starts = [0, lengths[0]]
     image_rows = torch.cat([torch.arange(start + 1, start + 1 + visual) for start in starts])
     ids[image_rows] = 0
@@ -138,12 +147,10 @@ def transformers_logits(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Logits [target rows, vocabulary] of transformers' model, dialogue by dialogue."""
-    from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
-
-    kind = LlavaForConditionalGeneration if config.qformer is None else Blip2ForConditionalGeneration
-    whole = config.extra.get("layout") == "hf" and "image_token_index" in config.extra
-    plain = sources is None or (whole and len(sources.files) == 1)
-    model = kind.from_pretrained(folder, dtype=torch.float32) if plain else _assembled(config, sources, reader)
+    layout, stated = config.extra.get("layout"), "image_token_index" in config.extra
+    whole = sources is None or layout == "hf"
+    model = _whole(folder, config, sources) if whole else _assembled(folder, config, sources, reader)
+    by_ids = sources is None or (whole and stated)
     _round(model, dtype)
     model.eval()
     logits = []
@@ -153,7 +160,7 @@ def transformers_logits(
         inside = (batch.image_rows >= start) & (batch.image_rows < stop)
         text = torch.ones(stop - start, dtype=torch.bool)
         text[batch.image_rows[inside] - start] = False
-        if plain:
+        if by_ids:
             ids[~text] = model.config.image_token_id
             pixels = batch.pixel_values[dialogue : dialogue + 1]
             logits.append(model(input_ids=ids[None], pixel_values=pixels, use_cache=False).logits[0][text])
@@ -174,30 +181,105 @@ def _language_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return inside, model.get_output_embeddings()
 
 
-def _assembled(config: ModelConfig, sources: SourceTensors, reader: ShardedReader) -> nn.Module:
-    """transformers' modules filled with the source's own tensors; fresh parts come from the checkpoint."""
+def _whole(folder: Path, config: ModelConfig, sources: SourceTensors | None) -> nn.Module:
+    """transformers' own reading of `folder`, with the adapter over its connector where `sources` has one."""
+    from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
+
+    blip2 = config.qformer is not None
+    model = (Blip2ForConditionalGeneration if blip2 else LlavaForConditionalGeneration).from_pretrained(
+        folder, dtype=torch.float32
+    )
+    if sources is not None and set(sources.files) - {str(folder), HEADS_FILE}:
+        if blip2:
+            linears = {"projector.0.": model.language_projection}
+        else:
+            connector = model.model.multi_modal_projector
+            linears = {"projector.0.": connector.linear_1, "projector.2.": connector.linear_2}
+        for prefix, linear in linears.items():
+            for name, parameter in linear.named_parameters():
+                parameter.copy_(sources.read(prefix + name))
+    return model
+
+
+def _language_in(folder: Path, config: ModelConfig) -> nn.Module:
+    """The language model of a folder in the original layout, or of a plain one, as transformers reads it."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config_class = CONFIG_MAPPING[language_family(config.language.family).model_type]
+    return _loaded(AutoModelForCausalLM, folder, config_class)
+
+
+def _tower_in(folder: Path, config: ModelConfig, settings: dict[str, Any]) -> nn.Module:
+    """The vision tower of its own folder, or of weight files in the original layout, as transformers reads it.
+
+    Args:
+        settings: of the tower, for a `folder` whose config.json describes the language model.
+    """
+    import transformers
+
+    kind = config.vision.kind
+    config_class, model_class = transformers.CONFIG_MAPPING[kind.model_type], getattr(transformers, kind.model_class)
+    if "mm_vision_tower" not in read_json(folder / "config.json"):
+        return _loaded(model_class, folder, config_class)
+    described = config_class(**{key: value for key, value in settings.items() if key != "model_type"})
+    names = {r"^model\.vision_tower\.vision_tower\.": ""}
+    return _loaded(model_class, folder, config_class, config=described, key_mapping=names)
+
+
+def _loaded(kind: Any, folder: Path, config_class: Any, **options: Any) -> nn.Module:
+    """`kind.from_pretrained(folder)` without what it says of tensors and settings that are other parts' of the model.
+
+    Args:
+        config_class: reads the folder's config.json, whatever type of model that names, unless `options` has a config.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        if "config" not in options:
+            options["config"] = config_class.from_pretrained(folder)
+        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder}: transformers' {type(model).__name__} finds no {missing[0]} there")
+    return model
+
+
+def _assembled(folder: Path, config: ModelConfig, sources: SourceTensors, reader: ShardedReader) -> nn.Module:
+    """A model of transformers from its parts' folders; connector and Q-Former are the source's own tensors, or, where
+    these are fresh, the checkpoint's."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
     blip2 = config.qformer is not None
     settings = to_config_json(config if blip2 else replace(config, projector_type="mlp2x_gelu"), "hf", dtype="float32")
-    settings["text_config"].update(vocab_size=config.language.vocab_size, pad_token_id=None)
+    settings["text_config"].update(num_hidden_layers=1, pad_token_id=None)  # a stand-in, until the real one comes
     if blip2:
         model = Blip2ForConditionalGeneration(Blip2Config.from_dict(settings)).float()
-        tower, width = model.vision_model, config.qformer.hidden_size
+        width = config.qformer.hidden_size
     else:
-        model = LlavaForConditionalGeneration(LlavaConfig.from_dict(settings)).float()
-        tower, width = model.model.vision_tower, config.vision.hidden_size
+        layer = read_json(folder / "config.json").get("mm_vision_select_layer", -2)
+        model = LlavaForConditionalGeneration(
+            LlavaConfig.from_dict({**settings, "vision_feature_layer": layer})
+        ).float()
+        files, name = next(found for name, found in sources.found.items() if name.startswith("vision."))
+        model.model.vision_tower = _tower_in(files.file_of(name).parent, config, settings["vision_config"])
+        width = config.vision.hidden_size
     linears: list[nn.Module] = []
     for _ in range(connector_depth(config.projector_type)):
         linears += [nn.Linear(width, config.language.hidden_size), nn.GELU()]
         width = config.language.hidden_size
     connector = nn.Sequential(*linears[:-1])
-    language, head = _language_parts(model)
-    lm_head = language_family(config.language.family).lm_head.removesuffix("weight")
-    modules = {f"text.{lm_head}": head, "text.": language, "vision.": tower, "projector.": connector}
+    language = _language_in(folder, config)
+    if blip2:
+        model.language_model = language
+    else:
+        model.model.language_model, model.lm_head = language.model, language.lm_head
+    modules = {"projector.": connector}
     if blip2:
         model.language_projection = connector
-        modules |= {"qformer.query_tokens": model, "qformer.": model.qformer}
+        modules |= {"vision.": model.vision_model, "qformer.query_tokens": model, "qformer.": model.qformer}
     else:
         model.model.multi_modal_projector = connector
     fresh = {source: tensor for rule in reader.table.rules.values() if rule.ours.startswith("connector.")

@@ -119,7 +119,7 @@ def convert_to_sharded(
             workers=workers,
             progress=None if progress is None else lambda done: progress(done, total),
         )
-        report = {"files": sources.files, "fresh": names, "ignored": sources.ignored}
+        report = {"files": sources.files, "notes": sources.notes, "fresh": names, "ignored": sources.ignored}
         (partial / SOURCE_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_atomically(partial / LATEST_FILE, "0\n")
     num_parameters = sum(math.prod(chunk.sizes) for chunk in chunks)

@@ -12,10 +12,14 @@ Language models of every family in `config.families` are read where this says LL
 `config.towers`. What the model cannot do is refused here, by name, before any weight is read.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from hacl_megatron.checkpoint.hf.json_files import parse, read_json, refuse_unless
+from hacl_megatron.checkpoint.hf.spellings import canonical_name
 from hacl_megatron.checkpoint.hf.tower_config import (
     TowerFacts,
     aspect_ratio,
@@ -26,14 +30,18 @@ from hacl_megatron.checkpoint.hf.tower_config import (
     tower_in_model,
     vision_config,
 )
+from hacl_megatron.checkpoint.hf.weight_files import WeightFiles, has_weights
 from hacl_megatron.config.architecture import LanguageConfig, ModelConfig
 from hacl_megatron.config.connectors import mlp_depth
-from hacl_megatron.config.families import FAMILIES, LLAMA, family_of_model_type
+from hacl_megatron.config.families import FAMILIES, LLAMA, family_of_model_type, language_family
 from hacl_megatron.config.flags import DataFlags
 from hacl_megatron.config.towers import TowerKind
 
 Connector = tuple[str, int]
 """`projector_type`, and the selected vision layer."""
+
+ROWS_AT_ONCE = 8192
+"""Of the LM head and the embedding, which are compared in such blocks: some 130 MB for a 7B."""
 
 
 def read_model_config(folder: str | Path, vision_tower: str | Path | None = None) -> ModelConfig:
@@ -64,22 +72,23 @@ def read_model_config(folder: str | Path, vision_tower: str | Path | None = None
             f"{where}: mm_hidden_size is {config['mm_hidden_size']}, but the tower's is {vision.hidden_size}"
         )
     projector_type, layer = _connector(layout, config, facts, where)
-    # Blip2Config has no opinion of its own on tied embeddings, LlavaConfig has.
-    tie = None if projector_type == "qformer" else config.get("tie_word_embeddings")
+    language = _language_config(text, where, tie=says_tied(config))
     model_config = ModelConfig(
-        language=_language_config(text, where, tie=tie),
+        language=language,
         vision=vision,
         image=image_config(facts.processor, vision),
         projector_type=projector_type,
         vision_select_layer=layer,
         qformer=qformer_config(facts, vision) if projector_type == "qformer" else None,
-        extra=_extra_facts(layout, config, text, facts, tower),
+        extra=_extra_facts(layout, config, text, facts, tower, rows=language.vocab_size),
     )
     if not 1 <= model_config.num_vision_layers_built <= vision.num_layers:
         raise ValueError(
             f"{where}: the selected vision layer is {layer}, but the tower has {vision.num_layers} layers; it must lie "
             f"in 1..{vision.num_layers} or -{vision.num_layers}..-1"
         )
+    if model_config.language.tie_word_embeddings and has_own_head(model_config, folder):
+        model_config = replace(model_config, language=replace(model_config.language, tie_word_embeddings=False))
     return model_config
 
 
@@ -120,6 +129,47 @@ def data_flags(config: ModelConfig) -> DataFlags:
     )
 
 
+# ------------------------------------------------------------------------------------------------------ tied embeddings
+#
+# transformers 5 compares the files' tensors and ties only equal ones; 4.x, and LLaVA's own code, drop the head whatever
+# it holds. The head that was saved is what the model computed with, so it is kept, as 5 does; `open_sources` says so.
+
+
+def says_tied(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` ties them: either level may say so, but `Blip2Config`'s own has no voice in it."""
+    levels = [config.get("text_config") or {}]
+    if config.get("model_type") != "blip-2":
+        levels.append(config)
+    return any(level.get("tie_word_embeddings") for level in levels)
+
+
+def has_own_head(config: ModelConfig, folder: Path) -> bool:
+    """Whether the weight files of `folder` hold an LM head that differs from the embedding.
+
+    Args:
+        config: of the model in `folder`, tied or not.
+
+    Raises:
+        ValueError: see `WeightFiles`. A folder without weights is none: it has no head.
+    """
+    if not has_weights(folder):
+        return False
+    weights, family = WeightFiles.of_folder(folder), language_family(config.language.family)
+    names = {canonical_name(config, name, tower_folder=False): name for name in weights}
+    head, embedding = (names.get(f"text.{name}") for name in (family.lm_head, family.embedding))
+    if head is None or embedding is None:
+        return False
+    shape = weights.shape(head)
+    if shape != weights.shape(embedding):
+        return True
+    dtype = torch.promote_types(weights.dtype(head), weights.dtype(embedding))
+    for start in range(0, shape[0], ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, shape[0]))
+        if not torch.equal(*(weights.read(name, rows).to(dtype) for name in (head, embedding))):
+            return True
+    return False
+
+
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -139,7 +189,7 @@ def _connector(layout: str, config: dict[str, Any], facts: TowerFacts, where: Pa
     return _llava_connector(config, where)
 
 
-def _language_config(values: dict[str, Any], where: Path, tie: bool | None) -> LanguageConfig:
+def _language_config(values: dict[str, Any], where: Path, tie: bool) -> LanguageConfig:
     model_type = values.get("model_type", LLAMA.model_type)
     family = family_of_model_type(model_type)
     if family is None:
@@ -152,9 +202,7 @@ def _language_config(values: dict[str, Any], where: Path, tie: bool | None) -> L
     # Rotary positions are the family's to read: transformers' versions differ in them.
     parsed = parse(config_class, {key: value for key, value in values.items() if not key.startswith("rope_")}, where)
     sizes = family.read(parsed, values, where)
-    # transformers ties when either level says so (LlavaConfig.__post_init__).
-    sizes["tie_word_embeddings"] = bool(tie or sizes["tie_word_embeddings"])
-    return LanguageConfig(family=family.name, **sizes)
+    return LanguageConfig(family=family.name, **{**sizes, "tie_word_embeddings": tie})
 
 
 def _hf_connector(config: dict[str, Any], kind: TowerKind, where: Path) -> Connector:
@@ -189,7 +237,7 @@ def _llava_connector(config: dict[str, Any], where: Path) -> Connector:
 
 
 def _extra_facts(
-    layout: str, config: dict[str, Any], text: dict[str, Any], tower_facts: TowerFacts, tower: Path | None
+    layout: str, config: dict[str, Any], text: dict[str, Any], tower_facts: TowerFacts, tower: Path | None, *, rows: int
 ) -> dict[str, Any]:
     """What the way back needs and the model does not; plain JSON values, so that run_config.yaml can hold them."""
     facts: dict[str, Any] = {"layout": layout}
@@ -206,9 +254,12 @@ def _extra_facts(
         facts |= {ours: tower_facts.vision[key] for ours, key in there.items()}
     if layout == "hf":
         # transformers 5 reads both names, and writes the first. An old BLIP-2 has no such token.
-        image_token = config.get("image_token_index", config.get("image_token_id"))
-        image_token = 32000 if image_token is None and tower_facts.qformer is None else image_token
+        keys = ("image_token_index", "image_token_id")
+        key, image_token = next(((key, config[key]) for key in keys if config.get(key) is not None), (keys[0], None))
+        if image_token is None and tower_facts.qformer is None:
+            image_token = 32000  # LlavaConfig's own default
         if image_token is not None:
+            _refuse_image_token_without_row(key, image_token, rows, tower_facts.where)
             facts["image_token_index"] = image_token
         facts["image_aspect_ratio"] = aspect_ratio(processor, kind)
     else:
@@ -219,3 +270,12 @@ def _extra_facts(
         facts["mm_vision_tower"] = config.get("mm_vision_tower", str(tower))
         facts["vision_tower_folder"] = None if tower is None else str(tower)
     return facts
+
+
+def _refuse_image_token_without_row(key: str, token: Any, rows: int, where: Path) -> None:
+    """transformers looks up the embedding of every id, the image's too, before it puts the features there."""
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < rows:
+        raise ValueError(
+            f"{where}: {key} is {token!r}, but the vocabulary has {rows} rows; expected an id in 0..{rows - 1}: give "
+            "<image> such a one in config.json and tokenizer, or add rows (transformers' resize_token_embeddings)"
+        )

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hacl_megatron.checkpoint.hf.config_read import says_tied
+from hacl_megatron.checkpoint.hf.json_files import read_json
 from hacl_megatron.checkpoint.hf.names import FUSED_NORMS, NameTable, nearest
 from hacl_megatron.checkpoint.hf.weight_files import WeightFiles
 from hacl_megatron.config.architecture import ModelConfig
@@ -34,6 +36,8 @@ class ImportReport:
     """Name in the file -> why it has no place in the model."""
     sources: list[str]
     """Files that weights were read from."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know: files passed over, a head that config.json would have tied."""
 
     def summary(self) -> str:
         """One line for the log."""
@@ -44,6 +48,7 @@ class ImportReport:
             reasons = sorted(set(self.ignored.values()))
             counts = [f"{sum(value == reason for value in self.ignored.values())} {reason}" for reason in reasons]
             parts.append(f"not used: {'; '.join(counts)}")
+        parts += [f"note: {note}" for note in self.notes]
         return "; ".join(parts)
 
 
@@ -55,6 +60,8 @@ class SourceTensors:
     found: dict[str, tuple[WeightFiles, str]] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """See `ImportReport.notes`."""
 
     def add(self, weights: WeightFiles, label: str, *, tower_folder: bool = False, replace: bool = False) -> None:
         """Take every tensor of `weights`: as a source, or as ignored with a reason; anything else is an error.
@@ -88,6 +95,8 @@ class SourceTensors:
             raise ValueError(f"{label}: {fresh[twice[0]][1]} was already found in {weights.file_of(name)}")
         self.found.update(fresh)
         self.files.append(label)
+        if weights.passed_over:
+            self.notes.append(weights.passed_over)
 
     @property
     def _layout(self) -> str:
@@ -162,6 +171,13 @@ def open_sources(
     folder, table = Path(folder), NameTable(model_config)
     sources = SourceTensors(table)
     sources.add(WeightFiles.of_folder(folder), str(folder))
+    where = folder / "config.json"
+    if not model_config.language.tie_word_embeddings and where.is_file() and says_tied(read_json(where)):
+        sources.notes.append(
+            f"{where} says tie_word_embeddings, but the weights hold an LM head that differs from the embedding: it is "
+            "kept, as transformers 5 does (4.x and LLaVA's own code drop it); if the embedding is to serve as head, "
+            "remove the head's tensor from the files"
+        )
     if not any(name.startswith("vision.") for name in sources.found):
         tower = vision_tower or model_config.extra.get("vision_tower_folder")
         if tower is None:
@@ -261,7 +277,9 @@ def load_hf_weights(
             rule.read_shard(sources.read, tp_rank=tp_rank, tp_size=tp_size, padded_vocab_size=padded_vocab_size)
         )
         loaded.append(ours)
-    return ImportReport(loaded=loaded, fresh=fresh, ignored=dict(sources.ignored), sources=list(sources.files))
+    return ImportReport(
+        loaded=loaded, fresh=fresh, ignored=dict(sources.ignored), sources=list(sources.files), notes=sources.notes
+    )
 
 
 @torch.no_grad()

@@ -18,9 +18,11 @@ from hacl_megatron.checkpoint.hf.json_files import one_line, read_json
 from hacl_megatron.checkpoint.hf.safetensors_writer import DTYPE_NAMES, bytes_of
 
 CANDIDATES = (
-    ("model.safetensors.index.json", True), ("model.safetensors", False),
-    ("pytorch_model.bin.index.json", True), ("pytorch_model.bin", False),
+    ("model.safetensors", False), ("model.safetensors.index.json", True),
+    ("pytorch_model.bin", False), ("pytorch_model.bin.index.json", True),
 )  # fmt: skip
+"""Name, and whether it is an index; in transformers' order: one file wins over an index, which an earlier save may have
+left behind."""
 
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -31,6 +33,9 @@ class WeightFiles:
     Raises:
         ValueError: a missing or cut file, a pickle that holds code, or a name that occurs twice.
     """
+
+    passed_over: str | None = None
+    """What a reader should know of the folder's other weights: that an index beside the one file is not followed."""
 
     def __init__(self, files: list[Path]):
         self._tensors: dict[str, Path] = {}
@@ -44,13 +49,19 @@ class WeightFiles:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "WeightFiles":
-        """All weights of a model folder, from its index or its one file; safetensors win over `.bin`."""
+        """All weights of a model folder, from its one file or its index; safetensors win over `.bin`."""
         for name, is_index in CANDIDATES:
             path = folder / name
             if not path.is_file():
                 continue
             if not is_index:
-                return cls([path])
+                weights, index = cls([path]), folder / f"{name}.index.json"
+                if index.is_file():
+                    weights.passed_over = (
+                        f"{path} is read, as transformers does, and not the shards that {index.name} beside it names; "
+                        f"if those are meant, move {name} away"
+                    )
+                return weights
             weight_map = read_json(path).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{path}: no weight_map in it; expected the index of a sharded checkpoint")
@@ -100,6 +111,11 @@ class WeightFiles:
             source = opened[name]
             return source if source.dim() == 0 else source[rows] if source.dim() == 1 else source[rows, columns]
         return opened.read(name, rows, columns)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `WeightFiles.of_folder` finds anything to open there."""
+    return any((folder / name).is_file() for name, _ in CANDIDATES)
 
 
 class _Safetensors:

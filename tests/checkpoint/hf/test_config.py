@@ -150,6 +150,9 @@ def test_processor_settings_in_both_files(tmp_path):
         (None, {"vision_feature_layer": [-2, -5]}, "features from one layer only"),
         (None, {"vision_feature_layer": -5}, "selected vision layer is -5, but the tower has 4"),
         (None, {"vision_feature_layer": 0}, "selected vision layer is 0"),
+        (None, {"image_token_index": 331}, "image_token_index is 331, but the vocabulary has 331 rows; expected an id"),
+        (None, {"image_token_index": -200}, "image_token_index is -200, but the vocabulary has 331 rows"),
+        (None, {"image_token_index": "<image>"}, "image_token_index is '<image>'"),
         (None, {"model_type": "qwen2_vl"}, "found model_type 'qwen2_vl'"),
     ],
 )
