@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--format", choices=("hf", "llava", "projector", "peft"), default="hf")
     parser.add_argument("--leave-lora-out", action="store_true", help="hf, llava: the weights beside the LoRA alone")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the checkpoint's"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: each as in the checkpoint"
     )
     parser.add_argument(
         "--vision-tower", choices=("inside", "folder", "named"), help="llava: the tower in the weight files, in a CLIP "

@@ -6,6 +6,7 @@ hf_assets/: tokenizer, generation config, carried.safetensors ──────
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +46,8 @@ def export_checkpoint(
         format: `LlavaForConditionalGeneration` (hf; `Blip2ForConditionalGeneration` with a Q-Former), the original
             layout (llava), the connector alone (projector), or the adapters for the model of `hf` (peft).
         merge_lora: lay the checkpoint's LoRA, if it has any, into the weights of the first two; else leave it out.
-        dtype: of the weights; default that of the checkpoint (of most of its bytes).
+        dtype: of the weights; default: each as the checkpoint has it, config.json saying that of most bytes. An adapter
+            folder is of one, default the widest in it.
         tower: see `export_hf`.
         image_aspect_ratio: default `--image-aspect-ratio` of the run.
         workers: threads that read ahead of the one that writes; each holds one tensor.
@@ -56,11 +58,15 @@ def export_checkpoint(
     checkpoint = Path(checkpoint)
     run = read_run_config(checkpoint)
     reader = ShardedReader(checkpoint, run.architecture)
+    dtypes = None if dtype else reader.dtype
+    if format == "peft" and dtype is None:
+        trained = [*reader.adapter_names(), *(name for name in reader.names() if name.startswith("connector."))]
+        dtype = reduce(torch.promote_types, {reader.dtype(name) for name in trained})
     dtype = dtype or main_dtype(reader)
     assets = checkpoint / ASSETS_FOLDER
     with ReadAhead(reader, workers, progress) as provider:
         if format == "projector":
-            report = export_projector(provider, reader.model_config, out, dtype=dtype, force=force)
+            report = export_projector(provider, reader.model_config, out, dtype=dtype, dtypes=dtypes, force=force)
             if reader.model_config.qformer is not None and not run.model.freeze_qformer:
                 report.notes.append("the Q-Former was trained too, and is not in llama_proj; --format hf holds it")
             return report
@@ -73,6 +79,7 @@ def export_checkpoint(
             out,
             layout=format,
             dtype=dtype,
+            dtypes=dtypes,
             assets=assets if assets.is_dir() else None,
             carried=CarriedTensors(assets, reader.model_config),
             image_aspect_ratio=image_aspect_ratio or run.data.image_aspect_ratio,

@@ -8,6 +8,7 @@ heads, config.json, generation config, tokenizer, processor ──────�
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,11 @@ from hacl_megatron.config.families import language_family
 
 Provider = Callable[[str], Tensor]
 """Our name of a parameter -> its unsharded tensor; called once for each, in the table's order."""
+Dtypes = Callable[[str], torch.dtype]
+"""Our name of a parameter -> the dtype in which its tensors are written."""
 Tower = Literal["inside", "folder", "named"]
+Plan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name in a file -> dtype and shape."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,6 +62,7 @@ def export_hf(
     *,
     layout: Layout = "hf",
     dtype: torch.dtype = torch.bfloat16,
+    dtypes: Dtypes | None = None,
     assets: str | Path | None = None,
     carried: Mapping[str, Tensor] | None = None,
     image_aspect_ratio: str | None = None,
@@ -69,7 +75,8 @@ def export_hf(
     With a Q-Former "hf" is a `Blip2ForConditionalGeneration`, without one a `LlavaForConditionalGeneration`.
 
     Args:
-        dtype: of all weights but the heads', which keep the provider's (τ must stay fp32).
+        dtype: of all weights but the heads', which keep the provider's (τ must stay fp32); what config.json says.
+        dtypes: where parameters are not all of `dtype`. What is carried keeps its own where the tower has such ones.
         assets: folder with the tokenizer's files and generation_config.json.
         carried: canonical name -> tensor, of what no part of ours uses; read one at a time. Without
             them HF's layout gets a tower that ends with the selected layer, which computes the same features.
@@ -100,13 +107,19 @@ def export_hf(
         notes.append(f"{abs(change)} vocabulary rows {'added (mean of the others)' if change > 0 else 'cut'}")
 
     table = NameTable(config)
-    stream = _Stream(table, provider, carried, vocabulary, dtype)
+    stream = _Stream(table, provider, carried, vocabulary, dtype, dtypes or (lambda _: dtype))
     prefixes = (
         ("text.", "projector.") if tower in ("folder", "named") else ("vision.", "qformer.", "projector.", "text.")
     )
     plan = stream.plan(layout, prefixes)
     tower_plan = stream.plan("tower", ("vision.",)) if tower == "folder" else {}
-    total = sum(_num_bytes(dtype, shape) for shape in [*plan.values(), *tower_plan.values()])
+    total = sum(_num_bytes(*one) for one in [*plan.values(), *tower_plan.values()])
+    if others := [found for found, _ in [*plan.values(), *tower_plan.values()] if found != dtype]:
+        names = ", ".join(sorted({str(found).removeprefix("torch.") for found in others}))
+        notes.append(
+            f"{len(others)} tensors are {names}, as in the checkpoint, the others {dtype_name}, as config.json says: "
+            'transformers loads all as that by dtype="auto", as float32 by dtype=torch.float32; --dtype makes them one'
+        )
     with fresh_folder(out, total, force=force, why_not=why_no_export) as folder:
         write_json(folder / "config.json", settings)
         write_assets(folder, assets, config, layout, vocabulary, image_aspect_ratio=image_aspect_ratio)
@@ -129,6 +142,7 @@ def export_projector(
     out: str | Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    dtypes: Dtypes | None = None,
     force: bool = False,
 ) -> ExportReport:
     """Write the connector alone, and the heads: as LLaVA's stage 1 does (`mm_projector.bin` and `config.json`), or the
@@ -138,8 +152,9 @@ def export_projector(
     tensors = {}
     for rule in table.rules.values():
         if rule.sources[0].startswith("projector."):
+            of = dtypes(rule.ours) if dtypes else dtype
             for canonical, tensor in rule.to_sources(provider(rule.ours)):
-                tensors[table.spelled(canonical, layout)] = cast(tensor.cpu(), dtype, canonical).clone()
+                tensors[table.spelled(canonical, layout)] = cast(tensor.cpu(), of, canonical).clone()
     total, dtype_name = sum(tensor.nbytes for tensor in tensors.values()), str(dtype).removeprefix("torch.")
     if layout == "minigpt4":
         file, content, settings = "llama_proj.pth", {"model": tensors}, to_config_json(config, "hf", dtype=dtype_name)
@@ -173,26 +188,38 @@ def write_heads(table: NameTable, provider: Provider, path: Path) -> None:
 
 @dataclass
 class _Stream:
-    """Canonical tensors in the table's order, of one dtype, with the vocabulary of the target layout."""
+    """Canonical tensors in the table's order, with the vocabulary of the target layout."""
 
     table: NameTable
     provider: Provider
     carried: Mapping[str, Tensor]
     vocabulary: Vocabulary
     dtype: torch.dtype
+    dtypes: Dtypes
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Canonical name -> dtype, of all that `write` may write."""
+        found = {source: self.dtypes(rule.ours) for rule in self.table.rules.values() for source in rule.sources}
+        tower = {dtype for name, dtype in found.items() if name.startswith("vision.")}
+        for name in self.table.carried:
+            if name in self.carried:
+                own = self.carried[name].dtype
+                found[name] = own if own in tower else self.dtype
+        return found
 
     def _is_vocabulary(self, canonical: str) -> bool:
         family = language_family(self.table.config.language.family)
         return canonical in (f"text.{family.embedding}", f"text.{family.lm_head}")
 
-    def plan(self, layout: str, prefixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-        """Spelled name -> shape, of every tensor that `write` is going to write, in its order."""
+    def plan(self, layout: str, prefixes: tuple[str, ...]) -> Plan:
+        """Spelled name -> dtype and shape, of every tensor that `write` is going to write, in its order."""
         plan = {}
         carried = {name: shape for name, shape in self.table.carried.items() if name in self.carried}
         for canonical, shape in (self.table.expected | carried).items():
             if canonical.startswith(prefixes):
                 rows = self.vocabulary.size if self._is_vocabulary(canonical) else shape[0]
-                plan[self.table.spelled(canonical, layout)] = (rows, *shape[1:])
+                plan[self.table.spelled(canonical, layout)] = self._dtypes[canonical], (rows, *shape[1:])
         return plan
 
     def _tensors(self, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
@@ -208,24 +235,22 @@ class _Stream:
             if canonical in self.carried and canonical.startswith(prefixes):
                 yield canonical, self.carried[canonical]
 
-    def write(
-        self, folder: Path, plan: dict[str, tuple[int, ...]], layout: str, prefixes: tuple[str, ...], max_bytes: int
-    ) -> None:
+    def write(self, folder: Path, plan: Plan, layout: str, prefixes: tuple[str, ...], max_bytes: int) -> None:
         """Write `plan` as model.safetensors, or as shards of at most `max_bytes` with an index."""
-        shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = []
+        shards: list[Plan] = []
         filled = 0
-        for name, shape in plan.items():
-            size = _num_bytes(self.dtype, shape)
+        for name, one in plan.items():
+            size = _num_bytes(*one)
             if not shards or filled + size > max_bytes:
                 shards.append({})
                 filled = 0
-            shards[-1][name] = (self.dtype, shape)
+            shards[-1][name] = one
             filled += size
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
             write_json(folder / "model.safetensors.index.json", {
-                "metadata": {"total_size": sum(_num_bytes(self.dtype, shape) for shape in plan.values())},
+                "metadata": {"total_size": sum(_num_bytes(*one) for one in plan.values())},
                 "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
             })  # fmt: skip
         source = self._tensors(prefixes)
@@ -236,7 +261,7 @@ class _Stream:
                     assert self.table.spelled(canonical, layout) == name, f"{canonical} came where {name} was due"
                     if self._is_vocabulary(canonical):
                         tensor = resize_vocabulary(tensor, self.vocabulary.size)
-                    writer.write(name, cast(tensor, self.dtype, canonical))
+                    writer.write(name, cast(tensor, self._dtypes[canonical], canonical))
 
 
 def resize_vocabulary(tensor: Tensor, rows: int) -> Tensor:

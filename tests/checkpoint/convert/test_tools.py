@@ -69,6 +69,34 @@ def test_dtype_is_asked_for_or_kept(tmp_path):
     assert_same(load_exactly(half).state_dict(), {name: value.half() for name, value in expected.items()})
 
 
+def test_weights_of_two_dtypes_stay_so(tmp_path, capsys):
+    """Catches an export that rounds the wider ones to the dtype of most, and then disagrees with its own checkpoint."""
+
+    def written(folder: Path) -> dict[str, torch.Tensor]:
+        """By the names of the source, which this version of transformers has written."""
+        return {name.replace("vision_tower.vision_model.", "vision_tower."): value
+                for name, value in all_tensors(folder).items()}  # fmt: skip
+
+    source = write_tiny_llava(tmp_path / "in", vision_layers=2, dtype=torch.bfloat16)
+    wide = ("vision_tower.", "multi_modal_projector.", "language_model.lm_head", "language_model.model.norm")
+    tensors = load_file(source / "model.safetensors")
+    for name, value in tensors.items():
+        if name.startswith(wide):  # no bf16 numbers
+            tensors[name] = value.float() * 1.001
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert {value.dtype for value in tensors.values()} == {torch.bfloat16, torch.float32}
+    save = to_megatron(source, tmp_path / "save")
+    assert_same(written(to_hf(save, tmp_path / "out", "--verify", "--max-shard-size", "200KB")), tensors)
+    several = sum(name.startswith(wide) for name in tensors)
+    assert f"note: {several} tensors are float32, as in the checkpoint, the others bfloat16" in capsys.readouterr().out
+    one = to_hf(save, tmp_path / "one", "--dtype", "bfloat16")
+    assert_same(written(one), {name: value.bfloat16() for name, value in tensors.items()})
+    assert "as in the checkpoint" not in capsys.readouterr().out
+    projector = torch.load(to_hf(save, tmp_path / "mm", "--format", "projector") / "mm_projector.bin")
+    weight = tensors["multi_modal_projector.linear_1.weight"]
+    assert_same({"0": projector["model.mm_projector.0.weight"]}, {"0": weight})
+
+
 def test_two_part_start_with_an_adapter(tmp_path):
     llama, clip, llava = write_parts(tmp_path / "parts", whole_clip=True)
     start = ("convert_hf_to_megatron", "--language-model", llama, "--vision-tower", clip)
