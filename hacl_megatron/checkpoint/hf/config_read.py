@@ -76,7 +76,7 @@ def read_model_config(folder: str | Path, vision_tower: str | Path | None = None
     model_config = ModelConfig(
         language=language,
         vision=vision,
-        image=image_config(facts.processor, vision),
+        image=image_config(facts, vision),
         projector_type=projector_type,
         vision_select_layer=layer,
         qformer=qformer_config(facts, vision) if projector_type == "qformer" else None,
@@ -252,6 +252,8 @@ def _extra_facts(
     if kind.megatron is not None:
         there = {ours: key for ours, key in kind.megatron.kept.items() if key in tower_facts.vision}
         facts |= {ours: tower_facts.vision[key] for ours, key in there.items()}
+    if not processor.get("do_convert_rgb", True):
+        facts["do_convert_rgb"] = processor["do_convert_rgb"]  # training converts; of RGB pictures it is the same
     if layout == "hf":
         # transformers 5 reads both names, and writes the first. An old BLIP-2 has no such token.
         keys = ("image_token_index", "image_token_id")

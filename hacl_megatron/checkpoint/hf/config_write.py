@@ -194,7 +194,7 @@ def to_preprocessor_json(config: ModelConfig, *, image_aspect_ratio: str | None 
         "do_normalize": True,
         "image_mean": list(image.mean),
         "image_std": list(image.std),
-        "do_convert_rgb": True,
+        "do_convert_rgb": config.extra.get("do_convert_rgb", True),
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hacl_megatron.checkpoint.hf.json_files import one_line, parse, read_json
+from hacl_megatron.checkpoint.hf.json_files import one_line, parse, read_json, refuse_unless
 from hacl_megatron.checkpoint.hf.modules import clean_config
 from hacl_megatron.config.architecture import ImageConfig, QFormerConfig, VisionConfig
 from hacl_megatron.config.families import family_of_model_type
@@ -158,29 +158,86 @@ def _clean(values: dict[str, Any], where: Path) -> dict[str, Any]:
 
 def read_image_processor(folder: Path | None) -> dict[str, Any]:
     """Image-processor settings of a folder: `preprocessor_config.json`, or inside `processor_config.json`, or {}."""
-    if folder is not None and (folder / "preprocessor_config.json").is_file():
-        return read_json(folder / "preprocessor_config.json")
-    if folder is not None and (folder / "processor_config.json").is_file():
-        return read_json(folder / "processor_config.json").get("image_processor") or {}
-    return {}
+    if folder is None:
+        return {}
+    own, inside = _processor_files(folder)
+    if own.is_file():
+        return read_json(own)
+    return read_json(inside).get("image_processor") or {} if inside.is_file() else {}
 
 
-def image_config(processor: dict[str, Any], vision: VisionConfig) -> ImageConfig:
-    """Size, mean and standard deviation of the pixels; the tower's usual ones where `processor` is {}."""
-    size = processor.get("crop_size", processor.get("size", vision.image_size))
-    if isinstance(size, dict):
-        if size.get("height") != size.get("width"):
-            raise ValueError(f"the image processor crops to {size}; expected a square of {vision.image_size}")
-        size = size.get("height", size.get("shortest_edge"))
+def _processor_files(folder: Path) -> tuple[Path, Path]:
+    return folder / "preprocessor_config.json", folder / "processor_config.json"
+
+
+def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
+    """Size, mean and standard deviation of the pixels; the tower's usual ones where no image processor says.
+
+    Raises:
+        ValueError: a setting that training, evaluation and export do not have.
+    """
+    processor = facts.processor
+    where = next((path for path in _processor_files(facts.where.parent) if path.is_file()), facts.where)
+    refuse_unless(where, processor, {
+        "do_resize": (True,), "resample": (3,), "do_rescale": (True,), "do_normalize": (True,),
+        "do_convert_rgb": (True, False, None),
+    })  # fmt: skip
+    factor = processor.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-4:
+        raise ValueError(f"{where}: rescale_factor is {factor!r}; this trainer supports 1/255 only")
+    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
+    if processor.get("do_pad") and kind and not kind.startswith("LlavaImageProcessor"):
+        raise ValueError(
+            f"{where}: do_pad is {processor['do_pad']!r} for a {kind}; expected LlavaImageProcessor, which pads to a "
+            "square: name that, or leave do_pad out"
+        )
+    size = _size_of_pixels(processor, vision, where)
     if size != vision.image_size:
-        raise ValueError(f"the image processor gives images of {size} pixels, but the tower takes {vision.image_size}")
+        raise ValueError(
+            f"{where}: the image processor gives images of {size} pixels, but the tower takes {vision.image_size}"
+        )
     mean, std = (
         tuple(float(value) for value in processor.get(key) or default)
         for key, default in (("image_mean", vision.kind.mean), ("image_std", vision.kind.std))
     )
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"the image processor's mean {mean} and std {std} must have three values, std above 0")
+        raise ValueError(
+            f"{where}: the image processor's mean {mean} and std {std} must have three values, std above 0"
+        )
     return ImageConfig(size=size, mean=mean, std=std)
+
+
+def _size_of_pixels(processor: dict[str, Any], vision: VisionConfig, where: Path) -> Any:
+    """Side of the square that resizing and cropping leave; ValueError where it is no square, or the two differ.
+
+    A `shortest_edge`, and CLIP's old plain number, leave a picture its proportions until it is cropped.
+    """
+    size, crop = processor.get("size", vision.image_size), processor.get("crop_size")
+    keeps_proportions = isinstance(size, dict) and "height" not in size
+    resized, cropped = (_side(value, where) for value in (size, crop))
+    if processor.get("do_center_crop") is False:
+        if keeps_proportions:
+            raise ValueError(
+                f"{where}: do_center_crop is False after resizing to {size}, which leaves pictures of different "
+                f"shapes; expected True, or a size with height and width {vision.image_size}"
+            )
+        return resized
+    if crop is None:
+        return resized
+    if "size" in processor and resized != cropped == vision.image_size:
+        raise ValueError(
+            f"{where}: the image processor resizes to {size} and crops to {crop}; this trainer crops to the size that "
+            "it resizes to"
+        )
+    return cropped
+
+
+def _side(size: Any, where: Path) -> Any:
+    if not isinstance(size, dict):
+        return size
+    if size.get("height") != size.get("width"):
+        raise ValueError(f"{where}: the image processor makes pictures of {size}; expected a square")
+    return size.get("height", size.get("shortest_edge"))
 
 
 def aspect_ratio(processor: dict[str, Any], kind: TowerKind) -> str:
