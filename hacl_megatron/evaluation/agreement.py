@@ -275,7 +275,7 @@ def _assembled(folder: Path, config: ModelConfig, sources: SourceTensors, reader
     if blip2:
         model.language_model = language
     else:
-        model.model.language_model, model.lm_head = language.model, language.lm_head
+        model.model.language_model, model.lm_head = language.base_model, language.get_output_embeddings()
     modules = {"projector.": connector}
     if blip2:
         model.language_projection = connector

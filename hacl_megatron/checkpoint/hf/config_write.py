@@ -24,10 +24,11 @@ def vocabulary_of_layout(config: ModelConfig, layout: Layout, num_tokens: int | 
     Within one layout nothing changes. From the original layout to HF's, `<image>` and `<pad>` get the first ids behind
     the tokenizer's; where the rows do not reach that far they are rounded up to 64 (32000 -> 32064, as the published
     conversions have it). The other way, the rows from there on are cut (32064 -> 32000) when they are such a tail; a
-    vocabulary that holds `<image>` within itself keeps it.
+    vocabulary that holds `<image>` within itself, or among the tokenizer's own pieces, keeps it.
 
     Args:
-        num_tokens: length of the tokenizer that goes along. Default: as many as rows.
+        num_tokens: length of the tokenizer that goes along, to the original layout without what was added to it.
+            Default: as many as rows, and to the original layout any.
     """
     rows, extra = config.language.vocab_size, config.extra
     image, pad = extra.get("image_token_index"), extra.get("pad_token_id")
@@ -36,9 +37,10 @@ def vocabulary_of_layout(config: ModelConfig, layout: Layout, num_tokens: int | 
             return Vocabulary(rows, image, pad)
         image = min(rows, num_tokens or rows)
         return Vocabulary(rows if image + 2 <= rows else (image + 2 + 63) // 64 * 64, image, image + 1)
-    if image is None or rows - image > 64:
+    behind = max(rows - 64, num_tokens or 0)
+    if image is None or image < behind:
         return Vocabulary(rows, None, pad)
-    if pad is not None and rows - pad <= 64:
+    if pad is not None and pad >= behind:
         image = min(image, pad)
     return Vocabulary(image, None, 0)
 

@@ -21,7 +21,13 @@ TOKENIZER_FILES = (
 
 
 def count_tokens(assets: Path | None, config: ModelConfig, layout: Layout) -> int | None:
-    """Id that the carried tokenizer has for `<image>` or would give it; None where the model's config states it."""
+    """Id that the carried tokenizer has for `<image>` or would give it; None where the model's config states it.
+
+    To the original layout, the pieces of the tokenizer itself, without added ones; None where its file does not say.
+    """
+    if layout == "llava" and "image_token_index" in config.extra:
+        pieces = _read_if_there(assets, "tokenizer.json").get("model", {}).get("vocab")
+        return max(pieces.values()) + 1 if isinstance(pieces, dict) and pieces else None
     if assets is None or layout != "hf" or "image_token_index" in config.extra:
         return None
     tokenizer = _load_tokenizer(assets)

@@ -289,6 +289,19 @@ def test_rows_and_special_tokens_of_each_layout(rows, extra, num_tokens, hf, lla
     assert tuple(vocabulary_of_layout(config, "llava")) == llava
 
 
+@pytest.mark.parametrize("rows, image, pad, pieces, llava", [
+    (331, 320, 321, 320, (320, None, 0)),
+    (331, 319, 321, 320, (331, None, 321)),  # <image> is a piece of the tokenizer
+    (331, 321, 300, 320, (321, None, 0)),  # <pad> is one
+    (331, 3, 321, 320, (331, None, 321)),
+    (50, 3, 48, 40, (50, None, 48)),
+])  # fmt: skip
+def test_no_row_of_the_tokenizers_own_pieces_is_cut(rows, image, pad, pieces, llava):
+    """Catches a cut from wherever `<image>` or `<pad>` lies among the last 64 rows, with the pieces behind it."""
+    config = with_vocabulary(rows, image_token_index=image, pad_token_id=pad)
+    assert tuple(vocabulary_of_layout(config, "llava", pieces)) == llava
+
+
 def test_known_towers_have_every_size():
     for values in CLIP.published.values():
         config = CLIPVisionConfig(**values)

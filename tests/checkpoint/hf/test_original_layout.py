@@ -26,6 +26,7 @@ from tests.checkpoint.rank_modules import import_everywhere
 from tests.tiny import (
     LLAMA3_ROPE_SCALING,
     tiny_llava_config,
+    write_tiny_llava,
     write_tiny_original_llava,
 )
 
@@ -131,3 +132,16 @@ def test_from_the_original_layout_to_hf_and_back(tmp_path):
     tokenizer = LlamaTokenizer.from_pretrained(out)
     assert len(tokenizer) == 320 and tokenizer("<image>")["input_ids"] != [1, 320]
     assert read_model_config(source).language == config.language
+
+
+def test_an_image_token_among_the_pieces_keeps_every_row(tmp_path):
+    """Catches an export to the original layout that cuts rows of ordinary tokens behind such an id."""
+    source = write_tiny_llava(tmp_path / "in", layers=1, vision_layers=2)
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_index": 300}))
+    write_heads(source)
+    config = read_model_config(source)
+    imported, carried, out = import_everywhere(source, config), carried_of(source, config), tmp_path / "out"
+    export_hf(imported.provider, config, out, layout="llava", dtype=torch.float32, assets=source, carried=carried)
+    (embedding,) = (value for name, value in all_tensors(out).items() if name.endswith("embed_tokens.weight"))
+    assert len(embedding) == 331 and json.loads((out / "config.json").read_text())["vocab_size"] == 331
