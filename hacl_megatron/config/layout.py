@@ -2,6 +2,8 @@
 
 import os
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 
 from hacl_megatron.config.checks.require import require
 from hacl_megatron.config.run import RunConfig
@@ -60,6 +62,15 @@ class Layout:
             global_batch_size=batch,
             num_micro_batches=None if by_tokens else batch // (micro * dp),
         )
+
+
+def iterations_of_epochs(epochs: float, num_samples: int, batch: int, *, done: int = 0, drawn: int = 0) -> int:
+    """The iteration at which `epochs` passes over `num_samples` are drawn, where `done` iterations have drawn `drawn`.
+
+    Never less than `done`. 4 epochs of 16 samples, half of them drawn in 4 iterations of 8, the rest in 2 of 16: 6.
+    """
+    wanted = Fraction(str(epochs)) * num_samples  # as written: the float 1.1 times 10 is more than 11
+    return done + max(0, ceil((wanted - drawn) / batch))
 
 
 def world_size_from_environment() -> int:

@@ -1,7 +1,6 @@
 """Puts the parts of a plan together: parameters, memory of every pipeline stage, time, checkpoint sizes."""
 
 from dataclasses import dataclass, replace
-from math import ceil
 
 from hacl_megatron.assemble.parameters import (
     PlannedParameter,
@@ -10,7 +9,7 @@ from hacl_megatron.assemble.parameters import (
     stage_parameters,
     whole_model,
 )
-from hacl_megatron.config.layout import Layout
+from hacl_megatron.config.layout import Layout, iterations_of_epochs
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.objective.row_blocks import BLOCK_BYTES
 from hacl_megatron.plan.activations import stage_activations
@@ -109,7 +108,7 @@ class Plan:
             return training.train_iters
         if self.samples.num_samples is None:
             return None
-        return ceil(training.num_train_epochs * self.samples.num_samples / self.layout.global_batch_size)
+        return iterations_of_epochs(training.num_train_epochs, self.samples.num_samples, self.layout.global_batch_size)
 
     @property
     def seconds(self) -> float | None:

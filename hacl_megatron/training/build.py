@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,12 @@ from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.loop import Trainer
 from hacl_megatron.training.packs import pack_plan
 from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE
+from hacl_megatron.training.reporting.changes import nothing_left, what_differs
 from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
 from hacl_megatron.training.reporting.profiling import ProfileWindow
 from hacl_megatron.training.reporting.status import write_status
 from hacl_megatron.training.saving import Saving
+from hacl_megatron.training.schedule import RunLength
 from hacl_megatron.training.state import Progress, StartingPoint, restore_run, saved_progress
 from hacl_megatron.training.trainee import Trainee, build_trainee, check_configurations
 from hacl_megatron.training.validation import Validation
@@ -109,24 +110,33 @@ def build_trainer(
     tokenizer = load_tokenizer(config.model.tokenizer or assets) if run.reads_data else None
     loader = open_loader(run, tokenizer, data_state=data_state) if run.reads_data else None
     num_samples = _from_rank_0(loader.num_samples if loader is not None else None)
-    train_iters = config.training.train_iters
-    if train_iters is None:
-        train_iters = ceil(config.training.num_train_epochs * num_samples / layout.global_batch_size)
+    length = RunLength.of(
+        config.training,
+        num_samples=num_samples,
+        batch=layout.global_batch_size,
+        iteration=progress.iteration,
+        drawn=progress.drawn_samples,
+        samples_a_step=progress.samples_a_step,
+    )
+    progress.samples_a_step = length.samples_a_step
 
     module = build_module(config, run.groups, device)
-    said = None if resume_from is not None else load_pretrained(module, config)
-    trainee = build_trainee(module, config, train_iters)
+    said = [] if resume_from is not None else [load_pretrained(module, config)]
+    trainee = build_trainee(module, config, length.steps)
     if resume_from is not None:
-        note = restore_run(trainee, resume_from)
-        said = f"resumed iteration {progress.iteration} from {resume_from}" + (f"; {note}" if note else "")
+        notes = restore_run(trainee, resume_from, length)
+        said = [f"resumed iteration {progress.iteration} from {resume_from}"]
+        said += [*what_differs(resume_from, config, layout), *notes]
+        if length.train_iters == progress.iteration:
+            said.append(nothing_left(config.training, progress, num_samples))
 
     validation = _open_validation(run, trainee, tokenizer)
-    log = _open_log(run, progress.iteration, train_iters, num_samples, said) if dist.get_rank() == 0 else None
+    log = _open_log(run, progress.iteration, length.train_iters, num_samples, said) if dist.get_rank() == 0 else None
     hf_model = config.architecture if start_from.starts_from_hf(config, resume_from) else None
     return Trainer(
         run,
         trainee,
-        StartingPoint(progress=progress, data_state=data_state or {}, num_samples=num_samples, train_iters=train_iters),
+        StartingPoint(progress=progress, data_state=data_state or {}, num_samples=num_samples, length=length),
         loader=loader,
         validation=validation,
         saving=Saving(
@@ -212,7 +222,7 @@ def _tensorboard_dir(config: RunConfig) -> Path | None:
     return Path(folder) if folder else None
 
 
-def _open_log(run: Run, iteration: int, train_iters: int, num_samples: int, said: str | None) -> MetricsLog:
+def _open_log(run: Run, iteration: int, train_iters: int, num_samples: int, said: list[str]) -> MetricsLog:
     """The run's log, with what is to be known at its start said; a resumed run's lines beyond `iteration` are gone."""
     config, layout = run.config, run.layout
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
@@ -228,7 +238,7 @@ def _open_log(run: Run, iteration: int, train_iters: int, num_samples: int, said
         wandb_dir=save,
         config=asdict(config),
     )
-    log.say(f"{said}\n{trained_and_frozen(whole_model(config))}")
+    log.say("\n".join([*said, trained_and_frozen(whole_model(config))]))
     log.say(
         f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {run.device.type}, "
         f"{layout.global_batch_size} samples a step, {num_samples} an epoch, {train_iters} iterations"

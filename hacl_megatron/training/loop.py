@@ -73,7 +73,7 @@ class Trainer:
     ) -> None:
         self.run, self.config = run, run.config
         self.trainee, self.progress, self.data_state = trainee, start.progress, start.data_state
-        self.num_samples, self.train_iters = start.num_samples, start.train_iters
+        self.num_samples, self.length, self.train_iters = start.num_samples, start.length, start.length.train_iters
         self.loader, self.validation, self.saving = loader, validation, saving
         self.log, self.profile, self.beat = log, profile, beat
         self.stop_requests = StopRequests(self.config.training.exit_duration_in_mins)
@@ -87,9 +87,11 @@ class Trainer:
         """Train to the last iteration (None), or until something asks to stop (what it was)."""
         batches = iter(self.loader) if self.loader is not None else None
         stop = upcoming = None
+        first = self.progress.iteration
         while self.progress.iteration < self.train_iters and stop is None:
             self.beat()
             iteration = self.progress.iteration + 1
+            step_of_schedule = self.length.position + (iteration - first) * self.length.increment
             is_logged = self._is_logged(iteration)
             self.profile.begin(iteration)
             started = time.perf_counter()
@@ -99,7 +101,9 @@ class Trainer:
                 losses = self.step.forward_backward(
                     micro_batches,
                     received.counts,
-                    contrastive_weight=contrastive_weight_at(self.config.objective, iteration, self.train_iters),
+                    contrastive_weight=contrastive_weight_at(
+                        self.config.objective, step_of_schedule, self.length.steps
+                    ),
                     timed=is_logged,
                     first_features=received.first_features,
                 )
@@ -161,7 +165,7 @@ class Trainer:
         if step_batches is not None:
             self.data_state = step_batches.data_state
         if result.applied:
-            self.trainee.scheduler.step(increment=1)
+            self.trainee.scheduler.step(increment=self.length.increment)
             progress.consecutive_skips = 0
         else:
             progress.skipped_steps += 1

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from hacl_megatron.config.flags import ObjectiveFlags, OptimizerFlags
+from hacl_megatron.config.flags import ObjectiveFlags, OptimizerFlags, TrainingFlags
+from hacl_megatron.config.layout import iterations_of_epochs
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.sections import megatron_fields, refusals_of
 from hacl_megatron.objective.contrastive import clamp_temperature_
@@ -136,35 +139,116 @@ def _inner_state(state: dict[str, Any]) -> dict[str, Any]:
     return state.get("optimizer", state)
 
 
-def build_scheduler(optimizer: MegatronOptimizer, flags: OptimizerFlags, train_iters: int) -> OptimizerParamScheduler:
-    """Linear warm-up over `lr_warmup_fraction` of the iterations, then decay to `min_lr` at the last. Unit: steps."""
+@dataclass(frozen=True, kw_only=True)
+class RunLength:
+    """How far a run goes, and how its schedules (learning rate, lambda) count the way.
+
+    A run of `--train-iters` counts iterations. One of `--num-train-epochs` counts samples, in steps of the batch that
+    it began with, so that it goes on where it was at another batch size: stopped after 4 of 8 iterations of 8 samples
+    and resumed at 16, it is at step 4 of 8, and each of the 2 iterations that are left makes 2 steps. All of these
+    are whole numbers, and the rates the very same, while the batch is one size.
+    """
+
+    train_iters: int
+    """The last iteration."""
+    steps: float
+    """Of the schedule, in all."""
+    increment: float = 1
+    """Steps of the schedule that an iteration makes."""
+    position: float = 0
+    """Steps of the schedule behind this run when it starts, skipped ones included."""
+    samples_a_step: float | None = None
+    """None where iterations are counted."""
+    rate_scale: float = 1
+    """What the steps that the saved learning rate has made are to be multiplied by."""
+
+    @classmethod
+    def of(
+        cls,
+        flags: TrainingFlags,
+        *,
+        num_samples: int,
+        batch: int,
+        iteration: int = 0,
+        drawn: int = 0,
+        samples_a_step: float | None = None,
+    ) -> "RunLength":
+        """For a run that starts after `iteration` iterations which drew `drawn` samples.
+
+        Args:
+            num_samples: of an epoch.
+            batch: this run's global batch size.
+            samples_a_step: as the checkpoint has it, None where that counted iterations or its writer knew no other
+                way: their batch, or the mean of several, is a step then.
+        """
+        saved_position = iteration if samples_a_step is None else _quotient(drawn, samples_a_step)
+        if flags.train_iters is not None:
+            return cls(
+                train_iters=max(flags.train_iters, iteration),
+                steps=max(flags.train_iters, iteration),
+                position=iteration,
+                rate_scale=_quotient(iteration, saved_position) if iteration else 1,
+            )
+        if samples_a_step is None:
+            samples_a_step = _quotient(drawn, iteration) if iteration else batch
+        end = iterations_of_epochs(flags.num_train_epochs, num_samples, batch, done=iteration, drawn=drawn)
+        return cls(
+            train_iters=end,
+            steps=_quotient(drawn + (end - iteration) * batch, samples_a_step),
+            increment=_quotient(batch, samples_a_step),
+            position=saved_position,
+            samples_a_step=samples_a_step,
+        )
+
+
+def _quotient(dividend: float, divisor: float) -> float:
+    """An int where it is whole."""
+    return dividend / divisor if dividend % divisor else int(dividend // divisor)
+
+
+def build_scheduler(optimizer: MegatronOptimizer, flags: OptimizerFlags, steps: float) -> OptimizerParamScheduler:
+    """Linear warm-up over `lr_warmup_fraction` of the `steps`, then decay to `min_lr` at the last (`RunLength`)."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=flags.lr,
         min_lr=flags.min_lr,
-        lr_warmup_steps=int(flags.lr_warmup_fraction * train_iters),
-        lr_decay_steps=train_iters,
+        lr_warmup_steps=int(flags.lr_warmup_fraction * steps),
+        lr_decay_steps=steps,
         lr_decay_style=flags.lr_decay_style,
         start_wd=flags.weight_decay,
         end_wd=flags.weight_decay,
-        wd_incr_steps=train_iters,
+        wd_incr_steps=steps,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
 
 
-def contrastive_weight_at(flags: ObjectiveFlags, iteration: int, train_iters: int) -> float:
-    """Lambda at an iteration, counted from 1: over `contrastive_warmup_fraction` of them it rises to its value.
+def contrastive_weight_at(flags: ObjectiveFlags, step: float, steps: float) -> float:
+    """Lambda at a step of the schedule, counted from 1: over `contrastive_warmup_fraction` of them it rises.
 
     Geometrically, from a ten-thousandth. The heads learn meanwhile at their full rate, since Adam divides by the
     gradient's size; the connector hears of them once they know something and L_G has taught it the model's words.
     """
-    steps = int(flags.contrastive_warmup_fraction * train_iters)
-    return flags.contrastive_weight * 10.0 ** min(0.0, 4.0 * (iteration / max(steps, 1) - 1.0))
+    warmup = int(flags.contrastive_warmup_fraction * steps)
+    return flags.contrastive_weight * 10.0 ** min(0.0, 4.0 * (step / max(warmup, 1) - 1.0))
 
 
 def default_learning_rate(scheduler: OptimizerParamScheduler) -> float:
     """What `--lr` comes to in the next step, for the log; also where every group that trains has a rate of its own."""
     return scheduler.get_lr({})
+
+
+def load_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any], length: RunLength) -> str | None:
+    """Go on from a saved schedule's position, by this run's flags; a line where that makes the learning rate jump."""
+    before = copy(scheduler)
+    vars(before).update((name, value) for name, value in saved.items() if name in vars(before))
+    scheduler.load_state_dict({**saved, "num_steps": saved["num_steps"] * length.rate_scale})
+    was, now = default_learning_rate(before), default_learning_rate(scheduler)
+    if abs(now - was) <= 1e-6 * max(was, now):
+        return None
+    return (
+        f"learning rate: the saved run's schedule stood at {was:.3g}, this run's stands at {now:.3g} in the same "
+        f"place; it ends at iteration {length.train_iters}, by this run's rates and length"
+    )

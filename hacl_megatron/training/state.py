@@ -18,7 +18,14 @@ from hacl_megatron.checkpoint.run.load import load_checkpoint, load_common_state
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.optimizer_shards import ShardsToLoad, shards_to_save
-from hacl_megatron.training.schedule import groups_kept, load_optimizer, optimizer_parts, without_groups
+from hacl_megatron.training.schedule import (
+    RunLength,
+    groups_kept,
+    load_optimizer,
+    load_schedule,
+    optimizer_parts,
+    without_groups,
+)
 from hacl_megatron.training.trainee import Trainee
 
 
@@ -39,6 +46,8 @@ class Progress:
     skipped_steps: int = 0
     """Steps not applied because loss or gradients were not finite."""
     consecutive_skips: int = 0
+    samples_a_step: float | None = None
+    """`RunLength.samples_a_step`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +59,7 @@ class StartingPoint:
     """Of the sampler; {} at the start of a run."""
     num_samples: int
     """Samples of an epoch."""
-    train_iters: int
-    """The last iteration."""
+    length: RunLength
 
 
 def run_state(trainee: Trainee, progress: Progress, data_state: dict[str, Any]) -> dict[str, Any]:
@@ -90,14 +98,14 @@ def saved_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
     return Progress(**common["progress"]), common["data_state"]
 
 
-def restore_run(trainee: Trainee, folder: Path) -> str | None:
+def restore_run(trainee: Trainee, folder: Path, length: RunLength) -> list[str]:
     """Load weights, optimiser, schedule, queue of negatives and, at the same layout, random states from a checkpoint.
 
     A run that goes on with a queue where there was none starts it empty. Layers' extra states that the checkpoint lacks
     start fresh, and what it has beside this model's is passed over.
 
     Returns:
-        A line for the user on FP8 scales that were not there or are of no use.
+        Lines for the user: on FP8 scales that were not there or are of no use, on a learning rate that jumps.
 
     Raises:
         ValueError: the checkpoint is damaged, of another model, or its optimiser state of another kind.
@@ -137,10 +145,10 @@ def restore_run(trainee: Trainee, folder: Path) -> str | None:
     if "queue" in state:
         trainee.queue.load_state_dict(state["queue"])
     # After the groups, so that the schedule computes each one's rate.
-    trainee.scheduler.load_state_dict(state["scheduler"])
+    jump = load_schedule(trainee.scheduler, state["scheduler"], length)
     if same_layout:
         _restore_random_states(state["random_states"])
-    return note
+    return [line for line in (note, jump) if line is not None]
 
 
 def _load_weights(module: HaclModel, weights: dict[str, Any]) -> str | None:

@@ -56,8 +56,8 @@ class Trainee:
                     self.model.param_to_bucket_group[parameter].finish_param_sync()
 
 
-def build_trainee(module: HaclModel, config: RunConfig, train_iters: int) -> Trainee:
-    """Freeze, wrap and give `module` its optimiser and schedule."""
+def build_trainee(module: HaclModel, config: RunConfig, train_iters: float) -> Trainee:
+    """Freeze, wrap and give `module` its optimiser and a schedule over `train_iters` steps (`RunLength.steps`)."""
     flags, groups = config.model, module.groups
     module.freeze(
         language_model=config.language_model_is_frozen, vision_tower=flags.freeze_ViT, qformer=flags.freeze_qformer
