@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -73,6 +73,7 @@ class Trainer:
     ) -> None:
         self.run, self.config = run, run.config
         self.trainee, self.progress, self.data_state = trainee, start.progress, start.data_state
+        self._resumed = replace(start.progress)
         self.num_samples, self.length, self.train_iters = start.num_samples, start.length, start.length.train_iters
         self.loader, self.validation, self.saving = loader, validation, saving
         self.log, self.profile, self.beat = log, profile, beat
@@ -207,13 +208,17 @@ class Trainer:
 
     def _give_up_if_hopeless(self) -> None:
         progress, limit, save = self.progress, self.config.data.max_bad_fraction, self.config.checkpoint.save
-        judged = progress.drawn_samples >= min(_BAD_FRACTION_MIN_SAMPLES, self.num_samples)
-        if judged and progress.bad_samples > limit * progress.drawn_samples:
+        # From the resume on: whoever resumes may have mended the data.
+        since = self._resumed.iteration
+        drawn = progress.drawn_samples - self._resumed.drawn_samples
+        bad = progress.bad_samples - self._resumed.bad_samples
+        if drawn >= min(_BAD_FRACTION_MIN_SAMPLES, self.num_samples) and bad > limit * drawn:
             self._save(finish=True)
             where = Path(save) / BAD_SAMPLES_FILE if save else "the log"
             raise TrainingStopped(
-                f"{progress.bad_samples} of {progress.drawn_samples} samples were unusable, more than "
+                f"{bad} of {drawn} samples {f'since iteration {since} ' if since else ''}were unusable, more than "
                 f"--max-bad-fraction {limit}: see {where}, mend the data or raise the limit"
+                + (f" ({progress.bad_samples} of {progress.drawn_samples} in the whole run)" if since else "")
             )
         skips = progress.consecutive_skips
         if skips > self.config.optimizer.max_skipped_steps:
