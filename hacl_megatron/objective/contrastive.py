@@ -50,9 +50,10 @@ class ContrastiveTerms:
     correct_i2t_sum: Tensor
     """Pairs whose image is nearest, among the pool's captions, to its own caption or to that of a duplicate pair."""
     margin_sum: Tensor
-    """Σ of v·t - v·u (cosines, not divided by τ) over the pairs' own hallucinated captions."""
+    """Σ of v·t - v·u (cosines, not divided by τ) over the pairs' own hallucinated captions that differ from theirs."""
     margin_count: Tensor
-    """Hallucinated captions of this rank's pairs."""
+    """Hallucinated captions of this rank's pairs; with `mask_duplicates`, here and below, those alone that differ from
+    their caption."""
     hallucination_correct_sum: Tensor
     """Pairs with v·t above v·u for every own hallucinated caption, of which there is at least one."""
     hallucination_pairs: Tensor
@@ -124,7 +125,7 @@ def contrastive_loss(
         text_to_image_sum=text_to_image_sum,
         correct_i2t_sum=correct_sum,
         pairs=correct_sum.new_full((), local.num_pairs),
-        **_hallucination_metrics(local),
+        **_hallucination_metrics(local, keys, mask_duplicates=mask_duplicates),
     )
 
 
@@ -154,16 +155,23 @@ def _retrieval_hits(nearest: Tensor, local: _Keys, pairs: Sequence[_Keys], first
 
 
 @torch.no_grad()
-def _hallucination_metrics(local: PairEmbeddings) -> dict[str, Tensor]:
-    """Metrics of each pair against its own hallucinated captions, whatever the loss uses as negatives."""
+def _hallucination_metrics(local: PairEmbeddings, keys: _Keys, *, mask_duplicates: bool) -> dict[str, Tensor]:
+    """Metrics of each pair against its own hallucinated captions, whatever the loss uses as negatives.
+
+    With `mask_duplicates`, one whose tokens are the caption's own does not count: nothing could tell the two apart.
+    """
     owner = to_device(local.hallucinated_owner, local.image.device)
     to_caption = (local.image * local.caption).sum(1)  # [N]
     to_hallucinated = (local.image[owner] * local.hallucinated).sum(1)  # [M]
-    nearest = torch.full_like(to_caption, float("-inf")).scatter_reduce(0, owner, to_hallucinated, "amax")
+    counts = torch.ones_like(owner, dtype=torch.bool)
+    if mask_duplicates:
+        counts = keys.hallucinated != keys.caption[owner]
+    compared = to_hallucinated.masked_fill(~counts, float("-inf"))
+    nearest = torch.full_like(to_caption, float("-inf")).scatter_reduce(0, owner, compared, "amax")
     has_hallucinated = nearest > float("-inf")
     return {
-        "margin_sum": (to_caption[owner] - to_hallucinated).sum(),
-        "margin_count": to_caption.new_full((), local.num_hallucinated),
+        "margin_sum": (to_caption[owner] - to_hallucinated).masked_fill(~counts, 0.0).sum(),
+        "margin_count": counts.sum().to(to_caption.dtype),
         "hallucination_correct_sum": ((to_caption > nearest) & has_hallucinated).sum().to(to_caption.dtype),
         "hallucination_pairs": has_hallucinated.sum().to(to_caption.dtype),
     }

@@ -34,7 +34,7 @@ def losses_by_loops(
     return image_to_text, text_to_image
 
 
-def metrics_by_loops(pairs: PairEmbeddings, start: int, stop: int) -> dict[str, float]:
+def metrics_by_loops(pairs: PairEmbeddings, start: int, stop: int, *, mask_duplicates: bool = True) -> dict[str, float]:
     """The metric sums of pairs `start` to `stop` against the whole batch."""
     sums = dict.fromkeys(
         ("correct_i2t_sum", "margin_sum", "margin_count", "hallucination_correct_sum", "hallucination_pairs"), 0.0
@@ -48,7 +48,9 @@ def metrics_by_loops(pairs: PairEmbeddings, start: int, stop: int) -> dict[str, 
             or pairs.caption_keys[best] == pairs.caption_keys[i]
             or pairs.image_keys[best] == pairs.image_keys[i]
         )
-        own = [float(v.dot(u)) for u, j in zip(pairs.hallucinated, pairs.hallucinated_owner, strict=True) if j == i]
+        twins = zip(pairs.hallucinated, pairs.hallucinated_keys, pairs.hallucinated_owner, strict=True)
+        equal = pairs.caption_keys[i] if mask_duplicates else None
+        own = [float(v.dot(u)) for u, key, j in twins if j == i and (equal is None or key != equal)]
         sums["margin_sum"] += sum(scores[i] - score for score in own)
         sums["margin_count"] += len(own)
         sums["hallucination_correct_sum"] += float(bool(own) and all(scores[i] > score for score in own))

@@ -117,7 +117,8 @@ def test_metrics_are_counted_over_own_rows(world_size: int, name: str) -> None:
     batch = global_batch(case)
     for rank, result in enumerate(ranks):
         pairs, _ = rank_rows(case, world_size, rank)
-        expected = metrics_by_loops(batch, pairs.start, pairs.stop) | {"pairs": float(pairs.stop - pairs.start)}
+        expected = metrics_by_loops(batch, pairs.start, pairs.stop, mask_duplicates=case.mask_duplicates)
+        expected["pairs"] = float(pairs.stop - pairs.start)
         actual = {metric: float(result["terms"][metric]) for metric in expected}
         assert actual == pytest.approx(expected, abs=1e-6)  # of cosines, so no 1/τ in the error
         assert [metric for metric in expected if result["needs_gradient"][metric]] == []
@@ -131,6 +132,9 @@ def test_the_cases_tell_right_from_wrong() -> None:
     num_own_nearest = int(((batch.image @ batch.caption.T).argmax(1) == torch.arange(batch.num_pairs)).sum())
     assert 0 < num_own_nearest < metrics["correct_i2t_sum"] < batch.num_pairs  # some only by a duplicate
     assert 0 < metrics["hallucination_correct_sum"] < metrics["hallucination_pairs"] < batch.num_pairs
+    # One pair's own hallucinated caption is its caption, and counts where it is not masked alone.
+    assert metrics_by_loops(batch, 0, batch.num_pairs, mask_duplicates=False)["margin_count"] == 9
+    assert metrics["margin_count"] == 8
     losses = set()
     for case in cases:
         image_to_text, text_to_image = losses_by_loops(
