@@ -47,6 +47,8 @@ class _Drawn:
     """The image's bytes and key, being read; None for a text-only sample."""
     image_key: int | None = None
     bad: BadSample | None = None
+    left_out: bool = False
+    """An empty slot behind the end of the only epoch."""
 
     def refuse(self, source: str, error: object) -> None:
         """Makes it a bad sample: an empty slot, and a record of why."""
@@ -75,6 +77,7 @@ class StepMaker:
         sampler: what is drawn, at which global batch size.
         pad_multiple: every pack's number of rows is a multiple of it.
         io_threads: threads that read files, this step's and the next one's.
+        one_epoch: slots beyond the first epoch stay empty.
 
     Raises ValueError when the global batch does not divide into the ranks' micro-batches.
     """
@@ -93,6 +96,7 @@ class StepMaker:
         data_parallel_size: int,
         pad_multiple: int,
         io_threads: int,
+        one_epoch: bool = False,
     ) -> None:
         self.sampler = sampler
         self.store = store
@@ -100,6 +104,7 @@ class StepMaker:
         self.tokenizer = tokenizer
         self.settings = settings
         self.pad_multiple = pad_multiple
+        self.one_epoch = one_epoch
         self.micro_batching = micro_batching
         self.data_parallel_rank = data_parallel_rank
         self.data_parallel_size = data_parallel_size
@@ -144,7 +149,7 @@ class StepMaker:
         several = len(global_batch) > settings.micro_batch_size
         if settings.micro_batch_tokens is not None or (settings.balance and several):
             # Every rank needs every sample's length, so it encodes them all; it reads the images of its own alone.
-            drawn = [_Drawn(sample_id, self._files.sample(sample_id)) for _, sample_id in global_batch]
+            drawn = [self._drawn(*draw) for draw in global_batch]
             for item in drawn:
                 self._encode(item)
             main = settings.plan(1).main
@@ -153,14 +158,13 @@ class StepMaker:
             micro_batches = [[drawn[at] for at in micro_batch] for micro_batch in shares]
             for micro_batch in micro_batches:
                 for item in micro_batch:
-                    item.file = self._files.read(item.sample)
+                    self._read(item)
             return micro_batches
         shares = self._assign([1] * len(global_batch))
-        ids = [[global_batch[at][1] for at in micro_batch] for micro_batch in shares]
-        micro_batches = [[_Drawn(at, self._files.sample(at)) for at in micro_batch] for micro_batch in ids]
+        micro_batches = [[self._drawn(*global_batch[at]) for at in micro_batch] for micro_batch in shares]
         own = [item for micro_batch in micro_batches for item in micro_batch]
         for item in own:
-            item.file = self._files.read(item.sample)
+            self._read(item)
         for item in own:  # while the readers read
             self._encode(item)
         return micro_batches
@@ -176,7 +180,17 @@ class StepMaker:
             ranks = in_order(len(costs), micro_batch_size=settings.micro_batch_size, data_parallel_size=size)
         return ranks[self.data_parallel_rank]
 
+    def _drawn(self, epoch: int, sample_id: int) -> _Drawn:
+        left_out = self.one_epoch and epoch > 0
+        return _Drawn(sample_id, self._files.sample(sample_id), left_out=left_out)
+
+    def _read(self, drawn: _Drawn) -> None:
+        if not drawn.left_out:
+            drawn.file = self._files.read(drawn.sample)
+
     def _encode(self, drawn: _Drawn) -> None:
+        if drawn.left_out:
+            return
         try:
             drawn.encoded = encode(drawn.sample, self.tokenizer, self.settings)
         except UnusableSample as error:
@@ -346,7 +360,7 @@ def build_loader(
     """The loader of one data-parallel rank over LLaVA JSON files or prepared folders, going on from `data_state`.
 
     Mixture, groups and blocks hold where samples are shuffled: with `for_validation`, `--valid-data-path` is read in
-    the files' order, without pairs of `--contrastive-data-path`.
+    the files' order, without pairs of `--contrastive-data-path`, and but once: slots beyond its end are empty.
     `decode_device="mixed"` lets DALI, where it is the back end, decode on the current CUDA device; pixels come back to
     the host all the same.
     Raises ValueError for whatever is wrong with files, folder, sizes, state or back end, before any thread starts.
@@ -386,6 +400,7 @@ def build_loader(
         data_parallel_size=data_parallel_size,
         pad_multiple=pad_multiple,
         io_threads=data.io_threads,
+        one_epoch=for_validation,
     )
     return StepLoader(
         maker.make,

@@ -190,6 +190,7 @@ def _open_validation(run: Run, trainee: Trainee, tokenizer: Tokenizer | None) ->
     return Validation(
         partial(open_loader, run, tokenizer, for_validation=True) if run.reads_data else lambda: None,
         num_batches=config.training.eval_iters,
+        batch_size=run.layout.global_batch_size,
         evaluate_tasks=_open_tasks(run, trainee, tokenizer) if config.training.eval_tasks else None,
     )
 

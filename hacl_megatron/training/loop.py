@@ -246,7 +246,7 @@ class Trainer:
         if self.validation is None:
             return {}
         self.trainee.gather_parameters()  # packs without images leave modules out, on some ranks and not on others
-        means = self.validation(self.step, self.beat)
+        means = self.validation(self.step, self.beat, self._say)
         self._say(f"validation at {self.progress.iteration}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
         return {f"{tag} validation": value for tag, value in means.items()}
 

@@ -1,6 +1,9 @@
 """Validation between two steps: losses on held-out batches, always the same ones, and `--eval-tasks`."""
 
 from collections.abc import Callable
+from math import ceil
+
+import torch.distributed as dist
 
 from hacl_megatron.data.loader import StepLoader
 from hacl_megatron.training.reporting.scalars import mean_losses
@@ -12,7 +15,8 @@ class Validation:
 
     Args:
         make_loader: gives a loader that starts at the first validation sample, None on the ranks that read no data.
-        num_batches: `--eval-iters`.
+        num_batches: `--eval-iters`; fewer are made where the samples end before.
+        batch_size: samples of each, over all ranks.
         evaluate_tasks: `--eval-tasks`: further scalars, on the rank with the log.
     """
 
@@ -21,16 +25,19 @@ class Validation:
         make_loader: Callable[[], StepLoader | None],
         *,
         num_batches: int,
+        batch_size: int,
         evaluate_tasks: Callable[[], dict[str, float]] | None,
     ) -> None:
         self._make_loader, self._num_batches, self._evaluate_tasks = make_loader, num_batches, evaluate_tasks
+        self._batch_size = batch_size
+        self._until_end: int | None = None
 
-    def __call__(self, step: Step, beat: Callable[[], None]) -> dict[str, float]:
-        """Means over the batches by tag; `beat` is called behind each batch."""
+    def __call__(self, step: Step, beat: Callable[[], None], say: Callable[[str], None]) -> dict[str, float]:
+        """Means over the batches by tag; `beat` is called behind each batch, `say` shows the user a line."""
         totals: list[tuple[StepMetrics, GlobalCounts]] = []
         loader = self._make_loader()
         try:
-            for _ in range(self._num_batches):
+            for _ in range(self._batches_until_end(loader, say)):
                 micro_batches, counts = step.receive(next(loader) if loader is not None else None)
                 totals.append((step.evaluate(micro_batches, counts), counts))
                 beat()
@@ -41,3 +48,17 @@ class Validation:
         if self._evaluate_tasks is not None:
             means |= self._evaluate_tasks()
         return means
+
+    def _batches_until_end(self, loader: StepLoader | None, say: Callable[[str], None]) -> int:
+        """At most `--eval-iters`, no further than each sample once; the first time, a line where they end before."""
+        if self._until_end is None:
+            box = [None if loader is None else loader.num_samples]
+            dist.broadcast_object_list(box, src=0)
+            self._until_end = min(self._num_batches, ceil(box[0] / self._batch_size))
+            asked = self._num_batches * self._batch_size
+            if asked > box[0]:
+                say(
+                    f"validation ends with the {box[0]} samples of --valid-data-path, after {self._until_end} global "
+                    f"batches; --eval-iters {self._num_batches} asks for {asked} samples"
+                )
+        return self._until_end
