@@ -268,6 +268,8 @@ class StepBatches:
     data_state: dict[str, Any]
     """What `Sampler.load_state_dict` takes; the same on every rank, plain ints and strings only."""
     bad_samples: list[BadSample] = field(default_factory=list)
+    untrained_samples: list[BadSample] = field(default_factory=list)
+    """Samples that were used and train nothing: no target token and no pair."""
     num_tokenization_mismatches: int = 0
     """Dialogues whose labels were all ignored by LLaVA's mismatch rule."""
     num_truncated: int = 0

@@ -71,6 +71,8 @@ class EncodedSample:
     """Whether the dialogue was cut at `model_max_length`."""
     tokenization_mismatch: bool
     """Whether LLaVA's mismatch rule took all labels away."""
+    untrained: str | None = None
+    """Why the sample trains nothing, neither a row of its dialogue nor a pair; None where it trains something."""
 
 
 def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> EncodedSample:
@@ -88,6 +90,7 @@ def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> 
         segments = []  # a caption needs an image to make a pair
     elif segments:
         image_segment = _image_segment(rows, template, tokenizer, settings)
+    untrained = None if segments else _why_untrained(sample, labels, settings.model_max_length, mismatch)
     keys = [rows_key(segment) for segment in segments]
     limit = settings.model_max_length
     return EncodedSample(
@@ -101,7 +104,23 @@ def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> 
         hallucinated_keys=tuple(keys[1:]),
         truncated=len(rows) > limit,
         tokenization_mismatch=mismatch,
+        untrained=untrained,
     )
+
+
+def _why_untrained(sample: Sample, labels: np.ndarray, limit: int, mismatch: bool) -> str | None:
+    """The kind of a dialogue without a target among its first `limit` rows; None where there is one."""
+    if (labels[:limit] != IGNORE).any():
+        return None
+    if not any(value for role, value in sample.conversations if role == "gpt"):
+        return "it has no answer with words"
+    if sample.conversations[-1][0] == "human" and mismatch:
+        return "it ends with a question, and LLaVA's mismatch rule takes all its labels away"
+    if mismatch:
+        return "LLaVA's mismatch rule takes all its labels away: its rounds do not tokenize to the length of the whole"
+    if (labels[limit:] != IGNORE).any():
+        return f"it is cut at --model-max-length {limit}, before any answer"
+    return "no row of it is a target"
 
 
 def rows_key(rows: np.ndarray) -> int:

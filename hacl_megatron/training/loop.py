@@ -15,7 +15,7 @@ from hacl_megatron.data.loader import StepLoader
 from hacl_megatron.platform.device import device_name, memory_in_use
 from hacl_megatron.platform.hardware import peak_flops
 from hacl_megatron.training.flops import step_flops
-from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE, report_bad_samples
+from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE, UntrainedSamples, report_bad_samples
 from hacl_megatron.training.reporting.metrics import MetricsLog
 from hacl_megatron.training.reporting.profiling import ProfileWindow
 from hacl_megatron.training.reporting.scalars import loss_scalars, params_norm
@@ -29,6 +29,8 @@ from hacl_megatron.training.step import GlobalCounts, Step, StepMetrics, UpdateR
 from hacl_megatron.training.trainee import Trainee
 from hacl_megatron.training.validation import Validation
 
+_TARGETLESS_STEPS = 100
+"""So many steps, or an epoch's where those are fewer, may pass before the first target token or pair."""
 _BAD_FRACTION_MIN_SAMPLES = 1000
 """The bad share is judged from here on (or from one epoch of a smaller set): one of the first ten is not 10 %."""
 
@@ -77,6 +79,8 @@ class Trainer:
         self.num_samples, self.length, self.train_iters = start.num_samples, start.length, start.length.train_iters
         self.loader, self.validation, self.saving = loader, validation, saving
         self.log, self.profile, self.beat = log, profile, beat
+        self._untrained = UntrainedSamples(self.config.checkpoint.save, self._say)
+        self._steps, self._has_learnt = 0, False
         self.stop_requests = StopRequests(self.config.training.exit_duration_in_mins)
         self.step = Step(run, trainee)
         self._peak_flops = peak_flops(device_name(run.device), bf16=self.config.model.bf16)
@@ -115,6 +119,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             scalars = self._scalars(metrics, result, micro_batches, seconds) if is_logged else {}
             self._advance(step_batches, result)
+            self._judge_targets(received.counts)
             own = self._own_numbers(micro_batches, waited) if is_logged else None
             stop, ranks = self._end_of_step(step_batches, own)
             self.profile.finish()
@@ -129,6 +134,8 @@ class Trainer:
             stop = stop or self._planned_exit()
             self._give_up_if_hopeless()
         self._save(finish=True)
+        for line in self._untrained.lines():
+            self._say(line)
         self.stop_requests.close()
         if self.progress.iteration >= self.train_iters:
             return None
@@ -183,22 +190,35 @@ class Trainer:
         logged every rank's `own` numbers."""
         reason = self.stop_requests.reason()
         data = step_batches or StepBatches(micro_batches=[], data_state={})
-        local = [len(data.bad_samples), data.num_tokenization_mismatches, data.num_truncated, reason is not None]
+        local = [
+            len(data.bad_samples), len(data.untrained_samples), data.num_tokenization_mismatches, data.num_truncated,
+            reason is not None,
+        ]  # fmt: skip
         if own is not None:
             local += own.slots(dist.get_rank(), dist.get_world_size())
         sums = self.run.groups.sums(local)
-        num_bad, mismatches, truncated, num_reasons = sums[:4]
-        ranks = RankNumbers.of_slots(sums[4:])
+        num_bad, num_untrained, mismatches, truncated, num_reasons = sums[:5]
+        ranks = RankNumbers.of_slots(sums[5:])
         self.progress.tokenization_mismatches += int(mismatches)
         self.progress.truncated_dialogues += int(truncated)
         if num_bad:
             self.progress.bad_samples += int(num_bad)
             report_bad_samples(data.bad_samples, self.progress.iteration, self.config.checkpoint.save, self._say)
+        if num_untrained:
+            self.progress.untrained_samples += int(num_untrained)
+            self._untrained.report(data.untrained_samples, self.progress.iteration)
         if not num_reasons:
             return None, ranks
         reasons: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(reasons, reason)
         return next(text for text in reasons if text is not None), ranks
+
+    def _judge_targets(self, counts: GlobalCounts) -> None:
+        self._steps += 1
+        learns = counts.targets > 0 or counts.pairs > 0
+        self._has_learnt |= learns
+        if not learns:
+            self._say(f"step {self.progress.iteration} trained nothing: its samples have no target token and no pair")
 
     def _planned_exit(self) -> str | None:
         training = self.config.training
@@ -219,6 +239,14 @@ class Trainer:
                 f"{bad} of {drawn} samples {f'since iteration {since} ' if since else ''}were unusable, more than "
                 f"--max-bad-fraction {limit}: see {where}, mend the data or raise the limit"
                 + (f" ({progress.bad_samples} of {progress.drawn_samples} in the whole run)" if since else "")
+            )
+        steps = min(_TARGETLESS_STEPS, -(-self.num_samples // self.run.layout.global_batch_size))
+        if not self._has_learnt and self._steps >= steps and progress.untrained_samples:
+            self._save(finish=True)
+            where = Path(save) / BAD_SAMPLES_FILE if save else "the log"
+            raise TrainingStopped(
+                f"no sample of {self._steps} steps had a target token or a pair, expected answers to train on: see "
+                f"{where}, mend the data or choose another --version"
             )
         skips = progress.consecutive_skips
         if skips > self.config.optimizer.max_skipped_steps:
@@ -290,6 +318,7 @@ class Trainer:
         """What adds up over the run, and what saving cost since it was last logged."""
         counters = {
             "bad-samples": self.progress.bad_samples,
+            "untrained-samples": self.progress.untrained_samples,
             "tokenization-mismatches": self.progress.tokenization_mismatches,
             "truncated-dialogues": self.progress.truncated_dialogues,
         }

@@ -39,6 +39,9 @@ class Progress:
     """Samples drawn from the data so far."""
     bad_samples: int = 0
     """Of these, unusable ones (`bad_samples.jsonl`)."""
+    untrained_samples: int = 0
+    """Of these, usable ones that train nothing: no target token and no pair (`bad_samples.jsonl`, in a class of their
+    own)."""
     tokenization_mismatches: int = 0
     """Dialogues whose labels were all ignored by LLaVA's mismatch rule."""
     truncated_dialogues: int = 0

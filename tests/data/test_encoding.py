@@ -151,6 +151,25 @@ def test_mismatch_ignores_all_labels(tokenizer, turns):
     assert shown(tokenizer, encoded.dialogue)[: len(SYSTEM)] == SYSTEM
 
 
+@pytest.mark.parametrize(
+    ("turns", "limit", "why"),
+    [
+        (("<image>\nis it?",), 512, "no answer with words"),
+        (("<image>\nis it?", ""), 512, "no answer with words"),
+        (("<image>\nis it?", "yes", "is it red?"), 512, "ends with a question"),
+        (("<image>\nis ASSISTANT: red?", "yes"), 512, "do not tokenize to the length"),
+        (("<image>\nis it? is it?", "yes"), 40, "cut at --model-max-length 40, before any answer"),
+        (("<image>\nis it?", "yes"), 512, None),
+    ],
+)
+def test_a_sample_that_trains_nothing_says_of_which_kind(tokenizer, turns, limit, why):
+    settings = dataclasses.replace(V1, model_max_length=limit)
+    encoded = encode(sample(*turns), tokenizer, settings)
+    assert encoded.untrained is None if why is None else why in encoded.untrained
+    # Its pair trains, whatever its dialogue does.
+    assert encode(sample(*turns, caption="a cat"), tokenizer, settings).untrained is None
+
+
 OTHER_VOCABULARIES = {
     "▁USER whole": {"spaced_user_piece": True},
     "▁USER whole, USER not": {"spaced_user_piece": True, "user_piece": False},

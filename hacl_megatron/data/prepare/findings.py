@@ -14,7 +14,7 @@ from hacl_megatron.data.prepare.record_keys import HALLUCINATED_KEY, IMAGE_KEY, 
 NAMED = 3
 """So many records of a kind are named."""
 
-Loss = Literal["image", "image in the dialogue", "hallucinated captions"]
+Loss = Literal["image", "image in the dialogue", "hallucinated captions", "answer"]
 """What a record has that training never sees; `image in the dialogue`: a template that asks for no tag does see it."""
 
 
@@ -56,8 +56,8 @@ class Findings:
                 yield f"{self._share(found)}: {kind}"
 
     def refuse_if_all(self, path: str, without: Container[Loss | None] = ()) -> None:
-        """Raises ValueError where every record of the file `path` loses its image, or its hallucinated captions."""
-        for losses in (("image", "image in the dialogue"), ("hallucinated captions",)):
+        """Raises ValueError where every record of the file `path` loses its image, its twins or its answers."""
+        for losses in (("image", "image in the dialogue"), ("hallucinated captions",), ("answer",)):
             kinds = {k: f for k, f in self._kinds.items() if f.loss in losses and f.loss not in without}
             if self.total and sum(found.records for found in kinds.values()) >= self.total:
                 kind = max(kinds, key=lambda kind: kinds[kind].records)
@@ -114,3 +114,17 @@ def find_unseen(
     elif tagged == [0] and turns[0][0] != "human" and len(turns) > 1:
         kind = f"the {IMAGE_TAG} tag is in a leading {turns[0][0]} turn, which is left out; move it into a question"
         findings.count(kind, name, loss)
+
+
+def find_untrained(record: dict[str, Any], name: str, turns: Sequence[tuple[Any, Any]], findings: Findings) -> None:
+    """Counts a decoded record whose dialogue has nothing to learn, whatever the tokenizer, and no pair beside it."""
+    said = turns[1:] if turns and turns[0][0] != "human" else turns
+    if record.get("text") or record.get(HALLUCINATED_KEY) or not all(isinstance(value, str) for _, value in said):
+        return
+    answers = [value for role, value in said if role == "gpt"]
+    if said and not any(answers):
+        findings.count("no answer, or none with words: it trains nothing", name, "answer")
+    elif said and said[-1][0] == "human":
+        findings.count("ends with a question: --version v1 then trains none of its answers, as LLaVA", name)
+    elif not all(answers):
+        findings.count("an answer is empty: --version v1 then trains none of its answers, as LLaVA", name)

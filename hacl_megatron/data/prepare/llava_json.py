@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hacl_megatron.data.prepare.findings import Findings, find_unseen
+from hacl_megatron.data.prepare.findings import Findings, find_unseen, find_untrained
 from hacl_megatron.data.prepare.record_keys import CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG
 
 LINES_ENDINGS = (".jsonl", ".ndjson")
@@ -355,6 +355,7 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
         turns.append((turn["from"], turn["value"]))
 
     find_unseen(record, name, image, turns, findings)
+    find_untrained(record, name, turns, findings)
     text = value_of(record, "text")
     if text is not None and not isinstance(text, str):
         raise wrong("text", text, "a string, the caption")

@@ -1,6 +1,7 @@
-"""`SAVE/bad_samples.jsonl`: every sample that could not be used, with its file and the reason."""
+"""`SAVE/bad_samples.jsonl`: every sample that could not be used or trained nothing, with its file and the reason."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch.distributed as dist
 from hacl_megatron.batch import BadSample
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
+UNTRAINED = "trains nothing"
+"""`class` of the lines of samples that were used and had no target token and no pair."""
 _SAID = 3
-"""So many of a step are named in the terminal too."""
+"""So many of a step are named in the terminal too; of samples that train nothing, so many of a kind and a run."""
 
 
 def report_bad_samples(bad: list[BadSample], iteration: int, save: str | None, say: Callable[[str], None]) -> None:
@@ -21,20 +24,56 @@ def report_bad_samples(bad: list[BadSample], iteration: int, save: str | None, s
         save: folder of the run, or None.
         say: shows a line to the user; called on rank 0.
     """
-    everywhere: list[list[BadSample] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, bad)
-    if dist.get_rank() != 0:
-        return
-    samples = [sample for part in everywhere for sample in part or []]
+    samples = _of_all_ranks(bad)
     for sample in samples[:_SAID]:
         say(f"bad sample {sample.name}: {sample.source}: {sample.reason}")
-    if save is None:
+    _append(samples, {"iteration": iteration}, save, say)
+
+
+class UntrainedSamples:
+    """Counts the samples that train nothing by their kind, names the first of each, writes them all."""
+
+    def __init__(self, save: str | None, say: Callable[[str], None]) -> None:
+        self._save, self._say = save, say
+        self.kinds: Counter[str] = Counter()
+        """By reason, since this process began; on rank 0."""
+        self._first: dict[str, list[str]] = {}
+
+    def report(self, own: list[BadSample], iteration: int) -> None:
+        """Every rank calls it with its own of a step."""
+        samples = _of_all_ranks(own)
+        for sample in samples:
+            self.kinds[sample.reason] += 1
+            first = self._first.setdefault(sample.reason, [])
+            if len(first) < _SAID:
+                first.append(sample.name)
+                self._say(f"sample {sample.name} trains nothing: {sample.source}: {sample.reason}")
+        _append(samples, {"iteration": iteration, "class": UNTRAINED}, self._save, self._say)
+
+    def lines(self) -> list[str]:
+        """`12 samples (a, b, c, ...) trained nothing: it has no answer with words`, one line a kind."""
+        return [
+            f"{number:,} samples drawn ({', '.join(self._first[kind])}{', ...' if number > _SAID else ''}) trained "
+            f"nothing: {kind}"
+            for kind, number in self.kinds.most_common()
+        ]
+
+
+def _of_all_ranks(own: list[BadSample]) -> list[BadSample]:
+    """All ranks' samples on rank 0, none on the others."""
+    everywhere: list[list[BadSample] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own)
+    return [sample for part in everywhere for sample in part or []] if dist.get_rank() == 0 else []
+
+
+def _append(samples: list[BadSample], facts: dict[str, object], save: str | None, say: Callable[[str], None]) -> None:
+    if save is None or not samples:
         return
     target = Path(save) / BAD_SAMPLES_FILE
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("a", encoding="utf-8") as file:
             for sample in samples:
-                file.write(json.dumps({"iteration": iteration, **asdict(sample)}) + "\n")
+                file.write(json.dumps({**facts, **asdict(sample)}) + "\n")
     except OSError as error:  # a full disk is no reason to end a run
         say(f"{len(samples)} bad samples are not in {target}: {error}")

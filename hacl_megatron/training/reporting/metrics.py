@@ -48,7 +48,11 @@ _PAGE = {
         "learning rate": ["learning-rate"],
         "gradient norm": ["grad-norm"],
         "parameter norm": ["params-norm"],
-        "skipped steps and unusable samples": ["skipped-steps", "bad-samples"],
+        "skipped steps, unusable samples, samples that train nothing": [
+            "skipped-steps",
+            "bad-samples",
+            "untrained-samples",
+        ],
     },
     "Speed": {
         "samples a second": ["samples-per-second"],

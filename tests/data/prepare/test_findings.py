@@ -39,12 +39,14 @@ UNSEEN = {
         "found '<img>', did you mean <image>?",
     ),
     "dropped turn": ({"image": "a/1.jpg", "conversations": [GREETING, *PLAIN]}, "tag is in a leading gpt turn"),
+    "no answer": ({"conversations": PLAIN[:1]}, "no answer, or none with words: it trains nothing"),
+    "empty answer": ({"conversations": [PLAIN[0], {"from": "gpt", "value": ""}]}, "no answer, or none with words"),
     "twin": (
         {"image": "a/1.jpg", "conversations": TAGGED, "hallucination_caption": "a dog"},
         "key 'hallucination_caption' is not read; did you mean 'Hallucination caption'?",
     ),
 }
-WITH_PLAIN_TOO = {"images", "img", "typing", "capital", "tag alone", "twin"}
+WITH_PLAIN_TOO = {"images", "img", "typing", "capital", "tag alone", "twin", "no answer", "empty answer"}
 SOUND = [
     {"id": "s", "image": "a/1.jpg", "conversations": TAGGED, "text": "a cat", "Hallucination caption": "a dog"},
     {"id": "t", "conversations": PLAIN},
@@ -71,7 +73,10 @@ def test_what_is_never_shown_is_named_and_refused_where_it_is_all(tmp_path, kind
         assert list(plain.remarks()) == []
 
 
-@pytest.mark.parametrize("kind", [kind for kind in UNSEEN if kind != "twin"])
+NO_IMAGE = [kind for kind in UNSEEN if kind not in ("twin", "no answer", "empty answer")]
+
+
+@pytest.mark.parametrize("kind", NO_IMAGE)
 def test_the_encoder_shows_no_image_of_them(tmp_path, kind):
     """What is said is true: no row of the dialogue takes an image feature."""
     path = tmp_path / "a.json"
@@ -86,9 +91,17 @@ def test_the_encoder_shows_no_image_of_them(tmp_path, kind):
 
 def test_different_reasons_add_up_to_all_of_a_file(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"id": kind, **UNSEEN[kind][0]} for kind in UNSEEN if kind != "twin"]))
+    path.write_text(json.dumps([{"id": kind, **UNSEEN[kind][0]} for kind in NO_IMAGE]))
     with pytest.raises(ValueError, match="no image of any of its 8 records"):
         list(Manifest.read([str(path)], version="v1").remarks())
+
+
+@pytest.mark.parametrize("last", [PLAIN[:1], [PLAIN[0], {"from": "gpt", "value": ""}]])
+def test_dialogues_that_llavas_rule_makes_worthless_are_named(tmp_path, last):
+    """Not refused: other templates, and v1 under other vocabularies, do train their other answers."""
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "q", "conversations": [*PLAIN, *last]}]))
+    (line,) = Manifest.read([str(tmp_path / "a.json")], version="v1").remarks()
+    assert "1 of 1 records (q): " in line and "--version v1 then trains none of its answers" in line
 
 
 def test_sound_records_are_not_remarked_upon(tmp_path):
