@@ -1,8 +1,14 @@
 """Runs the command-line tools inside the test's process, where their imports are already paid for."""
 
+import contextlib
+import io
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from tests.distributed import run_distributed
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -31,3 +37,17 @@ def to_hf(save: Path, out: Path, *arguments: object) -> Path:
     """Export; returns `out`."""
     assert run_tool("convert_megatron_to_hf", "--load", save, "--hf-path", out, *arguments) == 0
     return out
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """What `function(*arguments)` returns in a process of its own, and all that it prints.
+
+    For tools that put the stand-ins for CUDA in place and join a process group (`--verify`): both would last.
+    """
+    return run_distributed(_captured, 1, function, arguments)[0]
+
+
+def _captured(function: Callable[..., Any], arguments: tuple) -> tuple[Any, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
+        result = function(*arguments)
+    return result, printed.getvalue()

@@ -14,7 +14,7 @@ from hacl_megatron.checkpoint.run.folder import locate_checkpoint
 from hacl_megatron.evaluation.agreement import our_logits, random_batch
 from tests.distributed import run_distributed
 from tests.tiny import write_tiny_llava
-from tests.tool_runs import to_hf, to_megatron
+from tests.tool_runs import apart, to_hf, to_megatron
 
 
 def logits_as_a_slurm_task(save: Path) -> None:
@@ -49,5 +49,5 @@ def test_the_image_token_may_lie_anywhere(tmp_path: Path, image_token: int) -> N
     drawn = torch.cat([random_batch(config, seed=seed).target_ids for seed in range(50)])
     assert set(drawn.tolist()) == set(range(3, 331)) - {image_token}
     if image_token == 3:
-        save = to_megatron(source, tmp_path / "save", "--verify")
-        to_hf(save, tmp_path / "out", "--verify")
+        save, _ = apart(to_megatron, source, tmp_path / "save", "--verify")
+        apart(to_hf, save, tmp_path / "out", "--verify")

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.hf.import_weights import open_sources
 from tests.tiny import write_tiny_llava
-from tests.tool_runs import to_megatron
+from tests.tool_runs import apart, to_megatron
 
 SMALL = {"layers": 1, "vision_layers": 2}
 SHARDED = {**SMALL, "max_shard_size": "100KB"}
@@ -91,9 +91,8 @@ def test_the_files_are_those_that_transformers_reads(tmp_path, leave):
         assert note.startswith(f"{folder / one} is read") and f"{one}.index.json" in note
 
 
-def test_their_logits_are_the_conversions_and_it_says_what_it_read(tmp_path, capsys):
+def test_their_logits_are_the_conversions_and_it_says_what_it_read(tmp_path):
     one_file_over_shards(tmp_path / "in")
-    to_megatron(tmp_path / "in", tmp_path / "save", "--verify")
-    out = capsys.readouterr().out
+    _, out = apart(to_megatron, tmp_path / "in", tmp_path / "save", "--verify")
     assert "verify: largest logit difference" in out
     assert f"note: {tmp_path / 'in' / 'model.safetensors'} is read, as transformers does" in out
