@@ -25,8 +25,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--suggest", action="store_true", help="also rank the layouts of these GPUs that fit")
     machine = parser.add_argument_group("assumed of the machine")
     machine.add_argument(
-        "--compute-efficiency", type=_positive(float), default=Cluster.compute_efficiency,
-        help="share of the peak FLOP/s that matrix products reach; default: %(default)s",
+        "--compute-efficiency", type=_positive(float),
+        help="share of the peak FLOP/s (of FP8's with transformer: {fp8: ...}) that matrix products reach; "
+        f"default: {Cluster.compute_efficiency}, in FP8 {Cluster.fp8_efficiency}",
     )  # fmt: skip
     machine.add_argument(
         "--bandwidth-efficiency", type=_positive(float), default=Cluster.bandwidth_efficiency,
@@ -77,7 +78,8 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
     cluster = Cluster(
         gpu_name=args.gpu,
         gpus_per_node=args.gpus_per_node,
-        compute_efficiency=args.compute_efficiency,
+        compute_efficiency=args.compute_efficiency or Cluster.compute_efficiency,
+        fp8_efficiency=args.compute_efficiency or Cluster.fp8_efficiency,
         bandwidth_efficiency=args.bandwidth_efficiency,
         reserve=args.reserve_gib * GIB,
     )

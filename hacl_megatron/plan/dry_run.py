@@ -151,7 +151,8 @@ def _memory(config: RunConfig, layout: Layout) -> list[str]:
     plan = make_plan(config, layout, cluster, assumed_samples(config))
     need = f"{plan.memory / GIB:.0f} GiB a GPU (estimate, stage {plan.fullest})"
     if plan.fits:
-        fitting = [name for name, gpu in GPUS.items() if plan.memory <= gpu.memory]
+        able = {name: gpu for name, gpu in GPUS.items() if gpu.fp8_flops or not config.transformer.get("fp8")}
+        fitting = [name for name, gpu in able.items() if plan.memory <= gpu.memory]
         return [f"memory: {need}; fits {', '.join(fitting)}"]
     return [
         f"warning: {need} is more than the {largest.memory / GIB:.0f} GiB of {name}; see layouts that fit with "

@@ -48,9 +48,14 @@ _CHIPS = {"A100": "a100-80g", "H100 80GB HBM3": "h100-80g", "H200": "h200-141g"}
 """Part of a device's name, and an entry of `GPUS` whose FLOP/s it has. Not H100s on PCIe, which have fewer."""
 
 
+def gpu_of_device(device_name: str | None) -> str | None:
+    """The entry of `GPUS` for a device that the driver calls so; None if it is not known here."""
+    return next((gpu for part, gpu in _CHIPS.items() if part in (device_name or "")), None)
+
+
 def peak_flops(device_name: str | None, *, bf16: bool) -> float | None:
     """What the data sheet promises of a device that the driver calls so; None if it is not known here."""
-    known = next((gpu for part, gpu in _CHIPS.items() if part in (device_name or "")), None)
+    known = gpu_of_device(device_name)
     if known is None:
         return None
     return GPUS[known].bf16_flops if bf16 else GPUS[known].fp32_flops

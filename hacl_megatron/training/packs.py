@@ -1,8 +1,9 @@
 """Which parts of a micro-batch run ahead of the main pass, and which of those it need not repeat.
 
 weight 0       dialogues alone: plain LLaVA
-LLM constant   texts run ahead once: no trained parameter is on their way but the text head's, so their EOS states
-               are kept, and the main pass holds dialogues and images alone
+LLM constant   texts run once, forward only: no trained parameter is on their way but the text head's, so their EOS
+               states are kept, and the main pass holds dialogues and images alone. On one pipeline stage they run when
+               the main pack's pass is under way, so that a GPU has work while the host launches them
 global pool    with negatives from several micro-batches, images and texts run ahead too, for the embeddings that
                the loss needs before any of them can get a gradient (gradient caching, Gao et al. 2021)
 """

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from hacl_megatron.platform.__main__ import table
-from hacl_megatron.platform.hardware import GPUS
+from hacl_megatron.platform.hardware import gpu_of_device
 from tests.gpu.speed_cases import Case, cases, write_config, write_data
 
 WARM_UP, PROFILED = 3, 2
@@ -156,8 +156,7 @@ def planned(config: Any, micro_batches: list[Any], *, tiny: bool) -> dict[str, A
 
     first = micro_batches[0]
     shape = shape_of(replace(first, main=on_host(first.main), ahead=on_host(first.ahead)))
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    gpu = "h200-141g" if "H200" in name and "h200-141g" in GPUS else "h100-80g"
+    gpu = gpu_of_device(torch.cuda.get_device_name() if torch.cuda.is_available() else None) or "h100-80g"
     layout = check_flags(config, 1, files=False)
     plan = make_plan(config, layout, Cluster(gpu_name=gpu, gpus_per_node=8), assumed_samples(config), shape)
     return {

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from hacl_megatron.platform.accelerators import layer_library
 from tests.distributed import run_distributed
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.skipif(not (REHEARSED or torch.cuda.is_available()), re
 STEPS = 20
 COMMON = ["--train-iters", str(STEPS), "--micro-batch-size", "4", "--lr-warmup-fraction", "0", "--lr", "2e-4"]
 LORA = ["--lora-rank", "8", "--freeze-LM", "false"]
+WIDTHS = dict(hidden=256, heads=4, groups=4, ffn=512, layers=4, vision_hidden=128, vision_heads=2)
+"""What FP8's products and flash kernels take: multiples of 32, heads of 64."""
 LOSSES = ("lm loss", "contrastive loss i2t", "contrastive loss t2i")
 
 
@@ -36,12 +39,10 @@ def run_each(commands: Sequence[Sequence[str] | Callable[[], None]], requested: 
     from hacl_megatron.train import run
 
     torch.distributed.destroy_process_group()  # the gloo group that `run_distributed` made
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
     for command in commands:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)  # which say that a launcher has made a group; each training makes its own
         run([*command, "--device", requested])
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method="tcp://127.0.0.1:0")
 
 
@@ -51,17 +52,11 @@ def command(folder: Path, stage: str, save: str, *extra: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Widths that FP8's products and flash kernels take: multiples of 32, heads of 64."""
-    return make_inputs(
-        tmp_path_factory.mktemp("runs"), hidden=256, heads=4, groups=4, ffn=512, layers=4, vision_hidden=128,
-        vision_heads=2,
-    )  # fmt: skip
+    return make_inputs(tmp_path_factory.mktemp("runs"), **WIDTHS)
 
 
 def with_transformer(folder: Path, stage: str, **fields: object) -> str:
     """A YAML like `stage`'s with these fields in its `transformer:` section; its name."""
-    import yaml
-
     values = yaml.safe_load((folder / f"{stage}.yaml").read_text())
     name = "-".join((stage, *fields))
     values["transformer"] = fields

@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 
 from tests.distributed import run_distributed
+from tests.gpu.test_runs_gpu import WIDTHS
 from tests.gpu.test_training_gpu import start
 from tests.training.runs import make_inputs
 from tests.training.test_synchronisations import OBJECTIVES
@@ -54,11 +55,7 @@ def waits_of_steps(folder: str, flags: list[str]) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Widths that flash kernels take."""
-    return make_inputs(
-        tmp_path_factory.mktemp("waits"), hidden=256, heads=4, groups=4, ffn=512, layers=4, vision_hidden=128,
-        vision_heads=2,
-    )  # fmt: skip
+    return make_inputs(tmp_path_factory.mktemp("waits"), **WIDTHS)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

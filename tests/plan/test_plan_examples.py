@@ -246,6 +246,17 @@ def test_tool_prints_every_part_of_a_plan(capsys):
         assert words in text, words
 
 
+def test_fp8_is_planned_by_its_own_peak_and_only_where_a_gpu_has_it(tmp_path, capsys):
+    """Catches an efficiency that is asked for and not heard, and A100s among what a run in FP8 fits."""
+    values = yaml.safe_load((EXAMPLES / "pretrain_7b.yaml").read_text())
+    (tmp_path / "fp8.yaml").write_text(yaml.safe_dump({**values, "transformer": {"fp8": "hybrid"}}))
+    command = ("--config", str(tmp_path / "fp8.yaml"), "--gpu")
+    code, text = run_tool(capsys, *command, "h100-80g", "--compute-efficiency", "0.3")
+    assert code == 0 and "30% of the peak FLOP/s of FP8" in text
+    code, text = run_tool(capsys, *command, "a100-80g")
+    assert code != 0 and "a100-80g has no FP8 units; leave it out" in text
+
+
 @pytest.mark.parametrize(
     ("name", "hours"),
     [("pretrain_7b", "3.5 h"), ("pretrain_13b", "5.5 h"), ("finetune_7b", "10 h"), ("finetune_13b", "20 h")],
