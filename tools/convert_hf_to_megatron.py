@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hacl_megatron.checkpoint.convert.prefetch import prefetch
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, say
 
 
 def parse() -> argparse.Namespace:
@@ -91,9 +91,9 @@ def convert(args: argparse.Namespace) -> None:
     if report.fresh:
         print(f"fresh: {', '.join(report.fresh)}")
     for reason in sorted(set(report.ignored.values())):
-        print(f"not used: {sum(value == reason for value in report.ignored.values())} tensors, {reason}")
+        say(f"not used: {sum(value == reason for value in report.ignored.values())} tensors, {reason}")
     for note in sources.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     if args.verify:
         from hacl_megatron.evaluation.agreement import report_agreement
 

@@ -12,7 +12,7 @@ The model is never held: memory does not grow with it. OUT appears when it is co
 import argparse
 from pathlib import Path
 
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, say
 
 
 def parse() -> argparse.Namespace:
@@ -79,7 +79,7 @@ def convert(args: argparse.Namespace) -> None:
         )
     print(f"{report.num_tensors} tensors, {report.num_bytes / 1e9:.3f} GB from {checkpoint} to {report.folder}")
     for note in report.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     if args.verify:
         from hacl_megatron.evaluation.agreement import report_agreement
 

@@ -14,7 +14,7 @@ hallucinated captions already (unless --replace). The rules' "Hallucination edit
 import argparse
 from pathlib import Path
 
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, report_error, say
 
 
 def parse() -> argparse.Namespace:
@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
     llm.add_argument("--base-url", help="e.g. http://localhost:8000/v1; default: OPENAI_BASE_URL, or OpenAI")
     llm.add_argument("--concurrency", type=int, default=8, help="requests under way at once")
     llm.add_argument("--requests-per-minute", type=float, help="at most so many, retries included")
-    llm.add_argument("--timeout", type=float, default=60.0, help="seconds for one request")
+    llm.add_argument("--timeout", type=float, default=60.0, help="seconds for one request as a whole")
     llm.add_argument("--max-retries", type=int, default=6, help="of a request that failed (with back-off)")
     llm.add_argument("--attempts", type=int, default=3, help="answers asked for before a caption is given up")
     llm.add_argument("--temperature", type=float, default=1.0)
@@ -55,7 +55,8 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def generate(args: argparse.Namespace) -> None:
+def generate(args: argparse.Namespace) -> int:
+    """The exit status: 1 where a language model answered nothing of use."""
     from hacl_megatron.hallucinate.ask import Endpoint
     from hacl_megatron.hallucinate.run import check_paths, generate_by_llm, generate_by_rules
 
@@ -78,15 +79,22 @@ def generate(args: argparse.Namespace) -> None:
         totals = generate_by_llm(
             args.input, args.output, endpoint, attempts=args.attempts, fill_seed=fill_seed, **shared
         )
-    print(totals.summary())
-    print(totals.report.for_terminal())
+    say(totals.summary())
+    say(totals.report.for_terminal())
     if args.report:
         totals.report.write(args.report)
+    if totals.asked and totals.unanswered == totals.asked:
+        report_error(
+            f"none of {totals.asked:,} captions got a usable answer, the last: {totals.last_refusal}; all are in "
+            f"{args.output}.rejected.jsonl: check --model and --base-url, and start again with --force"
+        )
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        generate(parse())
+        raise SystemExit(generate(parse()))
     except (ValueError, OSError) as error:
         exit_with_error(error)
     except KeyboardInterrupt:

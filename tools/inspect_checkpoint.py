@@ -7,7 +7,7 @@ With two folders the exit status is 1 if sizes, names, dtypes or values differ.
 
 import argparse
 
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, say
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -17,13 +17,13 @@ def inspect(args: argparse.Namespace) -> int:
     for one in holdings:
         print(one.folder)
         for key, value in describe(one).items():
-            print(f"  {key:<12}{value}")
+            say(f"  {key:<12}{value}")
     if len(holdings) < 2:
         return 0
     found = 0
     for found, line in enumerate(differences(*holdings), 1):
         if found <= args.max_lines:
-            print(f"differs: {line}")
+            say(f"differs: {line}")
     if found > args.max_lines:
         print(f"... and {found - args.max_lines} more")
     print(f"{found} differences" if found else f"all {len(holdings[0].names())} tensors and all sizes are equal")

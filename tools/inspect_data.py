@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, say
 from hacl_megatron.data.templates import template_names
 
 TEMPLATE = Path(__file__).with_name("inspect_data.html.j2")
@@ -137,7 +137,7 @@ def inspect(args: argparse.Namespace) -> None:
     )
     # A lone surrogate, which a broken sample may hold, is no character of UTF-8: shown as its escape.
     args.output.write_text(page, encoding="utf-8", errors="backslashreplace")
-    print(f"{args.output}: {facts['shown']}")
+    say(f"{args.output}: {facts['shown']}")
 
 
 if __name__ == "__main__":

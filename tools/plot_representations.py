@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpoint_arguments import add_data_arguments, add_layout_arguments, load_settings
 
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, say
 
 
 def parse() -> argparse.Namespace:
@@ -121,7 +121,7 @@ def write(records: dict[str, list[dict[str, Any]]], checkpoints: dict[str, str],
         for name, numbers in results[space].items():
             print(f"{space}, {name}: " + ", ".join(f"{measure} {value:.3f}" for measure, value in numbers.items()))
     for record in errors[:3]:
-        print(f"left out: {record['name']}: {record['error']}")
+        say(f"left out: {record['name']}: {record['error']}")
     print(f"plots: {output}")
 
 

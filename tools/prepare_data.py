@@ -10,7 +10,7 @@ becomes `id#2`, `id#3`, ... Killed half-way, the same command goes on where it s
 import argparse
 import os
 
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, say
 from hacl_megatron.data.templates import template_names
 
 
@@ -38,10 +38,10 @@ def main(args: argparse.Namespace) -> None:
     values = vars(args)
     report = run_prepare(PrepareSettings(inputs=values.pop("input"), **values))
     for line in report.pop("to look at", []):
-        print(f"note: {line}")
+        say(f"note: {line}")
     for label, value in report.items():
         text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
-        print(f"{label}: {text}")
+        say(f"{label}: {text}")
     print(f"written to {args.output}; train with --data-path {args.output}")
 
 

@@ -27,10 +27,36 @@ def is_first_rank() -> bool:
     return _first("RANK", "SLURM_PROCID")
 
 
+_NO_TEXT = re.compile(
+    "[\\x00-\\x1f\\x7f-\\x9f"  # a terminal obeys them
+    "\\u061c\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb"  # unseen; what stands where
+    "\\ud800-\\udfff\\U000e0000-\\U000e007f]"  # UTF-8 has none; unseen
+)
+_NO_TEXT_BUT_LINES = re.compile(_NO_TEXT.pattern.replace(r"\x00-\x1f", r"\x00-\x08\x0b-\x1f"))
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """`text` as a terminal may have it, for whatever a user's file says: what is no character to be seen as escapes.
+
+    >>> printable("a\\x1b[2Jb\\n\\ud83d")
+    'a\\\\x1b[2Jb\\\\n\\\\ud83d'
+
+    Args:
+        lines: line breaks and tabs stay.
+    """
+    pattern = _NO_TEXT_BUT_LINES if lines else _NO_TEXT
+    return pattern.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def say(text: str) -> None:
+    """Print what may hold a user's or a stranger's words, from this process."""
+    print(printable(text, lines=True), flush=True)
+
+
 def notify(line: str) -> None:
     """Print `line` once for the whole run."""
     if is_first_rank():
-        print(line, flush=True)
+        say(line)
 
 
 def exit_with_error(error: ValueError | str) -> NoReturn:
@@ -45,7 +71,7 @@ def report_error(error: BaseException | str) -> bool:
     Of a run's ranks the first to find it speaks, whichever it is (a file may be missing on one node alone), and names
     itself. Ranks that find the same are silent; a rank that finds something else is heard too.
     """
-    line = " ".join(str(error).split())
+    line = printable(" ".join(str(error).split()))
     speaks = _is_news(line)
     if speaks:
         print(f"hacl_megatron: error: {line}{_named(' ({})')}", file=sys.stderr, flush=True)
@@ -61,7 +87,7 @@ def report_crash(error: BaseException) -> bool:
     is_consequence = re.search(r"gloo|nccl|connection|socket|broken pipe|DistNetwork|DistBackend|DistStore", last, re.I)
     speaks = _is_news(last, heard_later=not is_consequence)
     if speaks:
-        text = "".join(traceback.format_exception(error)).rstrip()
+        text = printable("".join(traceback.format_exception(error)).rstrip(), lines=True)
         print(f"hacl_megatron: failed{_named(': {}')}\n{text}", file=sys.stderr, flush=True)
     return speaks
 

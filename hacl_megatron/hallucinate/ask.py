@@ -2,8 +2,8 @@
 
     records ─→ missing answers ─≤ concurrency at once, paced→ endpoint ─→ answer log ─check→ ask again, or done
 
-Back-off and retries (time-outs, 429 with its Retry-After, 5xx) are the `openai` client's own. The key is read by that
-client from the environment and appears in no message.
+Back-off and retries (time-outs, 429 with its Retry-After, 5xx) are the `openai` client's own; how long and how large a
+reply may be is `endpoint_http`'s to say. The key is read by that client from the environment and appears in no message.
 """
 
 import asyncio
@@ -11,8 +11,10 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from hacl_megatron.data.prepare.json_text import is_text
 from hacl_megatron.hallucinate.answers import AnswerLog, answer_key
 from hacl_megatron.hallucinate.checks import cleaned, fault_of
+from hacl_megatron.hallucinate.endpoint_http import bounded_client
 from hacl_megatron.hallucinate.prompt import VERSION, messages
 
 _GIVE_UP_AFTER = 20
@@ -29,7 +31,7 @@ class Endpoint:
     concurrency: int = 8
     requests_per_minute: float | None = None
     timeout: float = 60.0
-    """Seconds for one request."""
+    """Seconds for one request as a whole, its reply read."""
     max_retries: int = 6
     temperature: float = 1.0
     max_tokens: int = 512
@@ -47,8 +49,14 @@ class Verdict:
 
 
 def judge(log: AnswerLog, endpoint: Endpoint, name: str, caption: str, *, count: int, attempts: int) -> Verdict:
-    """Goes through the answers for one caption, in the order they were asked for; depends on the log alone."""
+    """Goes through the answers for one caption, in the order they were asked for; depends on the log alone.
+
+    A caption that is no text cannot be sent, nor trained on: nothing is missing then.
+    """
     verdict = Verdict()
+    if not is_text(caption):
+        verdict.refused.append(("", "not asked: the caption is no Unicode text (it holds half of a surrogate pair)"))
+        return verdict
     for number in range(count):
         for attempt in range(attempts):
             answer = log.get(request_key(endpoint, name, caption, number, attempt))
@@ -78,7 +86,7 @@ class Pace:
         self.passed = 0
         """Requests let through, the client's retries included."""
 
-    async def wait(self, *_: object) -> None:
+    async def wait(self) -> None:
         """Returns when the next request may go out."""
         self.passed += 1
         if self._distance:
@@ -125,15 +133,16 @@ async def _ask_all(items, endpoint, log, count, attempts, progress):
         base_url=endpoint.base_url,
         timeout=endpoint.timeout,
         max_retries=endpoint.max_retries,
-        # a hook below the client: its own retries are paced and counted too
-        http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [pace.wait]}),
+        # below the client: its own retries are paced and counted too
+        http_client=bounded_client(openai, timeout=endpoint.timeout, before=pace.wait),
     )
     failed: dict[bytes, str] = {}
     in_a_row = 0
 
-    def hidden(error: object) -> str:
-        text = " ".join(str(error).split())
-        return (text.replace(key, "[key]") if key else text)[:300]
+    def hidden(error: BaseException) -> str:
+        why = error.__cause__
+        text = " ".join(f"{error} ({why})".split() if why is not None and str(why) else str(error).split())
+        return (text.replace(key, "[key]") if key else text)[:300] or type(error).__name__
 
     async def one(name: str, caption: str) -> None:
         nonlocal in_a_row
@@ -154,8 +163,8 @@ async def _ask_all(items, endpoint, log, count, attempts, progress):
                     f"the endpoint refuses (HTTP {error.status_code}): check OPENAI_API_KEY, --model and --base-url "
                     f"({type(error).__name__})"
                 ) from None
-            except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
-                failed[request] = f"no answer: {hidden(error) or type(error).__name__}"
+            except (openai.OpenAIError, ValueError, RecursionError) as error:  # the last two: a body that is no JSON
+                failed[request] = f"no answer: {hidden(error)}"
                 in_a_row += 1
                 if in_a_row >= _GIVE_UP_AFTER:
                     raise ValueError(

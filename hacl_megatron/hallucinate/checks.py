@@ -2,6 +2,7 @@
 
 import re
 
+from hacl_megatron.data.prepare.json_text import is_text
 from hacl_megatron.hallucinate.lexicon import CONTEXT, lexicon
 
 _REFUSAL = re.compile(
@@ -31,6 +32,8 @@ def fault_of(answer: str, caption: str, others: list[str]) -> str | None:
     """Why a cleaned answer is no hallucinated caption of `caption`; None if it is. `others`: those accepted before."""
     if not answer:
         return "empty"
+    if not is_text(answer):
+        return "no Unicode text (it holds half of a surrogate pair)"
     if "\n" in answer or "\r" in answer:
         return "more than one line"
     if _REFUSAL.match(answer):

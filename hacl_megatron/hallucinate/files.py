@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from hacl_megatron.data.prepare.json_text import DEEPEST, is_deep, is_text
 from hacl_megatron.data.prepare.llava_json import decoded_records, text_or_first_answer, value_of
 
 EDITS_KEY = "Hallucination edits"
@@ -40,6 +41,8 @@ def _check(record: Any, path: Path, index: int, line: int) -> None:
             "image, conversations"
         )
     where = f"{path}, record {index} (line {line})"
+    if is_deep(record):
+        raise ValueError(f"{where}: nested deeper than {DEEPEST}; expected a LLaVA record, remove it")
     text = value_of(record, "text")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{where}: key 'text' is a {type(text).__name__}; expected a string, the caption")
@@ -56,13 +59,21 @@ class RecordWriter:
     def __init__(self, file: IO[str], *, lines: bool):
         self._file, self._lines, self._written = file, lines, 0
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record, on a line of its own."""
+    def write(self, record: dict[str, Any]) -> bool:
+        """Append one record, on a line of its own; whether all of it is text.
+
+        Where it is not (half of a surrogate pair, which JSON can write and UTF-8 cannot), it is written with escapes:
+        readers find the very record, and it costs no other.
+        """
+        text = json.dumps(record, ensure_ascii=False)
+        if not (is_all_text := is_text(text)):
+            text = json.dumps(record)
         if not self._lines:
             self._file.write(",\n" if self._written else "[\n")
-        self._file.write(json.dumps(record, ensure_ascii=False))
+        self._file.write(text)
         self._file.write("\n" if self._lines else "")
         self._written += 1
+        return is_all_text
 
     def close(self) -> None:
         """End the list."""
@@ -72,11 +83,11 @@ class RecordWriter:
 
 @contextmanager
 def writing(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears at `path` complete or not at all; lone surrogates of the input pass through."""
+    """A UTF-8 file that appears at `path` complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        with open(handle, "w", encoding="utf-8", errors="surrogatepass") as file:
+        with open(handle, "w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hacl_megatron.data.prepare.json_text import is_text
 from hacl_megatron.data.prepare.llava_json import name_of, value_of
 from hacl_megatron.data.prepare.record_keys import HALLUCINATED_KEY
 from hacl_megatron.hallucinate.answers import AnswerLog
@@ -17,6 +18,9 @@ from hacl_megatron.hallucinate.by_rules import hallucinate_all
 from hacl_megatron.hallucinate.files import EDITS_KEY, RecordWriter, caption_of, read_records, writing
 from hacl_megatron.hallucinate.report import Report
 from hacl_megatron.hallucinate.rules import Hallucination, hallucinate
+
+_NAMED = 3
+"""So many records that hold no text are named."""
 
 
 @dataclass
@@ -33,7 +37,23 @@ class Totals:
     """Captions with less than was asked for, for want of usable answers."""
     filled: int = 0
     """Hallucinated captions that the rules wrote in place of refused answers."""
+    asked: int = 0
+    """Captions that answers were looked for to, now or in an earlier run."""
+    unanswered: int = 0
+    """Of these, captions without one usable answer."""
+    last_refusal: str = ""
+    """Why the last unusable answer was none."""
+    not_text: list[str] = field(default_factory=list)
+    """Names of the first records that hold what is no Unicode text."""
+    num_not_text: int = 0
     report: Report = field(default_factory=Report)
+
+    def write(self, writer: RecordWriter, record: dict[str, Any], name: str) -> None:
+        """Hands a record to the file, and remembers it where it is no text."""
+        if not writer.write(record):
+            self.num_not_text += 1
+            if len(self.not_text) < _NAMED:
+                self.not_text.append(name)
 
     def summary(self) -> str:
         """A few lines for the terminal."""
@@ -42,6 +62,12 @@ class Totals:
             lines.append(
                 f"{self.requests:,} requests; {self.rejected:,} captions lack usable answers, "
                 f"{self.filled:,} texts filled by rules"
+            )
+        if self.num_not_text:
+            more = ", ..." if self.num_not_text > len(self.not_text) else ""
+            lines.append(
+                f"{self.num_not_text:,} records ({', '.join(self.not_text)}{more}) hold half of a surrogate pair, "
+                "which is no text: written as they are, by escapes; training lists them as bad samples"
             )
         return "\n".join(lines)
 
@@ -66,12 +92,15 @@ def generate_by_rules(
     totals = Totals()
     with writing(target) as file, _bar(source, "rules") as bar:
         writer = RecordWriter(file, lines=target.suffix == ".jsonl")
-        items = (((record, caption), name, caption) for record, name, caption in _items(source, totals, bar, replace))
-        for (record, caption), found in hallucinate_all(items, seed=seed, count=per_caption, workers=workers):
+        items = (
+            ((record, name, caption), name, caption if caption and is_text(caption) else None)
+            for record, name, caption in _items(source, totals, bar, replace)
+        )
+        for (record, name, caption), found in hallucinate_all(items, seed=seed, count=per_caption, workers=workers):
             if caption is not None:
                 _add_to(record, found)
                 totals.report.add(caption, [(one.text, [edit.kind for edit in one.edits]) for one in found])
-            writer.write(record)
+            totals.write(writer, record, name)
         _end(writer, source, totals)
     return totals
 
@@ -106,15 +135,18 @@ def generate_by_llm(
                 if caption is not None:
                     verdict = judge(log, endpoint, name, caption, count=per_caption, attempts=attempts)
                     found = [Hallucination(text=text, edits=()) for text in verdict.accepted]
+                    totals.asked += 1
+                    totals.unanswered += not found
                     if len(found) < per_caption:
                         totals.rejected += 1
                         reason = verdict.missing and failed.get(request_key(endpoint, name, caption, *verdict.missing))
+                        totals.last_refusal = reason or verdict.refused[-1][1]
                         rejected.write(_reject(name, caption, verdict, reason))
-                        if fill_seed is not None:
+                        if fill_seed is not None and is_text(caption):
                             found = _filled(found, name, caption, per_caption, fill_seed, totals)
                     _add_to(record, found)
                     totals.report.add(caption, [(one.text, [edit.kind for edit in one.edits]) for one in found])
-                writer.write(record)
+                totals.write(writer, record, name)
             _end(writer, source, totals)
         if not totals.rejected:
             rejects.unlink()

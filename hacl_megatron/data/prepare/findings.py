@@ -9,6 +9,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from hacl_megatron.config.console import printable
 from hacl_megatron.data.prepare.record_keys import HALLUCINATED_KEY, IMAGE_KEY, IMAGE_TAG, meant_by
 
 NAMED = 3
@@ -44,7 +45,7 @@ class Findings:
         found = self._kinds.setdefault(kind, Found(loss=loss))
         found.records += 1
         if len(found.first) < NAMED:
-            found.first.append(name.encode("utf-8", "replace").decode())
+            found.first.append(printable(name))
 
     def as_json(self) -> dict[str, Any]:
         return {"total": self.total, "kinds": {kind: asdict(found) for kind, found in self._kinds.items()}}
@@ -112,14 +113,18 @@ def find_unseen(
         kind = f"an image and no {IMAGE_TAG} tag, so its dialogue does not show it (but to --version plain); {hint}"
         findings.count(kind, name, loss)
     elif tagged == [0] and turns[0][0] != "human" and len(turns) > 1:
-        kind = f"the {IMAGE_TAG} tag is in a leading {turns[0][0]} turn, which is left out; move it into a question"
+        role = str(turns[0][0])[:40]
+        kind = f"the {IMAGE_TAG} tag is in a leading {role} turn, which is left out; move it into a question"
         findings.count(kind, name, loss)
 
 
-def find_untrained(record: dict[str, Any], name: str, turns: Sequence[tuple[Any, Any]], findings: Findings) -> None:
+def find_untrained(
+    record: dict[str, Any], name: str, image: str | None, turns: Sequence[tuple[Any, Any]], findings: Findings
+) -> None:
     """Counts a decoded record whose dialogue has nothing to learn, whatever the tokenizer, and no pair beside it."""
     said = turns[1:] if turns and turns[0][0] != "human" else turns
-    if record.get("text") or record.get(HALLUCINATED_KEY) or not all(isinstance(value, str) for _, value in said):
+    has_pair = image is not None and (record.get("text") or record.get(HALLUCINATED_KEY))
+    if has_pair or not all(isinstance(value, str) for _, value in said):
         return
     answers = [value for role, value in said if role == "gpt"]
     if said and not any(answers):

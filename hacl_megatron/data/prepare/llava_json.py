@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hacl_megatron.data.prepare.findings import Findings, find_unseen, find_untrained
+from hacl_megatron.data.prepare.json_text import is_deep
 from hacl_megatron.data.prepare.record_keys import CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG
 
 LINES_ENDINGS = (".jsonl", ".ndjson")
@@ -26,6 +27,9 @@ LIST_KEYS = ("data", "annotations", "records", "samples")
 
 WINDOW_BYTES = 1 << 20
 """Read at once."""
+_LONE_SURROGATES = "surrogatepass"
+"""How bytes are decoded: half of a surrogate pair is no UTF-8, but some programs write it. It is its record's fault, as
+the same written as an escape is, and costs no other record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ def _json_lines(path: str, file: Any, window_bytes: int) -> Iterator[tuple[int, 
     for number, data in enumerate(file, start=1):
         data = data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
         try:
-            text = data.decode("utf-8")
+            text = data.decode("utf-8", _LONE_SURROGATES)
         except UnicodeDecodeError as error:
             raise _not_utf8(path, start + error.start) from error
         start += len(data)
@@ -133,7 +137,7 @@ class _Window:
 
     def __init__(self, path: str, file: Any, window_bytes: int) -> None:
         self._path, self._file, self._bytes = path, file, window_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")(_LONE_SURROGATES)
         self.text = ""
         self.at = 0
         """Where reading goes on."""
@@ -352,10 +356,10 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
     for number, turn in enumerate(conversations):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise wrong(f"conversations[{number}]", turn, "an object with 'from' and 'value'")
-        turns.append((turn["from"], turn["value"]))
+        turns.append(tuple(said if type(said) is str else _shallow(said) for said in (turn["from"], turn["value"])))
 
     find_unseen(record, name, image, turns, findings)
-    find_untrained(record, name, turns, findings)
+    find_untrained(record, name, image, turns, findings)
     text = value_of(record, "text")
     if text is not None and not isinstance(text, str):
         raise wrong("text", text, "a string, the caption")
@@ -374,6 +378,14 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
     )
 
 
+def _shallow(value: Any) -> Any:
+    """`value`; one that is nested so deep that whatever looks at it may run out of stack, empty.
+
+    It is no string in any case, which is all that is said of it when the sample is drawn.
+    """
+    return type(value)() if is_deep(value) else value
+
+
 def _image_of(record: dict[str, Any], where: str, wrong: Callable[[str, Any, str], ValueError]) -> str | None:
     """The image's name: a string, or a list of one; None where the key is empty."""
     image = value_of(record, "image")
@@ -390,5 +402,5 @@ def _image_of(record: dict[str, Any], where: str, wrong: Callable[[str, Any, str
 
 
 def _describe(value: Any) -> str:
-    text = json.dumps(value)
+    text = "nested deep" if is_deep(value) else json.dumps(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

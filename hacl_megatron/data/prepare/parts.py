@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from hacl_megatron.data.prepare.arrow_manifest import Entry, Measures, build_batch, make_entry, with_metadata
 from hacl_megatron.data.prepare.findings import Findings
+from hacl_megatron.data.prepare.json_text import is_text
 from hacl_megatron.data.prepare.llava_json import Record, read_records
 
 CHUNK_SAMPLES = 4096
@@ -166,6 +167,8 @@ def _entries(
         reported = 0
         for number, (record, position) in enumerate(read_records(path, findings=counts.findings[-1])):
             entry = make_entry(record, file)
+            if not entry.fits and (kind := _unusable_text(record)) is not None:
+                counts.findings[-1].count(kind, record.name)
             if deduplicate:
                 kept = _unless_duplicate(entry, seen, counts)
                 if kept is None:
@@ -177,6 +180,16 @@ def _entries(
                 progress(position - reported)
                 reported = position
         progress(os.path.getsize(path) - reported)
+
+
+def _unusable_text(record: Record) -> str | None:
+    """Why no tokenizer takes a record's words; None where one would."""
+    words = [value for _, value in record.turns]
+    if not all(isinstance(value, str) for value in words):
+        return "a turn that is no string: training leaves it out, as a bad sample"
+    if not all(map(is_text, (*words, record.text or "", *record.hallucinated))):
+        return "half of a surrogate pair, which is no text: training leaves it out, as a bad sample"
+    return None
 
 
 def _unless_duplicate(entry: Entry, seen: dict[bytes, int | list[int]], counts: Counts) -> Entry | None:

@@ -23,6 +23,7 @@ from hacl_megatron.config.flags import MANIFEST_FILE
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
 from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, ArrowManifest, Measures
+from hacl_megatron.data.prepare.json_text import json_text
 from hacl_megatron.data.prepare.llava_json import Record
 from hacl_megatron.data.prepare.parts import Counts, build_parts, merge_parts, remove_folder
 from hacl_megatron.data.prepare.shards import write_shards
@@ -250,7 +251,7 @@ def _report(manifest: ArrowManifest, settings: PrepareSettings, counts: Counts, 
     if found:
         report["to look at"] = found
     with open(os.path.join(settings.output, REPORT_FILE), "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=2, ensure_ascii=False)
+        file.write(json_text(report, indent=2))
     _draw_histograms(values, os.path.join(settings.output, "histograms.png"))
     return report
 
@@ -264,7 +265,7 @@ def _write_bad_images(manifest: ArrowManifest, path: str) -> int:
         known = bad.setdefault(name, {"image": name, "reason": faults[row].as_py(), "samples": []})
         known["samples"].append(ids[row].as_py())
     with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad.values())
+        file.writelines(json_text(entry) + "\n" for entry in bad.values())
     return len(bad)
 
 

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hacl_megatron.data.encoding import UnusableSample, checked_dialogue
+from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.prepare.llava_json import decoded_records, read_records
 
 texts = st.text(st.characters(exclude_categories=[]), max_size=8)  # lone surrogates too
@@ -101,3 +103,42 @@ def test_no_more_than_a_window_and_a_record_is_held(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 4_000 and peak < 400_000 < (tmp_path / "a.json").stat().st_size / 8
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize("written", ["\\ud83d", b"\xed\xa0\xbd"], ids=["as an escape", "as bytes"])
+def test_half_of_a_surrogate_pair_costs_its_record_alone(tmp_path, name, written):
+    """As bytes it is no UTF-8, and refused the whole file; other bytes that are none still do, with their place."""
+    record = b'{"id": "%d", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "%s"}]}'
+    half = written if isinstance(written, bytes) else written.encode()
+    some = [record % (number, half if number == 1 else b"A") for number in range(3)]
+    path = tmp_path / name
+    path.write_bytes(b"\n".join(some) if name.endswith("l") else b"[" + b",\n".join(some) + b"]")
+    for window in (7, 1 << 20):
+        found = [record for record, _ in read_records(str(path), window_bytes=window)]
+        assert [record.turns[1][1] for record in found] == ["A", "\ud83d", "A"]
+    samples = Manifest.read([str(path)], version="v1", cache_dir=str(tmp_path / "cache"))
+    assert [sample.conversations[1][1] for sample in samples] == ["A", "\ud83d", "A"]
+    path.write_bytes(path.read_bytes().replace(half, b"\xe9"))
+    with pytest.raises(ValueError, match=r"not UTF-8 \(byte \d+\)"):
+        list(read_records(str(path)))
+
+
+@pytest.mark.parametrize("depth", [50, 150, 900, 100_000])
+@pytest.mark.parametrize("key", ["value", "image", "text", "id", "other"])
+def test_deep_nesting_is_one_line_or_costs_its_record(tmp_path, key, depth):
+    """900 levels went through the decoder and ran out of stack behind it: a traceback."""
+    deep = "[" * depth + "]" * depth
+    turns = f'[{{"from": "human", "value": {deep if key == "value" else json.dumps("Q")}}}]'
+    more = "" if key == "value" else f'"{key}": {deep}, '
+    path = tmp_path / "data.json"
+    path.write_text(f'[{{{more}"conversations": {turns}}}]')
+    if depth == 100_000 or key in ("image", "text", "id"):
+        with pytest.raises(ValueError, match=r"data\.json") as error:
+            Manifest.read([str(path)], version="v1", cache_dir=str(tmp_path / "cache"))
+        assert "\n" not in str(error.value)
+        return
+    (sample,) = Manifest.read([str(path)], version="v1", cache_dir=str(tmp_path / "cache"))
+    if key == "value":
+        with pytest.raises(UnusableSample, match="no string but list"):
+            checked_dialogue(sample)
