@@ -57,7 +57,7 @@ class AppendOnlyLines(AbstractContextManager):
                 break
             try:
                 take(json.loads(line), place)
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 self._file.close()
                 raise ValueError(f"{self.path}{broken.format(number)}") from None
             place += len(line)

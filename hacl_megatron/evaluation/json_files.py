@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hacl_megatron.data.prepare.json_text import DEEPEST, is_deep
+
+_NAMES = ("id", "image_id", "question_id")
+"""Keys that tell records apart."""
+_WORDS = ("text", "question", "query", "label", "image", "image_src", "prompt", "type")
+
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises ValueError, in one line, for what is missing or no JSON."""
-    text = _read_text(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg}); check or fetch it again"
-        ) from None
+    return _value(_read_text(path), str(path), "check or fetch it again")
 
 
 def read_records(path: Path, *, needed: Sequence[str], kind: str) -> list[dict[str, Any]]:
@@ -38,12 +38,7 @@ def read_records(path: Path, *, needed: Sequence[str], kind: str) -> list[dict[s
         for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not valid JSON ({error.msg}); expected one object a line"
-                ) from None
+            records.append(_value(line, str(path), "expected one object a line", line=number))
             places.append(f"line {number}")
     for place, record in zip(places, records, strict=True):
         missing = [key for key in needed if not isinstance(record, dict) or key not in record]
@@ -53,6 +48,10 @@ def read_records(path: Path, *, needed: Sequence[str], kind: str) -> list[dict[s
                 f"{path}, {place}: found {keys or 'no keys'}, expected an object with {', '.join(needed)}; "
                 f"is it the file of {kind}?"
             )
+        for key in needed:
+            expected = "a string" if key in _WORDS else "a number or a string" if key in _NAMES else None
+            if expected and not isinstance(record[key], str if key in _WORDS else str | int | float):
+                raise ValueError(f"{path}, {place}: {key} is {type(record[key]).__name__}, expected {expected}")
     if not records:
         raise ValueError(f"{path} is empty, expected {kind}")
     return records
@@ -63,6 +62,20 @@ def expect_text(record: dict[str, Any], key: str, path: Path | str, number: int)
     if not isinstance(record[key], str):
         raise ValueError(f"{path}, record {number}: {key} is {type(record[key]).__name__}, expected a string")
     return record[key]
+
+
+def _value(text: str, where: str, advice: str, line: int | None = None) -> Any:
+    """The value that `text` is; `line`: where in the file it stands, if it is one line of it."""
+    try:
+        value = json.loads(text)
+        if is_deep(value):
+            raise RecursionError(f"nested deeper than {DEEPEST}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}, line {line or error.lineno}: not valid JSON ({error.msg}); {advice}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
+        place = f", line {line}" if line else ""
+        raise ValueError(f"{where}{place}: unreadable JSON ({error}); {advice}") from None
+    return value
 
 
 def _read_text(path: Path) -> str:

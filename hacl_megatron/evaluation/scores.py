@@ -5,7 +5,6 @@ answers + ground truth ─score_*→ Scores ─write_scores→ results.json {tas
 """
 
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from hacl_megatron.data.prepare.json_text import json_text
 
 VERSIONED = ("torch", "transformers", "tokenizers", "pillow", "textblob", "nltk", "spacy", "hacl_megatron")
 """Packages whose version can change an answer or a score."""
@@ -80,7 +81,7 @@ def write_scores(path: Path, scores: Scores, *, settings: Mapping[str, Any], fil
         },
         **({"details": scores.details} if scores.details else {}),
     }
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json_text(content, indent=1) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hacl_megatron.checkpoint.hf.config_read import data_flags
+from hacl_megatron.config.console import say
+from hacl_megatron.data.prepare.json_text import json_text
 from hacl_megatron.data.templates import find_template
 from hacl_megatron.evaluation.answers.benchmarks import BENCHMARKS, Benchmark, BenchmarkFiles, Item
 from hacl_megatron.evaluation.journal import Journal
@@ -200,9 +202,9 @@ def _gather(benchmark: Benchmark, keys: Sequence[Hashable], answers_path: Path, 
         return False
     ordered = [records[key] for key in keys]
     if benchmark.lines:
-        write_whole(answers_path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered))
+        write_whole(answers_path, "".join(json_text(record) + "\n" for record in ordered))
     else:
-        write_whole(answers_path, json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+        write_whole(answers_path, json_text(ordered, indent=1) + "\n")
     return True
 
 
@@ -226,6 +228,6 @@ def finish(
             details={**scores.details, "unusable_items": listed},
         )  # fmt: skip
     write_scores(output, scores, settings=settings, files={**benchmark.used_files(), **files})
-    print(format_table(scores))
+    say(format_table(scores))
     print(f"results: {output}")
     return scores

@@ -4,7 +4,6 @@
 --data-path, --questions ─→ Task ──┴─ TaskRunner ─→ F.TASK.jsonl, a record an item ─→ F.json
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,12 @@ import torch.distributed as dist
 from hacl_megatron.assemble.loaded_model import LoadSettings, forward_config, load_model
 from hacl_megatron.assemble.processes import joined_processes
 from hacl_megatron.checkpoint.run.folder import assets_of
+from hacl_megatron.config.console import say
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import resolve_backend
 from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.prepare.json_text import json_text
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.evaluation.journal import Journal
 from hacl_megatron.evaluation.likelihood.task import Task
@@ -144,7 +145,7 @@ def _run(
 
 def _write(request: LikelihoodRequest, scores: dict[str, Scores], settings: dict[str, Any]) -> None:
     for task in scores.values():
-        print(format_table(task), end="\n\n")
+        say(f"{format_table(task)}\n")
     content = {
         "load": str(request.load),
         "tasks": {
@@ -159,7 +160,7 @@ def _write(request: LikelihoodRequest, scores: dict[str, Scores], settings: dict
         "settings": settings,
         "versions": installed_versions(),
     }
-    write_whole(request.output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(request.output, json_text(content, indent=1) + "\n")
     print(f"results: {request.output}")
 
 

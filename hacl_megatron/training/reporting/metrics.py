@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hacl_megatron.checkpoint.run.folder import write_atomically
+from hacl_megatron.config.console import printable, say
 
 # What the terminal shows of an iteration, and how.
 _TERMINAL = (
@@ -168,9 +169,9 @@ class MetricsLog:
     def say(self, text: str) -> None:
         """A line for the user that does not disturb the progress bar."""
         if self._bar.disable:
-            print(text, flush=True)
+            say(text)
         else:
-            self._bar.write(text)
+            self._bar.write(printable(text, lines=True))
 
     def close(self) -> None:
         """Flush and close every sink."""
