@@ -187,7 +187,7 @@ class ObjectiveFlags:
 
     contrastive_weight: float = flag(1.0, "Lambda: weight of (L_v + L_t) / 2 beside the language-model loss.")
     contrastive_warmup_fraction: float = flag(
-        0.0, "Share of the iterations over which lambda rises, geometrically from a ten-thousandth, to "
+        0.0, "Share of the run over which lambda rises, geometrically from a ten-thousandth, to "
         "--contrastive-weight: the connector learns the model's words first, and the heads before it follows."
     )  # fmt: skip
     contrastive_negatives: Literal["micro-batch", "global-batch", "queue"] = flag(
@@ -222,7 +222,7 @@ class OptimizerFlags:
     connector_lr: float | None = flag(None, "Peak learning rate of the connector, a Q-Former included. Default: --lr.")
     heads_lr: float | None = flag(None, "Peak learning rate of the contrastive heads and temperature. Default: --lr.")
     lr_decay_style: Literal["cosine", "linear", "constant"] = flag("cosine", "Shape of the decay after warm-up.")
-    lr_warmup_fraction: float = flag(0.03, "Share of the iterations with a linearly rising learning rate.")
+    lr_warmup_fraction: float = flag(0.03, "Share of the run with a linearly rising learning rate.")
     weight_decay: float = flag(0.0, "Decoupled weight decay; none on biases, norms and the temperature.")
     adam_beta1: float = flag(0.9, "Decay of Adam's first moment.")
     adam_beta2: float = flag(0.999, "Decay of Adam's second moment.")

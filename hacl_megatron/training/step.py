@@ -71,6 +71,10 @@ class StepMetrics:
     contrastive_weight: float
     """Lambda of the step; 0 where nothing was trained."""
     counts: GlobalCounts
+    hallucinated: float
+    """Hallucinated captions that `hallucination_margin` is the mean over."""
+    hallucination_pairs: float
+    """Pairs with any, which `hallucination_accuracy` is the share of."""
 
     @property
     def contrastive_loss(self) -> float:
@@ -113,6 +117,8 @@ class StepSums:
             hallucination_accuracy=mean("hallucination_correct_sum", total["hallucination_pairs"]),
             temperature=total["temperature"],
             counts=counts,
+            hallucinated=total["margin_count"],
+            hallucination_pairs=total["hallucination_pairs"],
         )
 
 

@@ -7,8 +7,10 @@ captions, those per token favour predictable long ones; both are reported.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from hacl_megatron.batch import Parts
-from hacl_megatron.data.encoding import EncodedSample, EncodingSettings
+from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample
 from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.tokenizer import Tokenizer
 from hacl_megatron.evaluation.likelihood.task import (
@@ -54,7 +56,13 @@ class Preference(ManifestTask):
     def encode(self, key: int) -> list[EncodedSample]:
         sample = self.manifest[key]
         question = _own_question(sample) or self.question
-        return [with_answer(question, text, self.tokenizer, self.settings) for text in (sample.caption, *twins(sample))]
+        caption, *others = [
+            with_answer(question, text, self.tokenizer, self.settings) for text in (sample.caption, *twins(sample))
+        ]
+        different = [twin for twin in others if not np.array_equal(twin.dialogue, caption.dialogue)]
+        if not different:
+            raise UnusableSample("each of its hallucinated captions is its caption, token for token")
+        return [caption, *different]
 
     def measured(self, key: int, output: ItemOutput) -> dict[str, Any]:
         caption, *hallucinated = [

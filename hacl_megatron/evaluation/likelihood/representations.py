@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from hacl_megatron.batch import PackedBatch, Parts
-from hacl_megatron.data.encoding import EncodedSample, encode
+from hacl_megatron.data.encoding import EncodedSample, UnusableSample, encode
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.evaluation.likelihood.item_packs import PackResult, result_of_pack
-from hacl_megatron.evaluation.likelihood.task import ItemOutput, ManifestTask
+from hacl_megatron.evaluation.likelihood.task import ItemOutput, ManifestTask, twins
 from hacl_megatron.evaluation.likelihood.task_run import from_text, to_text
 from hacl_megatron.model.hacl import HaclModel, ModelOutput
 
@@ -33,15 +33,21 @@ class Representations(ManifestTask):
     needs = "an image, a caption and a hallucinated caption"
 
     def takes(self, sample: Sample) -> bool:
-        return sample.image is not None and sample.caption is not None and len(sample.hallucinated_captions) > 0
+        return sample.image is not None and sample.caption is not None and len(twins(sample)) > 0
 
     def encode(self, key: int) -> list[EncodedSample]:
-        return [encode(self.manifest[key], self.tokenizer, self.settings)]
+        encoded = encode(self.manifest[key], self.tokenizer, self.settings)
+        if all(twin == encoded.caption_key for twin in encoded.hallucinated_keys):
+            raise UnusableSample("each of its hallucinated captions is its caption, token for token")
+        return [encoded]
 
     def measured(self, key: int, output: ItemOutput) -> dict[str, Any]:
         embeddings = output.image, output.caption, output.hallucinated
+        encoded = self.encode(key)[0]
+        # One that is the caption itself, token for token, is at its very place: it says nothing.
+        differs = [twin != encoded.caption_key for twin in encoded.hallucinated_keys]
         return {
-            space: [to_text(image), to_text(caption), *map(to_text, hallucinated)]
+            space: [to_text(image), to_text(caption), *map(to_text, hallucinated[differs])]
             for space, (image, caption, hallucinated) in zip(SPACES, (output.states, embeddings), strict=True)
         }
 

@@ -128,7 +128,8 @@ def _ranks(pool: list[dict[str, Any]], first: int) -> dict[str, np.ndarray]:
 
 
 def _margins(record: dict[str, Any]) -> np.ndarray:
-    """v·t - v·u of each hallucinated caption u of a pair: fp32 [M]."""
+    """v·t - v·u of each hallucinated caption u of a pair that is not its caption, token for token: fp32 [M]."""
     image, caption = from_text(record["image_embedding"]), from_text(record["caption_embedding"])
-    twins = [from_text(text) for text in record["hallucinated_embeddings"]]
+    keyed = zip(record["hallucinated_keys"], record["hallucinated_embeddings"], strict=True)
+    twins = [from_text(text) for key, text in keyed if key != record["caption_key"]]
     return np.array([image @ caption - image @ twin for twin in twins], dtype=np.float32)

@@ -26,17 +26,24 @@ def loss_scalars(metrics: StepMetrics) -> dict[str, float]:
 
 
 def mean_losses(batches: Sequence[tuple[StepMetrics, GlobalCounts]]) -> dict[str, float]:
-    """Means over validation batches: per target token for the language-model loss, per pair for the rest."""
+    """Means over validation batches, each over all of what a batch's value is the mean over, not over batches.
+
+    Target tokens, pairs, hallucinated captions for their margin, pairs that have any for the accuracy.
+    """
     means = {}
     for tag in loss_scalars(batches[0][0]):
-        weighted = [
-            (loss_scalars(metrics)[tag], counts.targets if tag == "lm loss" else counts.pairs)
-            for metrics, counts in batches
-        ]
+        weighted = [(loss_scalars(metrics)[tag], _weight(tag, metrics, counts)) for metrics, counts in batches]
         finite = [(value, weight) for value, weight in weighted if math.isfinite(value) and weight]
         if finite:
             means[tag] = sum(value * weight for value, weight in finite) / sum(weight for _, weight in finite)
     return means
+
+
+def _weight(tag: str, metrics: StepMetrics, counts: GlobalCounts) -> float:
+    if tag == "lm loss":
+        return counts.targets
+    own = {"hallucination margin": metrics.hallucinated, "hallucination accuracy": metrics.hallucination_pairs}
+    return own.get(tag, counts.pairs)
 
 
 def params_norm(trainee: Trainee) -> float:

@@ -21,6 +21,8 @@ from tests.tiny_data import write_tiny_data
 from tests.tool_runs import run_tool
 
 NUM_SAMPLES, BROKEN = 10, 3
+EQUAL = 1
+"""A sample of whose twins one is its caption: no twin, which counted as nearer than the caption."""
 LAYOUTS = {"tp1": [], "tp2": ["--tensor-model-parallel-size", "2"], "pp2": ["--pipeline-model-parallel-size", "2"]}
 
 
@@ -36,6 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, exports: dict[str, Path]) -
     data = write_tiny_data(folder / "data", n=NUM_SAMPLES)
     samples = json.loads(data["contrastive"].read_text())
     (data["images"] / samples[BROKEN]["image"]).write_bytes(b"no image")
+    own = samples[EQUAL]["Hallucination caption"]
+    samples[EQUAL]["Hallucination caption"] = [samples[EQUAL]["text"], *([own] if isinstance(own, str) else own)]
+    data["contrastive"].write_text(json.dumps(samples))
     flags = ["--data-path", str(data["contrastive"]), "--image-folder", str(data["images"]), "--device", "cpu",
              "--batch-size", "3", "--image-backend", "pillow"]  # fmt: skip
     commands = {
@@ -69,6 +74,7 @@ def test_numbers_are_those_of_transformers_states(folder: Path, exports: dict[st
     del samples[BROKEN]
     wrong = [s["Hallucination caption"] for s in samples]
     wrong = [[texts] if isinstance(texts, str) else texts for texts in wrong]
+    wrong = [[text for text in texts if text != s["text"]] for s, texts in zip(samples, wrong, strict=True)]
     images = torch.stack([oracle.image_state(s["image"]) for s in samples])
     captions = torch.stack([oracle.text_state(s["text"]) for s in samples])
     twins = [torch.stack([oracle.text_state(text) for text in texts]) for texts in wrong]

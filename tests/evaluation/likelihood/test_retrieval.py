@@ -87,10 +87,14 @@ def test_the_same_image_or_caption_is_never_wrong() -> None:
     assert task().score([one, same_caption]).metrics["i2t recall@1"] == 1
     same_image = {**two, "image": one["image"]}
     assert task().score([one, same_image]).metrics["i2t recall@1"] == 1
-    # a twin whose text is the caption itself is none of that caption, though its own pair's error
-    twin = {**one, "hallucinated_embeddings": [one["image_embedding"]], "hallucinated_keys": [one["caption_key"]]}
-    metrics = task().score([twin]).metrics
-    assert metrics["i2t among hallucinated recall@1"] == 1 and metrics["hallucination accuracy"] == 0
+    # a twin whose text is the caption itself is none: neither found instead of it, nor an error, nor a margin of 0
+    equal = [one["caption_embedding"], *one["hallucinated_embeddings"]]
+    twin = {**one, "hallucinated_embeddings": equal, "hallucinated_keys": [one["caption_key"], 1]}
+    assert task().score([twin]).metrics == task().score([{**one, "hallucinated_keys": [1]}]).metrics
+    twin = {**one, "hallucinated_embeddings": equal[:1], "hallucinated_keys": [one["caption_key"]]}
+    scores = task().score([twin])
+    assert scores.metrics["i2t among hallucinated recall@1"] == 1 and scores.counts["hallucinated captions"] == 0
+    assert scores.metrics["hallucination accuracy"] is None and scores.metrics["hallucination margin"] is None
 
 
 def test_a_collapsed_model_finds_nothing() -> None:
