@@ -21,6 +21,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-folder", metavar="DIR", help="folder that image names are relative to")
     parser.add_argument("--tokenizer", metavar="DIR", help="also count the token lengths under this tokenizer")
     parser.add_argument("--version", choices=template_names(), default="v1", help="template of the token lengths")
+    parser.add_argument("--model-max-length", type=int, default=2048, help="with --tokenizer: where dialogues are cut")
+    parser.add_argument("--visual-tokens", type=int, default=576, help="with --tokenizer: rows of an image")
     parser.add_argument("--verify-images", action="store_true", help="decode every image; list the unusable ones")
     parser.add_argument("--write-shards", action="store_true", help="pack the images into WebDataset tar shards")
     parser.add_argument("--images-per-shard", type=int, default=4096, help="images of one shard")

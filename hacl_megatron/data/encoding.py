@@ -35,6 +35,8 @@ class EncodingSettings:
     """V: rows that one image takes."""
     image_context: Literal["image", "prompt"] = "image"
     """What precedes the image's EOS (`--contrastive-image-context`)."""
+    pairs_train: bool = True
+    """Whether anything comes of a pair; with `--contrastive-weight 0` nothing does."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "EncodingSettings":
@@ -44,6 +46,7 @@ class EncodingSettings:
             model_max_length=config.data.model_max_length,
             visual_tokens=config.architecture.visual_tokens,
             image_context=config.objective.contrastive_image_context,
+            pairs_train=config.objective.contrastive_weight > 0,
         )
 
 
@@ -72,7 +75,7 @@ class EncodedSample:
     tokenization_mismatch: bool
     """Whether LLaVA's mismatch rule took all labels away."""
     untrained: str | None = None
-    """Why the sample trains nothing, neither a row of its dialogue nor a pair; None where it trains something."""
+    """Why the sample trains nothing, no row of its dialogue and no pair that counts; None where it trains something."""
 
 
 def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> EncodedSample:
@@ -90,7 +93,11 @@ def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> 
         segments = []  # a caption needs an image to make a pair
     elif segments:
         image_segment = _image_segment(rows, template, tokenizer, settings)
-    untrained = None if segments else _why_untrained(sample, labels, settings.model_max_length, mismatch)
+    untrained = (
+        None
+        if segments and settings.pairs_train
+        else _why_untrained(sample, labels, settings.model_max_length, mismatch)
+    )
     keys = [rows_key(segment) for segment in segments]
     limit = settings.model_max_length
     return EncodedSample(

@@ -48,7 +48,7 @@ from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE
 from hacl_megatron.training.reporting.changes import nothing_left, what_differs
 from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
 from hacl_megatron.training.reporting.profiling import ProfileWindow
-from hacl_megatron.training.reporting.status import write_status
+from hacl_megatron.training.reporting.status import SAMPLE_KEYS, TrainingStopped, write_status
 from hacl_megatron.training.saving import Saving
 from hacl_megatron.training.schedule import RunLength
 from hacl_megatron.training.state import Progress, StartingPoint, restore_run, saved_progress
@@ -78,7 +78,11 @@ def train(config: RunConfig, layout: Layout) -> None:
         if note is not None and trainer.log is not None:
             trainer.log.say(note)
         _write_status_of(trainer, "running")
-        stopped_for = trainer.train()
+        try:
+            stopped_for = trainer.train()
+        except TrainingStopped as error:
+            _write_status_of(trainer, "failed", str(error))
+            raise
     _write_status_of(trainer, "finished" if stopped_for is None else "stopped", stopped_for)
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
     parallel_state.destroy_model_parallel()
@@ -89,7 +93,8 @@ def train(config: RunConfig, layout: Layout) -> None:
 def _write_status_of(trainer: Trainer, state: str, reason: str | None = None) -> None:
     if dist.get_rank() == 0:
         save, done, wanted = trainer.config.checkpoint.save, trainer.progress.iteration, trainer.train_iters
-        write_status(save, state, iteration=done, train_iters=wanted, reason=reason)
+        samples = {key: getattr(trainer.progress, key) for key in SAMPLE_KEYS}
+        write_status(save, state, iteration=done, train_iters=wanted, reason=reason, samples=samples)
 
 
 def build_trainer(

@@ -79,8 +79,7 @@ class Trainer:
         self.num_samples, self.length, self.train_iters = start.num_samples, start.length, start.length.train_iters
         self.loader, self.validation, self.saving = loader, validation, saving
         self.log, self.profile, self.beat = log, profile, beat
-        self._untrained = UntrainedSamples(self.config.checkpoint.save, self._say)
-        self._steps, self._has_learnt = 0, False
+        self._untrained = UntrainedSamples(self.progress.untrained_kinds, self.config.checkpoint.save, self._say)
         self.stop_requests = StopRequests(self.config.training.exit_duration_in_mins)
         self.step = Step(run, trainee)
         self._peak_flops = peak_flops(device_name(run.device), bf16=self.config.model.bf16)
@@ -214,11 +213,12 @@ class Trainer:
         return next(text for text in reasons if text is not None), ranks
 
     def _judge_targets(self, counts: GlobalCounts) -> None:
-        self._steps += 1
-        learns = counts.targets > 0 or counts.pairs > 0
-        self._has_learnt |= learns
-        if not learns:
-            self._say(f"step {self.progress.iteration} trained nothing: its samples have no target token and no pair")
+        if counts.targets > 0 or counts.pairs > 0:
+            self.progress.targetless_steps = None
+            return
+        if self.progress.targetless_steps is not None:
+            self.progress.targetless_steps += 1
+        self._say(f"step {self.progress.iteration} trained nothing: its samples have no target token and no pair")
 
     def _planned_exit(self) -> str | None:
         training = self.config.training
@@ -241,11 +241,13 @@ class Trainer:
                 + (f" ({progress.bad_samples} of {progress.drawn_samples} in the whole run)" if since else "")
             )
         steps = min(_TARGETLESS_STEPS, -(-self.num_samples // self.run.layout.global_batch_size))
-        if not self._has_learnt and self._steps >= steps and progress.untrained_samples:
-            self._save(finish=True)
+        found = progress.targetless_steps
+        if found and progress.untrained_samples and (found >= steps or progress.iteration >= self.train_iters):
+            progress.targetless_steps = 0  # whoever resumes may have mended the data
+            self._save(finish=True, again=True)
             where = Path(save) / BAD_SAMPLES_FILE if save else "the log"
             raise TrainingStopped(
-                f"no sample of {self._steps} steps had a target token or a pair, expected answers to train on: see "
+                f"no sample of {found} steps had a target token or a pair, expected answers to train on: see "
                 f"{where}, mend the data or choose another --version"
             )
         skips = progress.consecutive_skips

@@ -6,7 +6,7 @@ where they make the resumed run bitwise equal).
 """
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from hacl_megatron.training.trainee import Trainee
 
 @dataclass
 class Progress:
-    """How far a run has come. Plain numbers, the same on every rank."""
+    """How far a run has come. Plain values, the same on every rank."""
 
     iteration: int = 0
     """Optimiser steps done, skipped ones included."""
@@ -42,6 +42,10 @@ class Progress:
     untrained_samples: int = 0
     """Of these, usable ones that train nothing: no target token and no pair (`bad_samples.jsonl`, in a class of their
     own)."""
+    untrained_kinds: dict[str, int] = field(default_factory=dict)
+    """How many of these there are of each kind, the reason as `EncodedSample.untrained` has it."""
+    targetless_steps: int | None = 0
+    """Steps without a target token or a pair since the run began; None once a step had one."""
     tokenization_mismatches: int = 0
     """Dialogues whose labels were all ignored by LLaVA's mismatch rule."""
     truncated_dialogues: int = 0

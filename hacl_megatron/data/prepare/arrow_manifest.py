@@ -81,6 +81,8 @@ class Measures:
     """Dialogue, caption and hallucinated tokens of each sample."""
     images: Sequence[tuple[int | None, int | None, str | None]] | None = None
     """Width, height and fault of each sample's image."""
+    untrained: Sequence[str | None] | None = None
+    """Why each sample will train nothing; no column, for it depends on the run's settings."""
 
 
 def make_entry(record: Record, file: int, name: str | None = None) -> Entry:

@@ -47,6 +47,14 @@ class Findings:
         if len(found.first) < NAMED:
             found.first.append(printable(name))
 
+    def add(self, known: dict[str, Any]) -> None:
+        """Counts what `as_json` of others says too."""
+        for kind, found in known.get("kinds", {}).items():
+            own = self._kinds.setdefault(kind, Found(loss=found["loss"]))
+            own.records += found["records"]
+            own.first += found["first"][: NAMED - len(own.first)]
+        self.total += known.get("total", 0)
+
     def as_json(self) -> dict[str, Any]:
         return {"total": self.total, "kinds": {kind: asdict(found) for kind, found in self._kinds.items()}}
 

@@ -9,6 +9,7 @@ start reads the JSON again (seconds) and skips every part that is there and stil
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections import deque
@@ -28,6 +29,9 @@ CHUNK_SAMPLES = 4096
 CHUNK_BYTES = 16 << 20
 """A chunk ends at whichever comes first."""
 
+_UNTRAINED = b"untrained"
+"""Key of a part's metadata: `Findings.as_json`; a start that takes the part over measures nothing anew."""
+
 Measure = Callable[[Sequence[Record]], Measures]
 """Finds out about the images and texts of a chunk; runs in several threads at once."""
 
@@ -40,6 +44,8 @@ class Counts:
     """Kept."""
     findings: list[Findings] = field(default_factory=list)
     """What is to be said about each file."""
+    untrained: Findings = field(default_factory=Findings)
+    """Records kept that will train nothing, by kind, where `measure` looked for them."""
     dropped: int = 0
     """Same id and same content as an earlier record."""
     renamed: int = 0
@@ -79,6 +85,8 @@ def build_parts(
                 while len(pending) > num_workers + 1:
                     parts.append(pending.popleft().result())
             parts += [future.result() for future in pending]
+            for part in parts:
+                counts.untrained.add(json.loads(read_part(part).schema.metadata[_UNTRAINED]))
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
@@ -123,7 +131,12 @@ def write_arrow(path: str, batch: pa.RecordBatch) -> None:
 def _write_part(path: str, entries: list[Entry], measure: Measure | None) -> str:
     if not _is_whole(path):
         measures = Measures() if measure is None else measure([entry.record for entry in entries])
-        write_arrow(path, build_batch(entries, measures))
+        untrained = Findings({"total": len(entries)})
+        for entry, kind in zip(entries, measures.untrained or (), strict=False):
+            if kind is not None:
+                untrained.count(kind, entry.record.name)
+        batch = build_batch(entries, measures)
+        write_arrow(path, batch.replace_schema_metadata({_UNTRAINED: json.dumps(untrained.as_json())}))
     return path
 
 

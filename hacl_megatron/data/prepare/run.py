@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.config.flags import MANIFEST_FILE
+from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
 from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, ArrowManifest, Measures
@@ -27,7 +28,7 @@ from hacl_megatron.data.prepare.json_text import json_text
 from hacl_megatron.data.prepare.llava_json import Record
 from hacl_megatron.data.prepare.parts import Counts, build_parts, merge_parts, remove_folder
 from hacl_megatron.data.prepare.shards import write_shards
-from hacl_megatron.data.prepare.token_lengths import count_tokens
+from hacl_megatron.data.prepare.token_lengths import count_tokens, untrained_kinds
 from hacl_megatron.data.store import FolderStore, UnusableImage
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,6 +47,10 @@ class PrepareSettings:
     tokenizer: str | None = None
     version: str = "v1"
     """Template whose token lengths are counted."""
+    model_max_length: int = 2048
+    """Longest dialogue of the run that is to come, in rows; what is cut behind it trains nothing."""
+    visual_tokens: int = 576
+    """Rows of an image; LLaVA-1.5's."""
     verify_images: bool = False
     write_shards: bool = False
     images_per_shard: int = 4096
@@ -111,7 +116,7 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
 
 
 def _check(settings: PrepareSettings) -> None:
-    for name in ("num_workers", "images_per_shard", "max_image_pixels"):
+    for name in ("num_workers", "images_per_shard", "max_image_pixels", "model_max_length", "visual_tokens"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; expected at least 1")
     for flag, wanted in (("--verify-images", settings.verify_images), ("--write-shards", settings.write_shards)):
@@ -184,17 +189,27 @@ def _measure(
             sample_of(record, sample_id=index, version=settings.version, source="")
             for index, record in enumerate(records)
         ]
-        measures = replace(measures, tokens=count_tokens(samples, tokenizer, settings.version))
+        tokens = count_tokens(samples, tokenizer, settings.version)
+        untrained = untrained_kinds(samples, tokens, tokenizer, _encoding_settings(settings))
+        measures = replace(measures, tokens=tokens, untrained=untrained)
     if images is not None:
         measures = replace(measures, images=[images.measure(record.image) for record in records])
     return measures
+
+
+def _encoding_settings(settings: PrepareSettings) -> EncodingSettings:
+    return EncodingSettings(
+        version=settings.version,
+        model_max_length=settings.model_max_length,
+        visual_tokens=settings.visual_tokens,
+    )
 
 
 def _fingerprint(settings: PrepareSettings, tokenizer: Tokenizer | None) -> str:
     """What the measured columns depend on besides the records."""
     parts: list[Any] = []
     if tokenizer is not None:
-        parts += [settings.version, _tokenizer_key(tokenizer)]
+        parts += [settings.version, _tokenizer_key(tokenizer), settings.model_max_length, settings.visual_tokens]
     if settings.verify_images or settings.write_shards:
         parts += [os.path.realpath(str(settings.image_folder)), settings.verify_images, settings.max_image_pixels]
         parts += [settings.write_shards]
@@ -247,6 +262,9 @@ def _report(manifest: ArrowManifest, settings: PrepareSettings, counts: Counts, 
         f"{path}: {line}"
         for path, about in zip(manifest.files, manifest.findings, strict=True)
         for line in about.lines()
+    ]
+    found += [
+        f"as this tokenizer and --version {settings.version} have it, {line}" for line in counts.untrained.lines()
     ]
     if found:
         report["to look at"] = found

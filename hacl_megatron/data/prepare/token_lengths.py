@@ -1,11 +1,11 @@
-"""How many rows a sample's segments will take, counted for thousands of samples at once.
+"""What a tokenizer makes of samples: how many rows their segments will take, and which of them will train nothing.
 
 The numbers are those of `hacl_megatron.data.encoding.encode` with one row for an image and nothing cut.
 """
 
 from collections.abc import Sequence
 
-from hacl_megatron.data.encoding import UnusableSample, checked_dialogue
+from hacl_megatron.data.encoding import EncodingSettings, UnusableSample, checked_dialogue, encode
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.templates import find_template
 from hacl_megatron.data.tokenizer import Tokenizer
@@ -44,6 +44,29 @@ def count_tokens(samples: Sequence[Sample], tokenizer: Tokenizer, version: str) 
         captions = [total + 2 for total, _ in _take(lengths, num_captions)]
         counts.append((dialogue, captions[0], sum(captions[1:])) if captions else (dialogue, None, None))
     return counts
+
+
+def untrained_kinds(
+    samples: Sequence[Sample], counts: Sequence[TokenCounts], tokenizer: Tokenizer, settings: EncodingSettings
+) -> list[str | None]:
+    """Why each sample will train nothing, as a run of these settings says; None for one that will, or is unusable.
+
+    Args:
+        counts: of the samples, by `count_tokens`.
+    """
+    finds_labels = find_template(settings.version).find_labels is not None
+    kinds: list[str | None] = []
+    for sample, (dialogue, caption, _) in zip(samples, counts, strict=True):
+        kind = None
+        if dialogue is not None and caption is None:
+            rows = dialogue + (settings.visual_tokens - 1 if sample.image is not None else 0)
+            if finds_labels or rows > settings.model_max_length:
+                try:
+                    kind = encode(sample, tokenizer, settings).untrained
+                except UnusableSample:
+                    kind = f"its image does not fit into --model-max-length {settings.model_max_length}"
+        kinds.append(kind)
+    return kinds
 
 
 def _take(lengths, count: int) -> list[tuple[int, int]]:

@@ -31,19 +31,21 @@ def report_bad_samples(bad: list[BadSample], iteration: int, save: str | None, s
 
 
 class UntrainedSamples:
-    """Counts the samples that train nothing by their kind, names the first of each, writes them all."""
+    """Counts the samples that train nothing by their kind, names the first of each, writes them all.
 
-    def __init__(self, save: str | None, say: Callable[[str], None]) -> None:
-        self._save, self._say = save, say
-        self.kinds: Counter[str] = Counter()
-        """By reason, since this process began; on rank 0."""
+    Args:
+        kinds: how many there are of each kind since the run began, the same on every rank; it is added to.
+    """
+
+    def __init__(self, kinds: dict[str, int], save: str | None, say: Callable[[str], None]) -> None:
+        self._kinds, self._save, self._say = kinds, save, say
         self._first: dict[str, list[str]] = {}
 
     def report(self, own: list[BadSample], iteration: int) -> None:
         """Every rank calls it with its own of a step."""
         samples = _of_all_ranks(own)
         for sample in samples:
-            self.kinds[sample.reason] += 1
+            self._kinds[sample.reason] = self._kinds.get(sample.reason, 0) + 1
             first = self._first.setdefault(sample.reason, [])
             if len(first) < _SAID:
                 first.append(sample.name)
@@ -51,23 +53,27 @@ class UntrainedSamples:
         _append(samples, {"iteration": iteration, "class": UNTRAINED}, self._save, self._say)
 
     def lines(self) -> list[str]:
-        """`12 samples (a, b, c, ...) trained nothing: it has no answer with words`, one line a kind."""
-        return [
-            f"{number:,} samples drawn ({', '.join(self._first[kind])}{', ...' if number > _SAID else ''}) trained "
-            f"nothing: {kind}"
-            for kind, number in self.kinds.most_common()
-        ]
+        """`12 samples drawn (a, b, c, ...) trained nothing: it has no answer with words`, one line a kind.
+
+        Of the whole run; named are the first that were drawn since this process began.
+        """
+        lines = []
+        for kind, number in Counter(self._kinds).most_common():
+            first = self._first.get(kind, [])
+            named = f" ({', '.join(first)}{', ...' if number > len(first) else ''})" if first else ""
+            lines.append(f"{number:,} samples drawn{named} trained nothing: {kind}")
+        return lines
 
 
 def _of_all_ranks(own: list[BadSample]) -> list[BadSample]:
-    """All ranks' samples on rank 0, none on the others."""
+    """All ranks' samples, on every rank."""
     everywhere: list[list[BadSample] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, own)
-    return [sample for part in everywhere for sample in part or []] if dist.get_rank() == 0 else []
+    return [sample for part in everywhere for sample in part or []]
 
 
 def _append(samples: list[BadSample], facts: dict[str, object], save: str | None, say: Callable[[str], None]) -> None:
-    if save is None or not samples:
+    if save is None or not samples or dist.get_rank() != 0:
         return
     target = Path(save) / BAD_SAMPLES_FILE
     try:

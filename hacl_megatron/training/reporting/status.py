@@ -8,10 +8,13 @@ user's mistake or because training is hopeless; the same start would fail again)
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 STATUS_FILE = "run_status.json"
+SAMPLE_KEYS = ("drawn_samples", "bad_samples", "untrained_samples", "untrained_kinds")
+"""Of `Progress`, in the file: samples drawn, unusable ones, those that train nothing, and these by kind."""
 
 
 class TrainingStopped(RuntimeError):
@@ -26,12 +29,21 @@ def write_status(
     iteration: int | None = None,
     train_iters: int | None = None,
     reason: str | None = None,
+    samples: Mapping[str, Any] | None = None,
 ) -> None:
-    """Replace the file in `save`, if there is such a folder; one rank calls it."""
+    """Replace the file in `save`, if there is such a folder; one rank calls it.
+
+    Args:
+        samples: what became of those drawn so far, by the file's keys; None: as the file says, of whoever failed does
+            not know.
+    """
     if save is None or not Path(save).is_dir():
         return
-    facts = {"state": state, "iteration": iteration, "train_iters": train_iters, "reason": reason, "launch": _launch()}
     path = Path(save) / STATUS_FILE
+    if samples is None:
+        samples = {key: value for key, value in _facts(path).items() if key in SAMPLE_KEYS}
+    facts = {"state": state, "iteration": iteration, "train_iters": train_iters, "reason": reason, "launch": _launch()}
+    facts |= samples
     temporary = path.with_name(f"{STATUS_FILE}.{os.environ.get('RANK', '0')}.tmp")
     with contextlib.suppress(OSError):  # a full disk has been reported where it mattered
         temporary.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}, indent=1) + "\n")
@@ -42,12 +54,18 @@ def reason_not_to_restart(save: str | None) -> str | None:
     """Why torchrun's restart of this process is in vain; None at a first start, or if it is worth a try."""
     if save is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
-    try:
-        facts = json.loads((Path(save) / STATUS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    facts = _facts(Path(save) / STATUS_FILE)
     failed_before = facts.get("state") == "failed" and facts.get("launch") == _launch()
     return facts.get("reason") if failed_before else None
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What the file says; {} where there is none, or none that says anything."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _launch() -> str | None:

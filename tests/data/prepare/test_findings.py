@@ -4,11 +4,12 @@ The kinds are those of public reports: LLaMA-Factory's and TRL's key `images` (L
 (xtuner#771), tags without an image and images without a tag, a tag in a turn that the template leaves out.
 """
 
+import contextlib
 import json
 
 import pytest
 
-from hacl_megatron.data.encoding import EncodingSettings, encode
+from hacl_megatron.data.encoding import EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.prepare.record_keys import meant_by
 from hacl_megatron.data.prepare.run import run_prepare
@@ -149,3 +150,45 @@ def test_a_start_says_them_and_refuses_before_any_thread(dataset, capsys):  # no
     (dataset / "train.json").write_text(json.dumps(records))
     with pytest.raises(ValueError, match="no image of any of its 12 records"):
         loader_of(dataset)
+
+
+def test_with_a_tokenizer_prepare_names_what_will_train_nothing_as_the_trainer_does(source, capsys):
+    """Cut before any answer, or without labels by LLaVA's mismatch rule: only a tokenizer can tell. A second start,
+    which takes the parts over and measures nothing, says the same."""
+    long = [{"from": "human", "value": "<image>\n" + "Q " * 60}, {"from": "gpt", "value": "a cat"}]
+    records = [
+        {"id": "good", "image": "a/1.jpg", "conversations": SOUND[0]["conversations"]},
+        {"id": "cut", "image": "a/1.jpg", "conversations": long},
+        {"id": "asks", "conversations": [*PLAIN, *PLAIN[:1]]},
+        {"id": "eos", "conversations": [PLAIN[0], {"from": "gpt", "value": "a </s> USER: cat"}]},
+        {"id": "pair", "image": "a/1.jpg", "conversations": long, "text": "a cat"},
+        {"id": "half", "conversations": [PLAIN[0], {"from": "gpt", "value": "\ud83d"}]},
+    ]
+    (source / "a.json").write_text(json.dumps(records))
+    limits = {"model_max_length": 150, "visual_tokens": 16}
+    tokenizer = load_tokenizer(str(source / "tokenizer"))
+    expected: dict[str, list[str]] = {}
+    for sample in Manifest.read([str(source / "a.json")], version="v1"):
+        with contextlib.suppress(UnusableSample):
+            kind = encode(sample, tokenizer, EncodingSettings(version="v1", **limits)).untrained
+            expected.setdefault(kind, []).append(sample.name)
+    assert {"good", "pair"} == set(expected.pop(None)) and ["cut"] in expected.values() and len(expected) >= 2
+    for _ in range(2):
+        report = run_prepare(settings(source, tokenizer=str(source / "tokenizer"), **limits))
+        lines = report["to look at"]
+        for kind, names in expected.items():
+            said = f"{len(names)} of 6 records ({', '.join(names)}): {kind}"
+            assert f"as this tokenizer and --version v1 have it, {said}" in lines
+        assert any("1 of 6 records (half): half of a surrogate pair" in line for line in lines)
+        merge = source / "out" / "manifest.arrow"
+        merge.unlink()
+    # The notes that a run says at its start are none of them: its own limits decide.
+    run_prepare(settings(source, tokenizer=str(source / "tokenizer"), **limits))
+    assert not any("as this tokenizer" in line for line in Manifest.read([str(source / "out")], version="v1").remarks())
+
+
+def test_a_caption_without_an_image_is_no_pair(tmp_path):
+    """So its dialogue without an answer trains nothing, `text` or not."""
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "q", "conversations": PLAIN[:1], "text": "a cat"}, *SOUND]))
+    (line,) = Manifest.read([str(tmp_path / "a.json")], version="v1").remarks()
+    assert "(q): no answer, or none with words" in line
