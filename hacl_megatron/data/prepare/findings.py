@@ -98,6 +98,9 @@ def find_unseen(
             kind = f"key {key!r} is not read; did you mean {HALLUCINATED_KEY!r}?"
             findings.count(kind, name, "hallucinated captions")
             break
+    for key, meant in strange.items():
+        if meant in ("text", "caption") and not record.get(meant):
+            findings.count(f"key {key!r} is not read; did you mean {meant!r}, the caption?", name)
     tagged = [number for number, (_, value) in enumerate(turns) if isinstance(value, str) and IMAGE_TAG in value]
     if image is None:
         key = next((key for key, meant in strange.items() if meant == IMAGE_KEY), None)

@@ -14,9 +14,11 @@ CAPTION_KEYS = ("caption", HALLUCINATED_KEY)
 _WRITTEN_BY_US = "hallucinationedits"
 _IMAGE_ELSEWHERE = {
     "image", "images", "img", "imgs", "imagepath", "imagepaths", "imagefile", "imagename", "imageurl", "imgpath",
-    "imgname", "picture", "pictures", "pic", "photo", "imagelist",
+    "imgname", "filename", "imagefilename", "picture", "pictures", "pic", "photo", "imagelist",
 }  # fmt: skip
-"""What other formats call it: LLaMA-Factory and TRL `images`, xtuner `img`."""
+"""What other formats call it: LLaMA-Factory and TRL `images`, xtuner `img`, COCO `file_name`."""
+_TEXTS = {"text": "text", "texts": "text", "caption": "caption", "captions": "caption"}
+"""Other spellings of the keys that say which text is the caption."""
 
 
 @lru_cache(maxsize=4096)
@@ -29,6 +31,8 @@ def meant_by(key: str) -> str | None:
         key.isalpha() and difflib.SequenceMatcher(None, letters, "image").ratio() >= 0.8
     ):
         return IMAGE_KEY
+    if letters in _TEXTS:
+        return _TEXTS[letters]
     wanted = "".join(filter(str.isalpha, HALLUCINATED_KEY.lower()))
     is_like = letters.startswith("halluc") or difflib.SequenceMatcher(None, letters, wanted).ratio() >= 0.75
     return HALLUCINATED_KEY if is_like and letters != _WRITTEN_BY_US else None

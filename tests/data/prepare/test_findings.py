@@ -118,10 +118,20 @@ def test_sound_records_are_not_remarked_upon(tmp_path):
     ("key", "meant"),
     [("IMAGES", "image"), ("image_path", "image"), ("Hallucination Caption", "Hallucination caption"),
      ("hallucination_captions", "Hallucination caption"), ("halucination caption", "Hallucination caption"),
-     ("Hallucination edits", None), ("image_id", None), ("caption", None), ("model", None), ("video", None)],
+     ("Hallucination edits", None), ("image_id", None), ("caption", None), ("model", None),
+     ("file_name", "image"), ("Text", "text"), ("captions", "caption"), ("context", None), ("video", None)],
 )  # fmt: skip
 def test_which_keys_are_taken_for_which(key, meant):
     assert meant_by(key) == meant
+
+
+def test_a_caption_under_another_key_is_named(tmp_path):
+    """`Text` beside a hallucinated caption: the pair was made of the first answer, without a word."""
+    turns = [{"from": "human", "value": "<image>\nis it?"}, {"from": "gpt", "value": "yes"}]
+    record = {"id": "p", "image": "a/1.jpg", "conversations": turns, "Text": "a cat", "Hallucination caption": "a dog"}
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    (line,) = Manifest.read([str(tmp_path / "a.json")], version="v1").remarks()
+    assert "1 of 1 records (p): key 'Text' is not read; did you mean 'text'" in line
 
 
 def test_prepare_reports_them_and_a_prepared_folder_says_them_again(source, capsys):
