@@ -202,7 +202,7 @@ def test_names_of_every_transformers_version(tmp_path, rename):
 
 
 def test_a_stored_tied_head_that_equals_the_embedding_is_not_read_again(tmp_path):
-    """One that differs is another matter: `test_tied_heads`."""
+    """One that differs is another matter: `public_reports.test_tied_heads_that_differ`."""
     source = write_tiny_llava(tmp_path / "in", tie=True)
     tensors = load_file(source / "model.safetensors")
     embedding = tensors["language_model.model.embed_tokens.weight"]

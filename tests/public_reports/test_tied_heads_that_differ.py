@@ -1,4 +1,7 @@
-"""A `config.json` that ties LM head and embedding over files in which they differ: transformers is who decides."""
+"""A `config.json` that ties LM head and embedding over files in which they differ: transformers is who decides.
+
+Public reports: vllm#51063: a tied `config.json` over files whose heads differ.
+"""
 
 import json
 from pathlib import Path

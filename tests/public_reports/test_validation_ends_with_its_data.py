@@ -1,4 +1,7 @@
-"""Validation sees each sample once: it stops at the end of its data and says so."""
+"""Validation sees each sample once: it stops at the end of its data and says so.
+
+Public reports: Megatron-Bridge#5626: validation that wraps past its end without a word.
+"""
 
 import contextlib
 import json

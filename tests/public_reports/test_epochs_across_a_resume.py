@@ -1,4 +1,7 @@
-"""A run's length and its schedules across a resume: at another batch size, with another length, after its end."""
+"""A run's length and its schedules across a resume: at another batch size, with another length, after its end.
+
+Public reports: transformers#22580, open_clip#413: epochs that end early or late after a resume at another batch size.
+"""
 
 import contextlib
 import json

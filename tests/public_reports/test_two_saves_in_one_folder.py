@@ -1,4 +1,7 @@
-"""A folder that holds more weights than one save left: what transformers reads of it is what is converted."""
+"""A folder that holds more weights than one save left: what transformers reads of it is what is converted.
+
+Public reports: diffusers#14719: an old index beside newer weights.
+"""
 
 import json
 from pathlib import Path

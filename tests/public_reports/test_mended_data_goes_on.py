@@ -1,4 +1,7 @@
-"""A run that bad data stopped goes on once they are mended, and is stopped again where they are not."""
+"""A run that bad data stopped goes on once they are mended, and is stopped again where they are not.
+
+Public reports: Sa2VA#21: what is wrong with the data stays counted against those who have mended them.
+"""
 
 import json
 import shutil
