@@ -28,7 +28,11 @@ def says_yes(answer: str) -> bool:
     return NO_WORDS.isdisjoint(answer.split(".")[0].replace(",", "").split(" "))
 
 
-_NEGATION = re.compile(r"\b(?:no|not|none|nope|never|cannot)\b|n['’]t\b", re.IGNORECASE)
+_NEGATION = re.compile(
+    r"\b(?:no|not|none|nope|nah|never|neither|cannot|without|negative|false|(?:is|are|was|were|do|does|ca|wo)nt)\b"
+    r"|n['’]t\b|^\W*n\W*$",
+    re.IGNORECASE,
+)
 _YES = re.compile(r"\W*(?:yes|yeah|yep)\b", re.IGNORECASE)
 NAMED = 3
 """So many ambiguous answers are named in the table; the results file has them all."""

@@ -50,6 +50,8 @@ def test_an_empty_answer_is_counted_and_named() -> None:
     [
         ("No\n", "yes", True), ("NO.", "yes", True), ("There isn't one.", "yes", True), ("Not at all", "yes", True),
         ("It isn’t there", "yes", True), ("\nNo", "yes", True), ("Yes, there is no doubt", "no", True),
+        ("**No**", "yes", True), ("Nah", "yes", True), ("It is without one", "yes", True), ("isnt there", "yes", True),
+        ("N", "yes", True), ("Negative", "yes", True), ("Neither", "yes", True), ("A nation", "yes", False),
         ("No", "no", False), ("no, it is not", "no", False), ("Yes", "yes", False),
         ("Yes. It is not big.", "yes", False),
         ("A knot", "yes", False), ("", "yes", False), ("There is no car", "no", False),
