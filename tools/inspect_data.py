@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hacl_megatron.config.console import exit_with_error, say
+from hacl_megatron.config.flags import MAX_IMAGE_PIXELS
 from hacl_megatron.data.templates import template_names
 
 TEMPLATE = Path(__file__).with_name("inspect_data.html.j2")
@@ -35,10 +36,12 @@ def parse() -> argparse.Namespace:
     which.add_argument("--random", type=int, default=16, metavar="N", help="so many samples drawn at random (16)")
     parser.add_argument("--seed", type=int, default=1234, help="of --random")
     parser.add_argument("--image-aspect-ratio", choices=("pad", "square", "stretch"), default="pad")
+    parser.add_argument("--image-transparency", choices=("drop", "fill"), default="drop")
+    parser.add_argument("--image-orientation", choices=("ignore", "exif"), default="ignore")
     parser.add_argument("--image-backend", choices=("auto", "dali", "pillow"), default="auto")
     parser.add_argument("--model-max-length", type=int, default=2048)
     parser.add_argument("--contrastive-image-context", choices=("image", "prompt"), default="image")
-    parser.add_argument("--max-image-pixels", type=int, default=178_956_970)
+    parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS)
     parser.add_argument("--output", required=True, type=Path, help="page to write")
     args = parser.parse_args()
     if not (args.tokenizer or args.pretrained_checkpoint):
@@ -113,7 +116,12 @@ def inspect(args: argparse.Namespace) -> None:
         image_context=args.contrastive_image_context,
     )
     decoder = ImageDecoder(
-        image, aspect_ratio=args.image_aspect_ratio, backend=backend, max_image_pixels=args.max_image_pixels
+        image,
+        aspect_ratio=args.image_aspect_ratio,
+        backend=backend,
+        max_image_pixels=args.max_image_pixels,
+        transparency=args.image_transparency,
+        orientation=args.image_orientation,
     )
     samples = [
         show(manifest[index], store=store, decoder=decoder, tokenizer=tokenizer, settings=settings) for index in chosen

@@ -11,6 +11,7 @@ import argparse
 import os
 
 from hacl_megatron.config.console import exit_with_error, say
+from hacl_megatron.config.flags import MAX_IMAGE_PIXELS
 from hacl_megatron.data.templates import template_names
 
 
@@ -23,12 +24,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--version", choices=template_names(), default="v1", help="template of the token lengths")
     parser.add_argument("--model-max-length", type=int, default=2048, help="with --tokenizer: where dialogues are cut")
     parser.add_argument("--visual-tokens", type=int, default=576, help="with --tokenizer: rows of an image")
-    parser.add_argument("--verify-images", action="store_true", help="decode every image; list the unusable ones")
+    parser.add_argument(
+        "--verify-images", action="store_true", help="decode every image; list unusable, name blank ones"
+    )
     parser.add_argument("--write-shards", action="store_true", help="pack the images into WebDataset tar shards")
     parser.add_argument("--images-per-shard", type=int, default=4096, help="images of one shard")
     parser.add_argument("--keep-duplicates", action="store_true", help="keep every record and its id as it is")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="threads")
-    parser.add_argument("--max-image-pixels", type=int, default=178_956_970, help="larger images are unusable")
+    parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are unusable")
     return parser.parse_args()
 
 

@@ -140,6 +140,8 @@ class ImageConfig:
     size: int
     mean: tuple[float, float, float] = CLIP.mean
     std: tuple[float, float, float] = CLIP.std
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How it is resized; always with antialiasing."""
 
 
 @dataclass(frozen=True, kw_only=True)

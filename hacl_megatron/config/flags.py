@@ -13,6 +13,9 @@ from typing import Any, Literal
 MANIFEST_FILE = "manifest.arrow"
 """Says that a folder holds prepared data (tools/prepare_data.py), which `--data-path` then takes."""
 
+MAX_IMAGE_PIXELS = 89_478_485
+"""Pillow's own mark, from which on it warns: decoding so many pixels stays within 2 GB, whatever the format."""
+
 TEMPERATURE_RANGE = (0.001, 0.5)
 """Bounds that the learned temperature is kept in."""
 
@@ -168,6 +171,14 @@ class DataFlags:
         "pad", "pad: fill to a square with the mean colour, then resize. square: resize the shorter edge, then crop "
         "the centre. stretch: resize to the square as BLIP-2 and MiniGPT-4 do."
     )  # fmt: skip
+    image_transparency: Literal["drop", "fill"] = flag(
+        "drop", "drop: show the colours that a file has where it is transparent, often black, as LLaVA does. fill: "
+        "lay it on the mean colour, that of --image-aspect-ratio pad."
+    )  # fmt: skip
+    image_orientation: Literal["ignore", "exif"] = flag(
+        "ignore", "ignore: pictures as they are stored, as LLaVA takes them. exif: turned as their EXIF says, as "
+        "transformers' load_image does."
+    )  # fmt: skip
     model_max_length: int = flag(2048, "Dialogues are cut here, counted after the image is expanded.")
     image_backend: Literal["auto", "dali", "pillow"] = flag(
         "auto", "Decoder and resizer. auto: DALI where it is installed, else Pillow."
@@ -176,7 +187,9 @@ class DataFlags:
     io_threads: int = flag(8, "Threads that read image files ahead; more of them hide slower storage.")
     prefetch_steps: int = flag(2, "Optimiser steps whose batches are prepared ahead.")
     max_bad_fraction: float = flag(0.01, "Stop the run when more than this share of the samples drawn is unusable.")
-    max_image_pixels: int = flag(178_956_970, "Refuse to decode an image with more pixels (decompression bombs).")
+    max_image_pixels: int = flag(
+        MAX_IMAGE_PIXELS, "Refuse to decode an image with more pixels (decompression bombs); so many take 2 GB."
+    )  # fmt: skip
 
 
 @dataclass

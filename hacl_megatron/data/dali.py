@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hacl_megatron.config.architecture import ImageConfig
+
 HOST_BATCH = 4
 """Images that go through a host graph at once; it keeps buffers for as many of the largest images it has seen."""
 MIXED_BATCH = 32
@@ -88,11 +90,9 @@ def host_graph() -> Graph:
 
 
 def mixed_graph(
+    config: ImageConfig,
     *,
     fill: tuple[int, ...] | None,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     num_threads: int,
     device_id: int | None,
     decoder: Literal["mixed", "cpu"] = "mixed",
@@ -110,8 +110,9 @@ def mixed_graph(
     """
     from nvidia.dali import fn, types
 
-    bicubic = {
-        "interp_type": types.INTERP_CUBIC,
+    size = config.size
+    resizing = {
+        "interp_type": {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}[config.interpolation],
         "antialias": True,
         "subpixel_scale": False,
         "mode": "stretch",  # what is not named keeps its size
@@ -135,14 +136,14 @@ def mixed_graph(
                 out_of_bounds_policy="pad",
                 fill_values=[float(level) for level in fill],
             )
-        images = fn.resize(images, resize_x=float(size), **of_width, **bicubic)
-        images = fn.resize(images, resize_y=float(size), **of_height, **bicubic)
+        images = fn.resize(images, resize_x=float(size), **of_width, **resizing)
+        images = fn.resize(images, resize_y=float(size), **of_height, **resizing)
         return fn.crop_mirror_normalize(
             images,
             dtype=types.FLOAT,
             output_layout="CHW",
-            mean=[255 * value for value in mean],
-            std=[255 * value for value in std],
+            mean=[255 * value for value in config.mean],
+            std=[255 * value for value in config.std],
         )
 
     return Graph(define, batch_size=MIXED_BATCH, num_threads=num_threads, device_id=device_id)

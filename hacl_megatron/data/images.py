@@ -8,7 +8,8 @@
 of the mean colour, then CLIP's processor resizes it (bicubic) to S x S. `square` is CLIP's processor alone: the
 shortest edge is resized to S, then the centre S x S is cut out. Neither ever stretches an image. `stretch` resizes both
 edges to S whatever their ratio: the processors of BLIP-2, MiniGPT-4 and SigLIP. All end in
-`(level / 255 - mean) / std`. EXIF orientation is ignored, as Pillow's `open` does.
+`(level / 255 - mean) / std`. As in LLaVA, which decodes by Pillow's `open` and `convert`, a picture's EXIF orientation
+is ignored and its transparency dropped, unless `--image-orientation` and `--image-transparency` say otherwise.
 
 DALI and Pillow decode to the same levels. The back end `pillow` resizes by Pillow too, as LLaVA did; `dali` by torch's
 kernel for uint8, which takes a quarter of the time and differs from Pillow's by 2 of 255 levels at most. Decoding on
@@ -24,11 +25,13 @@ Of small JPEGs with one flipped bit a tenth is refused, and three fifths look di
 An image's pixels depend on its bytes alone, not on the batch it comes in, its place there or the number of threads.
 """
 
-import io
+import contextlib
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -37,23 +40,14 @@ from PIL import Image
 from torch import Tensor
 
 from hacl_megatron.config.architecture import ImageConfig
+from hacl_megatron.config.flags import MAX_IMAGE_PIXELS
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.dali import HOST_BATCH, Frame, Graph, dali_is_installed, host_graph, mixed_graph
-from hacl_megatron.data.image_headers import gpu_decoder_is_right, jpeg_scans
+from hacl_megatron.data.image_levels import ImageFile, ImageReader, Orientation, Transparency, is_nearly_constant
 from hacl_megatron.data.store import UnusableImage
 
-_DALI_MODES = {
-    "JPEG": ("RGB", "L"),
-    "MPO": ("RGB", "L"),  # JPEGs with a second picture behind them
-    "PNG": ("RGB", "RGBA", "P", "L", "LA", "1"),
-}
-"""Formats and Pillow modes that DALI decodes to Pillow's very levels, and refuses where Pillow does."""
-
-_OTHER_FORMATS = ("WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""Formats left to Pillow. A list, since some that Pillow knows start other programs (EPS) or make no sense here."""
-
-MAX_JPEG_SCANS = 100
-"""Progressive JPEGs have about ten. Each costs a pass over all pixels, so that a small file could take hours."""
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+"""Pillow's, by the names of `ImageConfig.interpolation`, which are torch's."""
 
 
 def resolve_backend(backend: Literal["auto", "dali", "pillow"]) -> Literal["dali", "pillow"]:
@@ -80,20 +74,6 @@ class DecodedImages:
     """float32 [n, 3, S, S]: normalised pixels on the host; zeros for an unusable image."""
     reasons: list[str | None]
     """[n]: why an image is unusable, in one line, or None."""
-
-
-@dataclass(frozen=True)
-class _ImageFile:
-    """An image file whose header is in order."""
-
-    data: bytes
-    width: int
-    height: int
-    format: str
-    ends: bool
-    """Whether it reaches its format's end marker; True for formats that have none we look for."""
-    for_dali: bool
-    """Whether DALI may decode it."""
 
 
 def square_window(width: int, height: int) -> tuple[int, int, int, int]:
@@ -125,12 +105,13 @@ class ImageDecoder:
     """Decodes, pads or crops, resizes and normalises batches of image files.
 
     Args:
-        config: size S, mean and std of the vision tower's processor.
+        config: size S, mean, std and interpolation of the vision tower's processor.
         aspect_ratio: `pad`, `square` or `stretch`, see the module's description.
         backend: what `resolve_backend` returned.
         device: `cpu`, or `mixed`, where DALI's graph decodes JPEGs and works on the GPU `device_id`.
         num_threads: threads that decode.
         max_image_pixels: images with more pixels, or more when padded to a square, are refused undecoded.
+        transparency, orientation: see `ImageReader`; what is seen through shows `pad`'s colour.
         device_id: CUDA device of `mixed`.
 
     One thread at a time may call `decode`.
@@ -144,7 +125,9 @@ class ImageDecoder:
         backend: Literal["dali", "pillow"],
         device: Literal["cpu", "mixed"] = "cpu",
         num_threads: int = 2,
-        max_image_pixels: int = 178_956_970,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        transparency: Transparency = "drop",
+        orientation: Orientation = "ignore",
         device_id: int | None = None,
     ) -> None:
         if aspect_ratio not in ("pad", "square", "stretch"):
@@ -161,13 +144,18 @@ class ImageDecoder:
         self.num_threads = max(1, num_threads)
         self.max_image_pixels = max_image_pixels
         self.device_id = device_id if device == "mixed" else None
-        self.fill = tuple(int(mean * 255) for mean in config.mean)
+        self.fill = tuple(min(max(int(mean * 255), 0), 255) for mean in config.mean)
         mean, std = (np.array(value, dtype=np.float64).reshape(3, 1, 1) for value in (config.mean, config.std))
         self._scale, self._shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-        # Pillow's own limit is per process; ours, checked below, is the one that counts.
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_image_pixels)
-        Image.init()
-        self._formats = [name for name in (*_DALI_MODES, *_OTHER_FORMATS) if name in Image.OPEN and name != "MPO"]
+        self.reader = ImageReader(
+            max_image_pixels=max_image_pixels,
+            padded=aspect_ratio == "pad",
+            transparency=transparency,
+            orientation=orientation,
+            fill=self.fill,
+        )
+        self._resample = INTERPOLATIONS[config.interpolation]
+        self._one_large = threading.Lock()
         self._threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="image-decoder")
         self._graphs = self._make_graphs()
         self._free_graphs: queue.SimpleQueue[Graph] = queue.SimpleQueue()
@@ -196,6 +184,8 @@ class ImageDecoder:
             device=device,
             num_threads=data.num_workers,
             max_image_pixels=data.max_image_pixels,
+            transparency=data.image_transparency,
+            orientation=data.image_orientation,
             device_id=torch.cuda.current_device() if device == "mixed" else None,
         )
 
@@ -206,9 +196,7 @@ class ImageDecoder:
             return []
         if self.device == "cpu":
             return [host_graph() for _ in range(self.num_threads)]
-        size, mean, std = self.config.size, self.config.mean, self.config.std
-        threads = {"num_threads": self.num_threads, "device_id": self.device_id}
-        return [mixed_graph(fill=fill, size=size, mean=mean, std=std, **threads)]
+        return [mixed_graph(self.config, fill=fill, num_threads=self.num_threads, device_id=self.device_id)]
 
     def decode(self, images: Sequence[bytes]) -> DecodedImages:
         """Normalised pixels of each of `images` (whole files), and a reason where there are none."""
@@ -220,15 +208,16 @@ class ImageDecoder:
         reasons = self._threads.map(lambda part: self._decode_part(images[part], outputs[part]), parts)
         return DecodedImages(pixel_values=pixel_values, reasons=[reason for part in reasons for reason in part])
 
-    def measure(self, data: bytes, *, decode: bool) -> tuple[int, int]:
-        """Width and height of an image file, and with `decode` the certainty that all of it can be decoded.
+    def measure(self, data: bytes, *, decode: bool) -> tuple[int, int, bool | None]:
+        """Width and height of an image file, and with `decode` whether it is nearly of one colour, else None.
 
         Any thread may call it. Raises UnusableImage where `decode` would give a reason.
         """
-        file = self._inspect(data)
-        if decode:
-            self._levels_by_pillow(file)
-        return file.width, file.height
+        file = self.reader.inspect(data)
+        if not decode:
+            return file.width, file.height, None
+        with self._room_for(file):
+            return file.width, file.height, is_nearly_constant(self.reader.levels(file))
 
     def close(self) -> None:
         """Ends the threads and frees DALI's buffers."""
@@ -238,14 +227,14 @@ class ImageDecoder:
     def _decode_part(self, images: Sequence[bytes], outputs: np.ndarray) -> list[str | None]:
         """One thread's work: fills `outputs`, float32 [n, 3, S, S]; returns the reasons of unusable images."""
         reasons: list[str | None] = [None] * len(images)
-        for_dali: dict[int, _ImageFile] = {}
+        for_dali: dict[int, ImageFile] = {}
         for index, data in enumerate(images):
             try:
-                file = self._inspect(data)
-                if self._graphs and file.for_dali:
+                file = self.reader.inspect(data)
+                if self._graphs and self._is_for_dali(file):
                     for_dali[index] = file
                 else:
-                    self._finish(self._levels_by_pillow(file), outputs[index])
+                    self._decode_by_pillow(file, outputs[index])
             except UnusableImage as error:
                 reasons[index], outputs[index] = str(error), 0
         if for_dali:
@@ -260,76 +249,19 @@ class ImageDecoder:
 
     # ---- what both ways share
 
-    def _inspect(self, data: bytes) -> _ImageFile:
-        """Format and size from the header. Raises UnusableImage for what is no image, or too large a one."""
-        if not data:
-            raise UnusableImage("the file is empty")
-        try:
-            with self._open(data) as image:
-                width, height, format, mode = *image.size, image.format, image.mode
-                for_gpu = gpu_decoder_is_right(image, data)
-        except Image.DecompressionBombError:
-            raise UnusableImage(
-                f"its declared pixels are more than twice Pillow's limit and --max-image-pixels {self.max_image_pixels}"
-            ) from None
-        except Image.UnidentifiedImageError:
-            raise UnusableImage(f"not an image in a known format: it starts with {data[:12]!r}") from None
-        except Exception as error:  # Pillow's readers raise many kinds on broken headers
-            raise UnusableImage(_one_line(f"not a readable image: {error}")) from None
-        if width < 1 or height < 1:
-            raise UnusableImage(f"an image of {width} x {height} pixels")
-        if width * height > self.max_image_pixels:
-            raise UnusableImage(f"{width} x {height} pixels are more than --max-image-pixels {self.max_image_pixels}")
-        side = max(width, height)
-        if self.aspect_ratio == "pad" and side * side > self.max_image_pixels:
-            raise UnusableImage(
-                f"{width} x {height} pixels, padded to a square, are more than --max-image-pixels "
-                f"{self.max_image_pixels}"
-            )
-        for_dali = mode in _DALI_MODES.get(format, ())
-        if self.device == "mixed":  # whose graph resizes the width of all rows first
-            for_dali = for_dali and for_gpu and self.config.size * height <= self.max_image_pixels
-        if format in ("JPEG", "MPO"):
-            scans, ends = jpeg_scans(data)
-            if scans > MAX_JPEG_SCANS:
-                raise UnusableImage(f"a JPEG of {scans} scans; expected at most {MAX_JPEG_SCANS}")
-            # Pillow refuses a progressive file that calls itself sequential, DALI does not. It also decides about files
-            # without an end marker, since some are whole but for it.
-            for_dali = for_dali and scans == 1 and ends
-        elif format == "PNG":
-            ends = b"IEND\xaeB`\x82" in data[-4096:]  # some programs write a little behind it
-            if ends:
-                self._verify_png(data)
-            deep = data[24] == 16  # bits a sample; Pillow and DALI shorten them differently
-            for_dali = for_dali and ends and not deep
-        else:
-            ends = format != "WEBP" or len(data) >= 8 + int.from_bytes(data[4:8], "little")
-        return _ImageFile(data, width, height, format, ends, for_dali)
+    def _decode_by_pillow(self, file: ImageFile, output: np.ndarray) -> None:
+        """`output`, float32 [3, S, S], from a file. Raises UnusableImage when it does not decode."""
+        with self._room_for(file):
+            self._finish(self.reader.levels(file), output)
 
-    def _verify_png(self, data: bytes) -> None:
-        """Raises UnusableImage when a chunk's checksum is wrong: decoding, Pillow does not look at those of pixels."""
-        try:
-            self._open(data).verify()
-        except Exception as error:  # as in _inspect
-            raise UnusableImage(_one_line(f"the PNG file is damaged: {error}")) from None
-
-    def _open(self, data: bytes) -> Image.Image:
-        """Pillow's image, of which only the header has been read."""
-        return Image.open(io.BytesIO(data), formats=self._formats)
-
-    def _levels_by_pillow(self, file: _ImageFile) -> np.ndarray:
-        """uint8 [H, W, 3]: the image's RGB levels. Raises UnusableImage when it does not decode."""
-        try:
-            with self._open(file.data) as image:
-                return np.array(image.convert("RGB"))
-        except Exception as error:  # as in _inspect
-            what = "does not decode" if file.ends else "is cut off, its end marker is missing"
-            raise UnusableImage(_one_line(f"the {file.format} file {what}: {error}")) from None
+    def _room_for(self, file: ImageFile) -> contextlib.AbstractContextManager[object]:
+        """Held while a file is decoded: one large image at a time, whatever the number of threads."""
+        return self._one_large if file.is_large else contextlib.nullcontext()
 
     def _finish(self, image: np.ndarray, output: np.ndarray) -> None:
         """`output`, float32 [3, S, S], from levels, uint8 [H, W, 3]: resized, cropped with `square`, normalised."""
-        by_pillow = self.backend == "pillow"
-        levels = self._resized(image, _resize_by_pillow if by_pillow else _resize_by_torch)
+        resize = _resize_by_pillow if self.backend == "pillow" else _resize_by_torch
+        levels = self._resized(image, partial(resize, interpolation=self.config.interpolation))
         # numpy, since torch would start threads of its own for this in each of ours
         np.multiply(levels.transpose(2, 0, 1), self._scale, out=output)
         np.add(output, self._shift, out=output)
@@ -352,8 +284,8 @@ class ImageDecoder:
         resized = size * long // short
         if size * resized > self.max_image_pixels:  # the same picture without its far ends, within 2 levels
             top, left, bottom, right = centre_region(width, height, size)
-            box, bicubic = (left, top, right, bottom), Image.Resampling.BICUBIC
-            return np.asarray(Image.fromarray(image).resize((size, size), bicubic, box=box))
+            box = (left, top, right, bottom)
+            return np.asarray(Image.fromarray(image).resize((size, size), self._resample, box=box))
         start = (resized - size) // 2
         if width >= height:
             return resize(image, size, resized)[:, start : start + size]
@@ -361,7 +293,7 @@ class ImageDecoder:
 
     # ---- DALI
 
-    def _run_graph(self, graph: Graph, files: dict[int, tuple[_ImageFile, np.ndarray]]) -> dict[int, UnusableImage]:
+    def _run_graph(self, graph: Graph, files: dict[int, tuple[ImageFile, np.ndarray]]) -> dict[int, UnusableImage]:
         """Decodes files into their outputs, by their numbers; returns those that failed.
 
         DALI does not say which image of a batch it failed on: the batch is then repeated one by one, and what fails
@@ -374,7 +306,7 @@ class ImageDecoder:
                 return {k: e for i, f in files.items() for k, e in self._run_graph(graph, {i: f}).items()}
             ((index, (file, output)),) = files.items()
             try:
-                self._finish(self._levels_by_pillow(file), output)
+                self._decode_by_pillow(file, output)
             except UnusableImage as error:
                 return {index: error}
             return {}
@@ -385,7 +317,13 @@ class ImageDecoder:
                 self._finish(array, output)
         return {}
 
-    def _frames(self, files: list[_ImageFile]) -> list[Frame] | None:
+    def _is_for_dali(self, file: ImageFile) -> bool:
+        if self.device == "cpu":
+            return file.for_dali
+        # Its graph resizes the width of all rows first.
+        return file.for_dali and file.for_gpu and self.config.size * file.height <= self.max_image_pixels
+
+    def _frames(self, files: list[ImageFile]) -> list[Frame] | None:
         if self.device == "cpu":
             return None
         if self.aspect_ratio == "pad":
@@ -396,20 +334,15 @@ class ImageDecoder:
 
 
 Resize = Callable[[np.ndarray, int, int], np.ndarray]
-"""uint8 [H, W, 3], height, width → uint8 [height, width, 3], bicubic with antialiasing."""
+"""uint8 [H, W, 3], height, width → uint8 [height, width, 3], with antialiasing."""
 
 
-def _resize_by_pillow(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+def _resize_by_pillow(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation]))
 
 
-def _resize_by_torch(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resize_by_torch(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
     """Its kernel for uint8 is Pillow-SIMD's: the same fixed-point arithmetic, rounded in another place."""
     channels_last = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
-    resized = torch.nn.functional.interpolate(channels_last, size=(height, width), mode="bicubic", antialias=True)
+    resized = torch.nn.functional.interpolate(channels_last, size=(height, width), mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
-
-
-def _one_line(text: str) -> str:
-    """`text` without line breaks, at most 200 characters."""
-    return " ".join(text.split())[:200]

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hacl_megatron.data.images import MAX_JPEG_SCANS, ImageDecoder
+from hacl_megatron.data.image_levels import MAX_JPEG_SCANS
+from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.loader import MicroBatching
 from tests.data import drawn_images
 from tests.data.drawn_images import BACKENDS, CONFIG, drawing, encode, jpeg, png16, with_alpha, with_thumbnail

@@ -1,6 +1,7 @@
 """Pixels against Pillow and transformers; independence of batch, place and threads; the choice of the decoder."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from hacl_megatron.config.architecture import ImageConfig
-from hacl_megatron.data import images
+from hacl_megatron.data import image_levels, images
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
 from tests.data.drawn_images import (
     BACKENDS,
@@ -51,6 +52,19 @@ def test_pixels_are_those_of_llava(decoders, backend, aspect_ratio):
         difference = np.abs(ours - ORACLES[aspect_ratio](file))
         assert difference.max() <= largest, size
         assert difference.mean() < mean, size
+
+
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square", "stretch"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bilinear_pixels_are_pillows(monkeypatch, backend, aspect_ratio):
+    """Catches an interpolation that one of the ways to resize does not take, the far ends cut off included."""
+    monkeypatch.setattr(Image, "BICUBIC", Image.BILINEAR)  # the oracles'
+    item = ImageDecoder(replace(CONFIG, interpolation="bilinear"), aspect_ratio=aspect_ratio, backend=backend)
+    files = [jpeg(*size) for size in [*SIZES, (1, 4000)]]
+    for ours, file in zip(levels(decode(item, *files)), files, strict=True):
+        difference = np.abs(ours - ORACLES[aspect_ratio](file))
+        assert difference.max() <= 2.001 and difference.mean() < 0.01
+    item.close()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -131,7 +145,7 @@ def test_what_dali_alone_cannot_decode_goes_through_pillow(decoders, monkeypatch
     bmp, gif = encode(drawing(90, 60), "BMP"), encode(drawing(90, 60), "GIF")
     expected = decode(decoders("dali"), PHOTO, gif, bmp)
     with_gif = decoder("dali")
-    monkeypatch.setitem(images._DALI_MODES, "GIF", ("P", "RGB"))
+    monkeypatch.setitem(image_levels.DALI_MODES, "GIF", ("P", "RGB"))
     assert torch.equal(decode(with_gif, PHOTO, gif, bmp), expected)
     assert sum(graph.num_failures for graph in with_gif._graphs) > 0, "DALI was expected to refuse the GIF"
     assert torch.equal(decode(with_gif, PHOTO, PHOTO)[1], expected[0])

@@ -20,8 +20,8 @@ FILES = {
 }
 
 
-def graph_on_the_host(**options) -> dali.Graph:
-    return dali.mixed_graph(**{**options, "device_id": None, "decoder": "cpu"})
+def graph_on_the_host(config: ImageConfig, **options) -> dali.Graph:
+    return dali.mixed_graph(config, **{**options, "device_id": None, "decoder": "cpu"})
 
 
 @pytest.fixture(scope="module", params=["pad", "square", "stretch"])

@@ -6,6 +6,7 @@ hf_assets/: tokenizer, generation config, carried.safetensors ──────
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from hacl_megatron.checkpoint.convert.lora_export import Merged, export_peft
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.carried import CarriedTensors
 from hacl_megatron.checkpoint.hf.export import ExportReport, Tower, export_hf, export_projector
+from hacl_megatron.checkpoint.hf.tower_config import IMAGE_FLAGS
 from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, read_run_config
 from hacl_megatron.config.lora import Lora
 
@@ -64,6 +66,8 @@ def export_checkpoint(
         dtype = reduce(torch.promote_types, {reader.dtype(name) for name in trained})
     dtype = dtype or main_dtype(reader)
     assets = checkpoint / ASSETS_FOLDER
+    ways = {key: getattr(run.data, key) for key in IMAGE_FLAGS}
+    model = replace(reader.model_config, extra={**reader.model_config.extra, **ways})
     with ReadAhead(reader, workers, progress) as provider:
         if format == "projector":
             report = export_projector(provider, reader.model_config, out, dtype=dtype, dtypes=dtypes, force=force)
@@ -75,7 +79,7 @@ def export_checkpoint(
         lora = Lora.of(run.lora)
         report = export_hf(
             provider if lora is None or not merge_lora else Merged(provider, reader, lora),
-            reader.model_config,
+            model,
             out,
             layout=format,
             dtype=dtype,
@@ -87,6 +91,10 @@ def export_checkpoint(
             max_shard_size=max_shard_size,
             force=force,
         )
+        if stated := [f"{key} {ways[key]}" for key, (default, _) in IMAGE_FLAGS.items() if ways[key] != default]:
+            report.notes.append(
+                f"transformers' image processors have no {' or '.join(stated)}: treat pictures so before they do"
+            )
         if lora is not None:
             report.notes.append(f"{lora} {'merged' if merge_lora else 'left out'}")
         return report

@@ -21,6 +21,7 @@ import torch
 from hacl_megatron.checkpoint.hf.json_files import parse, read_json, refuse_unless
 from hacl_megatron.checkpoint.hf.spellings import canonical_name
 from hacl_megatron.checkpoint.hf.tower_config import (
+    IMAGE_FLAGS,
     TowerFacts,
     aspect_ratio,
     find_vision_tower,
@@ -125,6 +126,7 @@ def data_flags(config: ModelConfig) -> DataFlags:
     """How a model out of a Hugging Face folder was trained to see its data: image shape, and the dialogue template."""
     return DataFlags(
         image_aspect_ratio=config.extra.get("image_aspect_ratio") or "pad",
+        **{key: config.extra[key] for key in IMAGE_FLAGS if key in config.extra},
         version="v1" if config.qformer is None else "minigpt4",
     )
 
@@ -248,6 +250,10 @@ def _extra_facts(
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     if dtype is not None:
         facts["dtype"] = str(dtype).removeprefix("torch.")
+    for key, choices in IMAGE_FLAGS.items():
+        refuse_unless(tower_facts.where.parent / "config.json", config, {key: choices})
+        if key in config:
+            facts[key] = config[key]
     kind, processor = tower_facts.kind, tower_facts.processor
     if kind.megatron is not None:
         there = {ours: key for ours, key in kind.megatron.kept.items() if key in tower_facts.vision}

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+from hacl_megatron.checkpoint.hf.tower_config import IMAGE_FLAGS, RESAMPLE
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.families import language_family
 
@@ -78,6 +79,7 @@ def to_config_json(
         "architectures": [family.architecture],
         **family.write(replace(language, vocab_size=vocab_size), tokens),
     }
+    images = {key: extra[key] for key, (default, _) in IMAGE_FLAGS.items() if extra.get(key, default) != default}
     if layout == "llava":
         if not family.llava_model_types:
             raise ValueError(why_not_layout(config, layout))
@@ -99,6 +101,7 @@ def to_config_json(
             # Makes LLaVA build the tower before the weights are read, so that they fill it.
             "unfreeze_mm_vision_tower": carries_tower,
             "image_aspect_ratio": image_aspect_ratio or extra.get("image_aspect_ratio", "pad"),
+            **images,
         }
     if why := why_not_layout(config, layout):
         raise ValueError(why)
@@ -112,6 +115,7 @@ def to_config_json(
             "qformer_config": config.qformer.hf,
             "num_query_tokens": config.qformer.num_query_tokens,
             "image_token_index": image_token,
+            **images,
         }
     return {
         "model_type": "llava",
@@ -127,6 +131,7 @@ def to_config_json(
         "vision_feature_layer": config.vision_select_layer,
         "vision_feature_select_strategy": vision.kind.select_strategy,
         "tie_word_embeddings": language.tie_word_embeddings,
+        **images,
     }
 
 
@@ -189,7 +194,7 @@ def to_preprocessor_json(config: ModelConfig, *, image_aspect_ratio: str | None 
         **({"do_pad": True} if aspect == "pad" else {}),
         "do_resize": True,
         "size": square if aspect == "stretch" else {"shortest_edge": image.size},
-        "resample": 3,
+        "resample": RESAMPLE[image.interpolation],
         **(crops if aspect != "stretch" else {}),
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -4,6 +4,8 @@ A tower stands inside a model's `config.json` (`vision_config`), or in a folder 
 BLIP-2 of which the vision tower and the Q-Former are taken.
 """
 
+import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ from hacl_megatron.config.towers.clip import LARGE_336
 
 TOWER_FOLDER = "vision_tower"
 """Sub-folder that an export in the original layout uses for a tower that no published name describes."""
+
+IMAGE_FLAGS = {"image_transparency": ("drop", "fill"), "image_orientation": ("ignore", "exif")}
+"""Choices of the flags that no image processor of transformers has, their defaults first. An export states in its
+config.json, where transformers keeps and ignores them, those that the model was not trained with by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +161,21 @@ def _clean(values: dict[str, Any], where: Path) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------ image processor
 
+Pixel = tuple[float, ...]
+"""A value for each of red, green and blue."""
+
+RESAMPLE = {"bicubic": 3, "bilinear": 2}
+"""Pillow's numbers of `ImageConfig.interpolation`."""
+
+_USUAL_RESAMPLE = {
+    "CLIPImageProcessor": 3, "LlavaImageProcessor": 3, "SiglipImageProcessor": 3, "BlipImageProcessor": 3,
+    "BitImageProcessor": 3, "ViTImageProcessor": 2,
+}  # fmt: skip
+"""Image processors that do what this trainer does, and the `resample` of each where its file states none."""
+
+_PROCESSOR_SUFFIX = re.compile(r"(ImageProcessor(Fast|Pil)|FeatureExtractor)$")
+"""How transformers names a processor's several implementations, and named them of old."""
+
 
 def read_image_processor(folder: Path | None) -> dict[str, Any]:
     """Image-processor settings of a folder: `preprocessor_config.json`, or inside `processor_config.json`, or {}."""
@@ -178,14 +199,19 @@ def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
     """
     processor = facts.processor
     where = next((path for path in _processor_files(facts.where.parent) if path.is_file()), facts.where)
+    switch = (True, False)
     refuse_unless(where, processor, {
-        "do_resize": (True,), "resample": (3,), "do_rescale": (True,), "do_normalize": (True,),
+        "do_resize": (True,), "resample": tuple(RESAMPLE.values()), "do_rescale": switch, "do_normalize": switch,
         "do_convert_rgb": (True, False, None),
     })  # fmt: skip
-    factor = processor.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-4:
-        raise ValueError(f"{where}: rescale_factor is {factor!r}; this trainer supports 1/255 only")
     kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
+    usual = _USUAL_RESAMPLE.get(_PROCESSOR_SUFFIX.sub("ImageProcessor", kind))
+    if kind and usual is None:
+        raise ValueError(
+            f"{where}: image_processor_type is {kind!r}; this trainer has what {', '.join(_USUAL_RESAMPLE)} do only"
+        )
+    resample = processor.get("resample", usual or RESAMPLE["bicubic"])
+    interpolation = next(name for name, number in RESAMPLE.items() if number == resample)
     if processor.get("do_pad") and kind and not kind.startswith("LlavaImageProcessor"):
         raise ValueError(
             f"{where}: do_pad is {processor['do_pad']!r} for a {kind}; expected LlavaImageProcessor, which pads to a "
@@ -204,7 +230,28 @@ def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
         raise ValueError(
             f"{where}: the image processor's mean {mean} and std {std} must have three values, std above 0"
         )
-    return ImageConfig(size=size, mean=mean, std=std)
+    mean, std = _of_levels_to_1(processor, mean, std, where)
+    return ImageConfig(size=size, mean=mean, std=std, interpolation=interpolation)
+
+
+def _of_levels_to_1(processor: dict[str, Any], mean: Pixel, std: Pixel, where: Path) -> tuple[Pixel, Pixel]:
+    """Mean and deviation by which levels of 0 to 1 become what rescaling and normalising make of 0 to 255.
+
+    `level * factor` is `level / 255 * (255 * factor)`, so both are divided by `255 * factor`.
+    """
+    if not processor.get("do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(f"{where}: rescale_factor is {factor!r}; expected a number above 0, as 1/255")
+    scale = 1.0 if math.isclose(255 * factor, 1, rel_tol=1e-4) else 255 * factor
+    usual = scale == 1 and processor.get("do_normalize", True)
+    if processor.get("do_pad") and not usual:
+        raise ValueError(
+            f"{where}: do_pad with do_normalize {processor.get('do_normalize', True)} and a rescale_factor of "
+            f"{factor:.5g}, which pads with a colour that is not the mean; expected True and 1/255"
+        )
+    return tuple(value / scale for value in mean), tuple(value / scale for value in std)
 
 
 def _size_of_pixels(processor: dict[str, Any], vision: VisionConfig, where: Path) -> Any:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from hacl_megatron.config.architecture import ImageConfig
-from hacl_megatron.config.flags import MANIFEST_FILE
+from hacl_megatron.config.flags import MANIFEST_FILE, MAX_IMAGE_PIXELS
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
@@ -35,6 +36,8 @@ from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 WORK_FOLDER = ".partial"
 REPORT_FILE = "report.json"
 BAD_IMAGES_FILE = "bad_images.jsonl"
+NUM_NAMED = 3
+"""Images of one colour that the report names."""
 
 
 @dataclass(kw_only=True)
@@ -56,7 +59,7 @@ class PrepareSettings:
     images_per_shard: int = 4096
     keep_duplicates: bool = False
     num_workers: int = 2
-    max_image_pixels: int = 178_956_970
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     progress_bar: bool = True
 
 
@@ -71,7 +74,7 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
     os.makedirs(work, exist_ok=True)
     with _alone(settings.output):
         tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
-        images = _Images(settings) if settings.verify_images or settings.write_shards else None
+        images = _Images(settings, work) if settings.verify_images or settings.write_shards else None
         total = sum(os.path.getsize(path) for path in settings.inputs)
         with _bar(settings, total=total, unit="B", unit_scale=True, desc="records") as bar:
             parts, counts = build_parts(
@@ -110,7 +113,7 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
             metadata["shards"], edit = sharded.shards, sharded.place
         manifest_path = os.path.join(settings.output, MANIFEST_FILE)
         merge_parts(parts, manifest_path, metadata, edit)
-        report = _report(ArrowManifest(manifest_path), settings, counts, images is not None)
+        report = _report(ArrowManifest(manifest_path), settings, counts, images)
         remove_folder(work)
     return report
 
@@ -154,9 +157,13 @@ def _bar(settings: PrepareSettings, **options: Any) -> Any:
 
 
 class _Images:
-    """Reads and checks images, each name once."""
+    """Reads and checks images, each name once.
 
-    def __init__(self, settings: PrepareSettings) -> None:
+    Args:
+        work: folder for what the manifest has no place for, so that a second start knows it of images it skips.
+    """
+
+    def __init__(self, settings: PrepareSettings, work: str) -> None:
         self.store = FolderStore(settings.image_folder)
         self._decode = settings.verify_images
         # `square` has no bound on padding: whether an image may be padded is for the run to say.
@@ -164,9 +171,23 @@ class _Images:
             ImageConfig(size=336), aspect_ratio="square", backend="pillow", max_image_pixels=settings.max_image_pixels
         )
         self._known: dict[str, tuple[int | None, int | None, str | None]] = {}
+        key = hashlib.blake2b(_fingerprint(settings, None).encode(), digest_size=8).hexdigest()
+        self._blank_file = os.path.join(work, f"blank-{key}.jsonl")
+        self._lock = threading.Lock()
 
-    def measure_bytes(self, data: bytes) -> tuple[int, int]:
-        return self._decoder.measure(data, decode=self._decode)
+    def measure_bytes(self, name: str, data: bytes) -> tuple[int, int]:
+        width, height, blank = self._decoder.measure(data, decode=self._decode)
+        if blank:
+            with self._lock, open(self._blank_file, "a", encoding="ascii") as file:
+                file.write(json.dumps(name) + "\n")
+        return width, height
+
+    def blank(self) -> set[str]:
+        """Names of the images found to be nearly of one colour."""
+        if not os.path.isfile(self._blank_file):
+            return set()
+        with open(self._blank_file, encoding="ascii") as file:
+            return {json.loads(line) for line in file if line.endswith("\n")}  # a killed start's last may be cut
 
     def measure(self, name: str | None) -> tuple[int | None, int | None, str | None]:
         """Width, height and fault of the image of that name."""
@@ -174,7 +195,7 @@ class _Images:
             return None, None, None
         if name not in self._known:
             try:
-                self._known[name] = (*self.measure_bytes(self.store.read(name)), None)
+                self._known[name] = (*self.measure_bytes(name, self.store.read(name)), None)
             except UnusableImage as error:
                 self._known[name] = (None, None, str(error))
         return self._known[name]
@@ -226,7 +247,9 @@ def _tokenizer_key(tokenizer: Tokenizer) -> str:
 # --------------------------------------------------------------------------------------------------------------- report
 
 
-def _report(manifest: ArrowManifest, settings: PrepareSettings, counts: Counts, checked: bool) -> dict[str, Any]:
+def _report(
+    manifest: ArrowManifest, settings: PrepareSettings, counts: Counts, images: _Images | None
+) -> dict[str, Any]:
     """Counts and quantiles; writes report.json, bad_images.jsonl and histograms.png."""
     image = manifest.column("image")
     report: dict[str, Any] = {
@@ -256,8 +279,14 @@ def _report(manifest: ArrowManifest, settings: PrepareSettings, counts: Counts, 
         )
     if settings.tokenizer:
         report["unusable text"] = manifest.column("dialogue_tokens").null_count
-    if checked:
+    if images is not None:
         report["bad images"] = _write_bad_images(manifest, os.path.join(settings.output, BAD_IMAGES_FILE))
+    blank: list[str] = []
+    if settings.verify_images:
+        assert images is not None
+        there, known = image.unique().to_pylist(), images.blank()
+        blank = [name for name in there if name in known]
+        report["images (nearly) of one colour"] = len(blank)
     found = [
         f"{path}: {line}"
         for path, about in zip(manifest.files, manifest.findings, strict=True)
@@ -266,6 +295,11 @@ def _report(manifest: ArrowManifest, settings: PrepareSettings, counts: Counts, 
     found += [
         f"as this tokenizer and --version {settings.version} have it, {line}" for line in counts.untrained.lines()
     ]
+    if blank:
+        first = ", ".join(map(repr, blank[:NUM_NAMED]))
+        found.append(
+            f"{len(blank)} images are (nearly) of one colour, first {first}; look at them with inspect_data.py"
+        )
     if found:
         report["to look at"] = found
     with open(os.path.join(settings.output, REPORT_FILE), "w", encoding="utf-8") as file:

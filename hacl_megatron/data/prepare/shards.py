@@ -26,8 +26,8 @@ from hacl_megatron.data.prepare.arrow_manifest import SCHEMA, SHARDS_FOLDER
 from hacl_megatron.data.prepare.parts import read_part, write_arrow
 from hacl_megatron.data.store import FolderStore, UnusableImage
 
-MeasureImage = Callable[[bytes], tuple[int, int]]
-"""Width and height of an image file; raises UnusableImage."""
+MeasureImage = Callable[[str, bytes], tuple[int, int]]
+"""Width and height of an image by its name and its file's bytes; raises UnusableImage."""
 
 _SUFFIXES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
 """By the first bytes, since LLaVA's data names GIFs .jpg; what is none of these is called jpg like all the rest."""
@@ -139,7 +139,7 @@ def _write_shard(
             for key, name in enumerate(names, start=first_key):
                 try:
                     data = store.read(name)
-                    width, height = measure(data)
+                    width, height = measure(name, data)
                 except UnusableImage as error:
                     rows.append((None, None, None, None, None, str(error)))
                     continue

@@ -88,10 +88,16 @@ class Answerer:
         self.dtype = DTYPES[dtype or default_dtype(self.device)]
         self.tokenizer = load_tokenizer(str(folder))
         self.store = FolderStore(images)
+        data = data_flags(self.config)
         self.decoder = ImageDecoder(
-            self.config.image, aspect_ratio=self.config.extra["image_aspect_ratio"], backend="pillow", num_threads=4
+            self.config.image,
+            aspect_ratio=data.image_aspect_ratio,
+            transparency=data.image_transparency,
+            orientation=data.image_orientation,
+            backend="pillow",
+            num_threads=4,
         )
-        self.template = find_template(data_flags(self.config).version)
+        self.template = find_template(data.version)
         self.model = _load_model(folder, self.config, self.dtype).to(self.device).eval()
 
     def answer(self, questions: Iterable[Question], settings: GenerationSettings) -> Iterator[Answer]:

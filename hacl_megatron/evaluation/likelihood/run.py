@@ -117,6 +117,8 @@ def _settings(request: LikelihoodRequest, source: Path, config: RunConfig) -> di
         "version": config.data.version,
         "model_max_length": config.data.model_max_length,
         "image_aspect_ratio": config.data.image_aspect_ratio,
+        "image_transparency": config.data.image_transparency,
+        "image_orientation": config.data.image_orientation,
         "image_backend": resolve_backend(config.data.image_backend),
         "contrastive_image_context": config.objective.contrastive_image_context,
         "prompt_suffix": request.prompt_suffix,

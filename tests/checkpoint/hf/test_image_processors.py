@@ -17,12 +17,22 @@ from tests.tiny import CLIPImageProcessor, tiny_image_processor, write_tiny_llav
 SETTINGS = {
     "plain": {}, "class": {"image_processor_type": "CLIPImageProcessor"}, "rgb": {"do_convert_rgb": False},
     "unknown-rgb": {"do_convert_rgb": None}, "stated": {"resample": 3, "rescale_factor": 0.00392156862745098},
+    "bilinear": {"resample": 2}, "no-normalising": {"do_normalize": False}, "no-rescaling": {"do_rescale": False},
+    "rescaling": {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    "levels": {"do_normalize": False, "do_rescale": False},
+    "old-class": {"image_processor_type": "CLIPFeatureExtractor"},
 }  # fmt: skip
 REFUSED = {
-    "resample": ({"resample": 2}, "resample is 2; this trainer supports 3 only"),
-    "no-normalising": ({"do_normalize": False}, "do_normalize is False; this trainer supports True only"),
-    "no-rescaling": ({"do_rescale": False}, "do_rescale is False"),
-    "rescaling": ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.00784"),
+    "nearest": ({"resample": 0}, "resample is 0; this trainer supports 3 or 2 only"),
+    "lanczos": ({"resample": 1}, "resample is 1; this trainer supports 3 or 2 only"),
+    "box": ({"resample": 4}, "resample is 4; this trainer supports 3 or 2 only"),
+    "hamming": ({"resample": 5}, "resample is 5; this trainer supports 3 or 2 only"),
+    "rescaling": ({"rescale_factor": -1.0}, "rescale_factor is -1.0; expected a number above 0"),
+    "patches": ({"image_processor_type": "Siglip2ImageProcessor"}, "image_processor_type is 'Siglip2ImageProcessor'"),
+    "tiles": (
+        {"image_processor_type": "LlavaNextImageProcessorFast"},
+        "is 'LlavaNextImageProcessorFast'; this trainer",
+    ),
     "no-resizing": ({"do_resize": False}, "do_resize is False"),
     "no-cropping": ({"do_center_crop": False}, "do_center_crop is False after resizing to {'shortest_edge': 48}"),
     "two-sizes": ({"size": {"shortest_edge": 60}}, "resizes to {'shortest_edge': 60} and crops to"),
@@ -59,7 +69,7 @@ def test_what_is_taken_gives_transformers_pixels(source, picture, tmp_path, name
     """Catches a setting that is taken and not obeyed, in training and in what an export says."""
     settings = with_settings(source, SETTINGS[name])
     config = read_model_config(source)
-    expected = pixels_of(settings, picture)
+    expected = pixels_of(settings, picture).float()
     picture.save(tmp_path / "picture.png")
     decoder = ImageDecoder(
         config.image, aspect_ratio=config.extra["image_aspect_ratio"], backend="pillow", num_threads=1
@@ -67,21 +77,21 @@ def test_what_is_taken_gives_transformers_pixels(source, picture, tmp_path, name
     ours = decoder.decode([(tmp_path / "picture.png").read_bytes()])
     decoder.close()
     assert ours.reasons == [None]
-    torch.testing.assert_close(ours.pixel_values[0], expected, rtol=0, atol=2e-2)
+    assert (ours.pixel_values[0] - expected).abs().max() <= 1e-4 * expected.std()
     exported = to_preprocessor_json(config)
-    assert torch.equal(pixels_of(exported, picture), expected)
+    torch.testing.assert_close(pixels_of(exported, picture), expected, rtol=1e-5, atol=1e-5 * expected.std().item())
     assert exported["do_convert_rgb"] == settings.get("do_convert_rgb")
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_there_is_refused_by_name(source, picture, name):
-    """Each gives other pixels (padding: in the processor that has it), and was dropped without a word."""
+    """Each gives other pixels (some: in the processor that has them), and was dropped without a word."""
     changes, message = REFUSED[name]
     settings = with_settings(source, changes)
-    if name != "padding":
+    if name not in ("padding", "patches", "tiles"):
         default = pixels_of(with_settings(source, {}), picture)
         other = pixels_of(settings, picture)
-        assert other.shape != default.shape or (other - default).abs().max() > 0.1
+        assert other.shape != default.shape or (other - default).abs().max() > 0.05
         with_settings(source, changes)
     with pytest.raises(ValueError) as caught:
         read_model_config(source)
@@ -95,3 +105,22 @@ def test_a_crop_that_is_switched_off_counts_for_nothing(source):
     with_settings(source, {"do_center_crop": False, "size": square, "crop_size": {"height": 40, "width": 40}})
     config = read_model_config(source)
     assert config.image.size == 48 and config.extra["image_aspect_ratio"] == "stretch"
+
+
+@pytest.mark.parametrize("changes", [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}])
+def test_padding_without_the_usual_levels_is_refused(source, changes):
+    """transformers then pads with `mean * 255` all the same, which is not the colour that becomes 0."""
+    with_settings(source, {"image_processor_type": "LlavaImageProcessor", "do_pad": True, **changes})
+    with pytest.raises(ValueError, match=r"do_pad with do_normalize .* pads with a colour that is not the mean"):
+        read_model_config(source)
+
+
+def test_a_processor_without_resample_resizes_as_its_class_does(source):
+    """Catches ViT's, bilinear by default, taken for CLIP's."""
+    square = {"height": 48, "width": 48}
+    for kind, usual in (("ViTImageProcessor", "bilinear"), ("SiglipImageProcessorFast", "bicubic")):
+        settings = with_settings(source, {"image_processor_type": kind, "size": square, "do_center_crop": False})
+        assert read_model_config(source).image.interpolation == "bicubic"
+        del settings["resample"]
+        (source / "preprocessor_config.json").write_text(json.dumps(settings))
+        assert read_model_config(source).image.interpolation == usual, kind

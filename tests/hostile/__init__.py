@@ -1,0 +1,1 @@
+"""Files made to do harm, through everything that opens such files."""
