@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from hacl_megatron.checkpoint.hf.json_files import parse, read_json, refuse_unless
+from hacl_megatron.checkpoint.hf.json_files import parse, read_config, refuse_unless
 from hacl_megatron.checkpoint.hf.spellings import canonical_name
 from hacl_megatron.checkpoint.hf.tower_config import (
     IMAGE_FLAGS,
@@ -57,7 +57,7 @@ def read_model_config(folder: str | Path, vision_tower: str | Path | None = None
         ValueError: no or broken config.json, an unknown layout, or something the model does not support.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     layout = layout_of(config, folder)
     where = folder / "config.json"
     if layout == "hf" and vision_tower is not None:
@@ -228,6 +228,8 @@ def _llava_connector(config: dict[str, Any], where: Path) -> Connector:
     refuse_unless(where, config, {
         "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat", None),
         "mm_use_im_start_end": (False, None), "s2": (False, None),
+        # anyres, even with flat merging, shows a picture in several views.
+        "image_aspect_ratio": ("pad", "square", "stretch", None),
     })  # fmt: skip
     kind = config.get("mm_projector_type", "linear")  # LLaVA's own default, build_vision_projector
     if mlp_depth(str(kind)) is None:

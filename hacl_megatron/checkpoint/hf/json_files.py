@@ -4,18 +4,46 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hacl_megatron.config.checks.foreign_files import LARGEST_CONFIG, parse_json
+from hacl_megatron.config.checks.sizes import check_sizes
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; one-line ValueError for a missing, cut or other file."""
-    if not path.is_file():
+
+def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """A JSON object; one-line ValueError for a missing, cut, ambiguous or other file.
+
+    Args:
+        largest: bytes that it may have.
+    """
+    if not path.is_file():  # a pipe, which would not end, is none
         raise ValueError(f"{path}: no such file; expected a Hugging Face model folder")
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path}: {size:,} bytes, expected at most {largest:,}; it is damaged, or no such file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse_json(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({one_line(error)}); the file may be cut") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model's `config.json`: besides, each of its sizes lies within bounds, and its parts are objects."""
+    content = read_json(path)
+    check_sizes(content, path)
+    for key in ("text_config", "vision_config", "vision_config_dict", "qformer_config"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key} is {one_line(repr(content[key]))}; expected an object")
+    if not isinstance(content.get("model_type"), str | None):
+        raise ValueError(f"{path}: model_type is {one_line(repr(content['model_type']))}; expected a text")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file as Hugging Face's are: indented, UTF-8."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def one_line(error: BaseException | str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hacl_megatron.checkpoint.hf.json_files import one_line, parse, read_json, refuse_unless
+from hacl_megatron.checkpoint.hf.json_files import one_line, parse, read_config, read_json, refuse_unless
 from hacl_megatron.checkpoint.hf.modules import clean_config
 from hacl_megatron.config.architecture import ImageConfig, QFormerConfig, VisionConfig
 from hacl_megatron.config.families import family_of_model_type
@@ -61,7 +61,7 @@ def tower_in_model(folder: Path, config: dict[str, Any]) -> TowerFacts:
 def tower_beside(folder: Path, config: dict[str, Any], tower: Path | None) -> TowerFacts:
     """Of the folder `tower`, or of the published tower that the model in `folder` names."""
     if tower is not None:
-        values = read_json(tower / "config.json")
+        values = read_config(tower / "config.json")
         if kind := tower_of_whole(values.get("model_type")):
             return _inside(tower, values, kind)
         vision = {"model_type": CLIP.model_type, **values}
@@ -182,9 +182,12 @@ def read_image_processor(folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return {}
     own, inside = _processor_files(folder)
-    if own.is_file():
-        return read_json(own)
-    return read_json(inside).get("image_processor") or {} if inside.is_file() else {}
+    found = read_json(own) if own.is_file() else None
+    if found is None and inside.is_file():
+        found = read_json(inside).get("image_processor") or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{inside}: image_processor is {one_line(repr(found))}; expected an object")
+    return found or {}
 
 
 def _processor_files(folder: Path) -> tuple[Path, Path]:

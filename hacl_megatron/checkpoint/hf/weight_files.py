@@ -65,6 +65,8 @@ class WeightFiles:
             weight_map = read_json(path).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{path}: no weight_map in it; expected the index of a sharded checkpoint")
+            if strange := [shard for shard in weight_map.values() if not isinstance(shard, str)]:
+                raise ValueError(f"{path}: weight_map names {one_line(repr(strange[0]))}; expected names of files")
             shards = sorted(set(weight_map.values()))
             for shard in shards:
                 if Path(shard).name != shard:
@@ -125,6 +127,8 @@ class _Safetensors:
     """
 
     def __init__(self, file: Path):
+        if file.exists() and not file.is_file():  # a pipe would not end
+            raise ValueError(f"{file}: found no file under this name, but a folder, pipe or device; expected weights")
         try:
             with safe_open(str(file), framework="pt", device="cpu"):  # refuses whatever is not whole
                 pass

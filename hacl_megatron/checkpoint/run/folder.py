@@ -18,13 +18,14 @@ from hacl_megatron.checkpoint.hf.carried import CARRIED_FILE, write_carried
 from hacl_megatron.checkpoint.hf.import_weights import open_sources
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.files import LATEST_FILE
+from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER, own_file
 from hacl_megatron.config.run import RunConfig, from_yaml
 
 RUN_CONFIG_FILE = "run_config.yaml"
 ASSETS_FOLDER = "hf_assets"
 _TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 _ASSET_PATTERNS = (
-    *_TOKENIZER_PATTERNS, "chat_template*",
+    *_TOKENIZER_PATTERNS, "chat_template*", "additional_chat_templates/*.jinja",
     "preprocessor_config.json", "processor_config.json", "generation_config.json", "config.json", CARRIED_FILE,
 )  # fmt: skip
 
@@ -77,18 +78,29 @@ def copy_assets(
         weights_of: `source` is the Hugging Face folder that the run's weights came from, as a model of these sizes;
             what an export needs of them beside the model's parameters is stored too.
         tokenizer: folder of the tokenizer that the run uses, if it is not `source`'s.
+
+    Raises:
+        ValueError: one of them is a link out of its folder, no file, or too large.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for pattern in _ASSET_PATTERNS:
-        for file in source.glob(pattern):
-            if file.is_file() and not (tokenizer is not None and pattern in _TOKENIZER_PATTERNS):
-                shutil.copyfile(file, target / file.name)
-    if tokenizer is not None:
-        for pattern in _TOKENIZER_PATTERNS:
-            for file in Path(tokenizer).glob(pattern):
-                shutil.copyfile(file, target / file.name)
+    for file, name in asset_files(source, tokenizer):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / name)
     if weights_of is not None:
         write_carried(open_sources(source, weights_of), target / CARRIED_FILE)
+
+
+def asset_files(source: Path, tokenizer: str | None = None) -> list[tuple[Path, Path]]:
+    """What `copy_assets` copies: each file, and its name in the copy. Raises as that does."""
+    found = []
+    for pattern in _ASSET_PATTERNS:
+        folder = Path(tokenizer) if tokenizer is not None and pattern in _TOKENIZER_PATTERNS else source
+        for file in sorted(folder.glob(pattern)):
+            if file.is_dir() and not file.is_symlink():  # such as the folder of a tokenizer in another format
+                continue
+            if own_file(file, None if pattern == CARRIED_FILE else LARGEST_TOKENIZER):
+                found.append((file, file.relative_to(folder)))
+    return found
 
 
 def locate_checkpoint(folder: str | Path) -> Path:
