@@ -85,11 +85,17 @@ def _dry_run(config: RunConfig) -> None:
     training = config.training
     layout = check_flags(config, training.world_size or world_size_from_environment(), files=False)
     check_template(config.data.version)
-    from hacl_megatron.assemble.start_from import resolve
+    from hacl_megatron.assemble import start_from
     from hacl_megatron.plan.dry_run import dry_run
 
-    config = resolve(config, planned=True)
+    config = start_from.resolve(config, planned=True)
     check_architecture(config, layout)
+    resumes = start_from.checkpoint_to_resume(config)
+    sources = (config.model.pretrained_checkpoint, config.model.tokenizer) if resumes is None else ()
+    given = [Path(source) for source in sources if source is not None]
+    if (given or resumes) and all(source.is_dir() for source in given):
+        for line in start_from.refuse_without_export(config, resumes):
+            notify(line)
     notify(dry_run(config, layout, rank=training.dry_run_rank))
 
 

@@ -46,11 +46,12 @@ def parse() -> argparse.Namespace:
 def convert(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from hacl_megatron.assemble.start_from import chat_template
     from hacl_megatron.checkpoint.convert.freed_memory import keep_freed_memory
     from hacl_megatron.checkpoint.convert.megatron_to_hf import export_checkpoint
     from hacl_megatron.checkpoint.convert.reader import ShardedReader
     from hacl_megatron.checkpoint.hf.export import DTYPES
-    from hacl_megatron.checkpoint.run.folder import locate_checkpoint
+    from hacl_megatron.checkpoint.run.folder import locate_checkpoint, read_run_config
 
     keep_freed_memory()
     if args.verify and args.format != "hf":
@@ -72,6 +73,7 @@ def convert(args: argparse.Namespace) -> None:
             dtype=dtype,
             tower=args.vision_tower,
             image_aspect_ratio=args.image_aspect_ratio,
+            chat_template=chat_template(read_run_config(checkpoint)),
             max_shard_size=args.max_shard_size,
             workers=args.workers,
             force=args.force,

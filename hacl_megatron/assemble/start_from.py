@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from hacl_megatron.checkpoint.convert.export_check import check_export
+from hacl_megatron.checkpoint.hf.assets.write import ChatTemplate
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
 from hacl_megatron.checkpoint.run.folder import assets_of, find_checkpoint, read_run_config
@@ -10,6 +12,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.flags import LoraFlags, ModelFlags
 from hacl_megatron.config.lora import settle_lora
 from hacl_megatron.config.run import RunConfig, with_architecture
+from hacl_megatron.data.templates import find_template
 
 
 def checkpoint_to_resume(config: RunConfig) -> Path | None:
@@ -91,6 +94,19 @@ def assets_folder(config: RunConfig, resume_from: Path | None) -> Path:
         if source is not None:
             return assets_of(Path(source))
     raise ValueError("no tokenizer: give --tokenizer FOLDER, since there is no --pretrained-checkpoint to take it from")
+
+
+def chat_template(config: RunConfig) -> ChatTemplate | None:
+    """What exports of the run get of its `--version`."""
+    template = find_template(config.data.version)
+    if template.chat_template is None:
+        return None
+    return ChatTemplate(version=template.name, jinja=template.chat_template)
+
+
+def refuse_without_export(config: RunConfig, resume_from: Path | None) -> list[str]:
+    """ValueError where what the run trains could not be exported; else lines to know about its export."""
+    return check_export(config, assets_folder(config, resume_from), chat_template(config))
 
 
 def starts_from_hf(config: RunConfig, resume_from: Path | None) -> bool:

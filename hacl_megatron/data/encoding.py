@@ -37,6 +37,8 @@ class EncodingSettings:
     """What precedes the image's EOS (`--contrastive-image-context`)."""
     pairs_train: bool = True
     """Whether anything comes of a pair; with `--contrastive-weight 0` nothing does."""
+    num_rows: int | None = None
+    """Rows of the vocabulary, where a tokenizer may have more tokens; None: it has not."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "EncodingSettings":
@@ -47,6 +49,7 @@ class EncodingSettings:
             visual_tokens=config.architecture.visual_tokens,
             image_context=config.objective.contrastive_image_context,
             pairs_train=config.objective.contrastive_weight > 0,
+            num_rows=config.architecture.language.vocab_size,
         )
 
 
@@ -88,6 +91,7 @@ def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> 
     except UnicodeError as error:
         raise UnusableSample(f"text does not tokenize: {error}") from error
     rows, labels = _expand_image(ids, labels, tokenizer, settings)
+    _refuse_without_row([rows, *segments], tokenizer, settings)
     image_segment = None
     if sample.image is None:
         segments = []  # a caption needs an image to make a pair
@@ -113,6 +117,17 @@ def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> 
         tokenization_mismatch=mismatch,
         untrained=untrained,
     )
+
+
+def _refuse_without_row(segments: list[np.ndarray], tokenizer: Tokenizer, settings: EncodingSettings) -> None:
+    """UnusableSample for a token that the model has no row for, as CodeLlama's tokenizer has some."""
+    if settings.num_rows is None or tokenizer.vocab_size <= settings.num_rows:
+        return
+    if (highest := max(int(rows.max()) for rows in segments if len(rows))) >= settings.num_rows:
+        raise UnusableSample(
+            f"the tokenizer makes {tokenizer.backend.convert_ids_to_tokens(highest)!r} token {highest}, for which the "
+            f"model's {settings.num_rows} rows have none"
+        )
 
 
 def _why_untrained(sample: Sample, labels: np.ndarray, limit: int, mismatch: bool) -> str | None:

@@ -113,6 +113,7 @@ def build_trainer(
     check_configurations(config)
     assets = start_from.assets_folder(config, resume_from)
     tokenizer = load_tokenizer(config.model.tokenizer or assets) if run.reads_data else None
+    exports = start_from.refuse_without_export(config, resume_from) if dist.get_rank() == 0 else []
     loader = open_loader(run, tokenizer, data_state=data_state) if run.reads_data else None
     num_samples = _from_rank_0(loader.num_samples if loader is not None else None)
     length = RunLength.of(
@@ -135,6 +136,7 @@ def build_trainer(
         if length.train_iters == progress.iteration:
             said.append(nothing_left(config.training, progress, num_samples))
 
+    said += exports
     validation = _open_validation(run, trainee, tokenizer)
     log = _open_log(run, progress.iteration, length.train_iters, num_samples, said) if dist.get_rank() == 0 else None
     hf_model = config.architecture if start_from.starts_from_hf(config, resume_from) else None

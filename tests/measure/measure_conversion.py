@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 
 from hacl_megatron.checkpoint.hf.config_write import to_config_json, to_preprocessor_json
-from hacl_megatron.checkpoint.hf.export_assets import write_json
+from hacl_megatron.checkpoint.hf.json_files import write_json
 from hacl_megatron.checkpoint.hf.names import NameTable
 from hacl_megatron.checkpoint.hf.safetensors_writer import SafetensorsWriter
 from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, VisionConfig

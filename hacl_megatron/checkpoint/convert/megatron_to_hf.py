@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hacl_megatron.checkpoint.convert.lora_export import Merged, export_peft
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
+from hacl_megatron.checkpoint.hf.assets.write import ChatTemplate
 from hacl_megatron.checkpoint.hf.carried import CarriedTensors
 from hacl_megatron.checkpoint.hf.export import ExportReport, Tower, export_hf, export_projector
 from hacl_megatron.checkpoint.hf.tower_config import IMAGE_FLAGS
@@ -37,6 +38,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     tower: Tower | None = None,
     image_aspect_ratio: str | None = None,
+    chat_template: ChatTemplate | None = None,
     max_shard_size: str | int = "5GB",
     workers: int = 2,
     force: bool = False,
@@ -52,6 +54,7 @@ def export_checkpoint(
             folder is of one, default the widest in it.
         tower: see `export_hf`.
         image_aspect_ratio: default `--image-aspect-ratio` of the run.
+        chat_template: of the run's `--version`; see `export_hf`.
         workers: threads that read ahead of the one that writes; each holds one tensor.
 
     Raises:
@@ -87,6 +90,7 @@ def export_checkpoint(
             assets=assets if assets.is_dir() else None,
             carried=CarriedTensors(assets, reader.model_config),
             image_aspect_ratio=image_aspect_ratio or run.data.image_aspect_ratio,
+            chat_template=chat_template,
             tower=tower,
             max_shard_size=max_shard_size,
             force=force,

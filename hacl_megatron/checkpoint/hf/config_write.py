@@ -19,31 +19,46 @@ class Vocabulary(NamedTuple):
     pad_token: int | None
 
 
-def vocabulary_of_layout(config: ModelConfig, layout: Layout, num_tokens: int | None = None) -> Vocabulary:
+def vocabulary_of_layout(
+    config: ModelConfig,
+    layout: Layout,
+    num_tokens: int | None = None,
+    special: tuple[int, int] | None = None,
+) -> Vocabulary:
     """The vocabulary that a folder of that layout has.
 
-    Within one layout nothing changes. From the original layout to HF's, `<image>` and `<pad>` get the first ids behind
-    the tokenizer's; where the rows do not reach that far they are rounded up to 64 (32000 -> 32064, as the published
-    conversions have it). The other way, the rows from there on are cut (32064 -> 32000) when they are such a tail; a
-    vocabulary that holds `<image>` within itself, or among the tokenizer's own pieces, keeps it.
+    Within one layout nothing changes. From the original layout to HF's, `<image>` and `<pad>` get the ids that the
+    tokenizer has or gives them, the first ones behind its own; where the rows do not reach as far as all its ids they
+    are rounded up to 64 (32000 -> 32064, as the published conversions have it). The other way, the rows from there on
+    are cut (32064 -> 32000) when they are such a tail; a vocabulary that holds `<image>` within itself, or among the
+    tokenizer's own pieces, keeps it.
 
     Args:
         num_tokens: length of the tokenizer that goes along, to the original layout without what was added to it.
             Default: as many as rows, and to the original layout any.
+        special: ids of `<image>` and of the token to pad with in that tokenizer, both below `num_tokens`. Default:
+            behind it.
     """
     rows, extra = config.language.vocab_size, config.extra
     image, pad = extra.get("image_token_index"), extra.get("pad_token_id")
     if layout == "hf":
         if image is not None:
-            return Vocabulary(rows, image, pad)
-        image = min(rows, num_tokens or rows)
-        return Vocabulary(rows if image + 2 <= rows else (image + 2 + 63) // 64 * 64, image, image + 1)
+            return Vocabulary(_rows_for(rows, (pad or 0) + 1), image, pad)
+        if special is not None:
+            return Vocabulary(_rows_for(rows, num_tokens), *special)
+        image = num_tokens or rows
+        return Vocabulary(_rows_for(rows, image + 2), image, image + 1)
     behind = max(rows - 64, num_tokens or 0)
     if image is None or image < behind:
         return Vocabulary(rows, None, pad)
     if pad is not None and pad >= behind:
         image = min(image, pad)
     return Vocabulary(image, None, 0)
+
+
+def _rows_for(rows: int, num_tokens: int) -> int:
+    """`rows`, or where they are too few for the ids below `num_tokens` the next multiple of 64."""
+    return rows if num_tokens <= rows else (num_tokens + 63) // 64 * 64
 
 
 def to_config_json(
@@ -205,13 +220,13 @@ def to_preprocessor_json(config: ModelConfig, *, image_aspect_ratio: str | None 
     }
 
 
-def to_processor_json(config: ModelConfig) -> dict[str, Any]:
-    """`processor_config.json` of HF's layout."""
+def to_processor_json(config: ModelConfig, image_text: str = "<image>") -> dict[str, Any]:
+    """`processor_config.json` of HF's layout, whose tokenizer marks images by `image_text`."""
     if config.qformer is not None:
         return {"processor_class": processor_class(config), "num_query_tokens": config.qformer.num_query_tokens}
     return {
         "processor_class": processor_class(config),
-        "image_token": "<image>",
+        "image_token": image_text,
         "patch_size": config.vision.patch_size,
         "vision_feature_select_strategy": config.vision.kind.select_strategy,
         # the class token, which the strategy takes off again

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hacl_megatron.checkpoint.hf.assets.write import Assets, ChatTemplate
 from hacl_megatron.checkpoint.hf.config_write import (
     Layout,
     Vocabulary,
@@ -22,12 +23,11 @@ from hacl_megatron.checkpoint.hf.config_write import (
     to_preprocessor_json,
     tower_config_json,
     tower_name,
-    vocabulary_of_layout,
     why_not_layout,
 )
-from hacl_megatron.checkpoint.hf.export_assets import count_tokens, write_assets, write_json
 from hacl_megatron.checkpoint.hf.fresh_folder import fresh_folder
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE
+from hacl_megatron.checkpoint.hf.json_files import write_json
 from hacl_megatron.checkpoint.hf.names import NameTable
 from hacl_megatron.checkpoint.hf.safetensors_writer import SafetensorsWriter
 from hacl_megatron.checkpoint.hf.tower_config import TOWER_FOLDER
@@ -66,6 +66,7 @@ def export_hf(
     assets: str | Path | None = None,
     carried: Mapping[str, Tensor] | None = None,
     image_aspect_ratio: str | None = None,
+    chat_template: ChatTemplate | None = None,
     tower: Tower | None = None,
     max_shard_size: str | int = "5GB",
     force: bool = False,
@@ -81,6 +82,7 @@ def export_hf(
         carried: canonical name -> tensor, of what no part of ours uses; read one at a time. Without
             them HF's layout gets a tower that ends with the selected layer, which computes the same features.
         image_aspect_ratio: how the model was trained to see images; default as it came.
+        chat_template: how it was trained to see dialogues, for HF's layout; one that came with a whole model wins.
         tower: where the original layout puts the vision tower: `inside` its weight files, in a CLIP `folder` within, or
             just `named`. Default: inside where `mm_vision_tower` can name it, else a folder.
         force: replace an earlier export at `out`.
@@ -96,7 +98,8 @@ def export_hf(
         raise ValueError(why)
     notes: list[str] = []
     config, carried = _complete_tower(config, carried or {}, needed=layout == "hf" or tower == "folder", notes=notes)
-    vocabulary = vocabulary_of_layout(config, layout, count_tokens(assets, config, layout))
+    beside = Assets(folder=assets, config=config, layout=layout, chat_template=chat_template, notes=notes)
+    vocabulary = beside.vocabulary
     dtype_name = str(dtype).removeprefix("torch.")
     named = str(out.resolve() / TOWER_FOLDER) if tower == "folder" else None
     settings = to_config_json(
@@ -122,7 +125,7 @@ def export_hf(
         )
     with fresh_folder(out, total, force=force, why_not=why_no_export) as folder:
         write_json(folder / "config.json", settings)
-        write_assets(folder, assets, config, layout, vocabulary, image_aspect_ratio=image_aspect_ratio)
+        beside.write(folder, image_aspect_ratio=image_aspect_ratio)
         stream.write(folder, plan, layout, prefixes, parse_size(max_shard_size))
         if tower_plan:
             tower_folder = folder / TOWER_FOLDER

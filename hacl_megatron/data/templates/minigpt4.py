@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hacl_megatron.data.prepare.record_keys import IMAGE_TAG
-from hacl_megatron.data.templates.template import IMAGE, Dialogue, Piece, Template, UnusableSample
+from hacl_megatron.data.templates.template import IMAGE, MESSAGE, Dialogue, Piece, Template, UnusableSample
 
 if TYPE_CHECKING:
     from hacl_megatron.data.tokenizer import Tokenizer
@@ -46,4 +46,32 @@ def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
     return found
 
 
-MINIGPT4 = Template(name="minigpt4", title="MiniGPT-4", pieces=pieces, end=END)
+CHAT_TEMPLATE = (
+    MESSAGE
+    + """
+{%- set turns = messages -%}
+{%- if turns and turns[0]['role'] == 'assistant' -%}
+    {%- set turns = turns[1:] -%}
+{%- endif -%}
+{%- set bare = turns | length in (1, 2) and words(turns[0]) == '<image>' -%}
+{%- for message in turns -%}
+    {%- set text = words(message) -%}
+    {%- if message['role'] != ('user', 'assistant')[loop.index0 % 2] -%}
+        {{- raise_exception('user and assistant must take turns; this template has no system prompt') -}}
+    {%- elif bare -%}
+        {{- text if loop.first else text + '\n' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- text + '###' if text else '' -}}
+    {%- else -%}
+        {{- '' if loop.first else bos_token -}}
+        {%- if text.startswith('<image>') -%}
+            {{- '###Human: <Img><image></Img> ' + text.replace('<image>', '').strip() + ' ###Assistant: ' -}}
+        {%- else -%}
+            {{- '###Human: ' + text + ' ###Assistant: ' -}}
+        {%- endif -%}
+    {%- endif -%}
+{%- endfor -%}"""
+)
+"""The prompt of an answer is there without asking: a question ends with it."""
+
+MINIGPT4 = Template(name="minigpt4", title="MiniGPT-4", pieces=pieces, end=END, chat_template=CHAT_TEMPLATE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hacl_megatron.data.prepare.record_keys import IMAGE_TAG
-from hacl_megatron.data.templates.template import IMAGE, Dialogue, Piece, Template, UnusableSample
+from hacl_megatron.data.templates.template import IMAGE, MESSAGE, Dialogue, Piece, Template, UnusableSample
 
 if TYPE_CHECKING:
     from hacl_megatron.data.tokenizer import Tokenizer
@@ -28,6 +28,23 @@ def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
     return [Piece(tokenizer.bos_id), Piece(IMAGE), Piece(f"{answer}\n", is_target=True)]
 
 
+CHAT_TEMPLATE = (
+    MESSAGE
+    + """
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' or loop.index > 2 -%}
+        {{- raise_exception('the plain template takes one image and one answer') -}}
+    {%- elif message['role'] == 'user' -%}
+        {%- set shown = words(message) -%}
+        {%- if '<image>' not in shown -%}{{- raise_exception('the plain template needs an image') -}}{%- endif -%}
+        {{- '<image>' -}}
+    {%- else -%}
+        {{- words(message) + '\n' -}}
+    {%- endif -%}
+{%- endfor -%}"""
+)
+"""Image, answer, newline; what the user says beside the image is left out, as in training."""
+
 PLAIN = Template(
     name="plain",
     title="LLaVA-1.5 plain",
@@ -35,4 +52,5 @@ PLAIN = Template(
     first_answer_is_caption=True,
     shows_untagged_image=True,
     question_template="v1",
+    chat_template=CHAT_TEMPLATE,
 )

@@ -22,6 +22,30 @@ IGNORE = -100
 """Label of a token that is not trained on."""
 
 
+MESSAGE = """
+{%- macro words(message) -%}
+    {%- set found = namespace(text='', images=0) -%}
+    {%- if message['content'] is string -%}
+        {%- set found.text = message['content'] -%}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'image' -%}
+                {%- set found.images = found.images + 1 -%}
+            {%- else -%}
+                {%- set found.text = found.text + part['text'] -%}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- set found.images = found.images + found.text.count('<image>') -%}
+    {%- if found.images -%}
+        {{- ('<image>\\n' * found.images + found.text.replace('<image>', '').strip()).strip() -}}
+    {%- else -%}
+        {{- found.text -}}
+    {%- endif -%}
+{%- endmacro -%}"""
+"""Jinja: `words(message)` is the text of a message, its images at the front, as `encoding.checked_dialogue` has it."""
+
+
 class UnusableSample(ValueError):
     """This sample cannot be used; its message is the reason for `bad_samples.jsonl`. The run goes on."""
 
@@ -85,6 +109,9 @@ class Template:
     """Whether the first answer is the caption of the image-caption pair of every record that has no key `text`."""
     shows_untagged_image: bool = False
     """Whether it shows an image that no `<image>` tag of the dialogue stands for."""
+    chat_template: str | None = None
+    """The same dialogue as Jinja text for exports, as transformers renders it: `messages` of user and assistant, image
+    parts as `<image>`, no BOS at the beginning, for tokenizers put it there. None: there is none."""
     question_template: str | None = None
     """Name of the template to ask a question in, where this one leaves questions out. None: this one."""
 

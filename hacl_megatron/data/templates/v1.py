@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hacl_megatron.data.templates.template import IGNORE, Dialogue, Piece, Template
+from hacl_megatron.data.templates.template import IGNORE, MESSAGE, Dialogue, Piece, Template
 
 if TYPE_CHECKING:
     from hacl_megatron.data.tokenizer import Tokenizer
@@ -104,4 +104,35 @@ def _labels_between_eos(ids: list[int], rounds: list[tuple[int, int] | None], eo
     return labels if any(label != IGNORE for label in labels) else None
 
 
-V1 = Template(name="v1", title="LLaVA-1.5 v1", pieces=pieces, find_labels=find_labels)
+CHAT_TEMPLATE = (
+    MESSAGE
+    + """
+{%- set system = '"""
+    + SYSTEM.replace("'", "\\'")
+    + """' -%}
+{%- set turns = messages -%}
+{%- if turns and turns[0]['role'] == 'system' -%}
+    {%- set system = words(turns[0]) -%}
+    {%- set turns = turns[1:] -%}
+{%- endif -%}
+{%- if turns and turns[0]['role'] == 'assistant' -%}
+    {%- set turns = turns[1:] -%}
+{%- endif -%}
+{{- system + ' ' -}}
+{%- for message in turns -%}
+    {%- set text = words(message) -%}
+    {%- if message['role'] != ('user', 'assistant')[loop.index0 % 2] -%}
+        {{- raise_exception('user and assistant must take turns') -}}
+    {%- elif message['role'] == 'user' -%}
+        {{- 'USER: ' + text + ' ' if text else 'USER:' -}}
+    {%- else -%}
+        {{- 'ASSISTANT: ' + text + eos_token if text else 'ASSISTANT:' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'ASSISTANT:' -}}
+{%- endif -%}"""
+)
+"""Another system prompt may stand in a first message; a first message of the assistant is dropped, as in training."""
+
+V1 = Template(name="v1", title="LLaVA-1.5 v1", pieces=pieces, find_labels=find_labels, chat_template=CHAT_TEMPLATE)

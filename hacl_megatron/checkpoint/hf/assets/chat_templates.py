@@ -1,0 +1,95 @@
+"""Jinja chat templates of a folder: where transformers looks for them, and where an export puts them.
+
+`processor_config.json` {chat_template}, then chat_template.json, chat_template.jinja with additional_chat_templates/,
+and, for the tokenizer alone, `tokenizer_config.json` {chat_template}. An export has the last but one of these.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hacl_megatron.checkpoint.hf.json_files import one_line, read_json
+from hacl_megatron.config.checks.foreign_files import LARGEST_CONFIG, own_file
+
+JINJA_FILE, OLD_FILE, FOLDER = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
+Templates = dict[str, str]
+"""Name -> Jinja text; the one that is used where none is named is `default`."""
+
+
+def processor_templates(folder: Path) -> Templates:
+    """Of the processor, as transformers 5 reads them; {} where there are none."""
+    for name in ("processor_config.json", OLD_FILE):
+        if own_file(folder / name, LARGEST_CONFIG):
+            found = _templates(read_json(folder / name).get("chat_template"), folder / name)
+            if found:
+                return found
+    found = {}
+    if own_file(folder / JINJA_FILE, LARGEST_CONFIG):
+        found["default"] = _text(folder / JINJA_FILE)
+    for file in sorted((folder / FOLDER).glob("*.jinja")):
+        if own_file(file, LARGEST_CONFIG):
+            found[file.stem] = _text(file)
+    return found
+
+
+def tokenizer_templates(folder: Path) -> Templates:
+    """What `tokenizer_config.json` says; {} where it says nothing."""
+    path = folder / "tokenizer_config.json"
+    return _templates(read_json(path).get("chat_template"), path) if own_file(path, LARGEST_CONFIG) else {}
+
+
+def choose_templates(
+    folder: Path, tokenizer: Path, *, of_whole_model: bool, own: str | None, own_name: str, notes: list[str]
+) -> Templates:
+    """The templates that an export gets.
+
+    Args:
+        folder: of the checkpoint's assets.
+        tokenizer: of its tokenizer.
+        of_whole_model: they came with a model that has images. Else they are a language model's, which knows none.
+        own: of the `--version` that was trained with, None where nobody says.
+        own_name: what notes call that.
+        notes: get a line where a template gives way.
+    """
+    found, beside = processor_templates(folder), tokenizer_templates(tokenizer)
+    if of_whole_model and found:
+        return found
+    if of_whole_model and "image" in beside.get("default", ""):
+        return beside
+    if own is None:
+        return found or beside
+    if any(text != own for text in (found | beside).values()):
+        notes.append(f"the chat template is that of {own_name}, in place of the tokenizer's, which has no images")
+    return {"default": own}
+
+
+def write_templates(folder: Path, templates: Templates) -> None:
+    """Write them for processor and tokenizer; ValueError for a name that is no file's."""
+    for name, text in templates.items():
+        if name == "default":
+            (folder / JINJA_FILE).write_text(text, encoding="utf-8")
+            continue
+        if not name or Path(name).name != name:
+            raise ValueError(f"a chat template is named {one_line(name)!r}; expected a name that a file can have")
+        (folder / FOLDER).mkdir(exist_ok=True)
+        (folder / FOLDER / f"{name}.jinja").write_text(text, encoding="utf-8")
+
+
+def _templates(value: Any, where: Path) -> Templates:
+    """A text, an object of them, or a list of {name, template}, as older files have it."""
+    if value is None:
+        return {}
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        value = {one.get("name"): one.get("template") for one in value}
+    found = {"default": value} if isinstance(value, str) else value
+    if not isinstance(found, dict) or not all(isinstance(part, str) for pair in found.items() for part in pair):
+        raise ValueError(
+            f"{where}: chat_template is {one_line(repr(value))}; expected a Jinja text, or several by name"
+        )
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; expected a Jinja template") from None
