@@ -17,10 +17,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, LlamaTokenizer, LlamaTokenizerFast
 from transformers.utils import logging as transformers_logging
+
+from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER, own_file, parse_json
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -112,7 +115,8 @@ class Tokenizer:
 def load_tokenizer(path: str) -> Tokenizer:
     """Reads the tokenizer of a local folder. No network, no remote code.
 
-    Raises ValueError when the folder is missing, holds no tokenizer, or its tokenizer has no BOS or EOS.
+    Raises ValueError when the folder is missing, holds no tokenizer, or its tokenizer has no BOS or EOS; or where one
+    of its files is no regular one, leaves the folder as a link, is too large, or is no object of JSON.
     """
     if not os.path.isdir(path):
         raise ValueError(
@@ -121,16 +125,15 @@ def load_tokenizer(path: str) -> Tokenizer:
         )
     files = {}
     for name in TOKENIZER_FILES:
-        if os.path.isfile(os.path.join(path, name)):
-            with open(os.path.join(path, name), "rb") as file:
-                files[name] = file.read()
+        if own_file(Path(path, name), LARGEST_TOKENIZER):
+            files[name] = Path(path, name).read_bytes()
     if "tokenizer.model" not in files and "tokenizer.json" not in files:
         raise ValueError(
             f"{path!r} holds neither tokenizer.model nor tokenizer.json: copy them from the language model's folder, "
             "or name another folder with --tokenizer"
         )
     try:
-        config = json.loads(files.get("tokenizer_config.json", b"{}"))
+        config = _settings(files)
         backend = _load_backend(path, files, config)
         if isinstance(backend, bool):  # what transformers 4 returns for a broken tokenizer.model
             raise RuntimeError("tokenizer.model is no SentencePiece model")
@@ -146,6 +149,21 @@ def load_tokenizer(path: str) -> Tokenizer:
             files["tokenizer_config.json"] = json.dumps(spelled_out, indent=2, ensure_ascii=False).encode()
     backend.model_max_length = int(1e30)  # lengths are checked after the image is expanded, and not by a warning
     return _measure(backend, path, files)
+
+
+def _settings(files: dict[str, bytes]) -> dict[str, Any]:
+    """`tokenizer_config.json`; of the other JSON files it is seen to that transformers may read them."""
+    config: dict[str, Any] = {}
+    for name, content in files.items():
+        if name.endswith(".json"):
+            try:
+                found = parse_json(content)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if not isinstance(found, dict):
+                raise ValueError(f"{name}: expected an object, found a {type(found).__name__}")
+            config = found if name == "tokenizer_config.json" else config
+    return config
 
 
 def _load_backend(path: str, files: dict[str, bytes], config: dict[str, Any]) -> Any:

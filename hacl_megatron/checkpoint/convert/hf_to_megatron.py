@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.convert.writer import plan_chunks, write_sharded
+from hacl_megatron.checkpoint.hf.assets.tokenizer_files import DEFINITIONS
 from hacl_megatron.checkpoint.hf.carried import CARRIED_FILE, write_carried
 from hacl_megatron.checkpoint.hf.config_read import data_flags
 from hacl_megatron.checkpoint.hf.fresh_folder import check_target, fresh_folder
@@ -24,11 +25,13 @@ from hacl_megatron.checkpoint.run.folder import (
     ASSETS_FOLDER,
     LATEST_FILE,
     RUN_CONFIG_FILE,
+    asset_files,
     copy_assets,
     iteration_folder,
     write_atomically,
 )
 from hacl_megatron.config.checks.architecture import padded_vocab_size
+from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER
 from hacl_megatron.config.flags import ModelFlags, ParallelFlags
 from hacl_megatron.config.run import RunConfig, to_yaml
 
@@ -77,6 +80,11 @@ def convert_to_sharded(
     """
     save, config, table = Path(save), sources.table.config, sources.table
     check_target(save, force=force, why_not=why_no_conversion)
+    for file, name in asset_files(Path(folder)):
+        if name.suffix == ".json":
+            read_json(file, LARGEST_TOKENIZER)
+    if not any((Path(folder) / name).is_file() for name in DEFINITIONS):
+        sources.notes.append(f"{folder} has no tokenizer: give --tokenizer to the runs that start here")
     names = [rule.ours for rule in table.rules.values() if any(s not in sources.found for s in rule.sources)]
     fresh_tensors = {source: tensor for ours in names for source, tensor in table.rules[ours].to_sources(fresh[ours])}
 

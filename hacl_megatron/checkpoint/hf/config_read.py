@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from hacl_megatron.checkpoint.hf.json_files import parse, read_config, refuse_unless
+from hacl_megatron.checkpoint.hf.json_files import parse, read_config, refuse_unless, values_of_any_type
 from hacl_megatron.checkpoint.hf.spellings import canonical_name
 from hacl_megatron.checkpoint.hf.tower_config import (
     IMAGE_FLAGS,
@@ -57,6 +57,11 @@ def read_model_config(folder: str | Path, vision_tower: str | Path | None = None
         ValueError: no or broken config.json, an unknown layout, or something the model does not support.
     """
     folder = Path(folder)
+    with values_of_any_type(folder / "config.json"):
+        return _read_model_config(folder, vision_tower)
+
+
+def _read_model_config(folder: Path, vision_tower: str | Path | None) -> ModelConfig:
     config = read_config(folder / "config.json")
     layout = layout_of(config, folder)
     where = folder / "config.json"

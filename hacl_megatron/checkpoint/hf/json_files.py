@@ -1,6 +1,8 @@
 """JSON files of Hugging Face folders, and what to say when they are not as they should be."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,18 @@ def read_config(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file as Hugging Face's are: indented, UTF-8."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def values_of_any_type(where: Path) -> Iterator[None]:
+    """What goes wrong inside with a value of another type than its key has, as a ValueError that names the file."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
+        raise ValueError(
+            f"{where}: a value in it, or in a file beside it, is not of the kind that its key has "
+            f"({type(error).__name__}: {one_line(error)}); expected a file as transformers writes it"
+        ) from error
 
 
 def one_line(error: BaseException | str) -> str:

@@ -63,9 +63,14 @@ def read_rotary(values: Mapping[str, Any], where: Path) -> tuple[float, dict[str
 
     Where both stand, `rope_scaling` wins and `rope_theta` fills in, as transformers 5 reads them.
     """
-    merged = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: the scaling of rotary positions is {str(given)[:80]!r}; expected an object")
+    merged = dict(given)
     base = merged.pop("rope_theta", None)
     base = values.get("rope_theta") if base is None else base
+    if base is not None and (isinstance(base, bool) or not isinstance(base, int | float) or not base > 0):
+        raise ValueError(f"{where}: rope_theta is {str(base)[:80]!r}; expected a number above 0")
     kind = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
     merged.pop("type", None)
     if kind == "default":

@@ -25,7 +25,7 @@ from hacl_megatron.checkpoint.hf.config_write import (
     to_processor_json,
     vocabulary_of_layout,
 )
-from hacl_megatron.checkpoint.hf.json_files import read_json, write_json
+from hacl_megatron.checkpoint.hf.json_files import read_json, values_of_any_type, write_json
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.foreign_files import LARGEST_CONFIG, own_file
 
@@ -62,6 +62,10 @@ class Assets:
 
     def __post_init__(self) -> None:
         self.tokenizer = self.tokenizer or self.folder
+        with values_of_any_type((self.tokenizer or Path()) / "tokenizer_config.json"):
+            self._read()
+
+    def _read(self) -> None:
         self._files, length, found = None, None, None
         image = self.config.extra.get("image_token_index")
         if self.folder is not None and self.layout == "hf":
@@ -86,6 +90,10 @@ class Assets:
 
     def write(self, out: Path, *, image_aspect_ratio: str | None) -> None:
         """Write everything that an exported folder needs beside weights and `config.json`."""
+        with values_of_any_type((self.tokenizer or Path()) / "tokenizer_config.json"):
+            self._write(out, image_aspect_ratio)
+
+    def _write(self, out: Path, image_aspect_ratio: str | None) -> None:
         config, extra = self.config, self.config.extra
         tokens = {}
         stored = self._stored("generation_config.json")
