@@ -5,7 +5,8 @@
 `hf` is what `transformers.LlavaForConditionalGeneration.from_pretrained` (`Blip2ForConditionalGeneration` for a model
 with a Q-Former) and `AutoProcessor.from_pretrained` load, `llava` the original LLaVA layout, `projector` its
 `mm_projector.bin` alone, or MiniGPT-4's `llama_proj.pth`; each with `hacl_heads.safetensors`. LoRA is merged into these
-weights; `peft` writes it as an adapter that `peft.PeftModel.from_pretrained` lays beside the base.
+weights; `peft` writes it as an adapter that `peft.PeftModel.from_pretrained` lays beside the base, which is written too
+(OUT/base) where the run did not start from it.
 The model is never held: memory does not grow with it. OUT appears when it is complete.
 """
 
@@ -23,6 +24,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hf-path", required=True, type=Path, help="folder to write")
     parser.add_argument("--format", choices=("hf", "llava", "projector", "peft"), default="hf")
     parser.add_argument("--leave-lora-out", action="store_true", help="hf, llava: the weights beside the LoRA alone")
+    parser.add_argument(
+        "--peft-base", type=Path, metavar="DIR", help="peft: a folder that holds the base already; default: what the "
+        "run started from, if it does"
+    )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: each as in the checkpoint"
     )
@@ -62,6 +67,8 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError(
             "--leave-lora-out writes another model than the checkpoint's, as hf or llava, not to be verified"
         )
+    if args.peft_base is not None and args.format != "peft":
+        raise ValueError("--peft-base is for --format peft alone; leave it out")
     checkpoint, dtype = locate_checkpoint(args.load), DTYPES[args.dtype] if args.dtype else None
     total = ShardedReader(checkpoint).num_bytes if args.format in ("hf", "llava") else None
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.format, delay=0.2) as bar:
@@ -74,6 +81,7 @@ def convert(args: argparse.Namespace) -> None:
             tower=args.vision_tower,
             image_aspect_ratio=args.image_aspect_ratio,
             chat_template=chat_template(read_run_config(checkpoint)),
+            peft_base=args.peft_base,
             max_shard_size=args.max_shard_size,
             workers=args.workers,
             force=args.force,

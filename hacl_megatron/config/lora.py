@@ -77,6 +77,12 @@ def target_shapes(language: LanguageConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def adapter_name(layer: int, target: str, kind: str) -> str:
+    """Our name, in the whole model, of A or B (`kind`) beside the matrix `target` of a language layer."""
+    linear = next(linear for linear, targets in FUSED.items() if target in targets)
+    return f"language_model.decoder.layers.{layer}.{linear}{SUFFIX}.{target}_{kind}"
+
+
 def is_lora(parameter: str) -> bool:
     """Whether the parameter of this name belongs to an adapter."""
     return any(f"{linear}{SUFFIX}." in parameter for linear in FUSED)

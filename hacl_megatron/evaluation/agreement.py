@@ -15,9 +15,11 @@ from hacl_megatron.assemble.module import build_module
 from hacl_megatron.assemble.processes import joined_processes
 from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
+from hacl_megatron.checkpoint.hf.adapters.folder import ADAPTER_FILES
+from hacl_megatron.checkpoint.hf.adapters.settings import ADAPTER_CONFIG
 from hacl_megatron.checkpoint.hf.config_write import to_config_json
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE, SourceTensors
-from hacl_megatron.checkpoint.hf.json_files import read_json
+from hacl_megatron.checkpoint.hf.json_files import one_line, read_json
 from hacl_megatron.checkpoint.run.folder import read_run_config
 from hacl_megatron.checkpoint.run.load import load_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
@@ -55,7 +57,12 @@ class Agreement:
 
 
 def report_agreement(
-    checkpoint: Path, hf_folder: Path, sources: SourceTensors | None = None, *, dtype: torch.dtype | None = None
+    checkpoint: Path,
+    hf_folder: Path,
+    sources: SourceTensors | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    adapters: Path | None = None,
 ) -> None:
     """Print how a checkpoint agrees with a Hugging Face folder; leave with an error if it does not.
 
@@ -63,8 +70,9 @@ def report_agreement(
         sources: what the checkpoint was converted from, where it is more or other than `hf_folder` alone can give
             transformers: the original layout, two parts, an adapter.
         dtype: that a conversion rounded the weights to; both models' are, for the comparison.
+        adapters: folder that the conversion laid over `hf_folder`; its LoRA is merged by `peft` here.
     """
-    agreement = compare_models(checkpoint, hf_folder, sources, dtype=dtype)
+    agreement = compare_models(checkpoint, hf_folder, sources, dtype=dtype, adapters=adapters)
     print(f"verify: {agreement}")
     if not agreement.holds:
         exit_with_error(f"{checkpoint} and {hf_folder} do not agree: {agreement}")
@@ -72,14 +80,19 @@ def report_agreement(
 
 @torch.no_grad()
 def compare_models(
-    checkpoint: Path, hf_folder: Path, sources: SourceTensors | None = None, *, dtype: torch.dtype | None = None
+    checkpoint: Path,
+    hf_folder: Path,
+    sources: SourceTensors | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    adapters: Path | None = None,
 ) -> Agreement:
     """Logits of every text row of two dialogues with an image each; arguments as for `report_agreement`."""
     reader = ShardedReader(checkpoint)
     config = reader.model_config
     settings = read_json(hf_folder / "config.json")
     batch = random_batch(config, settings.get("image_token_index", settings.get("image_token_id")))
-    theirs = transformers_logits(hf_folder, config, sources, reader, batch, dtype)
+    theirs = transformers_logits(hf_folder, config, sources, reader, batch, dtype, adapters)
     with warnings.catch_warnings():  # megatron-core names every library that a machine does not have
         warnings.simplefilter("ignore")
         ours = our_logits(reader, batch, dtype)
@@ -145,11 +158,15 @@ def transformers_logits(
     reader: ShardedReader,
     batch: PackedBatch,
     dtype: torch.dtype | None,
+    adapters: Path | None = None,
 ) -> Tensor:
     """Logits [target rows, vocabulary] of transformers' model, dialogue by dialogue."""
     layout, stated = config.extra.get("layout"), "image_token_index" in config.extra
     whole = sources is None or layout == "hf"
-    model = _whole(folder, config, sources) if whole else _assembled(folder, config, sources, reader)
+    if whole:
+        model = _whole(folder, config, sources, adapters)
+    else:
+        model = _assembled(folder, config, sources, reader, adapters)
     by_ids = sources is None or (whole and stated)
     _round(model, dtype)
     model.eval()
@@ -181,7 +198,7 @@ def _language_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return inside, model.get_output_embeddings()
 
 
-def _whole(folder: Path, config: ModelConfig, sources: SourceTensors | None) -> nn.Module:
+def _whole(folder: Path, config: ModelConfig, sources: SourceTensors | None, adapters: Path | None = None) -> nn.Module:
     """transformers' own reading of `folder`, with the adapter over its connector where `sources` has one."""
     from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
 
@@ -189,7 +206,10 @@ def _whole(folder: Path, config: ModelConfig, sources: SourceTensors | None) -> 
     model = (Blip2ForConditionalGeneration if blip2 else LlavaForConditionalGeneration).from_pretrained(
         folder, dtype=torch.float32
     )
-    if sources is not None and set(sources.files) - {str(folder), HEADS_FILE}:
+    if adapters is not None:
+        model = _with_lora(model, adapters, sources)
+    own = {str(folder), HEADS_FILE, *(str(adapters / name) for name in ADAPTER_FILES if adapters is not None)}
+    if sources is not None and set(sources.files) - own:
         if blip2:
             linears = {"projector.0.": model.language_projection}
         else:
@@ -199,6 +219,31 @@ def _whole(folder: Path, config: ModelConfig, sources: SourceTensors | None) -> 
             for name, parameter in linear.named_parameters():
                 parameter.copy_(sources.read(prefix + name))
     return model
+
+
+def _with_lora(model: nn.Module, adapters: Path, sources: SourceTensors) -> nn.Module:
+    """`model` with the LoRA of `adapters` merged in by peft, rounded as a conversion that merges rounds it.
+
+    Raises:
+        ValueError: peft is not installed, or finds no place for a tensor.
+    """
+    if not (adapters / ADAPTER_CONFIG).is_file():
+        return model
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ValueError("--verify of adapters needs the package peft: pip install -e '.[lora]'") from None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wrapped = PeftModel.from_pretrained(model, adapters)
+    if missed := [str(one.message) for one in caught if "missing adapter keys" in str(one.message)]:
+        raise ValueError(f"{adapters}: --verify cannot have peft read it over this base ({one_line(missed[0])})")
+    beside = [name for name, module in wrapped.get_base_model().named_modules() if hasattr(module, "lora_A")]
+    merged = wrapped.merge_and_unload()
+    for name in beside if sources.kept is None else ():
+        weight = merged.get_submodule(name).weight
+        weight.copy_(weight.to(sources.dtype(sources.table.canonical(f"{name}.weight"))))
+    return merged
 
 
 def _language_in(folder: Path, config: ModelConfig) -> nn.Module:
@@ -247,7 +292,9 @@ def _loaded(kind: Any, folder: Path, config_class: Any, **options: Any) -> nn.Mo
     return model
 
 
-def _assembled(folder: Path, config: ModelConfig, sources: SourceTensors, reader: ShardedReader) -> nn.Module:
+def _assembled(
+    folder: Path, config: ModelConfig, sources: SourceTensors, reader: ShardedReader, adapters: Path | None
+) -> nn.Module:
     """A model of transformers from its parts' folders; connector and Q-Former are the source's own tensors, or, where
     these are fresh, the checkpoint's."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
@@ -259,7 +306,8 @@ def _assembled(folder: Path, config: ModelConfig, sources: SourceTensors, reader
         model = Blip2ForConditionalGeneration(Blip2Config.from_dict(settings)).float()
         width = config.qformer.hidden_size
     else:
-        layer = read_json(folder / "config.json").get("mm_vision_select_layer", -2)
+        settings_of = folder if adapters is None or not (adapters / "config.json").is_file() else adapters
+        layer = read_json(settings_of / "config.json").get("mm_vision_select_layer", -2)
         model = LlavaForConditionalGeneration(
             LlavaConfig.from_dict({**settings, "vision_feature_layer": layer})
         ).float()
@@ -272,6 +320,8 @@ def _assembled(folder: Path, config: ModelConfig, sources: SourceTensors, reader
         width = config.language.hidden_size
     connector = nn.Sequential(*linears[:-1])
     language = _language_in(folder, config)
+    if adapters is not None:
+        language = _with_lora(language, adapters, sources)
     if blip2:
         model.language_model = language
     else:

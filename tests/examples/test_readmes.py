@@ -140,10 +140,10 @@ def test_flags_in_prose_exist() -> None:
 def test_the_map_of_the_package_names_every_folder() -> None:
     """Catches a folder that was added, moved or taken away without a line in the map."""
     (tree,) = [body for body in blocks(READMES["hacl_megatron/README.md"], "") if body.startswith("hacl_megatron/\n")]
-    mapped, parent = set(), ""
+    mapped, path = set(), []
     for indent, folder in re.findall(r"^( +)(\w+)/ ", tree, re.MULTILINE):
-        parent = folder if len(indent) == 2 else parent
-        mapped.add(folder if len(indent) == 2 else f"{parent}/{folder}")
+        path = [*path[: len(indent) // 2 - 1], folder]
+        mapped.add("/".join(path))
     package = ROOT / "hacl_megatron"
     assert mapped == {str(file.parent.relative_to(package)) for file in package.rglob("__init__.py")} - {"."}
 

@@ -6,6 +6,7 @@ run_config.yaml, hf_assets/ (tokenizer, processor, carried.safetensors) ──�
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.convert.writer import plan_chunks, write_sharded
-from hacl_megatron.checkpoint.hf.assets.tokenizer_files import DEFINITIONS
+from hacl_megatron.checkpoint.hf.adapters.low_rank import KeptLora, LowRank
+from hacl_megatron.checkpoint.hf.assets.tokenizer_files import DEFINITIONS, TOKENIZER_FILES
 from hacl_megatron.checkpoint.hf.carried import CARRIED_FILE, write_carried
 from hacl_megatron.checkpoint.hf.config_read import data_flags
 from hacl_megatron.checkpoint.hf.fresh_folder import check_target, fresh_folder
@@ -32,7 +34,8 @@ from hacl_megatron.checkpoint.run.folder import (
 )
 from hacl_megatron.config.checks.architecture import padded_vocab_size
 from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER
-from hacl_megatron.config.flags import ModelFlags, ParallelFlags
+from hacl_megatron.config.flags import LoraFlags, ModelFlags, ParallelFlags
+from hacl_megatron.config.lora import TARGETS, Lora, adapter_name
 from hacl_megatron.config.run import RunConfig, to_yaml
 
 SOURCE_FILE = "converted_from.json"
@@ -60,6 +63,7 @@ def convert_to_sharded(
     fresh: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     workers: int = 2,
+    adapters: Path | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
@@ -71,6 +75,7 @@ def convert_to_sharded(
         fresh: initial values of the parameters that the sources may lack, by our names.
         dtype: of all parameters but the heads; default each tensor's own.
         workers: threads, each of which reads, fuses and writes a chunk of a layer at a time.
+        adapters: folder that was laid over `folder` (`hf.adapters`): its tokenizer and its LLaVA's config.json win.
         force: replace an earlier conversion at `save`.
         progress: called with the bytes written since the last call, and with all there are.
 
@@ -88,7 +93,12 @@ def convert_to_sharded(
     names = [rule.ours for rule in table.rules.values() if any(s not in sources.found for s in rule.sources)]
     fresh_tensors = {source: tensor for ours in names for source, tensor in table.rules[ours].to_sources(fresh[ours])}
 
+    kept = _kept_rules(sources.kept)
+
     def dtype_of(rule: Rule) -> torch.dtype:
+        if rule.ours in kept:
+            _, pair, kind = kept[rule.ours]
+            return dtype or pair.dtype(kind)
         found = [
             fresh_tensors[source].dtype if source in fresh_tensors else sources.dtype(source) for source in rule.sources
         ]
@@ -100,21 +110,30 @@ def convert_to_sharded(
         return dtype
 
     def read(source: str, rows: slice, columns: slice) -> Tensor:
+        if source in kept:
+            _, pair, kind = kept[source]
+            return pair.read(kind)[rows, columns]
         if source not in fresh_tensors:
             return sources.read(source, rows, columns)
         tensor = fresh_tensors[source]
         return tensor[rows] if tensor.dim() == 1 else tensor[rows, columns]
 
     padded = padded_vocab_size(config.language.vocab_size, ParallelFlags())
-    chunks = plan_chunks(table, dtype_of, padded)
+    chunks = plan_chunks(table, dtype_of, padded, [rule for rule, *_ in kept.values()])
     total = sum(chunk.num_bytes for chunk in chunks)
     with fresh_folder(save, total, force=force, why_not=why_no_conversion) as partial:
         checkpoint = iteration_folder(partial, 0)
         checkpoint.mkdir()
         copy_assets(Path(folder), checkpoint / ASSETS_FOLDER)
+        if adapters is not None:
+            _copy_assets_over(adapters, checkpoint / ASSETS_FOLDER, sources)
         write_carried(sources, checkpoint / ASSETS_FOLDER / CARRIED_FILE, dtype)
         run = RunConfig(
-            model=ModelFlags(pretrained_checkpoint=str(folder)),
+            # Of merged LoRA the base is another model; of kept, an export's adapters go beside it.
+            model=ModelFlags(
+                pretrained_checkpoint=str(folder if adapters is None or sources.kept is not None else adapters)
+            ),
+            lora=LoraFlags() if sources.kept is None else _lora_flags(sources.kept.lora),
             data=data_flags(config),
             architecture=config,
         )
@@ -138,6 +157,43 @@ def convert_to_sharded(
         fresh=names,
         ignored=dict(sources.ignored),
     )
+
+
+def _kept_rules(kept: KeptLora | None) -> dict[str, tuple[Rule, LowRank, str]]:
+    """Our name of every adapter's parameter -> its rule, whose one source has that name too, the pair, "A" or "B"."""
+    rules = {}
+    for canonical, pair in kept.pairs.items() if kept is not None else ():
+        layer, target = int(canonical.split(".")[2]), canonical.split(".")[-2]
+        for kind in ("A", "B"):
+            ours = adapter_name(layer, target, kind)
+            shape = pair.shape(kind)
+            rule = Rule(ours=ours, partition="replicated", sources=(ours,), source_shapes=(shape,))
+            rules[ours] = rule, pair, kind
+    return rules
+
+
+def _lora_flags(lora: Lora) -> LoraFlags:
+    return LoraFlags(
+        lora_rank=lora.rank,
+        lora_alpha=float(lora.alpha),
+        lora_dropout=lora.dropout,
+        lora_target_modules=[] if lora.targets == TARGETS else list(lora.targets),
+    )
+
+
+def _copy_assets_over(adapters: Path, assets: Path, sources: SourceTensors) -> None:
+    """The adapters' own tokenizer and config.json over the base's."""
+    names = [name for name in TOKENIZER_FILES if (adapters / name).is_file()]
+    if any(name.startswith("tokenizer.") for name in names):
+        for name in TOKENIZER_FILES:
+            if not name.startswith("chat_template"):  # which a processor has; else two tokenizers' files side by side
+                (assets / name).unlink(missing_ok=True)
+            if name in names:
+                shutil.copyfile(adapters / name, assets / name)
+        sources.notes.append(f"tokenizer: that of {adapters}")
+    own = adapters / "config.json"
+    if sources.table.config.extra.get("layout") == "llava" and own.is_file() and "mm_vision_tower" in read_json(own):
+        shutil.copyfile(own, assets / "config.json")
 
 
 def drawn_by_conversion(checkpoint: Path) -> list[str]:

@@ -1,27 +1,31 @@
 """LoRA of a checkpoint out to Hugging Face: laid into the weights beside it, or as an adapter folder of `peft`.
 
 Merged      W + alpha / rank * B A, tensor by tensor, for every export that `hf.export` writes
-export_peft adapter_config.json, adapter_model.safetensors (adapters and connector), hacl_heads.safetensors
+export_peft adapter_config.json, adapter_model.safetensors (adapters and connector), hacl_heads.safetensors, and base/
+            where no folder is known that they could be laid over
 """
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hacl_megatron.checkpoint.convert.lora_base import find_base
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
+from hacl_megatron.checkpoint.hf.adapters.low_rank import lora_targets
+from hacl_megatron.checkpoint.hf.adapters.settings import ADAPTER_CONFIG
 from hacl_megatron.checkpoint.hf.config_write import to_config_json
 from hacl_megatron.checkpoint.hf.export import ExportReport, Provider, cast, write_heads
-from hacl_megatron.checkpoint.hf.fresh_folder import fresh_folder
+from hacl_megatron.checkpoint.hf.fresh_folder import check_target, fresh_folder
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE
-from hacl_megatron.checkpoint.hf.names import Rule
 from hacl_megatron.checkpoint.hf.safetensors_writer import SafetensorsWriter
-from hacl_megatron.config.lora import FUSED, Lora
+from hacl_megatron.config.lora import Lora
 from hacl_megatron.config.run import RunConfig
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_FOLDER = "base"
+"""Sub-folder for a base that is nowhere else."""
 _CONNECTOR = "multi_modal_projector"
 
 
@@ -33,7 +37,7 @@ class Merged:
 
     def __call__(self, name: str) -> Tensor:
         tensor, rule = self._provider(name), self._reader.table.rules[name]
-        targets = _targets(rule)
+        targets = lora_targets(rule.ours, rule.sources)
         if not any(target in self._lora.targets for target in targets.values()):
             return tensor
         shapes = dict(zip(rule.sources, rule.source_shapes, strict=True))
@@ -55,6 +59,8 @@ def export_peft(
     run: RunConfig,
     out: str | Path,
     *,
+    write_base: Callable[[Path], ExportReport],
+    base: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
     force: bool = False,
 ) -> ExportReport:
@@ -62,40 +68,56 @@ def export_peft(
 
     The connector has trained too: it goes along whole, as one of peft's `modules_to_save`; the heads in their own file.
 
+    Args:
+        write_base: writes the weights beside the LoRA as a folder of transformers.
+        base: a folder that holds these already; default: what the run started from, if it does. Without one the base is
+            written into `out`.
+
     Raises:
-        ValueError: the checkpoint has no LoRA, `peft` is not installed, HF's layout has no such connector, or `out` is
-            taken.
+        ValueError: the checkpoint has no LoRA, `peft` is not installed, HF's layout has no such connector, `base` is
+            another model, or `out` is taken.
     """
     lora, config, out = Lora.of(run.lora), reader.model_config, Path(out)
     if lora is None:
         raise ValueError(f"{reader.folder} has no LoRA, so there is no adapter to write; use --format hf or llava")
     to_config_json(config, "hf", dtype=str(dtype).removeprefix("torch."))  # or say that HF's layout cannot have it
-    settings = _peft_config(lora, run, reader)
+    if config.qformer is not None:
+        raise ValueError(
+            "--format peft is for LlavaForConditionalGeneration, but this model has a Q-Former; --format hf merges its "
+            "LoRA"
+        )
+    check_target(out, force=force, why_not=_why_no_adapter)
+    found, why = find_base(reader, run, base)
+    settings = _peft_config(lora, reader, out / BASE_FOLDER if found is None else found)
     plan = {name: shape for name, shape in _plan(reader, lora)}
     total = sum(torch.Size(shape).numel() * dtype.itemsize for shape in plan.values())
     with fresh_folder(out, total, force=force, why_not=_why_no_adapter) as folder:
+        written = write_base(folder / BASE_FOLDER) if found is None else None
         settings.save_pretrained(folder)
         layout = {name: (dtype, shape) for name, shape in plan.items()}
         with SafetensorsWriter(folder / ADAPTER_WEIGHTS, layout) as writer:
             for name, tensor in _tensors(provider, reader, lora):
                 writer.write(name, cast(tensor, dtype, name))
         write_heads(reader.table, provider, folder / HEADS_FILE)
-    notes = [f"load it beside {settings.base_model_name_or_path or 'the base, which --leave-lora-out writes'}"]
-    if not run.model.freeze_ViT:
-        notes.append("the vision tower has trained too: write the base that belongs to the adapter by --leave-lora-out")
+    notes = [f"load it beside {settings.base_model_name_or_path}"]
+    if written is not None:
+        notes.append(
+            f"that base, {written.num_bytes / 1e9:.3f} GB, is written too, for there is none elsewhere ({why}); "
+            "--peft-base DIR names one that an earlier export or --leave-lora-out has written"
+        )
+        notes += written.notes
     return ExportReport(folder=out, num_tensors=len(plan), num_bytes=total, notes=notes)
 
 
-def _peft_config(lora: Lora, run: RunConfig, reader: ShardedReader):
+def _peft_config(lora: Lora, reader: ShardedReader, base: Path):
     try:
         from peft import LoraConfig
     except ImportError:
         raise ValueError(
             "--format peft needs the package peft: pip install -e '.[lora]', or write merged weights with --format hf"
         ) from None
-    base = run.model.pretrained_checkpoint
     theirs = {target: source.split(".")[-2] for rule in reader.table.rules.values()
-              for source, target in _targets(rule).items()}  # fmt: skip
+              for source, target in lora_targets(rule.ours, rule.sources).items()}  # fmt: skip
     return LoraConfig(
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
@@ -103,7 +125,7 @@ def _peft_config(lora: Lora, run: RunConfig, reader: ShardedReader):
         # CLIP's layers have projections of the same names.
         target_modules=rf".*language_model.*\.({'|'.join(theirs[target] for target in lora.targets)})",
         modules_to_save=[_CONNECTOR],
-        base_model_name_or_path=base if base and (Path(base) / "config.json").is_file() else None,
+        base_model_name_or_path=str(base.absolute()),
         inference_mode=True,
     )
 
@@ -111,7 +133,7 @@ def _peft_config(lora: Lora, run: RunConfig, reader: ShardedReader):
 def _plan(reader: ShardedReader, lora: Lora) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name in the file, shape), in the order of `_tensors`."""
     for rule in reader.table.rules.values():
-        targets = _targets(rule)
+        targets = lora_targets(rule.ours, rule.sources)
         for source, shape in zip(rule.sources, rule.source_shapes, strict=True):
             if targets.get(source) in lora.targets:
                 yield _spelled(reader, source, "lora_A"), (lora.rank, shape[1])
@@ -125,7 +147,7 @@ def _tensors(provider: Provider, reader: ShardedReader, lora: Lora) -> Iterator[
         if rule.ours.startswith("connector."):
             for source, tensor in rule.to_sources(provider(rule.ours)):
                 yield _spelled(reader, source), tensor
-        for source, target in _targets(rule).items():
+        for source, target in lora_targets(rule.ours, rule.sources).items():
             if target in lora.targets:
                 a, b = reader.read_lora(_layer(source), target)
                 yield _spelled(reader, source, "lora_A"), a
@@ -138,13 +160,6 @@ def _spelled(reader: ShardedReader, source: str, kind: str | None = None) -> str
     if kind is not None:
         name = name.removesuffix("weight") + f"{kind}.weight"
     return f"base_model.model.model.{name}"
-
-
-def _targets(rule: Rule) -> dict[str, str]:
-    """`text.layers.3.self_attn.q_proj.weight` -> `q_proj`, and so on; {} for what is no matrix of a language layer."""
-    layer = re.fullmatch(r"language_model\.decoder\.layers\.\d+\.(.*)\.weight", rule.ours)
-    fused = FUSED.get(layer[1], ()) if layer else ()
-    return dict(zip(rule.sources, fused, strict=True)) if fused else {}
 
 
 def _layer(source: str) -> int:

@@ -18,7 +18,8 @@ from hacl_megatron.checkpoint.convert.lora_export import Merged, export_peft
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.assets.write import ChatTemplate
 from hacl_megatron.checkpoint.hf.carried import CarriedTensors
-from hacl_megatron.checkpoint.hf.export import ExportReport, Tower, export_hf, export_projector
+from hacl_megatron.checkpoint.hf.config_write import Layout
+from hacl_megatron.checkpoint.hf.export import ExportReport, Provider, Tower, export_hf, export_projector
 from hacl_megatron.checkpoint.hf.tower_config import IMAGE_FLAGS
 from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, read_run_config
 from hacl_megatron.config.lora import Lora
@@ -39,6 +40,7 @@ def export_checkpoint(
     tower: Tower | None = None,
     image_aspect_ratio: str | None = None,
     chat_template: ChatTemplate | None = None,
+    peft_base: str | Path | None = None,
     max_shard_size: str | int = "5GB",
     workers: int = 2,
     force: bool = False,
@@ -55,6 +57,7 @@ def export_checkpoint(
         tower: see `export_hf`.
         image_aspect_ratio: default `--image-aspect-ratio` of the run.
         chat_template: of the run's `--version`; see `export_hf`.
+        peft_base: see `export_peft`.
         workers: threads that read ahead of the one that writes; each holds one tensor.
 
     Raises:
@@ -67,7 +70,8 @@ def export_checkpoint(
     if format == "peft" and dtype is None:
         trained = [*reader.adapter_names(), *(name for name in reader.names() if name.startswith("connector."))]
         dtype = reduce(torch.promote_types, {reader.dtype(name) for name in trained})
-    dtype = dtype or main_dtype(reader)
+    weights_dtype = (dtype if dtypes is None else None) or main_dtype(reader)
+    dtype = dtype or weights_dtype
     assets = checkpoint / ASSETS_FOLDER
     ways = {key: getattr(run.data, key) for key in IMAGE_FLAGS}
     model = replace(reader.model_config, extra={**reader.model_config.extra, **ways})
@@ -77,24 +81,38 @@ def export_checkpoint(
             if reader.model_config.qformer is not None and not run.model.freeze_qformer:
                 report.notes.append("the Q-Former was trained too, and is not in llama_proj; --format hf holds it")
             return report
-        if format == "peft":
-            return export_peft(provider, reader, run, out, dtype=dtype, force=force)
         lora = Lora.of(run.lora)
-        report = export_hf(
-            provider if lora is None or not merge_lora else Merged(provider, reader, lora),
-            model,
-            out,
-            layout=format,
-            dtype=dtype,
-            dtypes=dtypes,
-            assets=assets if assets.is_dir() else None,
-            carried=CarriedTensors(assets, reader.model_config),
-            image_aspect_ratio=image_aspect_ratio or run.data.image_aspect_ratio,
-            chat_template=chat_template,
-            tower=tower,
-            max_shard_size=max_shard_size,
-            force=force,
-        )
+
+        def whole(provider: Provider, out: str | Path, layout: Layout, force: bool) -> ExportReport:
+            return export_hf(
+                provider,
+                model,
+                out,
+                layout=layout,
+                dtype=weights_dtype,
+                dtypes=dtypes,
+                assets=assets if assets.is_dir() else None,
+                carried=CarriedTensors(assets, reader.model_config),
+                image_aspect_ratio=image_aspect_ratio or run.data.image_aspect_ratio,
+                chat_template=chat_template,
+                tower=tower,
+                max_shard_size=max_shard_size,
+                force=force,
+            )
+
+        if format == "peft":
+            return export_peft(
+                provider,
+                reader,
+                run,
+                out,
+                write_base=lambda base: whole(provider, base, "hf", False),
+                base=None if peft_base is None else Path(peft_base),
+                dtype=dtype,
+                force=force,
+            )
+        merged = provider if lora is None or not merge_lora else Merged(provider, reader, lora)
+        report = whole(merged, out, format, force)
         if stated := [f"{key} {ways[key]}" for key, (default, _) in IMAGE_FLAGS.items() if ways[key] != default]:
             report.notes.append(
                 f"transformers' image processors have no {' or '.join(stated)}: treat pictures so before they do"

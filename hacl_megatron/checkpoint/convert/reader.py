@@ -24,7 +24,7 @@ from hacl_megatron.checkpoint.hf.names import NameTable, nearest
 from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE, read_run_config
 from hacl_megatron.checkpoint.run.integrity import may_be_file_of_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
-from hacl_megatron.config.lora import FUSED, SUFFIX, Lora, target_shapes
+from hacl_megatron.config.lora import Lora, adapter_name, target_shapes
 
 
 class ShardedReader:
@@ -65,8 +65,8 @@ class ShardedReader:
         for layer in range(language.num_layers):
             for target in self.lora.targets:
                 rows, columns = shapes[target]
-                found[_adapter(layer, target, "A")] = (self.lora.rank, columns)
-                found[_adapter(layer, target, "B")] = (rows, self.lora.rank)
+                found[adapter_name(layer, target, "A")] = (self.lora.rank, columns)
+                found[adapter_name(layer, target, "B")] = (rows, self.lora.rank)
         return found
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -126,7 +126,7 @@ class ShardedReader:
 
     def read_lora(self, layer: int, target: str) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] beside one matrix of a language layer, by its Hugging Face name."""
-        return self.read(_adapter(layer, target, "A")), self.read(_adapter(layer, target, "B"))
+        return self.read(adapter_name(layer, target, "A")), self.read(adapter_name(layer, target, "B"))
 
     def _load(self, chunk: StoredChunk) -> Tensor:
         with (self.folder / chunk.file).open("rb", buffering=0) as file:
@@ -164,11 +164,6 @@ class ShardedReader:
                 raise ValueError(f"{self.folder}: file {file} of the checkpoint is missing")
             if path.stat().st_size < end:
                 raise ValueError(f"{path} is cut: {path.stat().st_size} bytes of at least {end}")
-
-
-def _adapter(layer: int, target: str, kind: str) -> str:
-    linear = next(linear for linear, targets in FUSED.items() if target in targets)
-    return f"language_model.decoder.layers.{layer}.{linear}{SUFFIX}.{target}_{kind}"
 
 
 def _part(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ little more than its own part. Their keys are megatron-core's (`stored_names`).
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import groupby
@@ -61,10 +61,12 @@ class Chunk:
         return part.to(self.dtype).reshape(self.sizes).contiguous()
 
 
-def plan_chunks(table: NameTable, dtype_of: Callable[[Rule], torch.dtype], padded_vocab_size: int) -> list[Chunk]:
-    """All chunks in the table's order. A tied output layer is not stored."""
+def plan_chunks(
+    table: NameTable, dtype_of: Callable[[Rule], torch.dtype], padded_vocab_size: int, more: Sequence[Rule] = ()
+) -> list[Chunk]:
+    """All chunks in the table's order, then those of `more`. A tied output layer is not stored."""
     chunks: list[Chunk] = []
-    for rule in table.rules.values():
+    for rule in [*table.rules.values(), *more]:
         if table.config.language.tie_word_embeddings and rule.ours == OUTPUT_LAYER:
             continue
         key, layer = stored_name(rule.ours)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from hacl_megatron.checkpoint.hf.adapters.settings import refuse_adapter_folder
 from hacl_megatron.checkpoint.hf.json_files import parse, read_config, refuse_unless, values_of_any_type
 from hacl_megatron.checkpoint.hf.spellings import canonical_name
 from hacl_megatron.checkpoint.hf.tower_config import (
@@ -45,23 +46,29 @@ ROWS_AT_ONCE = 8192
 """Of the LM head and the embedding, which are compared in such blocks: some 130 MB for a 7B."""
 
 
-def read_model_config(folder: str | Path, vision_tower: str | Path | None = None) -> ModelConfig:
+def read_model_config(
+    folder: str | Path, vision_tower: str | Path | None = None, *, weights: Path | None = None
+) -> ModelConfig:
     """Sizes of the model in a Hugging Face folder.
 
     Args:
         folder: a folder of one of the three layouts above.
         vision_tower: folder of the tower, for `llava` (CLIP alone) and `parts` (CLIP, SigLIP, BLIP-2). Default: where
             `mm_vision_tower` points, if that is a folder, or the sizes of the tower that it names.
+        weights: folder of the weights, where `folder` holds adapters beside its config.json.
 
     Raises:
-        ValueError: no or broken config.json, an unknown layout, or something the model does not support.
+        ValueError: adapters without `weights`, no or broken config.json, an unknown layout, or something the model does
+            not support.
     """
     folder = Path(folder)
+    if weights is None:
+        refuse_adapter_folder(folder)
     with values_of_any_type(folder / "config.json"):
-        return _read_model_config(folder, vision_tower)
+        return _read_model_config(folder, vision_tower, weights)
 
 
-def _read_model_config(folder: Path, vision_tower: str | Path | None) -> ModelConfig:
+def _read_model_config(folder: Path, vision_tower: str | Path | None, weights: str | Path | None) -> ModelConfig:
     config = read_config(folder / "config.json")
     layout = layout_of(config, folder)
     where = folder / "config.json"
@@ -78,7 +85,7 @@ def _read_model_config(folder: Path, vision_tower: str | Path | None) -> ModelCo
             f"{where}: mm_hidden_size is {config['mm_hidden_size']}, but the tower's is {vision.hidden_size}"
         )
     projector_type, layer = _connector(layout, config, facts, where)
-    language = _language_config(text, where, tie=says_tied(config))
+    language = language_config(text, where, tie=says_tied(config))
     model_config = ModelConfig(
         language=language,
         vision=vision,
@@ -93,7 +100,7 @@ def _read_model_config(folder: Path, vision_tower: str | Path | None) -> ModelCo
             f"{where}: the selected vision layer is {layer}, but the tower has {vision.num_layers} layers; it must lie "
             f"in 1..{vision.num_layers} or -{vision.num_layers}..-1"
         )
-    if model_config.language.tie_word_embeddings and has_own_head(model_config, folder):
+    if model_config.language.tie_word_embeddings and has_own_head(model_config, weights or folder):
         model_config = replace(model_config, language=replace(model_config.language, tie_word_embeddings=False))
     return model_config
 
@@ -193,10 +200,11 @@ def _connector(layout: str, config: dict[str, Any], facts: TowerFacts, where: Pa
             f"{facts.where}: the vision tower is a {facts.kind.model_type}, but the original LLaVA layout in "
             f"{where.parent} has CLIP's alone; give the folder of its own tower"
         )
-    return _llava_connector(config, where)
+    return llava_connector(config, where)
 
 
-def _language_config(values: dict[str, Any], where: Path, tie: bool) -> LanguageConfig:
+def language_config(values: dict[str, Any], where: Path, tie: bool) -> LanguageConfig:
+    """Sizes of the language model that `values`, a `config.json` or its `text_config`, describes; or a ValueError."""
     model_type = values.get("model_type", LLAMA.model_type)
     family = family_of_model_type(model_type)
     if family is None:
@@ -229,7 +237,8 @@ def _hf_connector(config: dict[str, Any], kind: TowerKind, where: Path) -> Conne
     return "mlp2x_gelu", layer
 
 
-def _llava_connector(config: dict[str, Any], where: Path) -> Connector:
+def llava_connector(config: dict[str, Any], where: Path) -> Connector:
+    """Of a `config.json` in the original layout."""
     refuse_unless(where, config, {
         "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat", None),
         "mm_use_im_start_end": (False, None), "s2": (False, None),

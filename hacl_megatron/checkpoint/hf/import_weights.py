@@ -3,16 +3,18 @@
 folder's weight files ┐
 tower's folder        ├─ names → canonical names ─ every one accounted for, shapes checked ─┐
 hacl_heads.safetensors│                                                                     │
-adapter               ┘             model.named_parameters() ─ rule ─ read slices ─ copy ←──┘
+adapter, LoRA         ┘             model.named_parameters() ─ rule ─ read slices ─ copy ←──┘
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from hacl_megatron.checkpoint.hf.adapters.low_rank import KeptLora, LowRank
 from hacl_megatron.checkpoint.hf.config_read import says_tied
 from hacl_megatron.checkpoint.hf.json_files import read_json
 from hacl_megatron.checkpoint.hf.names import FUSED_NORMS, NameTable, nearest
@@ -62,6 +64,10 @@ class SourceTensors:
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """See `ImportReport.notes`."""
+    merged: dict[str, LowRank] = field(default_factory=dict)
+    """Canonical name -> LoRA that `read` lays into it."""
+    kept: KeptLora | None = None
+    """LoRA that stays beside the weights: no tensor of theirs has it."""
 
     def add(self, weights: WeightFiles, label: str, *, tower_folder: bool = False, replace: bool = False) -> None:
         """Take every tensor of `weights`: as a source, or as ignored with a reason; anything else is an error.
@@ -147,7 +153,8 @@ class SourceTensors:
 
     def read(self, canonical: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         weights, name = self.found[canonical]
-        return weights.read(name, rows, columns)
+        part = weights.read(name, rows, columns)
+        return part if canonical not in self.merged else self.merged[canonical].laid_into(part, rows, columns)
 
 
 def open_sources(
@@ -156,6 +163,7 @@ def open_sources(
     *,
     adapter: str | Path | None = None,
     vision_tower: str | Path | None = None,
+    lay_over: Callable[[SourceTensors], None] | None = None,
 ) -> SourceTensors:
     """Find, name and check every tensor of a Hugging Face folder without reading one.
 
@@ -164,6 +172,7 @@ def open_sources(
         adapter: LLaVA's `mm_projector.bin` or MiniGPT-4's `llama_proj`, laid over the folder's connector.
         vision_tower: folder of the tower, when the weights of `folder` do not hold it. Default: the one that
             `read_model_config` found.
+        lay_over: adds to what the folder holds, or replaces it, before anything is missed (`adapters.folder`).
 
     Raises:
         ValueError: a file that is cut or holds code, a tensor that is unknown, missing, doubled or of the wrong shape.
@@ -188,7 +197,9 @@ def open_sources(
             )  # fmt: skip
         sources.add(WeightFiles.of_folder(Path(tower)), str(tower), tower_folder=True)
     if (folder / HEADS_FILE).is_file():
-        _add_heads(sources, folder / HEADS_FILE)
+        add_heads(sources, folder / HEADS_FILE)
+    if lay_over is not None:
+        lay_over(sources)
     if adapter is not None:
         _add_adapter(sources, Path(adapter))
     parts = model_config.extra.get("layout") == "parts"
@@ -196,7 +207,8 @@ def open_sources(
     return sources
 
 
-def _add_heads(sources: SourceTensors, path: Path) -> None:
+def add_heads(sources: SourceTensors, path: Path) -> None:
+    """Take the heads in `path`, over those that were found before. ValueError for any other tensor."""
     weights = WeightFiles([path])
     names = [name.removeprefix("heads.") for name in sources.table.expected if name.startswith("heads.")]
     for name in weights:

@@ -7,14 +7,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from hacl_megatron.batch import PackedBatch
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE
 from hacl_megatron.checkpoint.run.folder import locate_checkpoint
 from hacl_megatron.evaluation.agreement import TOLERANCE, our_logits, random_batch
+from tests.checkpoint.hf.adapter_files import logits_of
 from tests.distributed import run_distributed
 from tests.tool_runs import run_tool, to_hf
 from tests.training.runs import layout_flags, make_inputs, train
@@ -40,23 +39,6 @@ def export_verified(folder: Path) -> None:
     to_hf(folder / "run", folder / "merged", "--verify")
     reader = ShardedReader(locate_checkpoint(folder / "run"))
     torch.save(our_logits(reader, random_batch(reader.model_config), None).detach(), folder / "logits.pt")
-
-
-@torch.no_grad()
-def logits_of(model: torch.nn.Module, batch: PackedBatch, image_token: int) -> Tensor:
-    """Of every text row of the two dialogues, each run alone."""
-    found = []
-    for dialogue in range(2):
-        start, stop = batch.cu_seqlens[dialogue : dialogue + 2].tolist()
-        inside = (batch.image_rows >= start) & (batch.image_rows < stop)
-        text = torch.ones(stop - start, dtype=torch.bool)
-        text[batch.image_rows[inside] - start] = False
-        ids = batch.token_ids[start:stop].clone()
-        ids[~text] = image_token
-        found.append(
-            model(input_ids=ids[None], pixel_values=batch.pixel_values[dialogue][None], use_cache=False).logits[0][text]
-        )
-    return torch.cat(found)
 
 
 def base_model(trained: Path) -> LlavaForConditionalGeneration:
