@@ -42,8 +42,8 @@ def parse() -> argparse.Namespace:
         "--vision-backend", choices=("megatron", "hf"), help="what will run the tower; default: megatron for CLIP"
     )
     parser.add_argument(
-        "--pretrain-mm-mlp-adapter", type=Path, help="LLaVA's mm_projector.bin or MiniGPT-4's llama_proj, laid over "
-        "the connector"
+        "--pretrain-mm-mlp-adapter", type=Path, help="LLaVA's mm_projector.bin or MiniGPT-4's llama_proj, or a "
+        "folder with one, laid over the connector"
     )  # fmt: skip
     parser.add_argument("--save", required=True, type=Path, help="folder to write")
     parser.add_argument(

@@ -1,6 +1,16 @@
 """Kinds of connectors between vision tower and language model, by `--mm-projector-type`."""
 
 import re
+from pathlib import Path
+
+CONNECTOR_FILES = ("mm_projector.bin", "llama_proj.pth")
+"""A connector alone, as LLaVA and MiniGPT-4 call it."""
+
+
+def connector_file(path: Path) -> Path:
+    """What `--pretrain-mm-mlp-adapter` means: the file, or the one in that folder; it need not be there."""
+    there = (path / name for name in CONNECTOR_FILES if (path / name).is_file())
+    return next(there, path)
 
 
 def mlp_depth(projector_type: str) -> int | None:

@@ -43,8 +43,8 @@ class ModelFlags:
         "Takes weights, connector, heads and temperature; optimiser, iteration and queue start fresh.", metavar="DIR"
     )  # fmt: skip
     pretrain_mm_mlp_adapter: str | None = flag(
-        None, "LLaVA's mm_projector.bin or MiniGPT-4's llama_proj, laid over the connector of --pretrained-checkpoint.",
-        metavar="FILE"
+        None, "LLaVA's mm_projector.bin or MiniGPT-4's llama_proj, or a folder with one, laid over the connector of "
+        "--pretrained-checkpoint.", metavar="FILE"
     )  # fmt: skip
     vision_tower: str | None = flag(
         None, "Folder of the vision tower: CLIP, SigLIP, or a BLIP-2, whose Q-Former is taken too. For a "

@@ -20,6 +20,7 @@ from hacl_megatron.checkpoint.hf.json_files import read_json
 from hacl_megatron.checkpoint.hf.names import FUSED_NORMS, NameTable, nearest
 from hacl_megatron.checkpoint.hf.weight_files import WeightFiles
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.connectors import connector_file
 from hacl_megatron.config.lora import is_lora
 
 HEADS_FILE = "hacl_heads.safetensors"
@@ -219,6 +220,7 @@ def add_heads(sources: SourceTensors, path: Path) -> None:
 
 
 def _add_adapter(sources: SourceTensors, path: Path) -> None:
+    path = connector_file(path)
     weights, table = WeightFiles([path]), sources.table
     kind = table.config.projector_type
     example = "llama_proj.weight" if kind == "qformer" else "mm_projector.0.weight"

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from hacl_megatron.config.checks.require import dashed, require
+from hacl_megatron.config.connectors import connector_file
 from hacl_megatron.config.flags import MANIFEST_FILE
 from hacl_megatron.config.run import RunConfig
 
@@ -56,8 +57,8 @@ def check_inputs(config: RunConfig) -> None:
         )
     adapter = model.pretrain_mm_mlp_adapter
     require(
-        adapter is None or os.path.isfile(adapter),
-        f"--pretrain-mm-mlp-adapter {adapter}: no such file",
+        adapter is None or connector_file(Path(adapter)).is_file(),
+        f"--pretrain-mm-mlp-adapter {adapter}: no such file, or no folder with one",
         "expected LLaVA's mm_projector.bin",
     )
 

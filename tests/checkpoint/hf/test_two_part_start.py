@@ -6,7 +6,10 @@ from safetensors.torch import load_file
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.hf.export import export_projector
-from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE
+from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE, open_sources
+from hacl_megatron.config.checks.files import check_inputs
+from hacl_megatron.config.flags import DataFlags, ModelFlags
+from hacl_megatron.config.run import RunConfig
 from tests.checkpoint.hf.round_trip_files import assert_same, load_exactly, save_adapter, write_heads, write_parts
 from tests.checkpoint.rank_modules import ImportedModel, import_everywhere
 from tests.tiny import write_tiny_llava
@@ -24,6 +27,22 @@ def test_two_part_start_leaves_connector_and_heads_fresh(tmp_path, whole_clip):
         imported.merged, {name: value for name, value in whole.merged.items() if not name.startswith("connector.")}
     )
     assert any(reason == "the text side of CLIP or SigLIP" for reason in report.ignored.values()) == whole_clip
+
+
+def test_adapter_may_be_the_folder_of_a_first_stage(tmp_path):
+    """Catches a refusal of what LLaVA's first stage and --format projector leave."""
+    write_parts(tmp_path / "parts", whole_clip=False)
+    (tmp_path / "stage1").mkdir()
+    adapter = save_adapter(tmp_path / "stage1" / "mm_projector.bin", "model.mm_projector.")
+    config = read_model_config(tmp_path / "parts" / "llava")
+    sources = open_sources(tmp_path / "parts" / "llava", config, adapter=tmp_path / "stage1")
+    assert all(torch.equal(sources.read(f"projector.{name}"), value) for name, value in adapter.items())
+    flags = ModelFlags(pretrained_checkpoint=str(tmp_path), pretrain_mm_mlp_adapter=str(tmp_path / "stage1"))
+    data = DataFlags(image_folder=str(tmp_path), data_path=[str(tmp_path / "stage1" / "mm_projector.bin")])
+    check_inputs(RunConfig(model=flags, data=data))
+    flags.pretrain_mm_mlp_adapter = str(tmp_path / "parts")
+    with pytest.raises(ValueError, match="no such file, or no folder with one"):
+        check_inputs(RunConfig(model=flags, data=data))
 
 
 @pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector."])

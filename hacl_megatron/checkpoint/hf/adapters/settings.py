@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hacl_megatron.checkpoint.hf.json_files import one_line, read_json, refuse_unless
+from hacl_megatron.config.connectors import CONNECTOR_FILES
 
 ADAPTER_CONFIG = "adapter_config.json"
-CONNECTOR_FILE = "mm_projector.bin"
-"""A connector alone, as LLaVA's first stage leaves it."""
+CONNECTOR_FILE = CONNECTOR_FILES[0]
+"""LLaVA's, alone in the folder that its first stage leaves."""
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
