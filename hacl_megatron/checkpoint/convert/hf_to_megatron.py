@@ -33,7 +33,7 @@ from hacl_megatron.checkpoint.run.folder import (
     write_atomically,
 )
 from hacl_megatron.config.checks.architecture import padded_vocab_size
-from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER
+from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER, own_file
 from hacl_megatron.config.flags import LoraFlags, ModelFlags, ParallelFlags
 from hacl_megatron.config.lora import TARGETS, Lora, adapter_name
 from hacl_megatron.config.run import RunConfig, to_yaml
@@ -183,7 +183,7 @@ def _lora_flags(lora: Lora) -> LoraFlags:
 
 def _copy_assets_over(adapters: Path, assets: Path, sources: SourceTensors) -> None:
     """The adapters' own tokenizer and config.json over the base's."""
-    names = [name for name in TOKENIZER_FILES if (adapters / name).is_file()]
+    names = [name for name in TOKENIZER_FILES if own_file(adapters / name, LARGEST_TOKENIZER)]
     if any(name.startswith("tokenizer.") for name in names):
         for name in TOKENIZER_FILES:
             if not name.startswith("chat_template"):  # which a processor has; else two tokenizers' files side by side
