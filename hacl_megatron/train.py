@@ -13,10 +13,18 @@ from pathlib import Path
 
 from hacl_megatron.config.checks.architecture import check_architecture
 from hacl_megatron.config.checks.flags import check_flags
-from hacl_megatron.config.console import exit_with_error, is_first_rank, notify, report_crash, report_error
+from hacl_megatron.config.console import (
+    exit_with_error,
+    is_first_rank,
+    notify,
+    report_crash,
+    report_error,
+    streams_that_may_fail,
+)
 from hacl_megatron.config.layout import world_size_from_environment
 from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml
 from hacl_megatron.data.templates import check_template
+from hacl_megatron.platform.folder_lock import FolderInUse
 from hacl_megatron.training.reporting.status import TrainingStopped, reason_not_to_restart, write_status
 
 PACKAGE = Path(__file__).parent
@@ -24,9 +32,14 @@ PACKAGE = Path(__file__).parent
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of the trainer; a user's mistake ends it with one line and exit code 2, anything else with 1."""
+    with streams_that_may_fail():
+        _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> None:
     quiet_libraries()
     try:
-        config = parse_run_config(sys.argv[1:] if argv is None else argv)
+        config = parse_run_config(argv)
     except ValueError as error:
         exit_with_error(error)
     except Exception as error:
@@ -38,12 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         exit_with_error(f"not tried again: {reason}")
     try:
         train(config)
+    except KeyboardInterrupt:  # before the first step, or in the last lines: `training.signals` hears it in between
+        report_error("interrupted (Ctrl-C) outside training: nothing was saved that was not before")
+        raise SystemExit(130) from None
     except Exception as error:
         broken = _broken_library(error)
         if broken is None and not _is_for_the_user(error):
-            report_crash(error)
+            if report_crash(error):
+                write_status(save, "crashed", reason=f"{type(error).__name__}: {error}"[:500])
             raise SystemExit(1) from None
-        if report_error(broken or error):
+        if report_error(broken or error) and not isinstance(error, FolderInUse):
             write_status(save, "failed", reason=broken or str(error))
         raise SystemExit(2) from None
 

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from hacl_megatron.assemble.run import Run
+from hacl_megatron.assemble.same_run import facts_of
 from hacl_megatron.config.layout import Layout, world_size_from_environment
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.platform.host_groups import Groups
@@ -39,7 +40,8 @@ def joined_processes(config: RunConfig, world_size: int | None = None) -> Iterat
     """
     layout = Layout.of(config, world_size or world_size_from_environment())
     joined_already = dist.is_initialized()
-    device = start_platform(config.parallel.device, tensor_parallel=layout.tp)
+    facts = facts_of(config) if layout.world_size > 1 else None
+    device = start_platform(config.parallel.device, tensor_parallel=layout.tp, facts=facts)
     groups = initialize_parallelism(config, layout)
     yield Run(config=config, layout=layout, groups=groups, device=device)
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.

@@ -12,9 +12,13 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+
+class LaunchError(ValueError):
+    """A mistake in what the launcher told this process: the ranks may not find each other, so each says it."""
 
 
 def _first(*variables: str) -> bool:
@@ -72,7 +76,7 @@ def report_error(error: BaseException | str) -> bool:
     itself. Ranks that find the same are silent; a rank that finds something else is heard too.
     """
     line = printable(" ".join(str(error).split()))
-    speaks = _is_news(line)
+    speaks = isinstance(error, LaunchError) or _is_news(line)
     if speaks:
         print(f"hacl_megatron: error: {line}{_named(' ({})')}", file=sys.stderr, flush=True)
     return speaks
@@ -108,6 +112,109 @@ def quiet_imports() -> Iterator[None]:
         logging.disable(disabled)
 
 
+class _Stream:
+    """A text stream whose failures cost lines, not the program: a reader that left (`| head`), a log on a full disk."""
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self._stream, self._name = stream, name
+        self.num_lost, self.fails = 0, False
+        """Lines that were not written when they should have been; whether the last attempt failed."""
+        self._pending, self._is_dead = 0, False
+
+    def write(self, text: str) -> int:
+        lines = text.count("\n")
+        if self._is_dead or not self._tried(self._stream.write, text):
+            self.num_lost += lines
+        else:
+            self._pending += lines
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        if not self._tried(self._stream.flush):
+            self.num_lost += self._pending
+        self._pending = 0
+
+    def _tried(self, call: Callable[..., object], *arguments: str) -> bool:
+        try:
+            call(*arguments)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            if isinstance(error, UnicodeError):  # a terminal or log of ASCII
+                return self._tried(call, *(text.encode("ascii", "backslashreplace").decode() for text in arguments))
+            if not self.fails:
+                self.fails = True
+                self._say_elsewhere(getattr(error, "strerror", None) or str(error))
+            if isinstance(error, BrokenPipeError):
+                self._is_dead = True  # its reader does not come back
+                _to_nowhere(self._stream)
+            return False
+        self.fails = self.fails and not arguments  # what was kept in a buffer may have gone out, or not
+        return True
+
+    def _say_elsewhere(self, why: str) -> None:
+        line = f"hacl_megatron: {self._name} cannot be written ({why}): its lines are lost, the run goes on\n"
+        other = sys.stdout if self._name == "standard error" else sys.stderr
+        with suppress(OSError, ValueError):
+            if not getattr(other, "fails", False):
+                other.write(line)
+                other.flush()
+
+    def settle(self) -> None:
+        """Let nothing be left that Python would fail to write at its end, with a status of its own."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            _to_nowhere(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def streams_that_may_fail() -> Iterator[None]:
+    """Standard output and error as streams that lose lines where they cannot be written, as long as the context lasts.
+
+    Descriptors that are closed are opened on nothing: the next file that is opened would get the number, and with it
+    whatever a library prints.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    before = sys.stdout, sys.stderr
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # lives as long as the process
+    for name, words in (("stdout", "standard output"), ("stderr", "standard error")):
+        setattr(sys, name, _Stream(getattr(sys, name) or nowhere, words))
+    _open_streams[:] = [sys.stdout, sys.stderr]
+    try:
+        yield
+    finally:
+        for stream in _open_streams:
+            stream.settle()
+        sys.stdout, sys.stderr = before
+
+
+_open_streams: list[Any] = []
+
+
+def lost_lines() -> int:
+    """Lines of this process that could not be written to standard output or error."""
+    return sum(stream.num_lost for stream in _open_streams)
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Let what is still written to the stream's descriptor go nowhere, by libraries too."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        stream.flush()
+
+
 def rank_and_node() -> str:
     """`rank 3 on n2`, for messages."""
     return f"rank {os.environ.get('RANK', '0')} on {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}"
@@ -118,7 +225,8 @@ def _named(form: str) -> str:
 
 
 def _num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isascii() and text.isdigit() else 1  # `layout.launched_as` refuses it
 
 
 def _is_news(text: str, *, heard_later: bool = True) -> bool:
@@ -131,9 +239,9 @@ def _is_news(text: str, *, heard_later: bool = True) -> bool:
 
     # torchrun counts the starts of its processes; a process that fails several times is a test's.
     key = f"hacl_megatron/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_reports)}"
-    own = f"{os.environ['RANK']} {text}"
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
+        own = f"{os.environ['RANK']} {text}"
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # The store may be gone with its process: torch would ask for it again and again, and print a page at the end.
         socket.create_connection((address, port), timeout=10).close()
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))

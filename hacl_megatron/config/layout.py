@@ -1,11 +1,13 @@
 """How a run's processes and samples are divided."""
 
 import os
+import socket
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
 from hacl_megatron.config.checks.require import require
+from hacl_megatron.config.console import LaunchError
 from hacl_megatron.config.run import RunConfig
 
 
@@ -73,10 +75,55 @@ def iterations_of_epochs(epochs: float, num_samples: int, batch: int, *, done: i
     return done + max(0, ceil((wanted - drawn) / batch))
 
 
+def launched_as() -> tuple[int, int] | None:
+    """This process's rank and the number of ranks, as a launcher (torchrun) has set them; None for a process alone.
+
+    Raises:
+        LaunchError: a variable is missing, no number, or out of its bounds.
+    """
+    found = {name: value for name in ("RANK", "WORLD_SIZE") if (value := os.environ.get(name, "").strip())}
+    if not found or found == {"WORLD_SIZE": "1"}:
+        return None
+    world_size, rank = _whole("WORLD_SIZE", 1), _whole("RANK", 0)
+    if rank >= world_size:
+        raise LaunchError(f"RANK is {rank}, WORLD_SIZE {world_size}: expected a rank below it; {_REMEDY}")
+    if "LOCAL_RANK" in os.environ:
+        _whole("LOCAL_RANK", 0)
+    if world_size == 1:  # nobody to meet
+        return None
+    port = _whole("MASTER_PORT", 1)
+    if port >= 1 << 16:
+        raise LaunchError(f"MASTER_PORT is {port}, expected a port, 1 to 65535; {_REMEDY}")
+    host = os.environ.get("MASTER_ADDR", "").strip()
+    if not host:
+        raise LaunchError(f"MASTER_ADDR is not set, but RANK is: expected rank 0's host; {_REMEDY}")
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        raise LaunchError(
+            f"MASTER_ADDR is {host!r}, which is no host that is known here ({error}); {_REMEDY}"
+        ) from None
+    return rank, world_size
+
+
+_REMEDY = "start with torchrun, which sets it, or set it as torch.distributed's env:// wants it"
+
+
+def _whole(name: str, least: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        others = [other for other in ("RANK", "WORLD_SIZE") if other != name and other in os.environ]
+        raise LaunchError(f"{name} is not set, but {' and '.join(others)} is: expected a number; {_REMEDY}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise LaunchError(f"{name} is {text[:40]!r}, expected a whole number from {least} on; {_REMEDY}")
+    return int(text)
+
+
 def world_size_from_environment() -> int:
     """Number of processes torchrun started; 1 without torchrun.
 
     Raises:
+        LaunchError: see `launched_as`.
         ValueError: Slurm started several processes without torchrun; each would train alone, over the others' files.
     """
     tasks = os.environ.get("SLURM_NTASKS", "1")
@@ -84,4 +131,5 @@ def world_size_from_environment() -> int:
         raise ValueError(
             f"srun started {tasks} tasks without torchrun: start one torchrun a node (srun -n NODES torchrun …)"
         )
-    return int(os.environ.get("WORLD_SIZE", 1))
+    place = launched_as()
+    return 1 if place is None else place[1]

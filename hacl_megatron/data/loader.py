@@ -265,6 +265,7 @@ class StepLoader(Iterator[StepBatches]):
         cancel: makes a call of `make` that is under way end soon.
         prefetch_steps: steps kept ready, at least 1.
         num_samples: samples of one epoch, the contrastive ones included.
+        digests: of the content of the ordinary and the contrastive samples (`Manifest.digest`).
     """
 
     def __init__(
@@ -273,12 +274,13 @@ class StepLoader(Iterator[StepBatches]):
         *,
         prefetch_steps: int,
         num_samples: int,
+        digests: tuple[str, ...] = ("", ""),
         cancel: Callable[[], None] = lambda: None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         if prefetch_steps < 1:
             raise ValueError(f"--prefetch-steps is {prefetch_steps}, expected at least 1")
-        self.num_samples = num_samples
+        self.num_samples, self.digests = num_samples, digests
         self.wait_seconds = 0.0
         """Time that `next` has waited for the thread, in all."""
         self._ready: queue.SimpleQueue[StepBatches | BaseException | None] = queue.SimpleQueue()
@@ -387,12 +389,13 @@ def build_loader(
             "modality_lengths": manifests[0].modality_lengths() if data.group_by_modality_length else None,
             "shuffle_block": data.shuffle_block,
         }
+    digests = tuple(manifest.digest for manifest in manifests)
     sampler = Sampler(
         *map(len, manifests),
         seed=config.training.seed,
         global_batch_size=global_batch_size,
         shuffle=not for_validation,
-        digests=tuple(manifest.digest for manifest in manifests),
+        digests=digests,
         **ordering,
     )
     if data_state is not None:
@@ -415,6 +418,7 @@ def build_loader(
         maker.make,
         prefetch_steps=data.prefetch_steps,
         num_samples=sampler.epoch_size,
+        digests=digests,
         cancel=maker.cancel,
         close=maker.close,
     )

@@ -1,14 +1,18 @@
 """Starts one process of a run: picks the device, joins the process group, prepares megatron-core for that device."""
 
 import os
-import socket
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from hacl_megatron.config.console import LaunchError
+from hacl_megatron.config.layout import launched_as
 from hacl_megatron.platform import adam
 from hacl_megatron.platform.accelerators import adam_library
+from hacl_megatron.platform.agreement import agree, default_store
 from hacl_megatron.platform.cpu import stand_ins
 
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -30,7 +34,10 @@ def select_device(requested: str = "auto", tensor_parallel: int = 1) -> torch.de
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device was found; use --device cpu, or check the driver (nvidia-smi)")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise LaunchError(f"LOCAL_RANK is {local}, but this node shows {count} GPUs: start one process a GPU")
+    return torch.device("cuda", local)
 
 
 def prepare_device(device: torch.device) -> None:
@@ -65,19 +72,58 @@ def check_launch_order(tensor_parallel: int, capability: tuple[int, int]) -> Non
         )
 
 
-def start_platform(requested: str = "auto", timeout_minutes: int = 30, tensor_parallel: int = 1) -> torch.device:
-    """Select and prepare the device, and join torchrun's process group (or form one alone without torchrun)."""
+def start_platform(
+    requested: str = "auto",
+    timeout_minutes: int = 30,
+    tensor_parallel: int = 1,
+    facts: Mapping[str, str] | None = None,
+) -> torch.device:
+    """Select and prepare the device, and join torchrun's process group (or form one alone without torchrun).
+
+    Args:
+        facts: what has to be the same on all ranks (`agreement.agree`); compared before anything can hang on it.
+
+    Raises:
+        ValueError: the device is not there, the launcher's address is of no use, or ranks differ.
+    """
     device = select_device(requested, tensor_parallel)
     prepare_device(device)
     if device.type == "cuda":
         check_launch_order(tensor_parallel, torch.cuda.get_device_capability(device))
-    if not dist.is_initialized():
-        if "RANK" not in os.environ:  # plain `python -m`: a group of one
-            with socket.socket() as sock:
-                sock.bind(("127.0.0.1", 0))
-                port = sock.getsockname()[1]
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        options = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **options)
+    facts = None if facts is None else {**facts, "device": device.type}
+    if dist.is_initialized():
+        if facts is not None:
+            agree(default_store(), dist.get_rank(), dist.get_world_size(), "configuration", facts)
+        return device
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world_size = _meet(timeout)
+    if facts is not None:
+        agree(store, rank, world_size, "configuration", facts)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    options = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
     return device
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store of all ranks, this process's rank, and their number, as the launcher's environment says.
+
+    A process alone needs no port, which another might take.
+    """
+    place = launched_as()
+    if place is None:
+        return dist.HashStore(), 0, 1
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise LaunchError(
+                f"{where}: the port is in use by another process on this host; choose a free MASTER_PORT"
+            ) from None
+        raise LaunchError(
+            f"{where}: no rank 0 answers there ({str(error).splitlines()[0][:200]}); see that it runs, and that both "
+            "are the same on all ranks"
+        ) from None
+    store.set_timeout(timeout)
+    return dist.PrefixStore("default_pg", store), rank, world_size

@@ -6,6 +6,7 @@ flags, checkpoint ─resolve→ RunConfig ─→ Run (groups, device) ─┬→ 
 """
 
 import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -28,8 +29,11 @@ from hacl_megatron.assemble.module import (
 from hacl_megatron.assemble.parameters import trained_and_frozen, whole_model
 from hacl_megatron.assemble.processes import initialize_parallelism
 from hacl_megatron.assemble.run import Run
+from hacl_megatron.assemble.same_run import data_facts, facts_of
 from hacl_megatron.checkpoint.run.choose import agree_on_checkpoint
 from hacl_megatron.checkpoint.run.folder import copy_assets
+from hacl_megatron.checkpoint.run.publish import clean
+from hacl_megatron.config.console import notify
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.encoding import EncodingSettings
@@ -41,6 +45,8 @@ from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
 from hacl_megatron.evaluation.likelihood.task_table import manifest_tasks
 from hacl_megatron.evaluation.likelihood.validation_tasks import ValidationTasks
 from hacl_megatron.platform.accelerators import describe_choice
+from hacl_megatron.platform.agreement import agree, default_store, told_by_rank_0
+from hacl_megatron.platform.folder_lock import FolderInUse, FolderLock
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.loop import Trainer
 from hacl_megatron.training.packs import pack_plan
@@ -48,7 +54,7 @@ from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE
 from hacl_megatron.training.reporting.changes import nothing_left, what_differs
 from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
 from hacl_megatron.training.reporting.profiling import ProfileWindow
-from hacl_megatron.training.reporting.status import SAMPLE_KEYS, TrainingStopped, write_status
+from hacl_megatron.training.reporting.status import RunStatus, TrainingStopped, before_this_run, hold
 from hacl_megatron.training.saving import Saving
 from hacl_megatron.training.schedule import RunLength
 from hacl_megatron.training.state import Progress, StartingPoint, restore_run, saved_progress
@@ -63,38 +69,77 @@ def train(config: RunConfig, layout: Layout) -> None:
     Joins the process group, and leaves it unless it was joined before.
     """
     joined_already = dist.is_initialized()
-    device = start_platform(config.parallel.device, config.parallel.distributed_timeout_minutes, layout.tp)
+    device = start_platform(
+        config.parallel.device, config.parallel.distributed_timeout_minutes, layout.tp, facts_of(config)
+    )
     resume_from = note = None
-    if config.checkpoint.load is not None:
-        resume_from, note = agree_on_checkpoint(Path(config.checkpoint.load), fallback=config.checkpoint.load_fallback)
     with contextlib.ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(config.parallel.hang_timeout))
-        trainer = build_trainer(config, layout, resume_from, device, watchdog.beat)
+        save = config.checkpoint.save
+        lock = None if save is None else _hold_save(config, stack)
+        if config.checkpoint.load is not None:
+            resume_from, note = agree_on_checkpoint(
+                Path(config.checkpoint.load), fallback=config.checkpoint.load_fallback
+            )
+        status: RunStatus | None = None
+        watchdog = stack.enter_context(
+            Watchdog(config.parallel.hang_timeout, on_hang=lambda reason: status and status.write("hung", reason))
+        )
+        trainer = build_trainer(config, layout, resume_from, device, watchdog.beat, lock)
         if trainer.loader is not None:
             stack.callback(trainer.loader.close)
         if trainer.log is not None:
             stack.callback(trainer.log.close)
         stack.callback(trainer.close)
-        if note is not None and trainer.log is not None:
-            trainer.log.say(note)
-        _write_status_of(trainer, "running")
+        if dist.get_rank() == 0:
+            for line in (note, before_this_run(save)):
+                if line is not None and trainer.log is not None:
+                    trainer.log.say(line)
+            status = RunStatus(save, trainer.told_so_far)
+            status.write("running")
+            if lock is not None:
+                lock.beside = status.refresh
+            trainer.stop_requests.on_leaving = partial(status.write, "killed")
         try:
             stopped_for = trainer.train()
         except TrainingStopped as error:
-            _write_status_of(trainer, "failed", str(error))
+            if status is not None:  # as whoever reports the failure does, who knows the reason alone
+                status.write("failed", str(error))
             raise
-    _write_status_of(trainer, "finished" if stopped_for is None else "stopped", stopped_for)
+        if status is not None:
+            status.write("finished" if stopped_for is None else "stopped", stopped_for)
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
     parallel_state.destroy_model_parallel()
     if not joined_already:
         dist.destroy_process_group()
 
 
-def _write_status_of(trainer: Trainer, state: str, reason: str | None = None) -> None:
-    if dist.get_rank() == 0:
-        save, done, wanted = trainer.config.checkpoint.save, trainer.progress.iteration, trainer.train_iters
-        samples = {key: getattr(trainer.progress, key) for key in SAMPLE_KEYS}
-        write_status(save, state, iteration=done, train_iters=wanted, reason=reason, samples=samples)
+def _hold_save(config: RunConfig, stack: contextlib.ExitStack) -> FolderLock | None:
+    """See that no other run writes into --save for as long as `stack` lasts. The lock, on rank 0.
+
+    Raises:
+        FolderInUse: on every rank; another run does.
+    """
+    folder = Path(str(config.checkpoint.save))
+    lock = FolderLock(folder, what=f"--save {folder}", say=notify)
+
+    def take() -> str:
+        try:
+            lock.take()
+        except FolderInUse as refusal:
+            return json.dumps([None, str(refusal)])
+        except OSError as error:
+            return json.dumps([None, f"--save {folder} cannot be written to: {error}"])
+        return json.dumps([lock.token, None])
+
+    token, refusal = json.loads(told_by_rank_0(default_store(), dist.get_rank(), dist.get_world_size(), take))
+    if refusal is not None:
+        raise FolderInUse(refusal)
+    hold(token)
+    if dist.get_rank() != 0:
+        return None
+    stack.callback(lock.release)
+    clean(folder)
+    return lock
 
 
 def build_trainer(
@@ -103,8 +148,12 @@ def build_trainer(
     resume_from: Path | None,
     device: torch.device,
     beat: Callable[[], None] = lambda: None,
+    lock: FolderLock | None = None,
 ) -> Trainer:
-    """Everything a run consists of, ready to `train()`; it calls `beat` whenever something is done."""
+    """Everything a run consists of, ready to `train()`; it calls `beat` whenever something is done.
+
+    `lock` is that of --save, on rank 0.
+    """
     run = Run(config=config, layout=layout, groups=initialize_parallelism(config, layout), device=device)
     progress, data_state = (Progress(), None) if resume_from is None else saved_progress(resume_from)
 
@@ -115,6 +164,8 @@ def build_trainer(
     tokenizer = load_tokenizer(config.model.tokenizer or assets) if run.reads_data else None
     exports = start_from.refuse_without_export(config, resume_from) if dist.get_rank() == 0 else []
     loader = open_loader(run, tokenizer, data_state=data_state) if run.reads_data else None
+    facts = None if loader is None or tokenizer is None else data_facts(config, tokenizer, loader.digests)
+    agree(default_store(), dist.get_rank(), dist.get_world_size(), "data", facts)
     num_samples = _from_rank_0(loader.num_samples if loader is not None else None)
     length = RunLength.of(
         config.training,
@@ -152,6 +203,7 @@ def build_trainer(
             saved_at=progress.iteration,
             write_assets=partial(copy_assets, assets, weights_of=hf_model, tokenizer=config.model.tokenizer),
             say=None if log is None else log.say,
+            lock=lock,
         ),
         log=log,
         profile=ProfileWindow.of(config.logging, _tensorboard_dir(config), dist.get_rank(), device),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hacl_megatron.assemble.run import Run
 from hacl_megatron.batch import MicroBatch, StepBatches
+from hacl_megatron.config.console import lost_lines
 from hacl_megatron.config.lora import Lora
 from hacl_megatron.data.loader import StepLoader
 from hacl_megatron.platform.device import device_name, memory_in_use
@@ -19,7 +20,7 @@ from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE, Untra
 from hacl_megatron.training.reporting.metrics import MetricsLog
 from hacl_megatron.training.reporting.profiling import ProfileWindow
 from hacl_megatron.training.reporting.scalars import loss_scalars, params_norm
-from hacl_megatron.training.reporting.status import TrainingStopped
+from hacl_megatron.training.reporting.status import SAMPLE_KEYS, TrainingStopped
 from hacl_megatron.training.reporting.step_time import RankNumbers, rank_scalars
 from hacl_megatron.training.saving import Saving
 from hacl_megatron.training.schedule import contrastive_weight_at, default_learning_rate
@@ -187,7 +188,7 @@ class Trainer:
     ) -> tuple[str | None, list[RankNumbers]]:
         """Bring what only some ranks know to all: what became of the samples, wishes to stop, and in a step that is
         logged every rank's `own` numbers."""
-        reason = self.stop_requests.reason()
+        reason = self.stop_requests.reason() or self.saving.why_no_more()
         data = step_batches or StepBatches(micro_batches=[], data_state={})
         local = [
             len(data.bad_samples), len(data.untrained_samples), data.num_tokenization_mismatches, data.num_truncated,
@@ -270,6 +271,7 @@ class Trainer:
         """End what runs beside the loop, also after a failure."""
         self.profile.close()
         self.saving.close()
+        self.stop_requests.end()
         self.saving.say_notes()
 
     def _validate(self) -> dict[str, float]:
@@ -285,6 +287,14 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.log is not None:
             self.log.say(text)
+
+    def told_so_far(self) -> dict[str, object]:
+        """What the run's status tells of it; may be called from any thread."""
+        lost = {"lost_lines": lost_lines() or None}
+        if self.log is not None:
+            lost["lost_metrics"] = self.log.num_lost or None
+        samples = {key: getattr(self.progress, key) for key in SAMPLE_KEYS}
+        return {"iteration": self.progress.iteration, "train_iters": self.train_iters, **samples, **lost}
 
     def _report(self, scalars: dict[str, float]) -> None:
         self.saving.say_notes()

@@ -15,6 +15,7 @@ from hacl_megatron.checkpoint.run.load import state_metadata
 from hacl_megatron.checkpoint.run.local_parts import frozen_keys
 from hacl_megatron.checkpoint.run.save import CheckpointSaver
 from hacl_megatron.config.run import to_yaml
+from hacl_megatron.platform.folder_lock import FolderLock
 from hacl_megatron.training.reporting.status import TrainingStopped
 from hacl_megatron.training.state import Progress, run_state
 from hacl_megatron.training.trainee import Trainee
@@ -30,6 +31,7 @@ class Saving:
         saved_at: iteration that is on disk already, the one that was resumed.
         write_assets: puts tokenizer and processor files into a folder of each checkpoint.
         say: writes a line into the run's log, on rank 0; the notes are there.
+        lock: of --save, on rank 0.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class Saving:
         saved_at: int,
         write_assets: Callable[[Path], None],
         say: Callable[[str], None] | None = None,
+        lock: FolderLock | None = None,
     ) -> None:
         checkpoint, groups = run.config.checkpoint, run.groups
         self._config, self._trainee, self._write_assets = run.config, trainee, write_assets
-        self._saved_at, self._say = saved_at, say
+        self._saved_at, self._say, self._lock = saved_at, say, lock
         self._stall = 0.0
         self._frozen = frozen_keys(trainee.module.sharded_state_dict(metadata=state_metadata()))
         self._saver = None
@@ -53,6 +56,7 @@ class Saving:
                 asynchronous=checkpoint.async_save,
                 newest=checkpoint.save_retain,
                 every=checkpoint.save_keep_interval,
+                check=(lambda: None) if lock is None else lock.check,
                 replica=groups.dp.rank(),
                 num_replicas=groups.dp.size(),
             )
@@ -104,6 +108,10 @@ class Saving:
         """Tell the user what became of saves since the last call."""
         for note in [] if self._saver is None or self._say is None else self._saver.notes():
             self._say(note)
+
+    def why_no_more(self) -> str | None:
+        """Why this run can save no more, on rank 0: another process has taken --save, which held this one for dead."""
+        return "--save was taken over by another run" if self._lock is not None and self._lock.is_lost else None
 
     def take_stall(self) -> float:
         """Seconds that saves have kept this rank from training since the last call."""

@@ -10,6 +10,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 from hacl_megatron.config.console import rank_and_node
@@ -21,10 +23,13 @@ class Watchdog:
     Args:
         timeout: seconds of silence after which the process prints its stacks and ends with status 1; 0 never.
         grace: seconds from there to the end, in which other ranks print theirs.
+        on_hang: called with the reason, in a thread of its own, once the stacks are printed.
     """
 
-    def __init__(self, timeout: float, grace: float = 15.0) -> None:
-        self._timeout, self._grace = timeout, grace
+    def __init__(
+        self, timeout: float, grace: float = 15.0, on_hang: Callable[[str], object] = lambda reason: None
+    ) -> None:
+        self._timeout, self._grace, self._on_hang = timeout, grace, on_hang
         self._heard = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -62,6 +67,8 @@ class Watchdog:
         )
         for line in stacks():
             _write_line(f"[{who}] {line}")
+        reason = f"{who} was silent for {silent:.0f} s, more than --hang-timeout"
+        threading.Thread(target=self._on_hang, args=(reason,), daemon=True).start()  # what hangs may be the disk
         if not self._closed.wait(self._grace):  # unless it woke up and came to its end
             os._exit(1)
 
@@ -85,4 +92,5 @@ def stacks() -> list[str]:
 
 def _write_line(line: str) -> None:
     """One write to stderr's descriptor: whole between other processes' lines, and past any lock a hung thread holds."""
-    os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+    with suppress(OSError):  # a log on a full disk
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))

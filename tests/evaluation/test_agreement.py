@@ -29,7 +29,7 @@ def logits_as_a_slurm_task(save: Path) -> None:
     alone = our_logits(reader, batch, None)
     assert torch.equal(alone, joined)
     assert not dist.is_initialized()
-    dist.init_process_group("gloo")  # which `run_distributed` takes down
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # which `run_distributed` takes down
 
 
 def test_one_process_verifies_whatever_slurm_has_promised(tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path
 
 
 def test_a_rank_that_hangs_ends_the_run_with_the_stack_of_every_rank(ended) -> None:
-    text, _ = ended["sleeps"]
+    text, save = ended["sleeps"]
+    status = json.loads((save / "run_status.json").read_text())
+    assert status["state"] == "hung" and "was silent for" in status["reason"] and status["iteration"] == 2
     heads = re.findall(r"hacl_megatron: hang: rank (\d) on \S+ was silent for \d+ s", text)
     assert sorted(heads) == ["0", "1"], text[-4000:]
     stacks = {rank: re.findall(rf"^\[rank {rank} on \S+\] (.*)$", text, re.M) for rank in "01"}
@@ -109,7 +111,8 @@ def test_a_crash_is_printed_once_with_rank_and_node_and_before_what_follows_from
     assert re.findall(r"^hacl_megatron: failed: (rank \d) on \S+$", text, re.M) == ["rank 1"]
     assert text.count("RuntimeError: rank one alone fails") == 1
     assert "Connection closed by peer" not in text  # rank 0's own end
-    assert json.loads((save / "run_status.json").read_text())["state"] == "running"
+    status = json.loads((save / "run_status.json").read_text())
+    assert (status["state"], status["reason"]) == ("crashed", "RuntimeError: rank one alone fails")
 
 
 def test_exit_duration_saves_stops_and_resumes(tmp_path: Path) -> None:

@@ -29,10 +29,19 @@ def partial_folder(save: Path, iteration: int) -> Path:
 
 
 def begin(save: Path, iteration: int) -> None:
-    """Make the partial folder, after deleting those (of frozen files too) that a killed save has left behind."""
+    """Make the partial folder, after deleting what killed saves have left behind."""
+    clean(save)
+    partial_folder(save, iteration).mkdir(parents=True)
+
+
+def clean(save: Path) -> None:
+    """Delete partial folders, of frozen files too. For the holder of the folder's lock: so all are of killed saves."""
+    for replaced in save.glob("iter_*.replaced.partial"):  # a kill between two renames of `publish`
+        final = replaced.with_name(replaced.name.removesuffix(".replaced.partial"))
+        if not final.exists():
+            replaced.rename(final)
     for left_behind in (*save.glob("iter_*.partial"), *(save / FROZEN_FOLDER).glob("*.partial")):
         shutil.rmtree(left_behind, ignore_errors=True)
-    partial_folder(save, iteration).mkdir(parents=True)
 
 
 def publish(

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -60,6 +61,7 @@ class CheckpointSaver:
         asynchronous: write in the background. Each rank then keeps a copy of what it writes in host memory.
         newest: how many checkpoints are kept; None keeps all.
         every: iterations divisible by this are kept for ever.
+        check: called on rank 0 before it changes anything in `save`; raises ValueError where that is no longer its own.
         replica, num_replicas: this rank's data-parallel rank, and how many there are: they share the work.
     """
 
@@ -70,12 +72,13 @@ class CheckpointSaver:
         asynchronous: bool = True,
         newest: int | None = None,
         every: int | None = None,
+        check: Callable[[], None] = lambda: None,
         replica: int = 0,
         num_replicas: int = 1,
     ) -> None:
         self._save = save
         self._asynchronous = asynchronous
-        self._newest, self._every = newest, every
+        self._newest, self._every, self._check = newest, every, check
         self._replica, self._num_replicas = replica, num_replicas
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._thread: threading.Thread | None = None
@@ -185,13 +188,16 @@ class CheckpointSaver:
             self._error = str(error) if isinstance(error, _NotSaved) else _one_line(error)
             self._notes.append(f"iteration {job.iteration} was NOT saved, the run goes on without: {self._error}")
             if dist.get_rank() == 0:  # what is there of it takes the room that the next attempt needs
-                shutil.rmtree(partial_folder(self._save, job.iteration), ignore_errors=True)
+                with suppress(ValueError):  # another run's by now
+                    self._check()
+                    shutil.rmtree(partial_folder(self._save, job.iteration), ignore_errors=True)
         else:
             self._error = None
             seconds = time.perf_counter() - started
             self._notes.append(f"saved iteration {job.iteration} to {self._save} ({seconds:.1f} s)")
 
     def _write(self, job: _Job) -> None:
+        self._together(lambda: self._on_rank_0(self._check))
         self._together(lambda: self._on_rank_0(begin, self._save, job.iteration))
         frozen, mixed = self._write_frozen(job)
         parts = job.parts + [part for part in job.frozen if part.key in mixed]
@@ -223,6 +229,7 @@ class CheckpointSaver:
 
     def _finish(self, job: _Job, stored: list[StoredPart]) -> None:
         """Rank 0: make it the latest checkpoint, then delete old ones."""
+        self._check()
         publish(
             self._save,
             job.iteration,

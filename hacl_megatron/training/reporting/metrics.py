@@ -8,7 +8,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +98,10 @@ class MetricsLog:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._writer = self._file = self._wandb = None
-        self._tensorboard_dir = tensorboard_dir
+        self._tensorboard_dir, self._jsonl, self._first = tensorboard_dir, jsonl, first_iteration
         self._could_write = True
-        if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step hides what a run that was killed after its last checkpoint had already logged.
-            self._writer = SummaryWriter(str(tensorboard_dir), purge_step=first_iteration + 1)
-            self._writer.add_custom_scalars(_custom_scalars())
-        if jsonl is not None:
-            jsonl.parent.mkdir(parents=True, exist_ok=True)
-            keep_iterations(jsonl, first_iteration)
-            self._file = jsonl.open("a", encoding="utf-8")
+        self.num_lost = 0
+        """Iterations of which a sink took nothing, or not all."""
         if wandb_project is not None:
             self._wandb = _open_wandb(wandb_project, wandb_dir, dict(config or {}), goes_on=first_iteration > 0)
         self._bar = tqdm(
@@ -120,6 +112,36 @@ class MetricsLog:
             disable=not sys.stderr.isatty(),
         )
         self._last = last_iteration
+        self._note([*self._tried(self._open_tensorboard), *self._tried(self._open_jsonl)])
+
+    def _open_tensorboard(self) -> None:
+        if self._tensorboard_dir is not None and self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step hides what a run that was killed after its last checkpoint had already logged.
+            self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._first + 1)
+            self._writer.add_custom_scalars(_custom_scalars())
+
+    def _open_jsonl(self) -> None:
+        if self._jsonl is not None and self._file is None:
+            self._jsonl.parent.mkdir(parents=True, exist_ok=True)
+            keep_iterations(self._jsonl, self._first)
+            self._file = self._jsonl.open("a", encoding="utf-8")
+
+    def _tried(self, work: Callable[..., None], *arguments: Any) -> list[str]:
+        """What went wrong, if anything: a full disk is no reason to end a run."""
+        try:
+            work(*arguments)
+        except OSError as error:
+            return [str(error)]
+        return []
+
+    def _note(self, problems: list[str]) -> None:
+        if problems and self._could_write:  # once, until it goes well again
+            self.say(f"metrics cannot be written, the run goes on without: {'; '.join(problems)}")
+        elif not problems and not self._could_write:
+            self.say(f"metrics can be written again; {self.num_lost} iterations are lost or late")
+        self._could_write = not problems
 
     def advance(self) -> None:
         """One iteration is done, whether or not it is logged."""
@@ -128,10 +150,11 @@ class MetricsLog:
     def log(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Write the finite scalars of `iteration` everywhere."""
         finite = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
-        problems = [*self._to_tensorboard(iteration, finite), *self._to_jsonl(iteration, finite)]
-        if problems and self._could_write:  # once, until it goes well again
-            self.say(f"metrics cannot be written, the run goes on without: {'; '.join(problems)}")
-        self._could_write = not problems
+        problems = [
+            *self._tried(self._to_tensorboard, iteration, finite), *self._tried(self._to_jsonl, iteration, finite)
+        ]  # fmt: skip
+        self.num_lost += bool(problems)
+        self._note(problems)
         if self._wandb is not None:
             self._wandb.log(finite, step=iteration)
         line = terminal_line(scalars)
@@ -140,31 +163,22 @@ class MetricsLog:
         elif line:
             self._bar.set_postfix_str(line)
 
-    def _to_tensorboard(self, iteration: int, scalars: Mapping[str, float]) -> list[str]:
-        """What went wrong, if anything: a full disk is no reason to end a run."""
-        if self._tensorboard_dir is None:
-            return []
+    def _to_tensorboard(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        if self._writer is None and self._tensorboard_dir is not None:  # its thread ended on a full disk
+            self._first = iteration - 1
+            self._open_tensorboard()
         try:
-            if self._writer is None:  # its thread ended on a full disk
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(self._tensorboard_dir))
-            for tag, value in scalars.items():
+            for tag, value in scalars.items() if self._writer is not None else ():
                 self._writer.add_scalar(tag, value, iteration)
-        except OSError as error:
+        except OSError:
             self._writer = None
-            return [str(error)]
-        return []
+            raise
 
-    def _to_jsonl(self, iteration: int, scalars: Mapping[str, float]) -> list[str]:
-        if self._file is None:
-            return []
-        try:
+    def _to_jsonl(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        self._open_jsonl()
+        if self._file is not None:
             self._file.write(json.dumps({"iteration": iteration, **scalars}) + "\n")
             self._file.flush()  # what a full disk refuses stays in the buffer for the next time
-        except OSError as error:
-            return [str(error)]
-        return []
 
     def say(self, text: str) -> None:
         """A line for the user that does not disturb the progress bar."""

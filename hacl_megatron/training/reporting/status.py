@@ -1,20 +1,31 @@
 """What became of a run, for whoever started it: `SAVE/run_status.json`, and the error that ends a run on purpose.
 
 torchrun turns every exit code of a trainer into 0 or 1, so a batch script decides by this file whether the run is to
-be started again: `running` (or killed), `stopped` (on request, saved, not finished), `finished`, or `failed` (by a
-user's mistake or because training is hopeless; the same start would fail again).
+be started again:
+
+    running     or killed without a word: then `updated` grows no more
+    stopped     on request, saved, not finished              finished
+    failed      by a user's mistake or because training is hopeless; the same start would fail again
+    crashed     by an error that nobody expected             hung       ended by --hang-timeout
+    killed      by a second Ctrl-C, without a save
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+import socket
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+
+from hacl_megatron.platform.folder_lock import is_held_by_another
 
 STATUS_FILE = "run_status.json"
 SAMPLE_KEYS = ("drawn_samples", "bad_samples", "untrained_samples", "untrained_kinds")
 """Of `Progress`, in the file: samples drawn, unusable ones, those that train nothing, and these by kind."""
+State = Literal["running", "stopped", "finished", "failed", "crashed", "hung", "killed"]
 
 
 class TrainingStopped(RuntimeError):
@@ -22,50 +33,102 @@ class TrainingStopped(RuntimeError):
     unless the message says that this is what failed."""
 
 
-def write_status(
-    save: str | None,
-    state: Literal["running", "stopped", "finished", "failed"],
-    *,
-    iteration: int | None = None,
-    train_iters: int | None = None,
-    reason: str | None = None,
-    samples: Mapping[str, Any] | None = None,
-) -> None:
-    """Replace the file in `save`, if there is such a folder; one rank calls it.
+class RunStatus:
+    """The file of a run that is under way; rank 0 has one, and may use it from any thread.
 
     Args:
-        samples: what became of those drawn so far, by the file's keys; None: as the file says, of whoever failed does
-            not know.
+        progress: gives the iteration that was reached, and what else is to be told.
     """
-    if save is None or not Path(save).is_dir():
+
+    def __init__(self, save: str | None, progress: Callable[[], dict[str, Any]]) -> None:
+        self._save, self._progress = save, progress
+        self._lock = threading.Lock()
+        self._state: State | None = None
+
+    def write(self, state: State, reason: str | None = None) -> None:
+        with self._lock:
+            self._state = state
+            write_status(self._save, state, reason=reason, **self._progress())
+
+    def refresh(self) -> None:
+        """The run goes on: say up to where, and that it was alive just now."""
+        with self._lock:
+            if self._state == "running":
+                write_status(self._save, "running", **self._progress())
+
+
+def write_status(save: str | None, state: State, *, reason: str | None = None, **facts: Any) -> None:
+    """Replace the file in `save`, if there is such a folder and no other run has it; one rank calls it.
+
+    Args:
+        facts: `iteration`, `train_iters` and whatever else there is to tell; None is left out.
+    """
+    if save is None or not Path(save).is_dir() or is_held_by_another(Path(save), _hold.token):
         return
+    # Whoever reports a failure does not know what became of the samples: as the run has said.
+    content = {
+        "state": state,
+        **{key: value for key, value in read_status(save).items() if key in SAMPLE_KEYS},
+        **facts,
+        "reason": reason,
+        "launch": _launch(),
+        "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }
     path = Path(save) / STATUS_FILE
-    if samples is None:
-        samples = {key: value for key, value in _facts(path).items() if key in SAMPLE_KEYS}
-    facts = {"state": state, "iteration": iteration, "train_iters": train_iters, "reason": reason, "launch": _launch()}
-    facts |= samples
     temporary = path.with_name(f"{STATUS_FILE}.{os.environ.get('RANK', '0')}.tmp")
     with contextlib.suppress(OSError):  # a full disk has been reported where it mattered
-        temporary.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}, indent=1) + "\n")
+        temporary.write_text(json.dumps({k: v for k, v in content.items() if v is not None}, indent=1) + "\n")
         temporary.replace(path)
+
+
+def hold(token: str | None) -> None:
+    """Remember the lock of SAVE, under which this run's ranks write its status, to the end of the process."""
+    _hold.token = token
+
+
+class _Hold:
+    token: str | None = None
+
+
+_hold = _Hold()
+
+
+def read_status(save: str | None) -> dict[str, Any]:
+    """What the file in `save` says, {} where there is none that can be read."""
+    try:
+        facts = json.loads((Path(save or "") / STATUS_FILE).read_text(encoding="utf-8")) if save else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def before_this_run(save: str | None) -> str | None:
+    """A line on how the run before this one ended in `save`; None where it finished, or there was none."""
+    facts = read_status(save)
+    state, done, wanted = (facts.get(key) for key in ("state", "iteration", "train_iters"))
+    if state in (None, "finished"):
+        return None
+    where = f" after iteration {done} of {wanted}" if done is not None else ""
+    seen = f", last heard of at {facts['updated']} on {facts.get('host')}" if "updated" in facts else ""
+    if state == "running":
+        return f"the previous run was cut off without a word (killed, or its node was lost){where}{seen}"
+    reason = f": {facts['reason']}" if facts.get("reason") else ""
+    return f"the previous run {_WAS.get(state, state)}{where}{seen}{reason}"
+
+
+_WAS = {"stopped": "was stopped", "killed": "was killed", "hung": "hung"}
 
 
 def reason_not_to_restart(save: str | None) -> str | None:
     """Why torchrun's restart of this process is in vain; None at a first start, or if it is worth a try."""
     if save is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
-    facts = _facts(Path(save) / STATUS_FILE)
+    facts = read_status(save)
     failed_before = facts.get("state") == "failed" and facts.get("launch") == _launch()
     return facts.get("reason") if failed_before else None
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """What the file says; {} where there is none, or none that says anything."""
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def _launch() -> str | None:
