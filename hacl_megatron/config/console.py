@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+_LONGEST_LINE = 2000
+"""Characters of an error; a file's list of 1,000 names is not one that anyone reads."""
+
 
 class LaunchError(ValueError):
     """A mistake in what the launcher told this process: the ranks may not find each other, so each says it."""
@@ -76,6 +79,8 @@ def report_error(error: BaseException | str) -> bool:
     itself. Ranks that find the same are silent; a rank that finds something else is heard too.
     """
     line = printable(" ".join(str(error).split()))
+    if len(line) > _LONGEST_LINE:  # a value of a hostile file
+        line = f"{line[: _LONGEST_LINE - 500]} ... {line[-400:]}"
     speaks = isinstance(error, LaunchError) or _is_news(line)
     if speaks:
         print(f"hacl_megatron: error: {line}{_named(' ({})')}", file=sys.stderr, flush=True)

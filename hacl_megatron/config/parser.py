@@ -7,6 +7,7 @@ in one place and a flag given on the command line beats the file.
 from argparse import Action
 from collections.abc import Sequence
 from dataclasses import fields
+from math import isfinite
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser
@@ -97,6 +98,9 @@ class FlagParser(HfArgumentParser):
         )
         for argument in unknown:
             self._refuse(argument)
+        for group in groups:
+            for field in fields(group):
+                _refuse_beyond_numbers(field.name, getattr(group, field.name))
         return dict(zip(GROUPS, groups, strict=True)), others.config
 
     def _refuse(self, argument: str) -> NoReturn:
@@ -181,6 +185,15 @@ def _add_section(formatter: FlagHelp, title: str, text: str, actions: list[Actio
     formatter.add_text(text)
     formatter.add_arguments(actions)
     formatter.end_section()
+
+
+def _refuse_beyond_numbers(name: str, value: Any) -> None:
+    """ValueError for a number, alone or in a list, that is NaN, infinite, or beyond the integers of any machine."""
+    for number in value if isinstance(value, list) else [value]:
+        is_float = isinstance(number, float)
+        if (is_float and not isfinite(number)) or (isinstance(number, int) and abs(number) >= 1 << 63):
+            found = number if is_float else "beyond any machine's integers"
+            raise ValueError(f"--{name.replace('_', '-')} is {found}, expected a finite number")
 
 
 def _unknown_key(name: str) -> str:

@@ -20,7 +20,7 @@ from hacl_megatron.config.console import exit_with_error
 from hacl_megatron.config.parser import COMMAND_LINE_ONLY, GROUPS, FlagParser
 from hacl_megatron.config.sections import check_section
 from hacl_megatron.config.typed_yaml import build_record
-from hacl_megatron.config.yaml_text import Document, dump_yaml, load_yaml
+from hacl_megatron.config.yaml_text import Document, dump_yaml, load_yaml, read_yaml_text
 
 
 @dataclass(kw_only=True)
@@ -84,7 +84,7 @@ def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
         _, files = FlagParser().read(argv)
         if len(files) > 1:
             raise ValueError(f"--config was given {len(files)} times ({', '.join(files)}); give one file")
-        document = load_yaml(_read_text(files[0]), files[0]) if files else None
+        document = load_yaml(read_yaml_text(Path(files[0]), f"--config {files[0]}"), files[0]) if files else None
         return _assemble(argv, document)
     except ValueError as error:
         exit_with_error(error)
@@ -131,15 +131,6 @@ def _read_architecture(values: Any, where: str) -> ModelConfig:
         size = values["vision"].get("image_size", values["vision"].get("image-size"))
         values = {**values, "image": {"size": size}}
     return build_record(ModelConfig, values, where)
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"--config {path}: not UTF-8 text; expected a YAML file") from None
-    except OSError as error:
-        raise ValueError(f"--config {path}: cannot be read ({error.strerror}); expected a YAML file") from None
 
 
 assert {item.name for item in fields(RunConfig)} == {

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -55,7 +56,8 @@ def convert(value: Any, hint: Any) -> Any:
             return value
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            with suppress(OverflowError):  # 400 digits
+                return float(value)
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value

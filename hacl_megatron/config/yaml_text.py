@@ -2,17 +2,23 @@
 
 `1e-3` is a number here (PyYAML wants `1.0e-3` and takes the rest for text), a key given twice is an error
 (PyYAML keeps the last), and errors name file and line. What YAML 1.1 reads as few people write it is an error too:
-`010` (octal, 8), `1:30` (sexagesimal, 90) and `None` (the text, for which a folder would be made).
+`010` (octal, 8), `1:30` (sexagesimal, 90) and `None` (the text, for which a folder would be made). No number of a run
+is NaN or infinite. Size, depth and what anchors add up to are bounded before anything is built.
 """
 
+import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-_EXPONENT = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
-
+_EXPONENT = re.compile(r"^[-+]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)[eE][-+]?\d+$")
+MOST_BYTES = 1 << 18
+"""Of a file; a run's own is 8 KB."""
+_MOST_VALUES, _MOST_DEPTH, _MOST_CHARACTERS = 20_000, 30, 4096
+"""Of a file, with every alias written out; of its mappings and lists; of one value."""
 
 _OCTAL = re.compile(r"^[-+]?0[0-7_]+$")
 _SEXAGESIMAL = re.compile(r"^[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?$")
@@ -66,6 +72,25 @@ class Document:
         return f"{self.source}, line {self.lines[key]}"
 
 
+def read_yaml_text(path: Path, called: str) -> str:
+    """Text of a YAML file, of which no more is read than one may hold.
+
+    Raises:
+        ValueError: it cannot be read, is too large or no text; `called` names it.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{called}: cannot be read ({error.strerror}); expected a YAML file") from None
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{called}: more than {MOST_BYTES >> 10} KB, expected a YAML file of flags and sections")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{called}: not UTF-8 text; expected a YAML file") from None
+
+
 def load_yaml(text: str, source: str) -> Document:
     """Parse a YAML mapping; an empty text is an empty one.
 
@@ -74,6 +99,7 @@ def load_yaml(text: str, source: str) -> Document:
     """
     loader = None
     try:
+        _check_bounds(text, source)
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
@@ -88,7 +114,8 @@ def load_yaml(text: str, source: str) -> Document:
         raise ValueError(f"{source}, line {line}: not valid YAML: {error.reason}") from None
     except Misread:
         raise
-    except ValueError as error:  # a date such as 2024-13-45
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # A date such as 2024-13-45; a text that is not what its tag says, as !!int "" or !!bool x.
         raise ValueError(f"{source}: not valid YAML: {error}; put text in quotes") from None
     finally:
         if loader is not None:
@@ -107,17 +134,58 @@ class Misread(ValueError):
     """A value that YAML 1.1 does not read as it looks."""
 
 
+def _check_bounds(text: str, source: str) -> None:
+    """Raises Misread for a text that takes long to read or much to hold, before anything is built of it."""
+    if len(text) > MOST_BYTES:
+        raise Misread(f"{source}: more than {MOST_BYTES >> 10} KB, expected a YAML file of flags and sections")
+    sizes: dict[str, int] = {}
+    opened: list[tuple[str | None, int]] = []
+    values = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"{source}, line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, values))
+            if len(opened) > _MOST_DEPTH:
+                raise Misread(f"{where}: lists or mappings in one another deeper than {_MOST_DEPTH}; expected flags")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            if anchor is not None:
+                sizes[anchor] = values - before
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in opened):
+                raise Misread(f"{where}: *{event.anchor[:40]} stands inside what it names; write the value out")
+            values += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            if len(event.value) > _MOST_CHARACTERS:
+                raise Misread(f"{where}: a value of more than {_MOST_CHARACTERS} characters; expected a flag's")
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        values += 1
+        if values > _MOST_VALUES:
+            raise Misread(
+                f"{where}: more than {_MOST_VALUES:,} values, those that aliases stand for counted in; expected flags "
+                "and sections"
+            )
+
+
 def _check_numbers(node: yaml.Node, source: str, key: str = "") -> None:
-    """Raises Misread for the first number below `node` that is written in base 8 or 60; `key` names what holds it."""
+    """Raises Misread for the first number below `node` that is written in base 8 or 60, or is not finite.
+
+    `key` names what holds it.
+    """
     if isinstance(node, yaml.MappingNode):
         for key_node, value in node.value:
             inner = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
             _check_numbers(value, source, f"{key}.{inner}" if key else inner)
-    elif isinstance(node, yaml.SequenceNode):
+        return
+    if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _check_numbers(item, source, key)
-    elif node.style is None and isinstance(node.value, str):
-        found, where = node.value, f"{source}, line {node.start_mark.line + 1}: {key!r}"
+        return
+    found, where = node.value, f"{source}, line {node.start_mark.line + 1}: {key!r}"
+    if node.tag == "tag:yaml.org,2002:float" and _is_not_finite(found):
+        raise Misread(f"{where} found {found[:40]}, expected a finite number")
+    if node.style is None and isinstance(found, str):
         if node.tag == "tag:yaml.org,2002:int" and _OCTAL.match(found) and int(found.replace("_", ""), 8) > 7:
             plain = found.replace("_", "")
             raise Misread(
@@ -132,6 +200,13 @@ def _check_numbers(node: yaml.Node, source: str, key: str = "") -> None:
             )
         if key.count(".") and found == NOTHING.capitalize():
             raise Misread(f"{where} found {found}, which YAML reads as text; write null for nothing, or quote the text")
+
+
+def _is_not_finite(text: str) -> bool:
+    try:
+        return not math.isfinite(float(text.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")))
+    except ValueError:  # in base 60, or no number at all
+        return False
 
 
 def _is_nothing(node: yaml.Node) -> bool:

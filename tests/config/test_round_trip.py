@@ -23,7 +23,8 @@ MODEL = ModelConfig(language=LanguageConfig(**LANGUAGE), vision=VisionConfig(**V
 texts = st.text(max_size=12) | st.sampled_from(
     ["1e-3", "no", "null", "~", "2024-01-02", "1:30", "-x", "--lr", "", " a", "a: b", "#", "\x85", "a\nb"]
 )
-floats = st.floats(allow_nan=False)
+floats = st.floats(allow_nan=False, allow_infinity=False)
+integers = st.integers(1 - (1 << 63), (1 << 63) - 1)
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | floats | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
@@ -38,7 +39,7 @@ def values_of(hint: Any) -> st.SearchStrategy:
         return st.lists(values_of(get_args(hint)[0]), max_size=3)
     if NoneType in get_args(hint):
         return st.none() | values_of(next(argument for argument in get_args(hint) if argument is not NoneType))
-    return {bool: st.booleans(), int: st.integers(), float: floats, str: texts}[hint]
+    return {bool: st.booleans(), int: integers, float: floats, str: texts}[hint]
 
 
 def groups(group: type) -> st.SearchStrategy:

@@ -20,6 +20,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.files import LATEST_FILE
 from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER, own_file
 from hacl_megatron.config.run import RunConfig, from_yaml
+from hacl_megatron.config.yaml_text import read_yaml_text
 
 RUN_CONFIG_FILE = "run_config.yaml"
 ASSETS_FOLDER = "hf_assets"
@@ -118,7 +119,7 @@ def read_run_config(checkpoint: Path) -> RunConfig:
     path = checkpoint / RUN_CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {checkpoint} is no whole checkpoint of this trainer")
-    config = from_yaml(path.read_text(encoding="utf-8"), str(path))
+    config = from_yaml(read_yaml_text(path, str(path)), str(path))
     if config.architecture is None:
         raise ValueError(f"{path} does not describe its model: the checkpoint is not one of this trainer's")
     return config
