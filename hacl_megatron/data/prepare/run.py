@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from hacl_megatron.config.architecture import ImageConfig
+from hacl_megatron.config.console import notify
 from hacl_megatron.config.flags import MANIFEST_FILE, MAX_IMAGE_PIXELS
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
@@ -32,6 +34,7 @@ from hacl_megatron.data.prepare.shards import write_shards
 from hacl_megatron.data.prepare.token_lengths import count_tokens, untrained_kinds
 from hacl_megatron.data.store import FolderStore, UnusableImage
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from hacl_megatron.platform.folder_lock import held
 
 WORK_FOLDER = ".partial"
 REPORT_FILE = "report.json"
@@ -147,7 +150,9 @@ def _alone(output: str) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
-        yield
+        # Where the kernel's locks are each host's own, this one is not.
+        with held(Path(output), what=f"--output {output}", name=WORK_FOLDER, say=notify):
+            yield
     finally:
         os.close(file)
 
