@@ -41,6 +41,7 @@ setup(
         "safetensors>=0.5",  # weight files that cannot carry code
         "sentencepiece>=0.2",  # LLaMA tokenizers that ship only tokenizer.model
         "tensorboard>=2.18",  # curves
+        "xxhash>=3.0",  # checksums of checkpoints at 26 GB/s a core; zlib's would be a third of a load's time
         "psutil>=5.9",  # megatron-core's distributed checkpointing needs it
         "pillow>=10.3",  # images that DALI cannot read (GIF, AVIF), and all of them without DALI
         "pyyaml>=6.0",  # configuration files

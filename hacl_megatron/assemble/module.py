@@ -81,7 +81,8 @@ def load_pretrained(module: HaclModel, config: RunConfig) -> str:
     if source is None:
         lines.append("random weights")
     elif (own := find_checkpoint(Path(source))) is not None:
-        agree_on_checkpoint(own, fallback=False, flag="--pretrained-checkpoint")  # or say which file is cut
+        # Or say which file is cut.
+        _, note = agree_on_checkpoint(own, fallback=False, flag="--pretrained-checkpoint")
         # Extra states are FP8 scales: Transformer Engine's alone, and of the optimiser's kind, so they start fresh.
         has_lora = read_run_config(own).lora.lora_rank is not None
         # What no Hugging Face file held starts by this run's --seed and flags, as from the Hugging Face folder itself.
@@ -95,6 +96,7 @@ def load_pretrained(module: HaclModel, config: RunConfig) -> str:
         found = module.load_state_dict(load_checkpoint({"model": wanted}, own)["model"], strict=False)
         assert all(starts_fresh(name) for name in found.missing_keys) and not found.unexpected_keys, found
         lines.append(f"weights from {own}" + (f"; fresh: {', '.join(drawn)}" if drawn else ""))
+        lines += [] if note is None else [note]
     else:
         report = load_hf_weights(
             module,

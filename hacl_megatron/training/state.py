@@ -6,7 +6,7 @@ where they make the resumed run bitwise equal).
 """
 
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,13 @@ import numpy as np
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from hacl_megatron.checkpoint.run import extra_states
-from hacl_megatron.checkpoint.run.load import load_checkpoint, load_common_state, state_metadata, stored_keys
+from hacl_megatron.checkpoint.run.load import (
+    COMMON_FILE,
+    load_checkpoint,
+    load_common_state,
+    state_metadata,
+    stored_keys,
+)
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.optimizer_shards import ShardsToLoad, shards_to_save
@@ -102,7 +108,13 @@ def saved_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
         raise ValueError(
             f"--load {folder} holds converted weights and no run to resume: give it as --pretrained-checkpoint"
         )
-    return Progress(**common["progress"]), common["data_state"]
+    counters, known = _held(common, "progress", dict, folder), [field.name for field in fields(Progress)]
+    if unknown := [k for k, value in counters.items() if k not in known or not isinstance(value, int | float | None)]:
+        raise ValueError(
+            f"{folder / COMMON_FILE}: `progress` has {unknown[0]!r:.40}, expected {', '.join(known)} and numbers; the "
+            "checkpoint is damaged, or of another version: load another iter_* folder"
+        )
+    return Progress(**counters), _held(common, "data_state", dict, folder)
 
 
 def restore_run(trainee: Trainee, folder: Path, length: RunLength) -> list[str]:
@@ -118,18 +130,20 @@ def restore_run(trainee: Trainee, folder: Path, length: RunLength) -> list[str]:
         ValueError: the checkpoint is damaged, of another model, or its optimiser state of another kind.
     """
     common = load_common_state(folder)
-    saved_kind, kind = common["optimizer_kind"], _optimizer_kind(trainee)
+    saved_kind, kind = _held(common, "optimizer_kind", list, folder), _optimizer_kind(trainee)
     if saved_kind != kind:
         flags = ("--use-distributed-optimizer", "--bf16")
         found, here = (
-            ", ".join(f"{flag} {str(value).lower()}" for flag, value in zip(flags, values, strict=True))
+            ", ".join(f"{flag} {str(value).lower()}" for flag, value in zip(flags, values, strict=False))
             for values in (saved_kind, kind)
         )
         raise ValueError(
             f"checkpoint {folder} was saved with {found}, this run has {here}: optimiser state does not convert; "
             "resume with the flags it was saved with, or take the weights alone with --pretrained-checkpoint"
         )
-    same_layout = common["layout"] == _layout(trainee)
+    for key in ("optimizer", "scheduler"):
+        _held(common, key, dict | list, folder)
+    same_layout = _held(common, "layout", list, folder) == _layout(trainee)
     weights = trainee.module.sharded_state_dict(metadata=state_metadata())
     shards = None
     with groups_kept(trainee.optimizer):
@@ -156,6 +170,16 @@ def restore_run(trainee: Trainee, folder: Path, length: RunLength) -> list[str]:
     if same_layout:
         _restore_random_states(state["random_states"])
     return [line for line in (note, jump) if line is not None]
+
+
+def _held(common: dict[str, Any], key: str, kind: Any, folder: Path) -> Any:
+    """What a checkpoint holds under a key beside its tensors."""
+    if not isinstance(common.get(key), kind):
+        raise ValueError(
+            f"{folder / COMMON_FILE}: found {common.get(key)!r:.60} for `{key}`, expected what a run saves there; the "
+            "checkpoint is damaged: load another iter_* folder"
+        )
+    return common[key]
 
 
 def _load_weights(module: HaclModel, weights: dict[str, Any]) -> str | None:

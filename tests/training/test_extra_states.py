@@ -19,8 +19,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
-from hacl_megatron.checkpoint.convert.metadata import read_metadata
 from hacl_megatron.checkpoint.run import extra_states
+from hacl_megatron.checkpoint.run.stored.index import read_index
 from hacl_megatron.platform import norms
 from hacl_megatron.train import run
 from tests.distributed import run_distributed
@@ -146,7 +146,7 @@ def test_fp8_scales_that_are_of_no_use_are_left_out_and_said(finished) -> None:
 
 
 def _other_keys(save: Path) -> list[str]:
-    return read_metadata(latest_checkpoint(save))[1]
+    return list(read_index(latest_checkpoint(save)).objects)
 
 
 def _given(printed: Path) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hacl_megatron.checkpoint.convert.metadata import read_metadata
+from hacl_megatron.checkpoint.run.stored.index import read_index
 from hacl_megatron.config.lora import is_lora
 from tests.training.runs import (
     LOSSES,
@@ -115,7 +115,7 @@ def test_resumed_run_goes_on_bitwise_and_at_other_layouts(finished: Path) -> Non
 
 
 def test_checkpoint_holds_the_adapters_and_names_the_frozen_weights(finished: Path) -> None:
-    stored, _ = read_metadata(latest_checkpoint(finished / "full"))
+    stored = read_index(latest_checkpoint(finished / "full")).tensors
     in_frozen = {
         name: {chunk.file.startswith("../frozen/") for chunk in entry.chunks} for name, entry in stored.items()
     }

@@ -1,6 +1,5 @@
 """What a checkpoint holds, of this trainer or of Hugging Face, and how two of them differ; reads tensor by tensor."""
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from hacl_megatron.checkpoint.hf.carried import CarriedTensors
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.hf.import_weights import SourceTensors, open_sources
 from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, find_checkpoint, read_run_config
+from hacl_megatron.checkpoint.run.load import load_common_state
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.families import language_family
 from hacl_megatron.config.lora import Lora, is_lora
@@ -163,14 +163,8 @@ def _origin(holdings: Holdings) -> Iterator[tuple[str, str]]:
 
 
 def _common(checkpoint: Path) -> dict[str, Any]:
-    """Counters of a run; {} where they cannot be read without running code."""
-    try:
-        common = torch.load(checkpoint / "common.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{checkpoint}: common.pt is missing; the checkpoint is not whole") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        return {}
-    return common if isinstance(common, dict) else {}
+    """Counters of a run; {} of a conversion."""
+    return load_common_state(checkpoint)
 
 
 def differences(a: Holdings, b: Holdings) -> Iterator[str]:

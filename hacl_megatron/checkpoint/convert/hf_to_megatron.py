@@ -32,6 +32,8 @@ from hacl_megatron.checkpoint.run.folder import (
     iteration_folder,
     write_atomically,
 )
+from hacl_megatron.checkpoint.run.integrity import write_files
+from hacl_megatron.checkpoint.run.part_files import checksums_of
 from hacl_megatron.config.checks.architecture import padded_vocab_size
 from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER, own_file
 from hacl_megatron.config.flags import LoraFlags, ModelFlags, ParallelFlags
@@ -138,7 +140,7 @@ def convert_to_sharded(
             architecture=config,
         )
         (checkpoint / RUN_CONFIG_FILE).write_text(to_yaml(run), encoding="utf-8")
-        write_sharded(
+        stored = write_sharded(
             checkpoint,
             chunks,
             read,
@@ -146,6 +148,9 @@ def convert_to_sharded(
             workers=workers,
             progress=None if progress is None else lambda done: progress(done, total),
         )
+        names_inside = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
+        names_inside.remove(RUN_CONFIG_FILE)  # a text that people edit
+        write_files(checkpoint, names_inside, checksums_of(stored))
         report = {"files": sources.files, "notes": sources.notes, "fresh": names, "ignored": sources.ignored}
         (partial / SOURCE_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_atomically(partial / LATEST_FILE, "0\n")

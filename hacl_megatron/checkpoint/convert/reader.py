@@ -6,23 +6,19 @@ Every parameter has its own name here (`hf.names`), whatever the layout that wro
 cut off.
 """
 
-import io
 import math
-import os
-import pickle
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hacl_megatron.checkpoint.convert.metadata import StoredChunk, read_metadata
 from hacl_megatron.checkpoint.convert.stored_names import EMBEDDING, OUTPUT_LAYER, possible_names
-from hacl_megatron.checkpoint.hf.json_files import one_line
 from hacl_megatron.checkpoint.hf.names import NameTable, nearest
 from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE, read_run_config
-from hacl_megatron.checkpoint.run.integrity import may_be_file_of_checkpoint
+from hacl_megatron.checkpoint.run.integrity import damage
+from hacl_megatron.checkpoint.run.load import part_of
+from hacl_megatron.checkpoint.run.stored.parts import StoredParts
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.lora import Lora, adapter_name, target_shapes
 
@@ -44,8 +40,11 @@ class ShardedReader:
         has_config = (self.folder / RUN_CONFIG_FILE).is_file()
         self.lora = Lora.of(read_run_config(self.folder).lora) if has_config else None
         """The adapters beside the language model; exports merge them (`lora_export`)."""
-        self._tensors, self._other_names = read_metadata(self.folder)
+        self._parts = StoredParts(self.folder)
+        self._tensors = self._parts.index.tensors
         self._check()
+        if wrong := damage(self.folder):
+            raise ValueError(f"checkpoint {self.folder} is damaged: {wrong}; take another iter_* folder")
 
     def names(self) -> list[str]:
         """Our names of all parameters, in the table's order; a tied output layer goes by the embedding's name alone."""
@@ -90,7 +89,7 @@ class ShardedReader:
     def other_names(self) -> list[str]:
         """What the checkpoint holds beside the model's parameters: optimiser state, random states."""
         ours = {self._stored(name)[0] for name in [*self.names(), *self.adapter_names()]}
-        return [key for key in self._tensors if key not in ours] + self._other_names
+        return [key for key in self._tensors if key not in ours] + list(self._parts.index.objects)
 
     def read(self, name: str) -> Tensor:
         """One parameter, whole and unsharded, in the dtype of the checkpoint; only its own chunks are read."""
@@ -108,18 +107,16 @@ class ShardedReader:
             if not math.prod(lengths):
                 continue
             from_chunk = [a - b for a, b in zip(first, chunk.offsets, strict=True)]
-            try:
-                part = _part(self._load(chunk), from_chunk, lengths)
-            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-                raise ValueError(
-                    f"{self.folder}: {name} cannot be read from {chunk.file} ({one_line(error)}); a file is missing or "
-                    "cut, take another iter_* folder"
-                ) from None
+            part = part_of(self._parts.values(key, chunk), from_chunk, lengths)
             if part.shape == target.shape:
                 return part.to(entry.dtype).reshape(shape)
-            _part(target, [a - b for a, b in zip(first, offsets, strict=True)], lengths).copy_(part)
+            part_of(target, [a - b for a, b in zip(first, offsets, strict=True)], lengths).copy_(part)
             covered += part.numel()
-        assert covered == target.numel(), f"{name}: chunks cover {covered} of {target.numel()} values"
+        if covered != target.numel():
+            raise ValueError(
+                f"{self.folder}: its parts of {name} hold {covered} of {target.numel()} values; it is damaged, "
+                "take another iter_* folder"
+            )
         return target.view(shape)
 
     __call__ = read
@@ -127,11 +124,6 @@ class ShardedReader:
     def read_lora(self, layer: int, target: str) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] beside one matrix of a language layer, by its Hugging Face name."""
         return self.read(adapter_name(layer, target, "A")), self.read(adapter_name(layer, target, "B"))
-
-    def _load(self, chunk: StoredChunk) -> Tensor:
-        with (self.folder / chunk.file).open("rb", buffering=0) as file:
-            record = _Record(file.fileno(), chunk.offset, chunk.length)
-            return torch.load(record, map_location="cpu", weights_only=True)
 
     def _stored(self, name: str) -> tuple[str, int | None]:
         """Key in the checkpoint and row of its first dim, for a parameter of a stacked block."""
@@ -160,40 +152,7 @@ class ShardedReader:
             ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.offset + chunk.length)
         for file, end in ends.items():
             path = self.folder / file
-            if not may_be_file_of_checkpoint(file) or not path.is_file():
+            if not path.is_file():
                 raise ValueError(f"{self.folder}: file {file} of the checkpoint is missing")
             if path.stat().st_size < end:
                 raise ValueError(f"{path} is cut: {path.stat().st_size} bytes of at least {end}")
-
-
-def _part(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor
-
-
-class _Record(io.RawIOBase):
-    """Part of an open file, as a file of its own."""
-
-    def __init__(self, file: int, offset: int, length: int):
-        self._file, self._offset, self._length, self._position = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, buffer) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._position)]
-        count = os.preadv(self._file, [view], self._offset + self._position) if len(view) else 0
-        self._position += count
-        return count

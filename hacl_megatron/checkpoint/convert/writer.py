@@ -21,7 +21,7 @@ from torch.serialization import set_crc32_options
 
 from hacl_megatron.checkpoint.convert.stored_names import OUTPUT_LAYER, stored_name
 from hacl_megatron.checkpoint.hf.names import NameTable, ReadRows, Rule
-from hacl_megatron.checkpoint.run.part_files import Part, serialized, write_format, write_index, write_parts
+from hacl_megatron.checkpoint.run.part_files import Part, StoredPart, serialized, write_format, write_index, write_parts
 
 MAX_PIECES = 8
 """Tensor-parallel ranks that find their own chunks; more ranks share them."""
@@ -110,7 +110,7 @@ def write_sharded(
     padded_vocab_size: int,
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> list[StoredPart]:
     """Write the planned chunks into `folder`, one file for each worker, and what makes a checkpoint of them.
 
     A worker holds one chunk and the slices that it is made of; of a tensor cut by columns, the whole.
@@ -127,15 +127,17 @@ def write_sharded(
             if progress is not None:
                 progress(values.nbytes)
 
-    # Checksums, which torch.load never looks at, are a tenth of a conversion's work. The option is a thread's own.
+    # torch's own checksums, which no reader looks at, are a tenth of a conversion's work. The option is a thread's own.
     with ThreadPoolExecutor(len(shares), initializer=set_crc32_options, initargs=(False,)) as pool:
         try:
             futures = [pool.submit(write_parts, folder, parts(share), rank) for rank, share in enumerate(shares)]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
-    write_index(folder, [part for future in futures for part in future.result()])
+    stored = [part for future in futures for part in future.result()]
+    write_index(folder, stored)
     write_format(folder, serialized({}))
+    return stored
 
 
 def _global_shapes(chunks: list[Chunk]) -> dict[str, tuple[int, ...]]:

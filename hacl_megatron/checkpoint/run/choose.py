@@ -5,8 +5,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE, find_checkpoint, iteration_folder
-from hacl_megatron.checkpoint.run.integrity import damage
-from hacl_megatron.checkpoint.run.retain import saved_iterations
+from hacl_megatron.checkpoint.run.integrity import damage, is_finite, record_checksums
+from hacl_megatron.checkpoint.run.retain import last_finite, saved_iterations
 
 
 def choose_checkpoint(folder: Path, *, fallback: bool, flag: str = "--load") -> tuple[Path | None, str | None]:
@@ -26,7 +26,7 @@ def choose_checkpoint(folder: Path, *, fallback: bool, flag: str = "--load") -> 
     except ValueError as error:  # what says which is the newest is damaged itself
         wrong = str(error)
     if wrong is None:
-        return newest, None
+        return newest, None if newest is None else _note(newest)
     if newest is not None:
         wrong = f"checkpoint {newest} is damaged: {wrong}"
     save = folder.parent if (folder / RUN_CONFIG_FILE).is_file() else folder
@@ -52,6 +52,17 @@ def agree_on_checkpoint(folder: Path, *, fallback: bool, flag: str = "--load") -
     if error is not None:
         raise ValueError(error)
     return path, note
+
+
+def _note(checkpoint: Path) -> str | None:
+    if not is_finite(checkpoint):
+        number = checkpoint.name.removeprefix("iter_")
+        last = last_finite(checkpoint.parent, up_to=int(number)) if number.isdecimal() else None
+        instead = "" if last is None else f"; the last finite one is {iteration_folder(checkpoint.parent, last)}"
+        return f"checkpoint {checkpoint} holds values that are not finite (NaN or infinity){instead}"
+    if record_checksums(checkpoint) is None:
+        return f"{checkpoint} has no checksums (a version before them wrote it): damage to its values cannot be seen"
+    return None
 
 
 def _newest_whole(save: Path, before: Path | None) -> Path | None:

@@ -10,9 +10,13 @@ import os
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
+
+from hacl_megatron.checkpoint.run.stored.pickles import check_scales, safe_storage
 
 SUFFIX = "_extra_state"
 
@@ -32,9 +36,14 @@ def take_out_scales(weights: dict[str, Any], *, used: bool) -> str | None:
     Args:
         weights: by names of the module; changed in place.
         used: whether the run computes in FP8 with delayed scaling.
+
+    Raises:
+        ValueError: the scales are used, and something else than Transformer Engine pickled them.
     """
     scales = [name for name, value in weights.items() if name.endswith(SUFFIX) and holds_scales(value)]
     if used:
+        for name in scales:
+            check_scales(weights[name], name)
         return None if scales else "the checkpoint holds no FP8 scales: delayed scaling starts with fresh ones"
     for name in scales:
         weights[name] = None
@@ -49,13 +58,14 @@ def holds_scales(value: Any) -> bool:
 def pickled_scales_allowed() -> Iterator[None]:
     """Inside, Transformer Engine (from 2.20 on) loads the scales that it pickled; else it refuses every one.
 
-    torch has unpickled the rest of the same file by then, so this trusts nobody who was not trusted already.
+    It gets none that `take_out_scales` has not looked through. torch's storages in them are read by its safe reader.
     """
     name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        yield
+        with mock.patch.object(torch.storage, "_load_from_bytes", safe_storage):
+            yield
     finally:
         if before is None:
             del os.environ[name]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hacl_megatron.checkpoint.hf.carried import CARRIED_FILE, write_carried
 from hacl_megatron.checkpoint.hf.import_weights import open_sources
+from hacl_megatron.checkpoint.run.integrity import read_whole
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.files import LATEST_FILE
 from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER, own_file
@@ -45,8 +46,8 @@ def latest_iteration(folder: Path) -> int | None:
     latest = folder / LATEST_FILE
     if not latest.exists():
         return None
-    text = latest.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
+    text = read_whole(latest)[:100].decode("utf-8", errors="replace").strip()
+    if not (text.isascii() and text.isdecimal() and len(text) < 18):  # "²" is a digit too
         raise ValueError(f"{latest} holds {text[:40]!r}, expected an iteration number: write one of the iter_* folders")
     if not (iteration_folder(folder, int(text)) / RUN_CONFIG_FILE).is_file():
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.run.integrity import FILES_FILE, FROZEN_FOLDER, damage, read_files, write_files
-from hacl_megatron.checkpoint.run.part_files import Part, StoredPart
+from hacl_megatron.checkpoint.run.part_files import Part, StoredPart, checksums_of
 
 _BLOCK = 1 << 22
 """Values that are hashed at once; each takes 16 bytes meanwhile."""
@@ -65,7 +65,8 @@ def references(save: Path, digest: str) -> list[StoredPart] | None:
 
 def finish_frozen(partial: Path, digest: str, parts: list[StoredPart]) -> None:
     """Give a frozen folder, whose files are written, its list of parts, and then its name."""
-    write_files(partial, sorted({part.file for part in parts}), parts=[part.as_json() for part in parts])
+    files = sorted({part.file for part in parts})
+    write_files(partial, files, checksums_of(parts), parts=[part.as_json() for part in parts])
     partial.rename(partial.with_name(digest))
 
 

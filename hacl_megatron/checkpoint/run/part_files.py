@@ -29,8 +29,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from hacl_megatron.checkpoint.hf.synced_file import SyncedFile
+from hacl_megatron.checkpoint.run.integrity import Checksum, Records
+from hacl_megatron.checkpoint.run.stored.index import INDEX_FILE
 
-INDEX_FILE = ".metadata"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
            "common_backend_version": 1}  # fmt: skip
 
@@ -69,6 +70,8 @@ class StoredPart:
     """Bytes from the file's beginning."""
     length: int
     """Bytes in the file."""
+    checksum: str | None = None
+    """Of these bytes (`integrity.Checksum`), in hexadecimal digits; older frozen parts have none."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,16 +98,56 @@ def write_parts(folder: Path, parts: Iterable[Part], number: int) -> list[Stored
     if not parts:
         return []
     name, stored = f"__{number}_0.distcp", []
-    with SyncedFile(folder / name) as file:
+    with _SummedFile(folder / name) as file:
         for part in parts:
             offset = file.tell()
+            file.checksum = Checksum()
             try:
                 _write_record(part.values, file)
             except RuntimeError as error:  # torch.save says only that the file has the wrong length
                 raise error_of_system(error) from None
-            stored.append(_stored(part, name, offset, file.tell() - offset))
+            place = (offset, file.tell() - offset, file.checksum.hexdigest())
+            stored.append(_stored(part, name, *place))
     assert len({(part.key, *part.offsets) for part in stored}) == len(stored), "two parts of a file have one place"
     return stored
+
+
+def not_finite(parts: Iterable[Part]) -> str | None:
+    """Key of the first tensor with NaN or infinity in it, None if all values are finite."""
+    for part in parts:
+        values = part.values
+        # The largest magnitude: one pass without a copy, and NaN wins over every number.
+        if (
+            not isinstance(values, Tensor)
+            or not values.is_floating_point()
+            or values.itemsize < 2
+            or not values.numel()
+        ):
+            continue
+        if not torch.linalg.vector_norm(values.detach(), float("inf")).isfinite():
+            return part.key
+    return None
+
+
+class _SummedFile(SyncedFile):
+    """Sums what is written as it passes, so that nothing is read again for it."""
+
+    checksum = Checksum()
+    """Of what was written since it was set."""
+
+    def write(self, content) -> int:
+        self.checksum.update(content)
+        return super().write(content)
+
+
+def checksums_of(parts: Iterable[StoredPart]) -> Records | None:
+    """Checksums of the files' records, for `integrity.write_files`; None where a part has none."""
+    records: Records = {}
+    for part in parts:
+        if part.checksum is None:
+            return None
+        records.setdefault(part.file, {})[part.offset] = part.checksum
+    return records
 
 
 def _write_record(values: Tensor | bytes, file: io.BufferedWriter) -> None:
@@ -124,7 +167,7 @@ def error_of_system(error: BaseException) -> BaseException:
     return behind or error
 
 
-def _stored(part: Part, file: str, offset: int, length: int) -> StoredPart:
+def _stored(part: Part, file: str, offset: int, length: int, checksum: str) -> StoredPart:
     tensor = isinstance(part.values, Tensor)
     return StoredPart(
         key=part.key,
@@ -135,6 +178,7 @@ def _stored(part: Part, file: str, offset: int, length: int) -> StoredPart:
         file=file,
         offset=offset,
         length=length,
+        checksum=checksum,
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, RUN_CONFIG_FILE, iteration_folder, write_atomically
 from hacl_megatron.checkpoint.run.integrity import FROZEN_FOLDER, sync_folder, write_files
-from hacl_megatron.checkpoint.run.part_files import StoredPart, write_format, write_index
+from hacl_megatron.checkpoint.run.part_files import StoredPart, checksums_of, write_format, write_index
 from hacl_megatron.config.checks.files import LATEST_FILE
 
 WHOLE_INDEX = ".metadata.whole"
@@ -52,6 +52,7 @@ def publish(
     common: bytes,
     run_config: str,
     write_assets: Callable[[Path], None],
+    not_finite: str | None = None,
 ) -> None:
     """Make the partial folder the latest checkpoint.
 
@@ -59,6 +60,7 @@ def publish(
         stored: of all ranks, frozen ones included.
         common: see `write_format`.
         run_config, write_assets: see `CheckpointSaver.save`.
+        not_finite: key of a tensor with NaN or infinity in it, which marks the checkpoint.
     """
     partial, final = partial_folder(save, iteration), iteration_folder(save, iteration)
     outside = sorted({part.file for part in stored if part.file.startswith("../")})
@@ -70,7 +72,9 @@ def publish(
     write_assets(partial / ASSETS_FOLDER)
     inside = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
     inside.remove(RUN_CONFIG_FILE)  # a text that people edit
-    write_files(partial, [*inside, *outside])
+    write_files(
+        partial, [*inside, *outside], checksums_of(stored), **({"not_finite": not_finite} if not_finite else {})
+    )
     # Saved again, an iteration's old folder steps aside: deleting it takes long, and "latest" may name it.
     replaced = final.with_name(final.name + ".replaced.partial")
     if final.exists():

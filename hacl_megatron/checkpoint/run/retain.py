@@ -4,6 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
+from hacl_megatron.checkpoint.run.integrity import is_finite
+
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
@@ -25,12 +27,22 @@ def superfluous(iterations: list[int], *, latest: int, newest: int, every: int |
 def prune(save: Path, *, latest: int, newest: int, every: int | None) -> list[int]:
     """Delete the superfluous checkpoints of `save`; returns their iterations.
 
+    The last one whose values are finite stays, however many were saved since: a run that diverged goes back to it.
     Each gets the name of an unfinished save first, so that a kill on the way leaves nothing that looks whole.
     """
-    gone = superfluous(saved_iterations(save), latest=latest, newest=newest, every=every)
+    saved = saved_iterations(save)
+    gone = superfluous(saved, latest=latest, newest=newest, every=every)
+    if gone and (last := last_finite(save, up_to=latest)) in gone:
+        gone.remove(last)
     for iteration in gone:
         folder = save / f"iter_{iteration:07d}"
         leaving = folder.with_name(folder.name + ".deleted.partial")
         folder.rename(leaving)
         shutil.rmtree(leaving, ignore_errors=True)
     return gone
+
+
+def last_finite(save: Path, up_to: int) -> int | None:
+    """The newest iteration in `save`, up to one, whose values are finite; None if there is none."""
+    before = (iteration for iteration in reversed(saved_iterations(save)) if iteration <= up_to)
+    return next((iteration for iteration in before if is_finite(save / f"iter_{iteration:07d}")), None)

@@ -28,9 +28,16 @@ from hacl_megatron.checkpoint.run.frozen import digest_of, finish_frozen, folder
 from hacl_megatron.checkpoint.run.host_copies import empty_copies
 from hacl_megatron.checkpoint.run.integrity import FROZEN_FOLDER
 from hacl_megatron.checkpoint.run.local_parts import local_parts
-from hacl_megatron.checkpoint.run.part_files import Part, StoredPart, error_of_system, serialized, write_parts
+from hacl_megatron.checkpoint.run.part_files import (
+    Part,
+    StoredPart,
+    error_of_system,
+    not_finite,
+    serialized,
+    write_parts,
+)
 from hacl_megatron.checkpoint.run.publish import begin, partial_folder, publish
-from hacl_megatron.checkpoint.run.retain import prune
+from hacl_megatron.checkpoint.run.retain import last_finite, prune
 
 _TIMEOUT = timedelta(hours=2)
 """How long the fastest rank waits for the slowest one's disk."""
@@ -202,8 +209,9 @@ class CheckpointSaver:
         frozen, mixed = self._write_frozen(job)
         parts = job.parts + [part for part in job.frozen if part.key in mixed]
         partial = partial_folder(self._save, job.iteration)
-        stored = self._together(lambda: write_parts(partial, parts, dist.get_rank()))
-        self._together(lambda: self._on_rank_0(self._finish, job, frozen + [p for own in stored for p in own]))
+        stored = self._together(lambda: (write_parts(partial, parts, dist.get_rank()), not_finite(parts)))
+        index = frozen + [part for own, _ in stored for part in own]
+        self._together(lambda: self._on_rank_0(self._finish, job, index, [key for _, key in stored if key]))
 
     def _write_frozen(self, job: _Job) -> tuple[list[StoredPart], frozenset[str]]:
         """See that the frozen part is on disk. Its parts, on rank 0, and the keys that train on some other rank."""
@@ -227,7 +235,7 @@ class CheckpointSaver:
             found = self._together(lambda: self._on_rank_0(references, self._save, name))
         return (found[0] or []) if found else [], mixed
 
-    def _finish(self, job: _Job, stored: list[StoredPart]) -> None:
+    def _finish(self, job: _Job, stored: list[StoredPart], not_finite: list[str]) -> None:
         """Rank 0: make it the latest checkpoint, then delete old ones."""
         self._check()
         publish(
@@ -237,7 +245,18 @@ class CheckpointSaver:
             common=job.common,
             run_config=job.run_config,
             write_assets=job.write_assets,
+            not_finite=not_finite[0] if not_finite else None,
         )
+        if not_finite:
+            last = last_finite(self._save, up_to=job.iteration)
+            self._notes.append(
+                f"iteration {job.iteration} holds values that are not finite, the first in {not_finite[0]}: "
+                + (
+                    f"the last finite checkpoint, iteration {last}, is kept"
+                    if last is not None
+                    else "no finite one is there"
+                )
+            )
         if self._newest is not None:
             try:
                 prune(self._save, latest=job.iteration, newest=self._newest, every=self._every)

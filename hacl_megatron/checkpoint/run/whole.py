@@ -6,7 +6,7 @@ from pathlib import Path
 from hacl_megatron.checkpoint.hf.fresh_folder import fresh_folder
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
 from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE
-from hacl_megatron.checkpoint.run.integrity import FILES_FILE, read_files, write_files
+from hacl_megatron.checkpoint.run.integrity import FILES_FILE, read_files, record_checksums, write_files
 from hacl_megatron.checkpoint.run.publish import WHOLE_INDEX, inside_name
 
 
@@ -23,6 +23,7 @@ def make_whole(load: Path, out: Path) -> Path:
         raise ValueError(f"{load} holds no checkpoint of this trainer: neither {RUN_CONFIG_FILE} nor a latest file")
     listed = (checkpoint / FILES_FILE).is_file()
     sizes = read_files(checkpoint)["files"] if listed else {}
+    records = record_checksums(checkpoint)
     outside = {name: size for name, size in sizes.items() if name.startswith("../")}
     inside = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != FILES_FILE]
     total = sum(path.stat().st_size for path in inside) + sum(outside.values())
@@ -40,5 +41,7 @@ def make_whole(load: Path, out: Path) -> Path:
         if outside:
             (partial / WHOLE_INDEX).replace(partial / ".metadata")
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-        write_files(partial, [name for name in names if name != RUN_CONFIG_FILE])
+        if records is not None:  # of what was written, not of the copy: one that went wrong is found
+            records = {inside_name(file): sums for file, sums in records.items()}
+        write_files(partial, [name for name in names if name != RUN_CONFIG_FILE], records)
     return out

@@ -83,7 +83,7 @@ class Answerer:
         device: Literal["auto", "cuda", "cpu"] = "auto",
         dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     ) -> None:
-        self.config = read_export(folder)
+        self.folder, self.config = folder, read_export(folder)
         self.device = choose_device(device)
         self.dtype = DTYPES[dtype or default_dtype(self.device)]
         self.tokenizer = load_tokenizer(str(folder))
@@ -164,6 +164,7 @@ class Answerer:
                 pixel_values=torch.stack([pixels for _, pixels in batch]).to(self.device, self.dtype),
                 generation_config=generation,
                 stopping_criteria=self._stopping_criteria(ids.shape[1]),
+                logits_processor=[self._refuse_not_finite],
             )
         except torch.OutOfMemoryError:
             raise ValueError(
@@ -171,6 +172,15 @@ class Answerer:
                 "goes on where this one stopped"
             ) from None
         return [self._text(row) for row in output[:, ids.shape[1] :].tolist()]
+
+    def _refuse_not_finite(self, ids: Tensor, scores: Tensor) -> Tensor:
+        # -inf is legitimate: what generation rules out.
+        if bool((scores.isnan() | scores.isposinf()).any()):
+            raise ValueError(
+                f"{self.folder}: the model's logits are not finite (NaN or infinity): its weights are damaged, its "
+                "training diverged, or its numbers are too large for --dtype; evaluate another checkpoint or dtype"
+            )
+        return scores
 
     def _stopping_criteria(self, prompt_length: int) -> list[Callable[..., Tensor]]:
         """Stops where a template ends its answers by a text, in EOS's place.

@@ -46,6 +46,13 @@ class ItemOutput:
     states: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     """fp32 [H], [H], [M, H]: last-layer states at the EOS of image, caption, hallucinated captions, where asked for."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether a model computed this whose numbers are numbers; comparisons with others come out as anything."""
+        arrays = [self.image, self.caption, self.hallucinated, *(self.states or ())]
+        numbers = [np.array([answer.log_likelihood for answer in self.answers]), *arrays]
+        return all(bool(np.isfinite(array).all()) for array in numbers if array is not None)
+
 
 class Task:
     """One kind of evaluation over one set of items. Lives on the ranks that read data."""

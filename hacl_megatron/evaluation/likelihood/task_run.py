@@ -27,6 +27,8 @@ from hacl_megatron.evaluation.likelihood.task import Task
 from hacl_megatron.model.hacl import HaclModel, ModelOutput
 
 Collect = Callable[[ModelOutput, PackedBatch], PackResult]
+NOT_FINITE = "not finite"
+"""Key of a record whose numbers say nothing."""
 Forward = Callable[[list[PackedBatch] | None, Collect], list[PackResult]]
 """Packs of a replica, on its reading rank, to their results on all its ranks (`hacl_megatron.assemble.forward`)."""
 
@@ -39,6 +41,7 @@ class TaskRunner:
         vocab_size: tokens of the vocabulary, its padding left out.
         batch_size: items in a pack.
         collect: makes a pack's result on the last stage; default: losses and embeddings.
+        refuse_not_finite: raise ValueError for a model that gives NaN or infinity; else its records have `NOT_FINITE`.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class TaskRunner:
         vocab_size: int,
         batch_size: int,
         collect: Collect | None = None,
+        refuse_not_finite: bool = False,
     ) -> None:
         assert (reader is not None) == (groups.mp.rank() == 0)
         self.forward = forward
         self.reader = reader
         self.groups = groups
         self.batch_size = batch_size
+        self.refuse_not_finite = refuse_not_finite
         self.collect = collect or partial(result_of_pack, vocab_size=vocab_size, tp_group=groups.tp)
 
     @classmethod
@@ -68,6 +73,7 @@ class TaskRunner:
             vocab_size=run.config.architecture.language.vocab_size,
             batch_size=batch_size,
             collect=collect,
+            refuse_not_finite=True,
         )
 
     def close(self) -> None:
@@ -113,6 +119,11 @@ class TaskRunner:
                 items = None if ahead is None else ahead.result()
                 ahead = read(number + 1)
                 for record in self._round(task, items):
+                    if self.refuse_not_finite and record.get(NOT_FINITE):
+                        raise ValueError(
+                            f"the model's numbers are not finite (NaN or infinity) for item {record['key']}: its "
+                            "weights are damaged, or its training diverged; evaluate another checkpoint"
+                        )
                     records[record["key"]] = record
                     keep(record)
         return [records[key] for key in task.item_keys()] if dist.get_rank() == 0 else None
@@ -125,7 +136,8 @@ class TaskRunner:
         records = []
         for part, result in zip(items, results, strict=True):
             for key, output in outputs_of_items(part, result).items():
-                records.append({"key": key, **task.about(key), **task.measured(key, output)})
+                mark = {} if output.is_finite else {NOT_FINITE: True}
+                records.append({"key": key, **task.about(key), **task.measured(key, output), **mark})
             records += [{"key": key, **task.about(key), "error": reason} for key, reason in part.errors.items()]
         group = self.groups.dp
         if group.size() == 1:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from hacl_megatron.evaluation.likelihood.item_packs import ItemReader
 from hacl_megatron.evaluation.likelihood.task import Task
-from hacl_megatron.evaluation.likelihood.task_run import TaskRunner
+from hacl_megatron.evaluation.likelihood.task_run import NOT_FINITE, TaskRunner
 
 
 class ValidationTasks:
@@ -36,7 +36,8 @@ class ValidationTasks:
             scalars: dict[str, float] = {}
             for name, task in self.tasks.items():
                 records = runner.run(task)
-                if dist.get_rank() == 0:
+                # What a comparison of NaN says, such as an accuracy of 0, says nothing.
+                if dist.get_rank() == 0 and not any(record.get(NOT_FINITE) for record in records):
                     metrics = task.score(records).metrics
                     scalars |= {
                         f"{name} {metric}": value

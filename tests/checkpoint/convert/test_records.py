@@ -11,19 +11,22 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from hacl_megatron.checkpoint.convert.metadata import read_metadata
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.convert.stored_names import stored_name
 from hacl_megatron.checkpoint.hf.safetensors_writer import bytes_of
 from hacl_megatron.checkpoint.hf.weight_files import WeightFiles
 from hacl_megatron.checkpoint.run.folder import locate_checkpoint
 from hacl_megatron.checkpoint.run.part_files import Part, write_index, write_parts
+from hacl_megatron.checkpoint.run.stored.index import read_index
 from tests.tiny import write_tiny_llava
 from tests.tool_runs import run_tool, to_megatron
 
 
-def test_records_without_a_checksum_are_read(tmp_path):
-    """Conversions leave the CRC-32 out of a record: who checks it refuses all their checkpoints."""
+def test_records_without_a_crc_are_read(tmp_path):
+    """Conversions leave the CRC-32 out of a record: who checks it refuses all their checkpoints.
+
+    The checksums of `files.json` are others; a folder without it is an older one.
+    """
     checkpoint = locate_checkpoint(to_megatron(write_tiny_llava(tmp_path / "in"), tmp_path / "save"))
     reader = ShardedReader(checkpoint)
     name = next(name for name in reader.names() if name.startswith("connector.") and name.endswith("weight"))
@@ -31,6 +34,8 @@ def test_records_without_a_checksum_are_read(tmp_path):
     values = reader.read(name)
     path = checkpoint / chunk.file
     path.write_bytes(path.read_bytes().replace(bytes(bytes_of(values)), bytes(bytes_of(2 * values))))
+    (checkpoint / "files.json").unlink()
+    reader = ShardedReader(checkpoint)
     record = path.read_bytes()[chunk.offset : chunk.offset + chunk.length]
     assert zipfile.ZipFile(io.BytesIO(record)).testzip() is not None  # the name of the first that is damaged
     assert torch.equal(reader.read(name), 2 * values)
@@ -82,8 +87,9 @@ def test_torch_reads_what_was_written_and_the_other_way_round(tmp_path, monkeypa
         assert torch.equal(value[: len(reader.read(name))], reader.read(name)), name
 
     dcp.save({**state, "counter": 3}, checkpoint_id=tmp_path / "again", no_dist=True)
-    tensors, others = read_metadata(tmp_path / "again")
-    assert others == ["counter"] and tensors.keys() == state.keys()
+    index = read_index(tmp_path / "again")
+    tensors = index.tensors
+    assert list(index.objects) == ["counter"] and tensors.keys() == state.keys()
     for key, entry in tensors.items():
         assert (entry.size, entry.dtype) == (tuple(state[key].shape), state[key].dtype)
         (chunk,) = entry.chunks

@@ -88,7 +88,7 @@ def make_checkpoints(save: Path, *iterations: int, latest: int) -> None:
         folder.mkdir(parents=True)
         for name in (".metadata", "metadata.json", "run_config.yaml", "__0_0.distcp"):
             (folder / name).write_text(name)
-        write_files(folder, [".metadata", "metadata.json", "__0_0.distcp"])
+        write_files(folder, [".metadata", "metadata.json", "__0_0.distcp"], records={})
     (save / "latest_checkpointed_iteration.txt").write_text(f"{latest}\n")
 
 
