@@ -168,3 +168,14 @@ def test_a_prompt_with_an_image_tag_has_one_image_still(answerer: Answerer) -> N
     np.testing.assert_array_equal(answerer.rows("<image>\nWhat?"), answerer.rows("What?"))
     with pytest.raises(UnusableSample):
         answerer.rows("\ud800")
+
+
+def test_a_model_of_nan_is_refused_and_not_scored(exports: dict[str, Path], images: Path) -> None:
+    """Its answers are empty texts, which a benchmark counts as wrong: an accuracy of 0.0, and a status of 0."""
+    broken = Answerer(exports["square"], images, device="cpu")
+    with torch.no_grad():
+        broken.model.get_output_embeddings().weight[5, 3] = float("nan")
+    question = Question(image=sorted(path.name for path in images.iterdir())[0], prompt=PROMPTS[0])
+    with pytest.raises(ValueError, match="not finite") as refusal:
+        list(broken.answer([question], GenerationSettings(max_new_tokens=4)))
+    assert str(exports["square"]) in str(refusal.value) and "\n" not in str(refusal.value)

@@ -242,6 +242,33 @@ def go_on(arguments: list[str], *refused: list[str]) -> None:
         parallel_state.destroy_model_parallel()
 
 
+def evaluate_nan(arguments: list[str]) -> str:
+    """What the tool says of a checkpoint that was damaged after it was loaded, as one that diverged would be."""
+    import contextlib
+    import io
+    from unittest import mock
+
+    from hacl_megatron.evaluation.likelihood import run
+
+    def load_broken(*loaded):
+        module = load_model(*loaded)
+        with torch.no_grad():
+            module.language_model.output_layer.weight[3, 3] = float("nan")
+        return module
+
+    load_model = run.load_model
+    with mock.patch.object(run, "load_model", load_broken), contextlib.redirect_stderr(io.StringIO()) as written:
+        assert run_tool("evaluate", *arguments) == 2
+    return written.getvalue()
+
+
+def test_a_model_of_nan_is_refused_and_not_scored(folder: Path) -> None:
+    """Its comparisons all come out false: an accuracy of 0.0, and a status of 0."""
+    (written,) = run_distributed(evaluate_nan, 1, command(folder, folder / "save", "tp1", name="nan"))
+    assert [line for line in written.splitlines() if "error: " in line and "not finite" in line], written
+    assert not (folder / "nan.json").exists()
+
+
 @pytest.mark.parametrize(("flag", "table"), [("--tasks", TABLE), ("--task", BENCHMARKS)])
 def test_the_tool_offers_every_task_there_is(flag: str, table: dict, capfd) -> None:
     """Its choices are written down apart, for `--help` to be fast: a task that one of the two lists lacks is caught."""
