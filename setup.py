@@ -48,6 +48,7 @@ setup(
         "tqdm>=4.66",  # progress bars
         "numpy>=1.26",  # image arrays
         "jinja2>=3.1",  # the page of tools/inspect_data.py, every text escaped
+        "xxhash>=3.0",  # checksums at the speed of memory, of prepared data and checkpoints
         "pyarrow>=15",  # the memory-mapped manifest of the training data
         "tabulate>=0.9",  # the tables of tools/plan_run.py and --dry-run
         *dali(),  # JPEG bytes to pixels, on GPU and CPU

@@ -4,7 +4,8 @@
 
 The columns say nothing about the conversation template: `plain` and `v1` read the same file. What Arrow's UTF-8 cannot
 hold (a lone surrogate, a turn that is no string) travels as JSON in the column `exact`, so that such a record is that
-sample's fault and not the file's. Any Arrow reader opens the file (pyarrow, pandas, DuckDB, Polars, `datasets`).
+sample's fault and not the file's. Any Arrow reader opens the file (pyarrow, pandas, DuckDB, Polars, `datasets`); ours
+only where its checksum holds.
 """
 
 import hashlib
@@ -13,16 +14,18 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
+from hacl_megatron.config.files.regular import NotRegular, only_regular
 from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.llava_json import Record
+from hacl_megatron.data.prepare.sealed_arrow import read_sealed
 from hacl_megatron.data.store import StoredImage
 
-FORMAT = 1
+FORMAT = 2
 """Raised when files written before can no longer be read."""
 SHARDS_FOLDER = "shards"
 """Folder beside the manifest that holds its tar shards."""
@@ -54,6 +57,7 @@ SCHEMA = pa.schema(
         pa.field("shard", pa.int32()),  # index in the metadata's `shards`; null: the image is in the folder
         pa.field("offset", pa.int64()),  # of the image's first byte in the shard
         pa.field("size", pa.int64()),  # bytes
+        pa.field("checksum", pa.uint64()),  # of these bytes
     ]
 )
 
@@ -138,7 +142,7 @@ def build_batch(entries: Sequence[Entry], measures: Measures) -> pa.RecordBatch:
         [entry.content for entry in entries],
         [num_words(entry.record) for entry in entries],
         *(dialogue, caption, wrong_captions, width, height, fault),
-        *([None] * count for _ in ("shard", "offset", "size")),
+        *([None] * count for _ in ("shard", "offset", "size", "checksum")),
     ]
     return pa.record_batch(
         [
@@ -174,42 +178,58 @@ def with_metadata(metadata: dict[str, Any]) -> pa.Schema:
 
 
 class ArrowManifest:
-    """A prepared file, mapped into memory. Threads may share it.
+    """A prepared file, checked against its checksum and mapped into memory. Threads may share it.
 
-    Raises ValueError when the file is missing, no manifest, cut off, or of another format.
+    Args:
+        file: the open file at `path`, where the caller has looked at it.
+
+    Raises ValueError when the file is missing, no manifest, damaged, or of another format.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, file: BinaryIO | None = None) -> None:
         self.path = path
         try:
-            reader = pa.ipc.open_file(pa.memory_map(path))
+            with file or open(path, "rb", opener=only_regular) as opened:
+                reader = read_sealed(opened)
             self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; expected a manifest of tools/prepare_data.py") from None
-        except (pa.ArrowInvalid, OSError) as error:
-            first = (str(error).splitlines() or [""])[0][:100]
-            raise ValueError(
-                f"{path}: not a whole Arrow file ({first}); prepare the data again with tools/prepare_data.py"
-            ) from None
+        except NotRegular as error:
+            raise ValueError(f"{path}: {error.strerror}; expected a manifest of tools/prepare_data.py") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror or error}); expected a manifest") from None
+        except (pa.ArrowException, ValueError) as error:
+            raise self._refused((str(error).splitlines() or [""])[0][:100]) from None
         try:
             self.metadata: dict[str, Any] = json.loads((reader.schema.metadata or {})[_METADATA_KEY])
             found = self.metadata["format"]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise ValueError(f"{path}: an Arrow file, but no manifest of tools/prepare_data.py") from None
         if found != FORMAT or not reader.schema.equals(SCHEMA):
             raise ValueError(
                 f"{path}: a manifest of format {found}, expected {FORMAT}; prepare the data again with "
                 "tools/prepare_data.py"
             )
-        for batch in self._batches:
-            batch.validate()
+        self._valid: set[int] = set()  # record batches
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self._columns = [dict(zip(SCHEMA.names, batch.columns, strict=True)) for batch in self._batches]
-        self.files: tuple[str, ...] = tuple(map(str, self.metadata["files"]))
-        """The JSON files that the samples came from."""
-        self.findings: tuple[Findings, ...] = tuple(map(Findings, self.metadata.get(FINDINGS, [{}] * len(self.files))))
-        """What is to be said about each of the files."""
-        self._shards = self._find_shards()
+        try:
+            for batch in self._batches:
+                batch.validate()
+            self.files: tuple[str, ...] = tuple(map(str, self.metadata["files"]))
+            """The JSON files that the samples came from."""
+            found = self.metadata.get(FINDINGS, [{}] * len(self.files))
+            self.findings: tuple[Findings, ...] = tuple(map(Findings, found))
+            """What is to be said about each of the files."""
+            self._shards = self._find_shards()
+            for name, known in (("file", self.files), ("shard", self._shards)):
+                self._check_indices(name, len(known))
+        except (pa.ArrowException, LookupError, TypeError, AttributeError) as error:
+            first = (str(error).splitlines() or [""])[0][:100]
+            raise self._refused(f"its checksum holds, but no prepare_data.py wrote it ({first})") from None
+
+    def _refused(self, fault: str) -> ValueError:
+        return ValueError(f"{self.path}: {fault}; prepare the data again with tools/prepare_data.py")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -217,32 +237,58 @@ class ArrowManifest:
     def record(self, index: int) -> tuple[Record, str, StoredImage | None]:
         """A record, the JSON file it came from, and its image's place where the image is in a shard."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row, columns = index - int(self._starts[number]), self._columns[number]
+        row, columns = index - int(self._starts[number]), self._checked(number)
 
         def value(name: str) -> Any:
             return columns[name][row].as_py()
 
         exact = value("exact")
         if exact is not None:
-            name, image, turns, text, is_caption, hallucinated = json.loads(exact)
-            turns = tuple((role, said) for role, said in turns)
+            try:
+                name, image, turns, text, is_caption, hallucinated = json.loads(exact)
+                turns = tuple((role, said) for role, said in turns)
+            except (ValueError, TypeError, RecursionError):
+                raise self._refused(f"record {index} is none that prepare_data.py wrote") from None
         else:
             name, image, text, is_caption = (value(key) for key in ("id", "image", "text", "first_answer_is_caption"))
             turns = tuple((turn["from"], turn["value"]) for turn in value("conversations"))
             hallucinated = value("hallucinated_captions")
         shard, stored = value("shard"), None
         if shard is not None:
-            stored = StoredImage(path=self._shards[shard], offset=value("offset"), size=value("size"))
+            stored = StoredImage(self._shards[shard], *map(value, ("offset", "size", "checksum")))
         record = Record(name, image, turns, text, is_caption, tuple(hallucinated))
         return record, self.files[value("file")], stored
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column, without a copy."""
+        if not pa.types.is_primitive(SCHEMA.field(name).type):
+            for number in range(len(self._columns)):
+                self._checked(number)
         return pa.chunked_array([columns[name] for columns in self._columns], SCHEMA.field(name).type)
 
     def numbers(self, name: str, missing: int = 0) -> np.ndarray:
         """A numeric column [num_samples], `missing` where it is null."""
         return self.column(name).fill_null(missing).to_numpy()
+
+    def _checked(self, number: int) -> dict[str, pa.Array]:
+        """The columns of a record batch, whose texts and lists are known to lie inside it.
+
+        The checksum tells damage, but whoever makes a file makes its checksum too. Looked at when it is first used: for
+        the whole of a large file it takes longer than its opening may.
+        """
+        if number not in self._valid:
+            try:
+                self._batches[number].validate(full=True)
+            except pa.ArrowException as error:
+                raise self._refused(f"record batch {number} is invalid ({str(error)[:100]})") from None
+            self._valid.add(number)
+        return self._columns[number]
+
+    def _check_indices(self, name: str, count: int) -> None:
+        """LookupError unless the numeric column `name` counts `count` things from 0."""
+        places = self.column(name).drop_null().to_numpy()
+        if len(places) and not 0 <= places.min() <= places.max() < count:
+            raise IndexError(f"column {name!r} does not count {count}")
 
     def _find_shards(self) -> list[str]:
         names = self.metadata.get("shards", [])

@@ -10,12 +10,13 @@ Python's own decoder runs on a moving window of the text: faster than ijson's C 
 import codecs
 import json
 import math
-import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hacl_megatron.config.files.regular import check_regular, only_regular
 from hacl_megatron.data.prepare.findings import Findings, find_unseen, find_untrained
 from hacl_megatron.data.prepare.json_text import is_deep
 from hacl_megatron.data.prepare.record_keys import CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG
@@ -64,8 +65,6 @@ def read_records(
     key for whatever is missing, broken or of the wrong type.
     """
     findings = Findings() if findings is None else findings
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file; expected a LLaVA JSON or JSONL file, check --data-path")
     index = -1
     for index, (record, line, position) in enumerate(decoded_records(path, window_bytes=window_bytes)):
         findings.total += 1
@@ -77,9 +76,10 @@ def read_records(
 def decoded_records(path: str, *, window_bytes: int = WINDOW_BYTES) -> Iterator[tuple[Any, int, int]]:
     """Yields (record as JSON has it, its line, bytes read so far), nothing about it checked.
 
-    Raises ValueError with the place of whatever is no JSON.
+    Raises ValueError with the place of whatever is no JSON, or where there is no regular file.
     """
-    with open(path, "rb") as file:
+    check_regular(path, "a LLaVA JSON or JSONL file, check --data-path")
+    with open(path, "rb", opener=only_regular) as file:
         read = _json_lines if path.lower().endswith(LINES_ENDINGS) else _json_list
         for line, record in read(path, file, window_bytes):
             yield record, line, file.tell()
@@ -101,7 +101,7 @@ def _json_lines(path: str, file: Any, window_bytes: int) -> Iterator[tuple[int, 
         if not text.strip():
             continue
         try:
-            yield number, json.loads(text)
+            yield number, _DECODER.decode(text)
         except json.JSONDecodeError as error:
             comma = _comma_before(text, error.pos) or (error.msg == "Extra data" and text[error.pos] == ",")
             problem = "a comma with nothing behind it: remove it" if comma else error.msg
@@ -265,7 +265,23 @@ def _list_in_object(path: str, window: "_Window") -> Iterator[tuple[int, Any]]:
         )
 
 
-_decode_value = json.JSONDecoder().raw_decode
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object in which a key stands more than once; the last is taken, as `json` takes it."""
+
+    repeated: tuple[str, ...] = ()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    found = RepeatedKeys(found)
+    found.repeated = tuple(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_decode_value = _DECODER.raw_decode
 LONGEST_TOKEN = 16
 """Characters that the decoder may stop before the end of a text that is cut inside an escape or a literal."""
 
@@ -358,6 +374,7 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
             raise wrong(f"conversations[{number}]", turn, "an object with 'from' and 'value'")
         turns.append(tuple(said if type(said) is str else _shallow(said) for said in (turn["from"], turn["value"])))
 
+    _count_oddities(record, name, findings)
     find_unseen(record, name, image, turns, findings)
     find_untrained(record, name, image, turns, findings)
     text = value_of(record, "text")
@@ -384,6 +401,19 @@ def _shallow(value: Any) -> Any:
     It is no string in any case, which is all that is said of it when the sample is drawn.
     """
     return type(value)() if is_deep(value) else value
+
+
+_READ_KEYS = ("id", "image", "text", *CAPTION_KEYS)
+
+
+def _count_oddities(record: dict[str, Any], name: str, findings: Findings) -> None:
+    """Keys that stand twice, in the record or a turn, and those that are NaN: both are read, one way of several."""
+    objects = [record, *record["conversations"]]
+    for key in sorted({key for found in objects if isinstance(found, RepeatedKeys) for key in found.repeated}):
+        findings.count(f"key {key[:40]!r} stands there more than once: the last one is read", name)
+    for key in _READ_KEYS:
+        if _is_gap(record.get(key)):
+            findings.count(f"key {key!r} is NaN: read as if it were not there", name)
 
 
 def _image_of(record: dict[str, Any], where: str, wrong: Callable[[str, Any, str], ValueError]) -> str | None:

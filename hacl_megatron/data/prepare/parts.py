@@ -24,6 +24,7 @@ from hacl_megatron.data.prepare.arrow_manifest import Entry, Measures, build_bat
 from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.json_text import is_text
 from hacl_megatron.data.prepare.llava_json import Record, read_records
+from hacl_megatron.data.prepare.sealed_arrow import open_sealed, write_sealed
 
 CHUNK_SAMPLES = 4096
 CHUNK_BYTES = 16 << 20
@@ -98,53 +99,40 @@ def merge_parts(parts: Sequence[str], output: str, metadata: dict[str, Any], edi
 
     `edit` changes each record batch on its way.
     """
-    temporary = f"{output}.tmp-{os.getpid()}"
-    schema = with_metadata(metadata)
-    try:
-        with pa.OSFile(temporary, "wb") as sink:
-            with pa.ipc.new_file(sink, schema) as writer:
-                for part in parts:
-                    batch = read_part(part)
-                    batch = batch if edit is None else edit(batch)
-                    writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-            sink.flush()
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    batches = map(read_part, parts)
+    write_sealed(output, with_metadata(metadata), batches if edit is None else map(edit, batches))
 
 
 def read_part(path: str) -> pa.RecordBatch:
-    """The record batch of one part, mapped into memory."""
-    return pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
+    """The record batch of one part, mapped into memory. Raises ValueError where it is not what was written."""
+    try:
+        return open_sealed(path).get_batch(0)
+    except (ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: {error}; remove it and start again") from None
 
 
-def write_arrow(path: str, batch: pa.RecordBatch) -> None:
-    """Writes one record batch as an Arrow file that is there whole or not at all."""
-    with pa.OSFile(f"{path}.tmp", "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    os.replace(f"{path}.tmp", path)
+def write_part(path: str, batch: pa.RecordBatch) -> None:
+    """Writes one record batch as a file that is there whole or not at all."""
+    write_sealed(path, batch.schema, [batch])
 
 
 def _write_part(path: str, entries: list[Entry], measure: Measure | None) -> str:
-    if not _is_whole(path):
+    if not is_whole(path):
         measures = Measures() if measure is None else measure([entry.record for entry in entries])
         untrained = Findings({"total": len(entries)})
         for entry, kind in zip(entries, measures.untrained or (), strict=False):
             if kind is not None:
                 untrained.count(kind, entry.record.name)
         batch = build_batch(entries, measures)
-        write_arrow(path, batch.replace_schema_metadata({_UNTRAINED: json.dumps(untrained.as_json())}))
+        write_part(path, batch.replace_schema_metadata({_UNTRAINED: json.dumps(untrained.as_json())}))
     return path
 
 
-def _is_whole(path: str) -> bool:
+def is_whole(path: str) -> bool:
     """Whether an earlier start wrote this part; a power cut may have left a renamed file without its content."""
     try:
-        read_part(path).validate()
-    except (OSError, pa.ArrowInvalid, IndexError):
+        read_part(path)
+    except (OSError, ValueError):
         return False
     return True
 

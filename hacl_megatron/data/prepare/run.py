@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +23,12 @@ from tqdm import tqdm
 
 from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.config.console import notify
+from hacl_megatron.config.files.regular import check_regular
 from hacl_megatron.config.flags import MANIFEST_FILE, MAX_IMAGE_PIXELS
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
-from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, ArrowManifest, Measures
+from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, SHARDS_FOLDER, ArrowManifest, Measures
 from hacl_megatron.data.prepare.json_text import json_text
 from hacl_megatron.data.prepare.llava_json import Record
 from hacl_megatron.data.prepare.parts import Counts, build_parts, merge_parts, remove_folder
@@ -41,6 +43,7 @@ REPORT_FILE = "report.json"
 BAD_IMAGES_FILE = "bad_images.jsonl"
 NUM_NAMED = 3
 """Images of one colour that the report names."""
+_HALF_WRITTEN = re.compile(r".+\.arrow\.tmp-\d+|images-\d{6}\.tar\.tmp")
 
 
 @dataclass(kw_only=True)
@@ -76,6 +79,7 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
     work = os.path.join(settings.output, WORK_FOLDER)
     os.makedirs(work, exist_ok=True)
     with _alone(settings.output):
+        _remove_leftovers(settings.output)
         tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
         images = _Images(settings, work) if settings.verify_images or settings.write_shards else None
         total = sum(os.path.getsize(path) for path in settings.inputs)
@@ -131,8 +135,7 @@ def _check(settings: PrepareSettings) -> None:
     if len(set(map(os.path.realpath, settings.inputs))) < len(settings.inputs):
         raise ValueError("--input names a file twice; to draw its samples more often use --data-weights in training")
     for path in settings.inputs:
-        if not os.path.isfile(path):
-            raise ValueError(f"--input {path}: no such file; expected a LLaVA JSON or JSONL file")
+        check_regular(path, "a LLaVA JSON or JSONL file, check --input")
     if os.path.exists(settings.output) and not os.path.isdir(settings.output):
         raise ValueError(f"--output {settings.output} is a file; expected a folder, which need not exist yet")
 
@@ -155,6 +158,14 @@ def _alone(output: str) -> Iterator[None]:
             yield
     finally:
         os.close(file)
+
+
+def _remove_leftovers(output: str) -> None:
+    """Removes what a killed start had half written. No other is at work: that is what `_alone` is for."""
+    for folder in (output, os.path.join(output, WORK_FOLDER), os.path.join(output, SHARDS_FOLDER)):
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            if _HALF_WRITTEN.fullmatch(name):
+                os.unlink(os.path.join(folder, name))
 
 
 def _bar(settings: PrepareSettings, **options: Any) -> Any:

@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hacl_megatron.config.files.checksum import checksum
 from hacl_megatron.data.prepare.arrow_manifest import SCHEMA, SHARDS_FOLDER
-from hacl_megatron.data.prepare.parts import read_part, write_arrow
+from hacl_megatron.data.prepare.parts import is_whole, read_part, write_part
 from hacl_megatron.data.store import FolderStore, UnusableImage
 
 MeasureImage = Callable[[str, bytes], tuple[int, int]]
@@ -35,7 +36,7 @@ _SUFFIXES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF":
 _PLACES = pa.schema(
     [
         ("shard", pa.int32()), ("offset", pa.int64()), ("size", pa.int64()), ("width", pa.int32()),
-        ("height", pa.int32()), ("image_fault", pa.string()),
+        ("height", pa.int32()), ("image_fault", pa.string()), ("checksum", pa.uint64()),
     ]
 )  # fmt: skip
 """What a shard's index says of each of its images; an unusable one has a fault and no place."""
@@ -50,7 +51,7 @@ class ShardedImages:
     names: pa.Array
     """[num_images]: the image names, each once."""
     places: pa.RecordBatch
-    """[num_images]: shard, offset, size, width, height, image_fault."""
+    """[num_images]: shard, offset, size, width, height, image_fault, checksum."""
 
     def place(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """A manifest's record batch with its images' places filled in."""
@@ -100,8 +101,8 @@ def write_shards(
         some = names[begin : begin + images_per_shard].to_pylist()
         key = hashlib.blake2b(json.dumps([fingerprint, begin, some]).encode(), digest_size=8).hexdigest()
         shard, index = os.path.join(folder, shard_name(number)), os.path.join(work, f"shard-{number:06d}-{key}.arrow")
-        if not (os.path.isfile(index) and os.path.isfile(shard)):
-            write_arrow(index, _write_shard(shard, number, begin, some, store, records, measure))
+        if not (is_whole(index) and os.path.isfile(shard)):
+            write_part(index, _write_shard(shard, number, begin, some, store, records, measure))
         progress(len(some))
         return read_part(index)
 
@@ -141,9 +142,10 @@ def _write_shard(
                     data = store.read(name)
                     width, height = measure(name, data)
                 except UnusableImage as error:
-                    rows.append((None, None, None, None, None, str(error)))
+                    rows.append((None, None, None, None, None, str(error), None))
                     continue
-                rows.append((number, tar.offset + tarfile.BLOCKSIZE, len(data), width, height, None))
+                place = (number, tar.offset + tarfile.BLOCKSIZE, len(data), width, height, None)
+                rows.append((*place, checksum(data)))
                 _add(tar, f"{key:09d}.{_suffix(data)}", data)
                 about = {"image": name, "records": records(key)}
                 _add(tar, f"{key:09d}.json", json.dumps(about, ensure_ascii=False).encode("utf-8", "replace"))

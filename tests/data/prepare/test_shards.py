@@ -15,6 +15,7 @@ from PIL import Image
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.prepare.arrow_manifest import ArrowManifest
 from hacl_megatron.data.prepare.run import run_prepare
+from hacl_megatron.data.prepare.sealed_arrow import write_sealed
 from hacl_megatron.data.store import ImageStore, StoredImage, UnusableImage
 from tests.data.prepare.prepare_runs import RECORDS, settings, turns
 
@@ -100,9 +101,8 @@ def rewritten(source: Path, **metadata) -> str:
     path = source / "out" / "manifest.arrow"
     table = pa.ipc.open_file(str(path)).read_all()
     known = json.loads(table.schema.metadata[b"hacl_megatron"])
-    table = table.replace_schema_metadata({b"hacl_megatron": json.dumps(known | metadata).encode()})
-    with pa.ipc.new_file(str(source / "out" / "other.arrow"), table.schema) as writer:
-        writer.write_table(table)
+    schema = table.schema.with_metadata({b"hacl_megatron": json.dumps(known | metadata).encode()})
+    write_sealed(str(source / "out" / "other.arrow"), schema, table.to_batches())
     return str(source / "out" / "other.arrow")
 
 
@@ -113,7 +113,7 @@ def test_a_manifest_cannot_name_a_shard_outside_its_folder(source, name):
         ArrowManifest(rewritten(source, shards=[name]))
     with pytest.raises(ValueError, match=r"1 of its 2 shards are missing, first images-000007.tar"):
         ArrowManifest(rewritten(source, shards=["images-000000.tar", "images-000007.tar"]))
-    with pytest.raises(ValueError, match=r"format 99, expected 1; prepare the data again"):
+    with pytest.raises(ValueError, match=r"format 99, expected 2; prepare the data again"):
         ArrowManifest(rewritten(source, format=99))
 
 
