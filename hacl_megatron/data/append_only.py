@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hacl_megatron.config.console import notify
+from hacl_megatron.config.files.regular import NotRegular, only_regular
 
 
 class AppendOnlyLines(AbstractContextManager):
@@ -27,7 +28,10 @@ class AppendOnlyLines(AbstractContextManager):
     def __init__(self, path: Path, *, busy: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = open(path, "a+b")  # noqa: SIM115  # closed by __exit__
+        try:
+            self._file = open(path, "a+b", opener=only_regular)  # noqa: SIM115  # closed by __exit__
+        except NotRegular as error:
+            raise ValueError(f"{path}: {error.strerror}; expected JSON lines, or a file to be made") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hacl_megatron.config.files.regular import only_regular
 from hacl_megatron.data.prepare.json_text import DEEPEST, is_deep
 
 _NAMES = ("id", "image_id", "question_id")
@@ -80,7 +81,8 @@ def _value(text: str, where: str, advice: str, line: int | None = None) -> Any:
 
 def _read_text(path: Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig", opener=only_regular) as file:
+            return file.read()
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:

@@ -4,14 +4,17 @@ Input and output are JSON (one list) or JSON lines (`.jsonl`), each by its own n
 place and renamed when complete.
 """
 
+import fcntl
+import glob
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from hacl_megatron.config.files.regular import only_regular
 from hacl_megatron.data.prepare.json_text import DEEPEST, is_deep, is_text
 from hacl_megatron.data.prepare.llava_json import decoded_records, text_or_first_answer, value_of
 
@@ -85,7 +88,10 @@ class RecordWriter:
 def writing(path: Path) -> Iterator[IO[str]]:
     """A UTF-8 file that appears at `path` complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    with suppress(OSError):  # a file system without locks: what a kill leaves stays
+        fcntl.flock(handle, fcntl.LOCK_EX)
     try:
         with open(handle, "w", encoding="utf-8") as file:
             yield file
@@ -98,3 +104,11 @@ def writing(path: Path) -> Iterator[IO[str]]:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what killed writers of `path` left: the lock on it went with them."""
+    for other in glob.glob(f".{glob.escape(path.name)}.*.part", root_dir=path.parent):
+        with suppress(OSError), open(path.parent / other, "rb+", opener=only_regular) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path.parent / other)

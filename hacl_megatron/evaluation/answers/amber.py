@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hacl_megatron.config.files.regular import only_regular
 from hacl_megatron.evaluation.answers.amber_nouns import NounReader
 from hacl_megatron.evaluation.json_files import expect_text, read_json, read_records
 from hacl_megatron.evaluation.scores import Scores
@@ -51,7 +52,8 @@ class WordLists:
     @classmethod
     def read(cls, association: Path, safe_words: Path) -> "WordLists":
         try:
-            safe = safe_words.read_text(encoding="utf-8").split("\n")
+            with open(safe_words, encoding="utf-8", opener=only_regular) as file:
+                safe = file.read().split("\n")
         except OSError as error:
             raise ValueError(
                 f"{safe_words}: AMBER's safe words cannot be read ({error.strerror}); they lie beside its annotations, "

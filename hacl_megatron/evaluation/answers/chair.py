@@ -20,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hacl_megatron.config.files.regular import only_regular
 from hacl_megatron.evaluation.json_files import expect_text, read_json, read_records
 from hacl_megatron.evaluation.scores import Scores, ratio
 
@@ -59,7 +60,8 @@ class Synonyms:
             published = files("hacl_megatron.evaluation.answers").joinpath("coco_synonyms.txt")
             return cls(published.read_text(encoding="utf-8"))
         try:
-            synonyms = cls(Path(path).read_text(encoding="utf-8"))
+            with open(path, encoding="utf-8", opener=only_regular) as file:
+                synonyms = cls(file.read())
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--synonyms {path}: cannot be read ({error})") from None
         if not synonyms.object_of:
