@@ -8,4 +8,5 @@ run.py           RunConfig: all of it, to and from YAML   layout.py        how p
 sections.py      YAML sections handed to megatron-core    console.py       one line to the user from all processes
 typed_yaml.py    YAML mappings -> dataclasses, by type    checks/          everything that can be wrong before a GPU
 yaml_text.py     YAML text in and out, its traps closed                    is touched: flags, sizes, files
+                                                 files/           a user's files: regular ones only
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hacl_megatron.data.manifest import Manifest
-from hacl_megatron.hallucinate.files import caption_of, read_records
+from hacl_megatron.hallucinate.files import caption_of, read_records, writing
 from tests.tool_runs import TOOLS, run_tool
 
 CAPTION_FILE = Path(__file__).parent / "mplug_owl_captions.jsonl"
@@ -146,3 +146,17 @@ def test_markdown_report_and_the_real_process(tmp_path):
     assert row.startswith("|") and "\\|" in row and "**" in row
     done = subprocess.run([*command, "--output", tmp_path / "o.json"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_a_killed_run_left_is_removed_but_not_what_another_is_writing(tmp_path):
+    """Each kill left a hidden `.part` as large as the output."""
+    source, target = save(tmp_path / "a.json", some(2)), tmp_path / "b.json"
+    (tmp_path / ".b.json.dead1234.part").write_text("half")
+    (tmp_path / ".c.json.dead1234.part").write_text("another output's")
+    with writing(target) as file:
+        file.write("under way")
+        file.flush()
+        (held,) = set(tmp_path.glob(".b.json.*.part"))
+        assert run(source, target) == 0
+        assert set(tmp_path.glob(".b.json.*.part")) == {held} and held.read_text() == "under way"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", ".c.json.dead1234.part"}

@@ -403,11 +403,11 @@ def _shallow(value: Any) -> Any:
     return type(value)() if is_deep(value) else value
 
 
-_READ_KEYS = ("id", "image", "text", *CAPTION_KEYS)
+_READ_KEYS = ("id", "text", *CAPTION_KEYS)
 
 
 def _count_oddities(record: dict[str, Any], name: str, findings: Findings) -> None:
-    """Keys that stand twice, in the record or a turn, and those that are NaN: both are read, one way of several."""
+    """Keys that stand twice, in the record or a turn, and those that are NaN: read in one of several ways."""
     objects = [record, *record["conversations"]]
     for key in sorted({key for found in objects if isinstance(found, RepeatedKeys) for key in found.repeated}):
         findings.count(f"key {key[:40]!r} stands there more than once: the last one is read", name)

@@ -209,3 +209,23 @@ def test_without_locks_every_process_prepares_for_itself(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(cache.fcntl, "flock", no_locks)
     assert names(write(tmp_path, [record(id="a")])) == ["a"] and len(builds) == 1
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_killed_processes_left_is_removed_by_the_next(tmp_path, monkeypatch, locks):
+    """At once where the lock says that nobody is at work; without locks another may be, unless it is long ago."""
+
+    def no_locks(*_):
+        raise OSError(cache.errno.ENOLCK, "No locks available")
+
+    if not locks:
+        monkeypatch.setattr(cache.fcntl, "flock", no_locks)
+    path = write(tmp_path, [record(id="a")])
+    folder = tmp_path / CACHE_FOLDER
+    name = cache._cache_name(path)
+    (folder / f"{name}.parts-dead").mkdir(parents=True)
+    (folder / f"{name}.parts-dead" / "000000-x.arrow").write_bytes(b"half")
+    (folder / f"{name}.tmp-4711").write_bytes(b"half")
+    assert names(path) == ["a"]
+    left = {entry.name for entry in folder.iterdir()} - {name, f"{name}.lock"}
+    assert left == (set() if locks else {f"{name}.parts-dead", f"{name}.tmp-4711"})

@@ -202,3 +202,25 @@ def test_a_caption_without_an_image_is_no_pair(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"id": "q", "conversations": PLAIN[:1], "text": "a cat"}, *SOUND]))
     (line,) = Manifest.read([str(tmp_path / "a.json")], version="v1").remarks()
     assert "(q): no answer, or none with words" in line
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_keys_that_stand_twice_and_keys_that_are_nan_are_said(tmp_path, lines):
+    """JSON's readers take the last of two and say nothing; NaN is what pandas writes for a record without the key."""
+    turns = '"conversations": [{"from": "human", "value": "is it?"}, {"from": "gpt", "value": "no", "value": "yes"}]'
+    once = turns.replace('"value": "no", ', "")
+    texts = [
+        f'{{"id": "a", "text": "one", "text": "two", {turns}}}',
+        f'{{"id": "b", "text": NaN, {once}}}',
+        f'{{"id": "c", {once}}}',
+    ]
+    path = tmp_path / ("a.jsonl" if lines else "a.json")
+    path.write_text("\n".join(texts) if lines else f"[{', '.join(texts)}]")
+    manifest = Manifest.read([str(path)], version="v1")
+    assert manifest[0].caption == "two" and manifest[0].conversations[1][1] == "yes"
+    assert manifest[1].caption is None
+    assert [line.removeprefix(f"{path}: 1 of 3 records ") for line in manifest.remarks()] == [
+        "(a): key 'text' stands there more than once: the last one is read",
+        "(a): key 'value' stands there more than once: the last one is read",
+        "(b): key 'text' is NaN: read as if it were not there",
+    ]

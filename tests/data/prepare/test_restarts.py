@@ -92,3 +92,15 @@ def test_a_finished_shard_is_not_written_again(source, monkeypatch):
     assert [shard.read_bytes() for shard in shards] == whole
     now = [shard.stat().st_mtime_ns for shard in shards]
     assert now[1] != old[1] and now[0] == old[0] and now[2:] == old[2:]
+
+
+def test_what_a_killed_start_had_half_written_is_removed(source):
+    """A gigabyte of `manifest.arrow.tmp-4711` and shards cut short stayed for ever."""
+    options = {"image_folder": str(source / "images"), "write_shards": True}
+    run_prepare(settings(source, **options))
+    whole = sorted(path for path in (source / "out").rglob("*"))
+    for name in ("manifest.arrow.tmp-4711", "shards/images-000003.tar.tmp"):
+        (source / "out" / name).write_bytes(b"half")
+    (source / "out" / "notes.tmp").write_text("a user's own")
+    run_prepare(settings(source, **options))
+    assert sorted((source / "out").rglob("*")) == sorted([*whole, source / "out" / "notes.tmp"])
