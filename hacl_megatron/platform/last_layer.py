@@ -43,8 +43,6 @@ class LastLayer(TransformerLayer):
             )
         read = packed_seq_params.read_rows
         residual = hidden_states if read is None else hidden_states.index_select(0, read)
-        if self.config.fp32_residual_connection:
-            residual = residual.float()
         attention = self.self_attention(
             self.input_layernorm(hidden_states), rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
         )

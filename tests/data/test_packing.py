@@ -268,6 +268,27 @@ def test_every_segment_can_be_read_back(drawn, pad_multiple):
     assert batch.hallucinated_owner.tolist() == [n for n, pair in enumerate(pairs) for _ in pair.hallucinated_segments]
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        Parts(dialogues=dialogues, images=images, texts=texts)
+        for dialogues in (True, False) for images in ("segment", "branch", "none") for texts in (True, False)
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rows_are_counted_as_they_are_packed(parts: Parts) -> None:
+    """Budgets of rows and even micro-batches rest on the count: a branch is one row, another image a segment."""
+    elsewhere = encoded([BOS, CAT, EOS], [1], image=[BOS, IMAGE, IMAGE, EOS], caption=[BOS, CAT, EOS])
+    twins = encoded([BOS, IMAGE, IMAGE, CAT], [3], image=[BOS, IMAGE, IMAGE, EOS], caption=[BOS, CAT, EOS],
+                    hallucinated=[[BOS, DOG, EOS], [BOS, RED, DOG, EOS]])  # fmt: skip
+    for sample in (PAIR, PROMPTED, elsewhere, twins, encoded([BOS, ASK, CAT], [2]), None):
+        images = int(sample is not None and sample.has_image)
+        batch = pack([slot(0, sample)], pixels(images), visual_tokens=2, pad_multiple=1, parts=parts)
+        rows_alone = batch.num_rows if sample is not None and num_packed_rows(sample, parts) else 0
+        assert num_packed_rows(sample, parts) == rows_alone
+        assert rows_alone or batch.num_rows == batch.num_padding_rows
+
+
 def _check_read_rows(batch) -> None:
     """Of each segment, the rows from its first target or EOS row on; one row at least."""
     wanted = {*batch.target_rows.tolist(), *batch.image_eos_rows.tolist()}

@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hacl_megatron.objective.contrastive import clamp_temperature_
+from hacl_megatron.objective.contrastive import clamp_temperature_, contrastive_loss
+from hacl_megatron.objective.negatives import PairEmbeddings
 from tests.objective.equations import losses_by_loops, metrics_by_loops
 from tests.objective.open_clip_oracle import open_clip_loss
 from tests.objective.pair_cases import (
@@ -167,6 +168,20 @@ def test_a_rank_without_pairs_gives_zeros_with_gradients(world_size: int) -> Non
             assert all(value.item() == 0 for value in result["terms"].values())
             assert result["gradients"]["temperature"].tolist() == [0.0]
             assert result["gradients"]["image"].shape == (0, WIDTH)
+
+
+def test_a_twin_as_near_as_its_caption_is_no_hit() -> None:
+    """Catches `>=` for `>`: embeddings that collapsed to one would tell every caption from its twin."""
+    embeddings = torch.nn.functional.normalize(torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]]), dim=1)
+    keys = torch.arange(3)
+    pairs = PairEmbeddings(
+        image=embeddings, caption=embeddings, hallucinated=embeddings[[0, 1, 0]], hallucinated_owner=keys,
+        image_keys=keys, caption_keys=keys, hallucinated_keys=keys + 3,
+    )  # fmt: skip
+    terms = contrastive_loss(
+        pairs, pairs, 0, torch.tensor([0.07]), hallucination_negatives="own", mask_duplicates=True
+    )  # fmt: skip
+    assert terms.hallucination_correct_sum == 1 and terms.hallucination_pairs == 3
 
 
 def test_temperature_is_kept_in_its_range() -> None:

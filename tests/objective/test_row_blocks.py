@@ -198,3 +198,25 @@ def test_blocks_fit_their_bytes() -> None:
     assert block_rows(300, 1000) == {300}  # all in one
     assert block_rows(3, 2**26, 2**26) == {1}  # never less than a row
     assert block_rows(0, 1000) == set()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+def test_blocks_are_no_smaller_than_their_bytes_allow(blocks: int) -> None:
+    """Columns with an owner are fewer in a block of fewer rows: catches a count that takes all, or more, for each."""
+    num_rows, shared, owned_each = 64, 48, 6
+    rows = torch.empty(num_rows, 2, device="meta")
+    owner = torch.arange(num_rows).repeat_interleave(owned_each)
+    columns = (
+        Columns(embeddings=torch.empty(shared, 2, device="meta")),
+        Columns(embeddings=torch.empty(len(owner), 2, device="meta"), owner=owner),
+    )
+    size = num_rows // blocks
+    needed = size * (shared + owned_each * size) * (4 + 1)  # fp32 and a mask
+    for block_bytes, expected in ((needed, blocks), (needed - 1, 2 * blocks)):
+        plan = _Plan(columns=columns, first_positive=0, num_ranked=0, block_bytes=block_bytes, with_gradients=True)
+        found = list(_blocks(rows, plan))
+        assert len(found) == expected
+        for block in found:
+            height = block.rows.stop - block.rows.start
+            assert block.similarities.shape == (height, shared + owned_each * height)
+            assert block.owners[0] is None and block.indices[1].device.type == "meta"

@@ -19,21 +19,26 @@ from tests.training.runs import LOSSES, assert_same_state, latest_checkpoint, la
 COMPARED = (*LOSSES, "temperature", "grad-norm", "retrieval accuracy i2t")
 QUEUE = ["--contrastive-negatives", "queue", "--queue-size", "20"]  # two and a half steps of at most 8 pairs
 
+VALIDATED = ["--eval-interval", "1", "--eval-iters", "1"]
+
 
 def command(folder: Path, name: str, layout: str, *extra: str, samples: int = 8) -> list[str]:
     _, flags = layout_flags(layout, samples=samples)
     return ["--config", str(folder / "pretrain.yaml"), "--save", str(folder / name), *flags, *extra]
 
 
-def run_with_nan_in_step_3(arguments: Sequence[str]) -> None:
-    """Train, with the third step's loss not a number: it must leave nothing in the queue."""
+def run_with_nan(arguments: Sequence[str], step: int, spoilt_pairs: Path) -> None:
+    """Train in one micro-batch, with a step's loss not a number, and leave its pairs' keys in a file."""
     loss, calls = _Losses.of_micro_batch, 0
 
     def spoilt(self: _Losses, output, index):
         nonlocal calls
         calls += 1
         value, sums = loss(self, output, index)
-        return (value * math.nan if calls == 3 else value), sums
+        if calls == step:
+            value = value * math.nan
+            torch.save(self.micro_batches[index].main.image_keys, spoilt_pairs)
+        return value, sums
 
     with mock.patch.object(_Losses, "of_micro_batch", spoilt):
         run(arguments)
@@ -80,10 +85,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command(folder, "step-1", "tp1"),
         command(folder, "cut-1", "tp1", *QUEUE, *cut),
         command(folder, "cut-1", "tp1", *QUEUE, "--load", str(folder / "cut-1")),
-        partial(run_with_nan_in_step_3, command(folder, "nan", "tp1", *QUEUE, "--train-iters", "3")),
+        partial(run_with_nan, command(folder, "nan", "tp1", *QUEUE, "--train-iters", "3"), 3, folder / "third.pt"),
+        partial(run_with_nan, command(folder, "nan-2", "tp1", *QUEUE, "--train-iters", "3"), 2, folder / "second.pt"),
         command(folder, "two-steps", "tp1", *QUEUE, *["--exit-interval", "2", "--train-iters", "3"]),
         partial(dump_queue, folder / "nan"),
         partial(dump_queue, folder / "two-steps"),
+        partial(dump_queue, folder / "nan-2"),
+        _with_dropout(folder, "plain"),
+        _with_dropout(folder, "validated", *VALIDATED),
+        _with_dropout(folder, "validated-2", *VALIDATED, "--micro-batch-size", "4"),
     ]
     two = [
         command(folder, "queue-tp2", "tp2-sp", *QUEUE),
@@ -99,6 +109,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(one, 1)
     train(two, 2)
     return folder
+
+
+def _with_dropout(folder: Path, name: str, *extra: str) -> list[str]:
+    """Stage 1's pairs, steps that move nothing, a queue, and dropout: what differs between steps is theirs alone."""
+    given = ["--config", str(folder / "dropout.yaml"), "--save", str(folder / name), *layout_flags("tp1")[1], *QUEUE]
+    pairs = str(folder / "data" / "contrastive.json")
+    return [*given, "--lr", "1e-30", "--data-path", pairs, "--valid-data-path", pairs, *extra]
 
 
 def _by_tokens(folder: Path) -> list[str]:
@@ -141,6 +158,32 @@ def test_a_skipped_step_leaves_nothing_in_the_queue(finished: Path) -> None:
     one, other = (torch.load(finished / name / "queue.pt") for name in ("nan", "two-steps"))
     assert one.keys() == other.keys() and one["image"].shape[0] > 8
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_the_step_behind_a_skipped_one_adds_its_own_pairs_alone(finished: Path) -> None:
+    """Catches pairs of the skipped step that wait, and go in with the next one's."""
+    assert [row["skipped-steps"] for row in metrics(finished / "nan-2")] == [0, 1, 1]
+    kept = torch.load(finished / "nan-2" / "queue.pt")["image_keys"]
+    assert 8 < len(kept) <= 16
+    assert not torch.isin(torch.load(finished / "second.pt"), kept).any()
+
+
+def test_validation_leaves_training_as_it_is(finished: Path) -> None:
+    """Catches dropout that stays off behind the first validation, or draws for it; and its pairs in the queue."""
+    one, other = metrics(finished / "plain"), metrics(finished / "validated")
+    assert len(one) == len(other) == 5
+    for row, other_row in zip(one, other, strict=True):
+        assert [row[tag] for tag in COMPARED] == [other_row[tag] for tag in COMPARED]
+
+
+@pytest.mark.parametrize("name", ["validated", "validated-2"])
+def test_validation_has_no_dropout_and_no_queue(finished: Path, name: str) -> None:
+    """Weights that stand still give equal losses; the queue, which fills meanwhile, would add its negatives: to the
+    terms of one micro-batch, or to those that are computed behind the last of two."""
+    rows = metrics(finished / name)
+    for tag in LOSSES:
+        assert len({row[f"{tag} validation"] for row in rows}) == 1, tag
+    assert rows[-1]["contrastive loss"] > rows[0]["contrastive loss"] + 0.1, "the queue has filled"
 
 
 def test_a_budget_of_rows_changes_nothing_but_the_number_of_micro_batches(finished: Path) -> None:
