@@ -1,4 +1,4 @@
-"""What is on disk before its name says so: files are synced, then the list of them, then the folder; nothing stays open."""
+"""On disk before a name says so: files are synced, then the list of them, then the folder; nothing stays open."""
 
 import os
 from pathlib import Path
