@@ -9,7 +9,8 @@ Shape legend, used throughout the package:
     T  packed rows (tokens of all segments, then padding)     S  segments, the padding segment included
     I  images          V  visual tokens an image              R  rows that take an image feature
     K  target rows     N  image-caption pairs                 M  hallucinated captions of those pairs
-    Q  rows that are read                                     B  branches (EOS rows that share a prefix)
+    Q  rows that are read                                     B  branches (segments that share a prefix)
+    P  twins that a likelihood objective compares             J  rows that predict tokens of rejected answers alone
 
 A sample gives up to four kinds of segments, laid out one after another:
 
@@ -17,6 +18,7 @@ A sample gives up to four kinds of segments, laid out one after another:
     image + EOS    [image tokens, EOS]                   its last row is the image's global representation
     caption + EOS  [BOS, caption, EOS]                   its last row is the caption's
     hallucinated   [BOS, hallucinated caption, EOS]      of each; its last row is a hard negative of the pair
+    rejected       [prompt, image tokens, twin ...]      of each twin, for a likelihood objective (`--preference-loss`)
 
 Worked example: one pair, V = 2, dialogue `[BOS, img, img, "cat", </s>]`, caption `[BOS, "cat", EOS]`, no
 hallucination, padded to a multiple of 4:
@@ -36,13 +38,17 @@ Only targets and EOS rows of the last layer are ever read, so its query, output 
 each segment, from its first such row to its end (`read_rows`).
 
 Where the image's EOS sees the very prefix that the dialogue has (`--contrastive-image-context prompt`), that prefix
-is computed once. The EOS is a *branch*: a segment of one row, which attends to the dialogue's first rows and to itself,
-and which nothing else sees. In the example, with the prefix `[BOS, img, img]`:
+is computed once. The EOS is a *branch*: a segment whose rows attend to the dialogue's first rows and to their own
+segment's earlier ones, and which nothing else sees. In the example, with the prefix `[BOS, img, img]`:
 
     row            0    1    2    3    4      5      6    7    8      9 ...
     token_ids      BOS  0    0    cat  </s>   EOS    BOS  cat  EOS    0
     position_ids   0    1    2    3    4      3      0    1    2      0
-    branch_rows    [5]                        branch_lengths [4]      branch_context_rows [0, 1, 2, 5]
+    branch_rows    [5]     branch_sizes [1]   branch_lengths [4]      branch_context_rows [0, 1, 2, 5]
+
+A rejected answer is a branch of the rows that it does not share with the true one: of the answer "a cat." and its twin
+"a dog.", the rows `dog` and `.` hang on the prefix `[BOS, img, img, a]`. The row of `a` predicts `cat` and, as one of
+`rejected_rows`, `dog` too.
 
 A micro-batch may be cut into two packs (`MicroBatch`): one that runs ahead, forward only, and the main one.
 """
@@ -55,6 +61,10 @@ from torch import Tensor
 
 HOST_FIELDS = ("sample_ids", "hallucinated_owner", "image_keys", "caption_keys", "hallucinated_keys")
 """Fields of a pack that stay on the host: the model does not need them, and what is made of them decides sizes."""
+
+
+def _no_integers() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +123,24 @@ class PackedBatch:
     """int32 [S]: how many rows at the end of each segment are read."""
 
     branch_rows: Tensor
-    """int64 [B]: EOS rows of images that share their dialogue's prefix, ascending; each a segment of its own."""
+    """int64 [sum of branch_sizes]: rows of segments that share a dialogue's first rows, branch after branch, ascending;
+    all are read. Each branch is a segment of its own."""
+    branch_sizes: Tensor
+    """int32 [B]: rows of each branch."""
     branch_lengths: Tensor
-    """int32 [B]: how many rows each branch attends to: its prefix and itself."""
+    """int32 [B]: how many rows each branch's last row attends to: its prefix and the branch."""
     branch_context_rows: Tensor
-    """int64 [sum of branch_lengths]: those rows, branch after branch, each branch's own row last."""
+    """int64 [sum of branch_lengths]: those rows, branch after branch, each branch's own rows last."""
+
+    rejected_rows: Tensor = field(default_factory=_no_integers)
+    """int64 [J]: rows whose logits enter the likelihood objective alone, for tokens that the true answers lack."""
+    rejected_ids: Tensor = field(default_factory=_no_integers)
+    """int64 [J]: the token whose likelihood is wanted of each."""
+    preference_tokens: Tensor = field(default_factory=_no_integers)
+    """int64 [E]: which of the K targets, then the J rejected tokens, enter the sums that are compared: for each twin
+    the true answer's tokens, then the twin's."""
+    preference_lengths: Tensor = field(default_factory=_no_integers)
+    """int64 [2 P]: how many of them are the true answer's and how many the twin's, twin after twin."""
 
     num_padding_rows: int
     """Rows at the end of the pack that belong to no sample."""
@@ -138,6 +161,10 @@ class PackedBatch:
     @property
     def num_targets(self) -> int:
         return self.target_rows.numel()
+
+    @property
+    def num_preferences(self) -> int:
+        return self.preference_lengths.numel() // 2
 
     @property
     def num_images(self) -> int:
@@ -163,19 +190,24 @@ class SegmentLengths:
     """[S]: `PackedBatch.read_lengths`."""
     branches: tuple[int, ...]
     """[B]: `PackedBatch.branch_lengths`."""
+    branch_sizes: tuple[int, ...]
+    """[B]: `PackedBatch.branch_sizes`."""
 
     @classmethod
     def of(cls, batch: PackedBatch) -> "SegmentLengths":
         """The lengths of a pack on the host; on a device `PackedBatch.lengths` has them."""
-        return cls.of_tensors(batch.cu_seqlens, batch.read_lengths, batch.branch_lengths)
+        return cls.of_tensors(batch.cu_seqlens, batch.read_lengths, batch.branch_lengths, batch.branch_sizes)
 
     @classmethod
-    def of_tensors(cls, cu_seqlens: Tensor, read_lengths: Tensor, branch_lengths: Tensor) -> "SegmentLengths":
-        """The same from the three fields of a pack, on the host."""
+    def of_tensors(
+        cls, cu_seqlens: Tensor, read_lengths: Tensor, branch_lengths: Tensor, branch_sizes: Tensor
+    ) -> "SegmentLengths":
+        """The same from the four fields of a pack, on the host."""
         return cls(
             segments=tuple(cu_seqlens.diff().tolist()),
             read=tuple(read_lengths.tolist()),
             branches=tuple(branch_lengths.tolist()),
+            branch_sizes=tuple(branch_sizes.tolist()),
         )
 
 
@@ -207,6 +239,9 @@ class Parts:
     as branches of it."""
     texts: bool = True
     """Captions and hallucinated captions."""
+    preferences: Literal["none", "segment", "branch"] = "none"
+    """Rejected answers of a likelihood objective: not at all, each as a segment of its own with prompt and image once
+    more (to measure against), or as branches of their dialogues."""
 
     @property
     def has_pairs(self) -> bool:
@@ -270,6 +305,8 @@ class StepBatches:
     bad_samples: list[BadSample] = field(default_factory=list)
     untrained_samples: list[BadSample] = field(default_factory=list)
     """Samples that were used and train nothing: no target token and no pair."""
+    uncompared_twins: list[BadSample] = field(default_factory=list)
+    """Twins of samples that were used which give a likelihood objective nothing."""
     num_tokenization_mismatches: int = 0
     """Dialogues whose labels were all ignored by LLaVA's mismatch rule."""
     num_truncated: int = 0

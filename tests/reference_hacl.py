@@ -50,10 +50,24 @@ class Sample:
     """int64: BOS and the caption, without EOS. A sample with image and caption is a pair."""
     hallucinated: list[Tensor] = field(default_factory=list)
     """Hallucinated captions, like `caption`."""
+    twins: list["Twin"] = field(default_factory=list)
+    """Answers that a likelihood objective compares with the dialogue's own."""
 
     @property
     def is_pair(self) -> bool:
         return self.pixel_values is not None and self.caption is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twin:
+    """The dialogue with another answer in the place of the true one."""
+
+    rows: Tensor
+    """int64 [L'], like `Sample.dialogue`; nothing behind the last token that is compared."""
+    chosen: Tensor
+    """int64: positions of the tokens of the true dialogue whose likelihoods are compared."""
+    rejected: Tensor
+    """int64: those of this one."""
 
 
 class ReferenceHacl(nn.Module):
@@ -77,8 +91,12 @@ class ReferenceHacl(nn.Module):
         mask_duplicates: bool = True,
         contrastive_weight: float = 1.0,
         temperature: float = 0.07,
+        preference_weight: float = 0.0,
+        generation_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        self.preference_weight = preference_weight
+        self.generation_weight = generation_weight
         self.llava = llava
         self.image_context = image_context
         self.hallucination_negatives = hallucination_negatives
@@ -118,6 +136,22 @@ class ReferenceHacl(nn.Module):
         captions = self._embed_texts([pair.caption for pair in pairs])
         wrong = self._embed_texts([text for _, text in hallucinated]) if hallucinated else captions[:0]
         return generation, *self._contrastive_sums(pairs, hallucinated, images, captions, wrong)
+
+    def preference_loss_sum(self, samples: Sequence[Sample]) -> Tensor:
+        """Σ over twins of -log σ(log-likelihood of the true answer's compared tokens - the twin's), each on its
+        own and with its whole dialogue."""
+        total = torch.zeros(())
+        for sample in samples:
+            features = [*self._encode_images([sample])] if sample.pixel_values is not None else []
+            for twin in sample.twins:
+                chosen = self._log_likelihood(sample.dialogue, twin.chosen, features)
+                total = total - F.logsigmoid(chosen - self._log_likelihood(twin.rows, twin.rejected, features))
+        return total
+
+    def _log_likelihood(self, rows: Tensor, positions: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """[]: of the tokens at `positions`, each given those in front of it."""
+        logits = self.llava(inputs_embeds=self._inputs(rows[None], features), use_cache=False).logits[0]
+        return logits.log_softmax(-1)[positions - 1, rows[positions]].sum()
 
     def _encode_images(self, samples: Sequence[Sample]) -> Sequence[Tensor]:
         """The LLM's inputs [V, hidden] for each sample's image."""
@@ -267,11 +301,17 @@ class ReferenceTrainer:
         num_targets = sum(int((s.labels[1:] != IGNORE).sum()) for batch in micro_batches for s in batch)
         num_pairs = sum(sample.is_pair for batch in micro_batches for sample in batch)
         temperature = model.temperature.item()
-        sums = [0.0, 0.0, 0.0]
+        num_twins = sum(len(sample.twins) for batch in micro_batches for sample in batch)
+        sums = [0.0, 0.0, 0.0, 0.0]
         for samples in micro_batches:
             generation, image_to_text, text_to_image = model.loss_sums(samples, num_targets=max(num_targets, 1))
             contrastive = (image_to_text + text_to_image) / (2 * max(num_pairs, 1))
-            (generation + self.contrastive_weight * contrastive).backward()
+            loss = model.generation_weight * generation + self.contrastive_weight * contrastive
+            if num_twins and model.preference_weight:
+                preference = model.preference_loss_sum(samples) / num_twins
+                loss = loss + model.preference_weight * preference
+                sums[3] += preference.item()
+            loss.backward()
             for index, value in enumerate((generation, image_to_text, text_to_image)):
                 sums[index] += value.item()
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
@@ -284,6 +324,7 @@ class ReferenceTrainer:
             "lm loss": sums[0],
             "contrastive loss i2t": sums[1] / max(num_pairs, 1),
             "contrastive loss t2i": sums[2] / max(num_pairs, 1),
+            "preference loss": sums[3],
             "grad-norm": float(grad_norm),
             "temperature": temperature,
         }

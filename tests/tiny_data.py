@@ -110,3 +110,24 @@ def write_tiny_data(
         paths[key] = folder / f"{key}.json"
         paths[key].write_text(json.dumps(samples, indent=1))
     return paths
+
+
+def swap_twins(folder: Path) -> None:
+    """Rewrites the hallucinated captions of `write_tiny_data`'s files: the caption with another colour or shape.
+
+    As it draws them they are longer than their captions, and so less likely under any model: a likelihood objective
+    would have next to no gradient.
+    """
+    for path in folder.glob("*.json"):
+        records = json.loads(path.read_text())
+        for record in records:
+            if twins := record.get("Hallucination caption"):
+                caption = record.get("text") or record["conversations"][1]["value"]
+                swapped = [_with_next(caption, tuple(COLOURS)), _with_next(caption, SHAPES)]
+                record["Hallucination caption"] = swapped[: len(twins)] if isinstance(twins, list) else swapped[0]
+        path.write_text(json.dumps(records, indent=1))
+
+
+def _with_next(caption: str, words: tuple[str, ...]) -> str:
+    (at,) = (number for number, word in enumerate(words) if word in caption)
+    return caption.replace(words[at], words[(at + 1) % len(words)])

@@ -41,6 +41,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-backend", choices=("auto", "dali", "pillow"), default="auto")
     parser.add_argument("--model-max-length", type=int, default=2048)
     parser.add_argument("--contrastive-image-context", choices=("image", "prompt"), default="image")
+    parser.add_argument(
+        "--preference-loss", choices=("none", "phrase"), default="none", help="also show the tokens that it compares"
+    )
     parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS)
     parser.add_argument("--output", required=True, type=Path, help="page to write")
     args = parser.parse_args()
@@ -114,6 +117,7 @@ def inspect(args: argparse.Namespace) -> None:
         model_max_length=args.model_max_length,
         visual_tokens=visual_tokens,
         image_context=args.contrastive_image_context,
+        preference_loss=args.preference_loss,
     )
     decoder = ImageDecoder(
         image,

@@ -21,7 +21,7 @@ from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.platform.device import to_device
 from hacl_megatron.platform.host_groups import broadcast_integers
 
-_INT32_FIELDS = ("cu_seqlens", "read_lengths", "branch_lengths")
+_INT32_FIELDS = ("cu_seqlens", "read_lengths", "branch_lengths", "branch_sizes")
 _SCALAR_FIELDS = tuple(item.name for item in fields(PackedBatch) if item.type is int)
 _DEVICE_FIELDS = tuple(
     item.name

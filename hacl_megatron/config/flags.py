@@ -225,6 +225,20 @@ class ObjectiveFlags:
 
 
 @dataclass
+class PreferenceFlags:
+    """A likelihood objective on the same twins: hallucinated captions in the place of the true answer."""
+
+    _argument_group_name = "likelihood objective"
+
+    preference_loss: Literal["none", "phrase"] = flag(
+        "none", "phrase: of the tokens in which a twin differs from the true answer, those of the answer are to be "
+        "likelier (after HALVA)."
+    )  # fmt: skip
+    preference_weight: float = flag(1.0, "Gamma: weight of the likelihood objective's mean over twins.")
+    generation_weight: float = flag(1.0, "w_G: weight of the language-model loss.")
+
+
+@dataclass
 class OptimizerFlags:
     """Adam, its schedule and its rates."""
 
@@ -333,6 +347,6 @@ class LoggingFlags:
 
 
 FLAG_GROUPS = (
-    ModelFlags, LoraFlags, ParallelFlags, DataFlags, ObjectiveFlags, OptimizerFlags, TrainingFlags, CheckpointFlags,
-    LoggingFlags,
+    ModelFlags, LoraFlags, ParallelFlags, DataFlags, ObjectiveFlags, PreferenceFlags, OptimizerFlags,
+    TrainingFlags, CheckpointFlags, LoggingFlags,
 )  # fmt: skip

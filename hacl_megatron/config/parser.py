@@ -24,6 +24,7 @@ GROUPS: dict[str, type] = {
     "parallel": flags.ParallelFlags,
     "data": flags.DataFlags,
     "objective": flags.ObjectiveFlags,
+    "preference": flags.PreferenceFlags,
     "optimizer": flags.OptimizerFlags,
     "training": flags.TrainingFlags,
     "checkpoint": flags.CheckpointFlags,
@@ -41,7 +42,18 @@ ALTERNATIVES = (("micro_batch_size", "micro_batch_tokens"), ("train_iters", "num
 COMMAND_LINE_ONLY = ("print_config", "dry_run", "world_size", "dry_run_rank")
 """Flags that ask for an action instead of describing a run; no file holds them."""
 
-HELP_ORDER = ("model", "data", "objective", "lora", "optimizer", "training", "parallel", "checkpoint", "logging")
+HELP_ORDER = (
+    "model",
+    "data",
+    "objective",
+    "preference",
+    "lora",
+    "optimizer",
+    "training",
+    "parallel",
+    "checkpoint",
+    "logging",
+)
 """The groups as a user comes to need them."""
 assert {*HELP_ORDER} == {*GROUPS}
 

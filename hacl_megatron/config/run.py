@@ -32,6 +32,7 @@ class RunConfig:
     parallel: flags.ParallelFlags = field(default_factory=flags.ParallelFlags)
     data: flags.DataFlags = field(default_factory=flags.DataFlags)
     objective: flags.ObjectiveFlags = field(default_factory=flags.ObjectiveFlags)
+    preference: flags.PreferenceFlags = field(default_factory=flags.PreferenceFlags)
     optimizer: flags.OptimizerFlags = field(default_factory=flags.OptimizerFlags)
     training: flags.TrainingFlags = field(default_factory=flags.TrainingFlags)
     checkpoint: flags.CheckpointFlags = field(default_factory=flags.CheckpointFlags)

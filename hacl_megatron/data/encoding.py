@@ -1,6 +1,7 @@
 """Where a sample's tokens are made: its dialogue in a conversation template, and the contrastive segments beside it.
 
     Sample ─checked_dialogue─→ Dialogue ─Template.pieces─→ ids, labels ─image expanded, cut─→ dialogue, labels
+       ├ the same with a twin in an answer's place ─────────────────────────────────────────→ rejected answers
        ├ image ─────────────────────────────────────────────────────────────────────────────→ image rows, EOS
        └ caption, hallucinated captions ────────────────────────────────────────────────────→ BOS, caption, EOS
 
@@ -11,13 +12,14 @@ holds the image tag.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
+from hacl_megatron.data.preferences import NothingToCompare, RejectedAnswer, rejected_answer
 from hacl_megatron.data.templates import Template, find_template
 from hacl_megatron.data.templates.template import IGNORE, IMAGE, Dialogue, UnusableSample
 from hacl_megatron.data.tokenizer import Tokenizer
@@ -39,6 +41,8 @@ class EncodingSettings:
     """Whether anything comes of a pair; with `--contrastive-weight 0` nothing does."""
     num_rows: int | None = None
     """Rows of the vocabulary, where a tokenizer may have more tokens; None: it has not."""
+    preference_loss: Literal["none", "phrase"] = "none"
+    """Whether twins are encoded as rejected answers (`--preference-loss`)."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "EncodingSettings":
@@ -50,6 +54,7 @@ class EncodingSettings:
             image_context=config.objective.contrastive_image_context,
             pairs_train=config.objective.contrastive_weight > 0,
             num_rows=config.architecture.language.vocab_size,
+            preference_loss=config.preference.preference_loss,
         )
 
 
@@ -79,19 +84,28 @@ class EncodedSample:
     """Whether LLaVA's mismatch rule took all labels away."""
     untrained: str | None = None
     """Why the sample trains nothing, no row of its dialogue and no pair that counts; None where it trains something."""
+    rejected: tuple[RejectedAnswer, ...] = ()
+    """Its twins, for a likelihood objective."""
+    uncompared: tuple[str, ...] = ()
+    """Why each twin that is not among them gives that objective nothing."""
 
 
 def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> EncodedSample:
     """A sample's token rows, by its segments. Raises UnusableSample with the reason if there are none."""
     template, dialogue = find_template(settings.version), checked_dialogue(sample)
+    limit = settings.model_max_length
+    rejected: list[RejectedAnswer] = []
+    uncompared: list[str] = []
     try:
-        ids, labels, mismatch = _template_rows(dialogue, template, tokenizer, settings.model_max_length)
+        rows, labels, mismatch = _dialogue_rows(dialogue, template, tokenizer, settings)
+        if settings.preference_loss != "none":
+            rejected, uncompared = _rejected_answers(sample, rows, labels, template, tokenizer, settings)
         captions = [] if sample.caption is None else [sample.caption, *sample.hallucinated_captions]
         segments = [_caption_segment(caption, tokenizer, settings) for caption in captions]
     except UnicodeError as error:
         raise UnusableSample(f"text does not tokenize: {error}") from error
-    rows, labels = _expand_image(ids, labels, tokenizer, settings)
-    _refuse_without_row([rows, *segments], tokenizer, settings)
+    twin_ids = [answer.rejected_ids for answer in rejected]
+    _refuse_without_row([rows, *segments, *twin_ids], tokenizer, settings)
     image_segment = None
     if sample.image is None:
         segments = []  # a caption needs an image to make a pair
@@ -103,7 +117,6 @@ def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> 
         else _why_untrained(sample, labels, settings.model_max_length, mismatch)
     )
     keys = [rows_key(segment) for segment in segments]
-    limit = settings.model_max_length
     return EncodedSample(
         dialogue=rows[:limit],
         labels=labels[:limit],
@@ -116,6 +129,8 @@ def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> 
         truncated=len(rows) > limit,
         tokenization_mismatch=mismatch,
         untrained=untrained,
+        rejected=tuple(rejected),
+        uncompared=tuple(uncompared),
     )
 
 
@@ -128,6 +143,37 @@ def _refuse_without_row(segments: list[np.ndarray], tokenizer: Tokenizer, settin
             f"the tokenizer makes {tokenizer.backend.convert_ids_to_tokens(highest)!r} token {highest}, for which the "
             f"model's {settings.num_rows} rows have none"
         )
+
+
+def _rejected_answers(
+    sample: Sample,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    template: Template,
+    tokenizer: Tokenizer,
+    settings: EncodingSettings,
+) -> tuple[list[RejectedAnswer], list[str]]:
+    """The sample's twins behind its dialogue's rows, and why others give nothing."""
+    rejected, uncompared = [], []
+    for conversations in sample.twin_conversations():
+        if conversations is None:
+            uncompared.append("no answer of the dialogue is the caption that it is a twin of")
+            continue
+        try:
+            twin = checked_dialogue(replace(sample, conversations=conversations))
+            twin_rows, twin_labels, _ = _dialogue_rows(twin, template, tokenizer, settings)
+            rejected.append(
+                rejected_answer(
+                    rows,
+                    labels,
+                    twin_rows,
+                    twin_labels,
+                    limit=settings.model_max_length,
+                )
+            )
+        except (NothingToCompare, UnusableSample) as error:
+            uncompared.append(str(error))
+    return rejected, uncompared
 
 
 def _why_untrained(sample: Sample, labels: np.ndarray, limit: int, mismatch: bool) -> str | None:
@@ -176,10 +222,10 @@ def checked_dialogue(sample: Sample) -> Dialogue:
     return Dialogue(turns=turns, has_image=True)
 
 
-def _template_rows(
-    dialogue: Dialogue, template: Template, tokenizer: Tokenizer, model_max_length: int
-) -> tuple[list[int], list[int], bool]:
-    """Token ids with one `IMAGE` per image, labels of the same length, whether the mismatch rule struck."""
+def _dialogue_rows(
+    dialogue: Dialogue, template: Template, tokenizer: Tokenizer, settings: EncodingSettings
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Rows with V for an image, not yet cut; labels of the same length; whether the mismatch rule struck."""
     ids: list[int] = []
     labels: list[int] | None = []
     for piece in template.pieces(dialogue, tokenizer):
@@ -187,8 +233,9 @@ def _template_rows(
         ids += new
         labels += new if piece.is_target else [IGNORE] * len(new)
     if template.find_labels is not None:
-        labels = template.find_labels(ids, dialogue, tokenizer, model_max_length)
-    return ids, [IGNORE] * len(ids) if labels is None else labels, labels is None
+        labels = template.find_labels(ids, dialogue, tokenizer, settings.model_max_length)
+    mismatch = labels is None
+    return *_expand_image(ids, [IGNORE] * len(ids) if mismatch else labels, tokenizer, settings), mismatch
 
 
 def _expand_image(

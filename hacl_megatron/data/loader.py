@@ -55,13 +55,9 @@ class _Drawn:
         self.encoded = self.image_key = None
         self.bad = BadSample(sample_id=self.sample_id, name=self.sample.name, source=source, reason=str(error))
 
-    @property
-    def untrained(self) -> BadSample:
-        """The record of a sample that was used and trains nothing."""
-        assert self.encoded is not None and self.encoded.untrained is not None
-        return BadSample(
-            sample_id=self.sample_id, name=self.sample.name, source=self.sample.source, reason=self.encoded.untrained
-        )
+    def record(self, reason: str) -> BadSample:
+        """Of a sample that was used, and of which something trains nothing."""
+        return BadSample(sample_id=self.sample_id, name=self.sample.name, source=self.sample.source, reason=reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +134,12 @@ class StepMaker:
             micro_batches=[self._pack(micro_batch, plan, *pixels) for micro_batch in micro_batches],
             data_state=data_state,
             bad_samples=[drawn.bad for drawn in step if drawn.bad],
-            untrained_samples=[drawn.untrained for drawn in step if drawn.encoded and drawn.encoded.untrained],
+            untrained_samples=[
+                drawn.record(drawn.encoded.untrained) for drawn in step if drawn.encoded and drawn.encoded.untrained
+            ],
+            uncompared_twins=[
+                drawn.record(reason) for drawn in step if drawn.encoded for reason in drawn.encoded.uncompared
+            ],
             num_tokenization_mismatches=sum(drawn.encoded.tokenization_mismatch for drawn in step if drawn.encoded),
             num_truncated=sum(drawn.encoded.truncated for drawn in step if drawn.encoded),
         )

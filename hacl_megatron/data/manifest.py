@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hacl_megatron.data.prepare.cache import open_data
-from hacl_megatron.data.prepare.llava_json import Record, text_or_first_answer
+from hacl_megatron.data.prepare.llava_json import Record, clean_caption, text_or_first_answer
 from hacl_megatron.data.prepare.record_keys import CAPTION_KEYS, IMAGE_TAG
 from hacl_megatron.data.store import StoredImage
 from hacl_megatron.data.templates import Template, find_template
@@ -46,6 +46,25 @@ class Sample:
     """The JSON file."""
     stored: StoredImage | None = None
     """Where the image lies in a tar shard; None: it is a file of the image folder."""
+
+    def twin_conversations(self) -> Iterator[tuple[tuple[str, str], ...] | None]:
+        """Of each hallucinated caption, the turns with it in the place of the first answer that is the caption; None
+        where no answer is."""
+        turns = self.conversations
+        numbers = (
+            number
+            for number, (role, value) in enumerate(turns)
+            if role == "gpt" and isinstance(value, str) and clean_caption(value) == self.caption
+        )
+        place = next(numbers, None) if self.caption else None
+        for twin in self.hallucinated_captions:
+            if place is None:
+                yield None
+                continue
+            role, value = turns[place]
+            # With the blanks around the caption, which are no difference of the two.
+            with_twin = value.replace(self.caption, twin, 1) if self.caption in value else twin
+            yield (*turns[:place], (role, with_twin), *turns[place + 1 :])
 
 
 def sample_of(

@@ -3,6 +3,7 @@
     dialogue 0 | image 0 + EOS | dialogue 1 | image 1 + EOS | ... | captions | hallucinated captions | padding
 
 or whichever of these kinds `Parts` asks for. Where an image shares its dialogue's prefix, "image + EOS" is one row.
+Rejected answers, where a likelihood objective asks for them, stand behind their dialogue.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hacl_megatron.batch import PackedBatch, Parts, rows_to_read
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample
+from hacl_megatron.data.preferences import RejectedAnswer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,7 @@ def pack(
     assert pixel_values.shape[0] in (0, num_images), f"{pixel_values.shape[0]} images for {num_images} slots with one"
 
     rows = _Rows(visual_tokens)
-    targets: list[np.ndarray] = []
-    target_ids: list[np.ndarray] = []
+    targets = _Targets()
     image_eos, image_keys = [], []
     image = 0
     for slot, encoded in good:
@@ -62,10 +63,11 @@ def pack(
         begin = None
         if parts.dialogues:
             begin = rows.append(encoded.dialogue, image)
-            # The row in front of a token predicts it; a segment's first token has none.
-            (positions,) = np.nonzero(encoded.labels[1:] != IGNORE)
-            targets.append(positions + begin)
-            target_ids.append(encoded.labels[1:][positions])
+            places = targets.append(encoded.labels, begin)
+            for answer in encoded.rejected if parts.preferences != "none" else ():
+                shared = answer.shared if parts.preferences == "branch" else 0
+                own = rows.append_behind(answer.rows, shared, begin, image)
+                targets.append_rejected(answer, shared, begin, own, places)
         if encoded.image_segment is not None and parts.has_pairs:
             image_keys.append(slot.image_key)
             if parts.images == "branch" and begin is not None and _starts_with_context(encoded):
@@ -87,8 +89,10 @@ def pack(
         rows.append(np.zeros(num_padding_rows, dtype=np.int64))
 
     cu_seqlens = torch.tensor(rows.borders, dtype=torch.int32)
-    target_rows, eos = _joined(targets), [_int64(image_eos), _int64(caption_eos), _int64(hallucinated_eos)]
-    read_rows, read_lengths = rows_to_read(cu_seqlens, target_rows, *eos)
+    target_rows, rejected_rows = _joined(targets.rows), _joined(targets.rejected_rows)
+    eos = [_int64(image_eos), _int64(caption_eos), _int64(hallucinated_eos)]
+    branch_rows = _joined(rows.branch_rows)
+    read_rows, read_lengths = rows_to_read(cu_seqlens, target_rows, rejected_rows, branch_rows, *eos)
     return PackedBatch(
         sample_ids=_int64([slot.sample_id for slot in slots]),
         token_ids=_joined(rows.token_ids),
@@ -99,7 +103,7 @@ def pack(
         image_rows=_joined(rows.image_rows),
         feature_rows=_joined(rows.feature_rows),
         target_rows=target_rows,
-        target_ids=_joined(target_ids),
+        target_ids=_joined(targets.ids),
         image_eos_rows=eos[0],
         caption_eos_rows=eos[1],
         hallucinated_eos_rows=eos[2],
@@ -109,9 +113,14 @@ def pack(
         hallucinated_keys=_int64([key for pair in pairs for key in pair.hallucinated_keys]),
         read_rows=read_rows,
         read_lengths=read_lengths,
-        branch_rows=_int64(rows.branch_rows),
+        branch_rows=branch_rows,
+        branch_sizes=torch.tensor([len(own) for own in rows.branch_rows], dtype=torch.int32),
         branch_lengths=torch.tensor([len(context) for context in rows.branch_contexts], dtype=torch.int32),
         branch_context_rows=_joined(rows.branch_contexts),
+        rejected_rows=rejected_rows,
+        rejected_ids=_joined(targets.rejected_ids),
+        preference_tokens=_joined(targets.compared()),
+        preference_lengths=_int64([len(tokens) for tokens in targets.answers]),
         num_padding_rows=num_padding_rows,
         num_text_rows=num_text_rows,
     )
@@ -122,6 +131,8 @@ def num_packed_rows(encoded: EncodedSample | None, parts: Parts = Parts()) -> in
     if encoded is None:
         return 0
     rows = len(encoded.dialogue) if parts.dialogues else 0
+    if parts.dialogues and parts.preferences != "none":
+        rows += sum(len(a.rows) - (a.shared if parts.preferences == "branch" else 0) for a in encoded.rejected)
     if encoded.image_segment is not None:
         if parts.images == "branch" and parts.dialogues and _starts_with_context(encoded):
             rows += 1
@@ -148,7 +159,7 @@ class _Rows:
         self.position_ids: list[np.ndarray] = []
         self.image_rows: list[np.ndarray] = []
         self.feature_rows: list[np.ndarray] = []
-        self.branch_rows: list[int] = []
+        self.branch_rows: list[np.ndarray] = []
         self.branch_contexts: list[np.ndarray] = []
 
     @property
@@ -171,11 +182,66 @@ class _Rows:
 
     def append_branch(self, image_segment: np.ndarray, dialogue: int) -> int:
         """Adds the EOS of an image segment whose other rows are the first of the segment at row `dialogue`."""
-        prefix = len(image_segment) - 1
-        row = self.append(image_segment[prefix:], first_position=prefix)
-        self.branch_rows.append(row)
-        self.branch_contexts.append(np.append(np.arange(dialogue, dialogue + prefix, dtype=np.int64), row))
-        return row
+        return self.append_behind(image_segment, len(image_segment) - 1, dialogue)
+
+    def append_behind(self, segment: np.ndarray, shared: int, dialogue: int, image: int | None = None) -> int:
+        """Adds a segment's rows behind its first `shared`, which are those of the segment at row `dialogue`, as a
+        branch of these; without any, as a segment of its own. Returns the first row added."""
+        if shared == len(segment):  # all that is read is the dialogue's
+            return self.length
+        begin = self.append(segment[shared:], image, first_position=shared)
+        if shared:
+            own = np.arange(begin, self.length, dtype=np.int64)
+            self.branch_rows.append(own)
+            self.branch_contexts.append(np.concatenate([np.arange(dialogue, dialogue + shared, dtype=np.int64), own]))
+        return begin
+
+
+class _Targets:
+    """Tokens whose likelihoods are wanted, and the rows that predict them: the row in front of a token does."""
+
+    def __init__(self) -> None:
+        self.rows: list[np.ndarray] = []
+        self.ids: list[np.ndarray] = []
+        self.rejected_rows: list[np.ndarray] = []
+        self.rejected_ids: list[np.ndarray] = []
+        self.answers: list[np.ndarray] = []
+        """Of each twin the true answer's tokens, then the twin's: places among targets, or -1 - places among rejected
+        tokens."""
+        self._num_targets = self._num_rejected = 0
+
+    def append(self, labels: np.ndarray, begin: int) -> np.ndarray:
+        """The targets of a dialogue at row `begin`; returns int64 [L]: the place of each position among all targets,
+        -1 where there is none. A segment's first token has no row in front of it."""
+        (positions,) = np.nonzero(labels[1:] != IGNORE)
+        self.rows.append(positions + begin)
+        self.ids.append(labels[1:][positions])
+        places = np.full(len(labels), -1, dtype=np.int64)
+        places[positions + 1] = np.arange(len(positions)) + self._num_targets
+        self._num_targets += len(positions)
+        return places
+
+    def append_rejected(self, answer: RejectedAnswer, shared: int, dialogue: int, own: int, places: np.ndarray) -> None:
+        """A twin of the dialogue at row `dialogue`, whose rows behind the `shared` ones begin at row `own`.
+
+        places: what `append` gave for the dialogue: a token in the shared rows is the true answer's own.
+        """
+        positions = answer.rejected
+        known = np.full(len(positions), -1, dtype=np.int64)
+        is_shared = positions < shared
+        known[is_shared] = places[positions[is_shared]]
+        new = known < 0
+        predicting = positions - 1
+        rows = np.where(predicting < shared, predicting + dialogue, predicting - shared + own)
+        self.rejected_rows.append(rows[new])
+        self.rejected_ids.append(answer.rejected_ids[new])
+        known[new] = -1 - self._num_rejected - np.arange(new.sum())
+        self._num_rejected += int(new.sum())
+        self.answers += [places[answer.chosen], known]
+
+    def compared(self) -> list[np.ndarray]:
+        """`answers`, with the rejected tokens counted behind all targets."""
+        return [np.where(answer < 0, self._num_targets - 1 - answer, answer) for answer in self.answers]
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:

@@ -101,6 +101,7 @@ def show(
             shown.notes.append("Its rounds do not tokenize to the length of the whole: LLaVA ignores all its labels.")
         elif shown.segments[0].num_targets == 0:
             shown.notes.append("Nothing of the dialogue is a target.")
+        shown.notes += [f"A twin is not compared: {reason}." for reason in encoded.uncompared]
     if sample.caption is not None:
         shown.hallucinated = [compare(sample.caption, text) for text in sample.hallucinated_captions]
         if sample.image is None:
@@ -149,8 +150,24 @@ def _segments(encoded: EncodedSample, tokenizer: Tokenizer) -> Iterator[Segment]
     if encoded.image_segment is not None:
         yield _segment("image + EOS", encoded.image_segment, None, tokenizer)
         yield _segment("caption + EOS", encoded.caption_segment, None, tokenizer)
+    for number, answer in enumerate(encoded.rejected, start=1):
+        twin = np.concatenate([answer.rows, answer.rejected_ids[-1:]])
+        for title, rows, compared in (
+            (f"true answer against rejected answer {number}: compared tokens", encoded.dialogue, answer.chosen),
+            (f"rejected answer {number}: compared tokens", twin, answer.rejected),
+        ):
+            yield _compared_tokens(title, rows, compared, answer.shared, tokenizer)
     for number, rows in enumerate(encoded.hallucinated_segments, start=1):
         yield _segment(f"hallucinated caption {number} + EOS", rows, None, tokenizer)
+
+
+def _compared_tokens(title: str, rows: np.ndarray, compared: np.ndarray, first: int, tokenizer: Tokenizer) -> Segment:
+    """Of a dialogue's rows those from `first` on to the last of the positions `compared`, which are its targets."""
+    rows = rows[: max([first, *(compared + 1).tolist()])]
+    labels = np.full(len(rows), IGNORE)
+    labels[compared] = rows[compared]
+    tokens = [token for token in _segment(title, rows, labels, tokenizer).tokens if token.position >= first]
+    return Segment(title=title, tokens=tokens, length=len(tokens), num_targets=len(compared))
 
 
 def _segment(title: str, rows: np.ndarray, labels: np.ndarray | None, tokenizer: Tokenizer) -> Segment:

@@ -143,7 +143,7 @@ def random_batch(config: ModelConfig, image_token: int | None = None, seed: int 
         image_eos_rows=none, caption_eos_rows=none, hallucinated_eos_rows=none, hallucinated_owner=none,
         image_keys=none, caption_keys=none, hallucinated_keys=none,
         read_rows=read_rows, read_lengths=read_lengths,
-        branch_rows=none, branch_lengths=none.int(), branch_context_rows=none,
+        branch_rows=none, branch_sizes=none.int(), branch_lengths=none.int(), branch_context_rows=none,
         num_padding_rows=0, num_text_rows=0,
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ class ModelOutput:
     """What the last pipeline stage hands to the objective."""
 
     logits: Tensor
-    """[K, padded vocab / tp]: this tensor-parallel rank's logits of the target rows."""
+    """[K + J, padded vocab / tp]: this tensor-parallel rank's logits of the target rows, then of the rejected ones."""
     image_embeddings: Tensor
     """fp32 [N, hidden / 4], unit length; empty if the pack holds no images."""
     caption_embeddings: Tensor
@@ -220,7 +220,10 @@ class HaclModel(MegatronModule):
         def states(rows: Tensor) -> Tensor:
             return hidden.index_select(0, torch.searchsorted(batch.read_rows, rows) if self.read_rows_only else rows)
 
-        logits = self.language_model.logits(states(batch.target_rows))
+        asked = batch.target_rows
+        if batch.rejected_rows.numel():
+            asked = torch.cat([asked, batch.rejected_rows])
+        logits = self.language_model.logits(states(asked))
         if texts is None:
             texts = TextStates(
                 captions=states(batch.caption_eos_rows), hallucinated=states(batch.hallucinated_eos_rows)

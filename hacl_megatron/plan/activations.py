@@ -216,7 +216,9 @@ def llama_layer(
         kept += _angles(rows, asking, e * head, kernels, reads, e)
     if not again:
         kept += asking * (e * query + FP32 * language.num_attention_heads / tp)
-        kept += e * (pack.branches * query + pack.context_rows * 2 * key)
+        kept += e * sum(part.rows * query + part.context_rows * 2 * key for part in pack.branches)
+        if not kernels.packed_attention:
+            kept += e * sum(part.rows * part.context for part in pack.branches if part.length > 1)
         if reads and not kernels.packed_attention:
             kept += e * sum(
                 part.count * part.read * part.length for part in pack.segments if 1 < part.read < part.length

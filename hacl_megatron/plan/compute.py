@@ -119,8 +119,9 @@ def _layer_flops(
         if lora is not None:
             each = lora_flops(model, lora, part.length, asking)
             adapters += part.count * (each if passes > 1 else each / 3)
-        # The last query sees its whole segment, the one before it a row less; a branch sees its context besides.
-        seen += part.count * (asking * (part.length - (asking - 1) / 2) + part.context)
+        # The last query sees its whole segment, the one before it a row less; a branch's see its prefix besides.
+        prefix = part.context - part.length if part.context else 0
+        seen += part.count * asking * (part.length - (asking - 1) / 2 + prefix)
     return 2 * passes * linear + adapters + 4 * width * seen * (3 if passes > 1 else 1)
 
 

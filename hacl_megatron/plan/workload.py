@@ -49,7 +49,8 @@ def assumed_samples(config: RunConfig) -> Samples:
     names = [Path(path).name for path in config.data.data_path]
     known = [PUBLISHED_SAMPLES.get(name) for name in names]
     total = sum(known) if known and None not in known else None
-    hallucinated = 1.0 if config.objective.contrastive_weight > 0 else 0.0
+    uses_twins = config.objective.contrastive_weight > 0 or config.preference.preference_loss != "none"
+    hallucinated = 1.0 if uses_twins else 0.0
     if config.data.version == "plain":
         return Samples(
             num_samples=total, image_share=1.0, text_tokens=20, target_tokens=19, question_tokens=0, pair_share=1.0,
@@ -66,13 +67,13 @@ def assumed_samples(config: RunConfig) -> Samples:
 class Segments:
     """`count` segments of `length` rows."""
 
-    kind: Literal["dialogue", "image", "text", "padding"]
+    kind: Literal["dialogue", "image", "text", "rejected", "padding"]
     count: float
     length: float
     read: float
     """Rows at the end of each that the last layer runs for."""
     context: float = 0
-    """For branches (see `hacl_megatron.batch`), segments of one row: how many rows each attends to."""
+    """For branches (see `hacl_megatron.batch`): how many rows each's last row attends to."""
 
     @property
     def rows(self) -> float:
@@ -83,8 +84,9 @@ class Segments:
         return self.read * self.count
 
     @property
-    def branches(self) -> float:
-        return self.count if self.context else 0.0
+    def context_rows(self) -> float:
+        """Rows that the branches' last rows attend to."""
+        return self.context * self.count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ class PackShape:
     image_rows: float
     """Rows that take an image feature."""
     target_rows: float
+    """Rows with logits: of targets, and of rejected answers' tokens."""
 
     def of_kind(self, kind: str) -> tuple[Segments, ...]:
         return tuple(part for part in self.segments if part.kind == kind)
@@ -110,13 +113,9 @@ class PackShape:
         return sum(part.read_rows for part in self.segments)
 
     @property
-    def branches(self) -> float:
-        return sum(part.branches for part in self.segments)
-
-    @property
-    def context_rows(self) -> float:
-        """Rows that the branches attend to."""
-        return sum(part.branches * part.context for part in self.segments)
+    def branches(self) -> tuple[Segments, ...]:
+        """The segments that hang on another."""
+        return tuple(part for part in self.segments if part.context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +186,14 @@ def _pack_shape(config: RunConfig, samples: Samples, micro_batch_size: float, pa
         read = min(max(samples.text_tokens - samples.question_tokens, samples.target_tokens), length)
         segments.append(Segments(kind="dialogue", count=micro_batch_size, length=length, read=read))
         image_rows += visual * images
+    twins, twin_rows = 0.0, 0.0
+    if parts.dialogues and parts.preferences != "none":
+        # Nothing is taken to be shared but the prompt: twins that begin as their captions do take less.
+        twins, twin_rows = pairs * samples.hallucinated_per_pair, max(samples.caption_tokens - 2, 1)
+        before = visual + (1 if config.data.version == "plain" else samples.question_tokens)
+        segments.append(
+            Segments(kind="rejected", count=twins, length=twin_rows, read=twin_rows, context=before + twin_rows)
+        )
     context = prefix + visual + 1
     if parts.images == "branch":
         segments.append(Segments(kind="image", count=pairs, length=1, read=1, context=context))
@@ -200,5 +207,5 @@ def _pack_shape(config: RunConfig, samples: Samples, micro_batch_size: float, pa
         segments=tuple(part for part in segments if part.count),
         images=images,
         image_rows=image_rows,
-        target_rows=samples.target_tokens * micro_batch_size if parts.dialogues else 0.0,
+        target_rows=samples.target_tokens * micro_batch_size + twins * twin_rows if parts.dialogues else 0.0,
     )

@@ -3,8 +3,8 @@
 Shape legend: T packed rows, Q rows of them that ask (all, or in the last layer those that are read), B images, L rows
 an image, h query heads, g key-value heads (both of this tensor-parallel rank), d width of a head.
 
-Rows of different segments never see each other, except that a branch (`PackedBatch.branch_rows`) sees the prefix it
-shares with a dialogue. Memory grows with the sum of the squared segment lengths at worst (SDPA) or with T (flash),
+Rows of different segments never see each other, except that a branch (`PackedBatch.branch_rows`) sees the prefix that
+it shares with a dialogue. Memory grows with the sum of the squared segment lengths at worst (SDPA) or with T (flash),
 never with T squared.
 """
 
@@ -73,30 +73,27 @@ class PackedSegments(PackedSeqParams):
 
 @dataclass(frozen=True)
 class Branches:
-    """Rows that attend to another segment's first rows and to themselves (see `hacl_megatron.batch`)."""
+    """Segments that attend to another segment's first rows and, causally, to their own (see `hacl_megatron.batch`)."""
 
     queries: Tensor
-    """int64 [n]: their places among the queries."""
+    """int64 [n]: places of all branches' rows among the queries."""
     context_rows: Tensor
-    """int64 [sum of lengths]: packed rows that each sees, branch after branch."""
+    """int64 [sum of lengths]: packed rows that each branch's last row sees, branch after branch."""
     segments: PackedSegments
-    """One query each over its rows of `context_rows`; the same in every layer."""
+    """Each branch's rows over its part of `context_rows`, at whose end they stand; the same in every layer."""
 
     @classmethod
-    def of(cls, rows: Tensor, context_rows: Tensor, lengths: tuple[int, ...], borders: Tensor) -> "Branches":
-        """
-        Args:
-            rows: int64 [n]: packed rows of the branches.
-            lengths: [n]: how many rows each sees, on the host.
-            borders: int32 [n + 1]: where each one's rows begin and end among `context_rows`.
-        """
+    def of(
+        cls, rows: Tensor, context_rows: Tensor, sizes: Tensor, lengths: Tensor, on_host: SegmentLengths
+    ) -> "Branches":
+        """From the fields of a pack (`branch_rows`, `branch_context_rows`, `branch_sizes`, `branch_lengths`)."""
         segments = PackedSegments(
-            cu_seqlens_q=torch.arange(len(lengths) + 1, dtype=torch.int32, device=borders.device),
-            cu_seqlens_kv=borders,
-            max_seqlen_q=1,
-            max_seqlen_kv=max(lengths),
-            query_lengths=(1,) * len(lengths),
-            lengths=lengths,
+            cu_seqlens_q=_borders(sizes),
+            cu_seqlens_kv=_borders(lengths),
+            max_seqlen_q=max(on_host.branch_sizes),
+            max_seqlen_kv=max(on_host.branches),
+            query_lengths=on_host.branch_sizes,
+            lengths=on_host.branches,
         )
         return cls(rows, context_rows, segments)
 
@@ -109,8 +106,8 @@ def packed_segments(batch: PackedBatch, lengths: SegmentLengths, *, read_rows_on
     longest = max(lengths.segments)
     branches = None
     if lengths.branches:
-        borders = _borders(batch.branch_lengths)
-        branches = Branches.of(batch.branch_rows, batch.branch_context_rows, lengths.branches, borders)
+        tensors = batch.branch_rows, batch.branch_context_rows, batch.branch_sizes, batch.branch_lengths
+        branches = Branches.of(*tensors, lengths)
     return PackedSegments(
         qkv_format="sbhd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=longest, max_seqlen_kv=longest, lengths=lengths.segments, query_lengths=lengths.segments,
@@ -158,7 +155,7 @@ def sdpa_per_segment(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, 
 def _attend_to_branches(
     kernel: Callable, out: Tensor, q: Tensor, k: Tensor, v: Tensor, branches: Branches, scale: float | None
 ) -> Tensor:
-    """`out` [Q, h, d] with the branches' rows replaced by attention of one query each over its context rows."""
+    """`out` [Q, h, d] with the branches' rows replaced by their attention over their context rows."""
     branch_out = kernel(
         q.index_select(0, branches.queries),
         k.index_select(0, branches.context_rows),

@@ -27,7 +27,7 @@ def step_flops(
     images = sum(batch.main.num_images for batch in micro_batches)
     total = vision_flops(model, images, trained=trains_vision_tower, trains_qformer=trains_qformer)
     for batch in micro_batches:
-        total += language_flops(model, batch.main.lengths, batch.main.num_targets, passes=passes)
+        total += language_flops(model, batch.main.lengths, _rows_with_logits(batch.main), passes=passes)
         if lora is not None:
             rows, read = sum(batch.main.lengths.segments), sum(batch.main.lengths.read)
             layers = model.language.num_layers
@@ -37,12 +37,18 @@ def step_flops(
     return total
 
 
+def _rows_with_logits(batch: PackedBatch) -> int:
+    return batch.num_targets + batch.rejected_rows.numel()
+
+
 def _text_lengths(batch: PackedBatch) -> SegmentLengths:
     """Lengths of the captions and hallucinated captions: the last segments in front of the padding."""
     lengths = batch.lengths
     end = len(lengths.segments) - (batch.num_padding_rows > 0)
     begin = end - batch.caption_eos_rows.numel() - batch.hallucinated_eos_rows.numel()
-    return SegmentLengths(segments=lengths.segments[begin:end], read=lengths.read[begin:end], branches=())
+    return SegmentLengths(
+        segments=lengths.segments[begin:end], read=lengths.read[begin:end], branches=(), branch_sizes=()
+    )
 
 
 def language_flops(model: ModelConfig, lengths: SegmentLengths, num_targets: int, *, passes: int) -> float:
@@ -59,10 +65,13 @@ def language_flops(model: ModelConfig, lengths: SegmentLengths, num_targets: int
     layers = language.num_layers
     linear = 2 * passes * (layers * rows * key_value + ((layers - 1) * rows + read_rows) * per_read_row)
     # Scores and values, 2 * 2 * width for each key that a query sees; backward costs twice the forward.
-    seen = sum(length * (length + 1) / 2 for length in lengths.segments) + sum(lengths.branches)
-    seen_by_read = sum(
+    seen_of_prefixes = sum(
+        size * (length - size) for length, size in zip(lengths.branches, lengths.branch_sizes, strict=True)
+    )
+    seen = sum(length * (length + 1) / 2 for length in lengths.segments) + seen_of_prefixes
+    seen_by_read = seen_of_prefixes + sum(
         read * (length - (read - 1) / 2) for length, read in zip(lengths.segments, lengths.read, strict=True)
-    ) + sum(lengths.branches)
+    )
     width = head * language.num_attention_heads
     attention = 4 * width * ((layers - 1) * seen + seen_by_read) * (3 if passes > 1 else 1)
     lm_head = 2 * num_targets * language.hidden_size * language.vocab_size * passes

@@ -16,7 +16,13 @@ from hacl_megatron.data.loader import StepLoader
 from hacl_megatron.platform.device import device_name, memory_in_use
 from hacl_megatron.platform.hardware import peak_flops
 from hacl_megatron.training.flops import step_flops
-from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE, UntrainedSamples, report_bad_samples
+from hacl_megatron.training.losses import GlobalCounts, StepMetrics
+from hacl_megatron.training.reporting.bad_samples import (
+    BAD_SAMPLES_FILE,
+    UNCOMPARED,
+    UntrainedSamples,
+    report_bad_samples,
+)
 from hacl_megatron.training.reporting.metrics import MetricsLog
 from hacl_megatron.training.reporting.profiling import ProfileWindow
 from hacl_megatron.training.reporting.scalars import loss_scalars, params_norm
@@ -26,7 +32,7 @@ from hacl_megatron.training.saving import Saving
 from hacl_megatron.training.schedule import contrastive_weight_at, default_learning_rate
 from hacl_megatron.training.signals import StopRequests
 from hacl_megatron.training.state import StartingPoint
-from hacl_megatron.training.step import GlobalCounts, Step, StepMetrics, UpdateResult
+from hacl_megatron.training.step import Step, UpdateResult
 from hacl_megatron.training.trainee import Trainee
 from hacl_megatron.training.validation import Validation
 
@@ -81,6 +87,8 @@ class Trainer:
         self.loader, self.validation, self.saving = loader, validation, saving
         self.log, self.profile, self.beat = log, profile, beat
         self._untrained = UntrainedSamples(self.progress.untrained_kinds, self.config.checkpoint.save, self._say)
+        self._uncompared = UntrainedSamples({}, self.config.checkpoint.save, self._say, UNCOMPARED)
+        self._steps_without_twins: int | None = 0
         self.stop_requests = StopRequests(self.config.training.exit_duration_in_mins)
         self.step = Step(run, trainee)
         self._peak_flops = peak_flops(device_name(run.device), bf16=self.config.model.bf16)
@@ -134,7 +142,7 @@ class Trainer:
             stop = stop or self._planned_exit()
             self._give_up_if_hopeless()
         self._save(finish=True)
-        for line in self._untrained.lines():
+        for line in [*self._untrained.lines(), *self._uncompared.lines()]:
             self._say(line)
         self.stop_requests.close()
         if self.progress.iteration >= self.train_iters:
@@ -191,14 +199,14 @@ class Trainer:
         reason = self.stop_requests.reason() or self.saving.why_no_more()
         data = step_batches or StepBatches(micro_batches=[], data_state={})
         local = [
-            len(data.bad_samples), len(data.untrained_samples), data.num_tokenization_mismatches, data.num_truncated,
-            reason is not None,
+            len(data.bad_samples), len(data.untrained_samples), len(data.uncompared_twins),
+            data.num_tokenization_mismatches, data.num_truncated, reason is not None,
         ]  # fmt: skip
         if own is not None:
             local += own.slots(dist.get_rank(), dist.get_world_size())
         sums = self.run.groups.sums(local)
-        num_bad, num_untrained, mismatches, truncated, num_reasons = sums[:5]
-        ranks = RankNumbers.of_slots(sums[5:])
+        num_bad, num_untrained, num_uncompared, mismatches, truncated, num_reasons = sums[:6]
+        ranks = RankNumbers.of_slots(sums[6:])
         self.progress.tokenization_mismatches += int(mismatches)
         self.progress.truncated_dialogues += int(truncated)
         if num_bad:
@@ -207,6 +215,9 @@ class Trainer:
         if num_untrained:
             self.progress.untrained_samples += int(num_untrained)
             self._untrained.report(data.untrained_samples, self.progress.iteration)
+        if num_uncompared:
+            self.progress.uncompared_twins += int(num_uncompared)
+            self._uncompared.report(data.uncompared_twins, self.progress.iteration)
         if not num_reasons:
             return None, ranks
         reasons: list[str | None] = [None] * dist.get_world_size()
@@ -214,6 +225,10 @@ class Trainer:
         return next(text for text in reasons if text is not None), ranks
 
     def _judge_targets(self, counts: GlobalCounts) -> None:
+        if counts.twins:
+            self._steps_without_twins = None
+        elif self._steps_without_twins is not None:
+            self._steps_without_twins += 1
         if counts.targets > 0 or counts.pairs > 0:
             self.progress.targetless_steps = None
             return
@@ -250,6 +265,14 @@ class Trainer:
             raise TrainingStopped(
                 f"no sample of {found} steps had a target token or a pair, expected answers to train on: see "
                 f"{where}, mend the data or choose another --version"
+            )
+        objective, without = self.config.preference.preference_loss, self._steps_without_twins
+        if objective != "none" and without is not None and without >= steps:
+            self._save(finish=True)
+            raise TrainingStopped(
+                f"--preference-loss {objective} found no twin to compare in {without} steps "
+                f"({progress.uncompared_twins} twins of the run are listed in {BAD_SAMPLES_FILE}): expected "
+                "samples with hallucinated captions of one of their answers; mend the data, or leave the flag out"
             )
         skips = progress.consecutive_skips
         if skips > self.config.optimizer.max_skipped_steps:
@@ -331,6 +354,7 @@ class Trainer:
         counters = {
             "bad-samples": self.progress.bad_samples,
             "untrained-samples": self.progress.untrained_samples,
+            "uncompared-twins": self.progress.uncompared_twins,
             "tokenization-mismatches": self.progress.tokenization_mismatches,
             "truncated-dialogues": self.progress.truncated_dialogues,
         }
@@ -345,7 +369,7 @@ class Trainer:
         scalars = {
             **loss_scalars(metrics),
             "temperature": metrics.temperature,
-            "contrastive weight": metrics.contrastive_weight,
+            "contrastive weight": metrics.weights.contrastive,
             "learning-rate": default_learning_rate(self.trainee.scheduler),
             "grad-norm": result.grad_norm,
             "batch-size": layout.global_batch_size,

@@ -19,14 +19,15 @@ def pool_spans_micro_batches(config: RunConfig, num_micro_batches: int) -> bool:
 
 def pack_plan(config: RunConfig, num_micro_batches: int, *, with_gradients: bool) -> PackPlan:
     """The packs of each micro-batch of a step with `num_micro_batches`; `with_gradients` is False for validation."""
+    twins = "none" if config.preference.preference_loss == "none" else "branch"
     if config.objective.contrastive_weight == 0:  # LLaVA's own training: nothing would come of the pairs
-        return PackPlan(main=Parts(images="none", texts=False))
+        return PackPlan(main=Parts(images="none", texts=False, preferences=twins))
     images = "branch" if config.objective.contrastive_image_context == "prompt" else "segment"
     texts_are_constant = config.language_model_is_constant
     caches_gradients = with_gradients and pool_spans_micro_batches(config, num_micro_batches)
     if caches_gradients and has_dropout(config):
         # Both passes must draw the same masks, so they must run the same rows.
-        everything = Parts(images=images)
+        everything = Parts(images=images, preferences=twins)
         return PackPlan(main=everything, ahead=everything)
     if caches_gradients:
         ahead = Parts(dialogues=False)
@@ -34,7 +35,7 @@ def pack_plan(config: RunConfig, num_micro_batches: int, *, with_gradients: bool
         ahead = Parts(dialogues=False, images="none")
     else:
         ahead = None
-    return PackPlan(main=Parts(images=images, texts=not texts_are_constant), ahead=ahead)
+    return PackPlan(main=Parts(images=images, texts=not texts_are_constant, preferences=twins), ahead=ahead)
 
 
 def has_dropout(config: RunConfig) -> bool:

@@ -5,7 +5,7 @@ What the loop around it decides (logging, saving, giving up) is not here.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,107 +19,16 @@ from hacl_megatron.assemble.forward import run_schedule
 from hacl_megatron.assemble.run import Run
 from hacl_megatron.batch import MicroBatch, StepBatches
 from hacl_megatron.model.hacl import ModelOutput, TextStates
-from hacl_megatron.objective.contrastive import ContrastiveTerms
-from hacl_megatron.objective.generation import generation_loss_sum
-from hacl_megatron.objective.negatives import (
-    PairEmbeddings,
-    PairIntegers,
-    concatenate_integers,
-    concatenate_pairs,
-    gather_integers_of_pairs,
-)
+from hacl_megatron.objective.negatives import gather_integers_of_pairs
 from hacl_megatron.platform.device import Stopwatch
 from hacl_megatron.platform.host_groups import host_sums
 from hacl_megatron.platform.random_state import random_states, set_random_states
-from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings, pair_integers
+from hacl_megatron.training.contrast import Contrast, pair_integers
 from hacl_megatron.training.grad_norm import squared_grad_norm
+from hacl_megatron.training.losses import NUM_SUMS, GlobalCounts, LossWeights, StepLosses, StepMetrics, StepSums
 from hacl_megatron.training.packs import has_dropout, pool_spans_micro_batches
 from hacl_megatron.training.reporting.step_time import OwnTime
 from hacl_megatron.training.trainee import Trainee
-
-# Sums over this rank's pairs, in this order.
-_TERMS = (
-    "image_to_text_sum", "text_to_image_sum", "correct_i2t_sum", "margin_sum", "margin_count",
-    "hallucination_correct_sum", "hallucination_pairs",
-)  # fmt: skip
-_SUMS = ("lm_loss", *_TERMS, "temperature")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GlobalCounts:
-    """What the losses of a step are divided by: counted over all ranks and micro-batches before the first runs."""
-
-    targets: int
-    pairs: int
-    rows: int
-    images: int
-    pairs_of_ranks: Sequence[Sequence[PairIntegers]] = field(repr=False)
-    """Of each data-parallel rank and each of its micro-batches; on the last pipeline stage."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepMetrics:
-    """Losses and metrics of one global batch, the same on every rank. NaN where the batch has nothing to measure."""
-
-    lm_loss: float
-    contrastive_i2t: float
-    contrastive_t2i: float
-    retrieval_accuracy_i2t: float
-    hallucination_margin: float
-    hallucination_accuracy: float
-    temperature: float
-    contrastive_weight: float
-    """Lambda of the step; 0 where nothing was trained."""
-    counts: GlobalCounts
-    hallucinated: float
-    """Hallucinated captions that `hallucination_margin` is the mean over."""
-    hallucination_pairs: float
-    """Pairs with any, which `hallucination_accuracy` is the share of."""
-
-    @property
-    def contrastive_loss(self) -> float:
-        return (self.contrastive_i2t + self.contrastive_t2i) / 2
-
-    @property
-    def total(self) -> float:
-        """L = L_G + lambda (L_v + L_t) / 2, for deciding whether the step is finite."""
-        contrastive = self.contrastive_loss if self.counts.pairs else 0.0
-        return (self.lm_loss if self.counts.targets else 0.0) + self.contrastive_weight * contrastive
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSums:
-    """What the losses of a step add up to over all ranks, not yet read from the device."""
-
-    sums: Tensor
-    """float64 [len(_SUMS)], on the device, the same on every rank."""
-    contrastive_weight: float
-    counts: GlobalCounts
-
-    def read(self) -> StepMetrics:
-        """Waits for the device."""
-        return self.metrics(self.sums.tolist())
-
-    def metrics(self, sums: Sequence[float]) -> StepMetrics:
-        """The metrics, given `sums` as they were read."""
-        total, counts = dict(zip(_SUMS, sums, strict=True)), self.counts
-
-        def mean(name: str, count: float) -> float:
-            return total[name] / count if count else math.nan
-
-        return StepMetrics(
-            contrastive_weight=self.contrastive_weight,
-            lm_loss=mean("lm_loss", counts.targets),
-            contrastive_i2t=mean("image_to_text_sum", counts.pairs),
-            contrastive_t2i=mean("text_to_image_sum", counts.pairs),
-            retrieval_accuracy_i2t=mean("correct_i2t_sum", counts.pairs),
-            hallucination_margin=mean("margin_sum", total["margin_count"]),
-            hallucination_accuracy=mean("hallucination_correct_sum", total["hallucination_pairs"]),
-            temperature=total["temperature"],
-            counts=counts,
-            hallucinated=total["margin_count"],
-            hallucination_pairs=total["hallucination_pairs"],
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +50,9 @@ class Step:
     """
 
     def __init__(self, run: Run, trainee: Trainee) -> None:
-        self.config, self.groups, self.device = run.config, run.groups, run.device
+        self.run, self.config, self.groups, self.device = run, run.config, run.groups, run.device
         self.trainee, self.model, self.optimizer = trainee, trainee.model, trainee.optimizer
         self.contrast = Contrast(run.config.objective, trainee.queue, run.groups.dp)
-        self.vocab_size = run.config.architecture.language.vocab_size
         self.is_last_stage = run.groups.pp.rank() == run.groups.pp.size() - 1
         self.own_time = OwnTime(run.device)
         """Seconds that this rank's passes took, of the steps that are `timed`."""
@@ -175,19 +83,22 @@ class Step:
         return module.tower_features(micro_batches[0].main.pixel_values)
 
     def count(self, micro_batches: Sequence[MicroBatch]) -> GlobalCounts:
-        """Target tokens, pairs, packed rows and images of the global batch."""
+        """Target tokens, pairs, twins, packed rows and images of the global batch."""
         local = [
             sum(batch.main.num_targets for batch in micro_batches),
             sum(batch.main.num_pairs for batch in micro_batches),
+            sum(batch.main.num_preferences for batch in micro_batches),
             sum(batch.num_rows_once for batch in micro_batches),
             sum(batch.main.num_images for batch in micro_batches),
         ]
-        targets, pairs, rows, images = map(int, host_sums(local, self.groups.dp_host))
+        targets, pairs, twins, rows, images = map(int, host_sums(local, self.groups.dp_host))
         pairs_of_ranks = []
         if self.is_last_stage:
             own = [pair_integers(batch.main) for batch in micro_batches]
             pairs_of_ranks = gather_integers_of_pairs(own, self.groups.dp_host)
-        return GlobalCounts(targets=targets, pairs=pairs, rows=rows, images=images, pairs_of_ranks=pairs_of_ranks)
+        return GlobalCounts(
+            targets=targets, pairs=pairs, twins=twins, rows=rows, images=images, pairs_of_ranks=pairs_of_ranks
+        )
 
     def forward_backward(
         self,
@@ -212,7 +123,7 @@ class Step:
         return self._run(
             micro_batches,
             counts,
-            contrastive_weight=contrastive_weight,
+            weights=LossWeights.of(self.config.preference, contrastive=contrastive_weight),
             forward_only=False,
             first_features=first_features,
         )
@@ -221,7 +132,8 @@ class Step:
     def evaluate(self, micro_batches: Sequence[MicroBatch], counts: GlobalCounts) -> StepMetrics:
         """The same losses without gradients, against the pairs of this batch alone: no queue."""
         self.model.eval()
-        losses = self._run(micro_batches, counts, contrastive_weight=0.0, forward_only=True)
+        weights = LossWeights.of(self.config.preference, contrastive=0.0)
+        losses = self._run(micro_batches, counts, weights=weights, forward_only=True)
         self.model.train()
         metrics = losses.read()
         self._time_ahead.take()  # a step's own is wanted
@@ -232,7 +144,7 @@ class Step:
         micro_batches: Sequence[MicroBatch],
         counts: GlobalCounts,
         *,
-        contrastive_weight: float,
+        weights: LossWeights,
         forward_only: bool,
         first_features: Tensor | None = None,
     ) -> StepSums:
@@ -247,11 +159,12 @@ class Step:
             ahead = self._run_ahead(micro_batches, features)
         if states is not None:
             set_random_states(states)
-        losses = _Losses(
-            self,
+        losses = StepLosses(
+            self.run,
+            self.contrast,
             micro_batches,
             counts,
-            contrastive_weight=contrastive_weight,
+            weights=weights,
             measures_at_the_end=spans,
             forward_only=forward_only,
         )
@@ -268,7 +181,7 @@ class Step:
             return output, partial(losses.of_micro_batch, index=index)
 
         run_schedule(forward_step, self.model, [batch.main for batch in micro_batches], forward_only=forward_only)
-        return self._reduce(losses, counts)
+        return self._reduce(losses)
 
     def _kept_tower_features(self, micro_batches: Sequence[MicroBatch], first: Tensor | None) -> list[Tensor | None]:
         """A frozen tower's features of each micro-batch, if its images run twice; a trained tower runs twice too.
@@ -312,18 +225,15 @@ class Step:
         self._time_ahead.stop()
         return output.texts
 
-    def _reduce(self, losses: "_Losses", counts: GlobalCounts) -> StepSums:
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
-        # The last stage's tensor-parallel ranks hold equal sums; one of them speaks for all.
+    def _reduce(self, losses: StepLosses) -> StepSums:
+        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.device)
         if self.is_last_stage:
-            terms = losses.terms()
+            of_rank = losses.sums()
+            # The last stage's tensor-parallel ranks hold equal sums; one of them speaks for all.
             if self.groups.tp.rank() == 0:
-                vectors = [torch.stack([getattr(part, name).detach() for name in _TERMS]) for part in terms]
-                parts = [torch.stack(losses.lm_sums).double().sum().view(1), torch.stack(vectors).double().sum(0)]
-                parts.append(losses.temperature.double() / self.groups.dp.size())  # adds up to the one value
-                sums = torch.cat(parts)
+                sums = of_rank
         dist.all_reduce(sums)
-        return StepSums(sums=sums, contrastive_weight=losses.contrastive_weight, counts=counts)
+        return StepSums(sums=sums, weights=losses.weights, counts=losses.counts)
 
     def update(self, losses: StepSums) -> tuple[StepMetrics, UpdateResult]:
         """Clip over all axes and step the optimiser, unless loss or gradients are not finite.
@@ -348,85 +258,6 @@ class Step:
         optimizer.step_with_ready_grads()
         self.contrast.remember()
         return metrics, UpdateResult(applied=True, grad_norm=grad_norm, num_zeros=num_zeros)
-
-
-class _Losses:
-    """The losses of one step's main pass, micro-batch by micro-batch, on the last stage; and what remains to be
-    logged."""
-
-    def __init__(
-        self,
-        step: Step,
-        micro_batches: Sequence[MicroBatch],
-        counts: GlobalCounts,
-        *,
-        contrastive_weight: float,
-        measures_at_the_end: bool,
-        forward_only: bool,
-    ) -> None:
-        self.step = step
-        self.contrast = step.contrast
-        self.micro_batches = micro_batches
-        self.counts = counts
-        self.contrastive_weight = contrastive_weight
-        self.measures_at_the_end = measures_at_the_end
-        self.forward_only = forward_only
-        # Shares of a mean over the global batch: the schedule divides by the micro-batches, DDP by the ranks.
-        self.scale = len(micro_batches) * step.groups.dp.size()
-        self.lm_sums: list[Tensor] = []
-        self.temperature: Tensor | None = None
-        self._terms: list[ContrastiveTerms] = []
-        self._gradients: list[CachedGradients] | None = None
-        self._pairs: list[PairEmbeddings] = []
-
-    def cache_gradients(self, ahead: Sequence[ModelOutput]) -> None:
-        """Compute the contrastive loss from the embeddings that ran ahead, before the main pass."""
-        pairs = [pair_embeddings(out, batch.main) for out, batch in zip(ahead, self.micro_batches, strict=True)]
-        terms, self._gradients = self.contrast.cached_gradients(
-            pairs, self._everyone(), ahead[0].temperature, self.counts.pairs, self.contrastive_weight
-        )
-        self._terms.append(terms)
-
-    def of_micro_batch(self, output: ModelOutput, index: int) -> tuple[Tensor, Tensor]:
-        """What megatron-core's schedule asks for: the loss to back-propagate, and something to keep."""
-        batch = self.micro_batches[index].main
-        lm_sum = generation_loss_sum(
-            output.logits, batch.target_ids, vocab_size=self.step.vocab_size, tp_group=self.step.groups.tp
-        )
-        loss = lm_sum / max(self.counts.targets, 1)
-        if self._gradients is not None:
-            loss = loss + self._gradients[index].surrogate(output)
-        elif self.measures_at_the_end:
-            # Nothing is trained on the terms, but every trained parameter is to be touched.
-            pairs = pair_embeddings(output, batch)
-            loss = loss + 0.0 * (
-                pairs.image.sum() + pairs.caption.sum() + pairs.hallucinated.sum() + output.temperature.sum()
-            )
-            self._pairs.append(pairs)
-        else:
-            everyone = [of_rank[index] for of_rank in self.counts.pairs_of_ranks]
-            terms = self.contrast.terms(
-                pair_embeddings(output, batch), everyone, output.temperature, with_queue=not self.forward_only
-            )
-            loss = loss + self.contrast.share(terms, self.counts.pairs, self.contrastive_weight)
-            self._terms.append(terms)
-        self.lm_sums.append(lm_sum.detach())
-        self.temperature = output.temperature.detach()
-        return loss * self.scale, lm_sum.detach()
-
-    @torch.no_grad()
-    def terms(self) -> list[ContrastiveTerms]:
-        """Parts whose sums are the step's, once all micro-batches have run."""
-        if self._pairs:
-            local = concatenate_pairs(self._pairs)
-            terms = self.contrast.terms(local, self._everyone(), self.temperature, with_queue=not self.forward_only)
-            self._terms.append(terms)
-            self._pairs = []
-        return self._terms
-
-    def _everyone(self) -> list[PairIntegers]:
-        """Every rank's integers of the pairs of all micro-batches."""
-        return [concatenate_integers(of_rank) for of_rank in self.counts.pairs_of_ranks]
 
 
 def _as_it_is(output: ModelOutput, non_loss_data: bool) -> ModelOutput:

@@ -6,8 +6,9 @@ from math import ceil
 import torch.distributed as dist
 
 from hacl_megatron.data.loader import StepLoader
+from hacl_megatron.training.losses import GlobalCounts, StepMetrics
 from hacl_megatron.training.reporting.scalars import mean_losses
-from hacl_megatron.training.step import GlobalCounts, Step, StepMetrics
+from hacl_megatron.training.step import Step
 
 
 class Validation:

@@ -20,7 +20,10 @@ def packed() -> list[MicroBatch]:
     mains = make_batches()
     mains[0] = replace(
         mains[0], branch_rows=torch.tensor([3]), branch_context_rows=torch.arange(4),
-        branch_lengths=torch.tensor([4], dtype=torch.int32), num_text_rows=5, lengths=None,
+        branch_lengths=torch.tensor([4], dtype=torch.int32), branch_sizes=torch.tensor([1], dtype=torch.int32),
+        rejected_rows=torch.tensor([2, 3]), rejected_ids=torch.tensor([5, 6]),
+        preference_tokens=torch.tensor([0, 1, 2]), preference_lengths=torch.tensor([1, 2]),
+        num_text_rows=5, lengths=None,
     )  # fmt: skip
     return [
         MicroBatch(main=main, ahead=replace(other, pixel_values=other.pixel_values[:0]))

@@ -1,6 +1,7 @@
 """Packing: the worked example of batch.py, mixed batches row by row, and properties over random batches."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hacl_megatron.batch import Parts
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample, rows_key
 from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
+from hacl_megatron.data.preferences import RejectedAnswer
 
 BOS, EOS, CAT, DOG, RED, ASK = 1, 2, 7, 8, 9, 5
 
@@ -88,6 +90,41 @@ def test_the_contracts_example_of_a_shared_prefix():
     assert batch.branch_rows.tolist() == batch.image_eos_rows.tolist() == [5]
     assert batch.branch_lengths.tolist() == [4] and batch.branch_context_rows.tolist() == [0, 1, 2, 5]
     assert batch.image_rows.tolist() == [1, 2] and batch.read_lengths.tolist()[:3] == [3, 1, 1]
+
+
+def test_rejected_answers_as_branches_and_as_segments():
+    """`A cat.` with the twins `A red dog.` and `A dog.`: what a row predicts, and which tokens are compared."""
+    A, DOT = 20, 21
+    dialogue = [BOS, IMAGE, IMAGE, A, CAT, DOT]
+    prompt = rows(BOS, IMAGE, IMAGE, A)
+    longer = RejectedAnswer(
+        rows=np.append(prompt, RED), shared=4, chosen=rows(4), rejected=rows(4, 5), rejected_ids=rows(RED, DOG)
+    )
+    as_long = RejectedAnswer(rows=prompt, shared=4, chosen=rows(3, 4), rejected=rows(3, 4), rejected_ids=rows(A, DOG))
+    sample = replace(encoded(dialogue, [3, 4, 5]), rejected=(longer, as_long))
+    common = dict(visual_tokens=2, pad_multiple=1)
+    batch = pack([slot(0, sample)], pixels(1), **common, parts=Parts(preferences="branch"))
+    assert batch.token_ids.tolist() == [BOS, 0, 0, A, CAT, DOT, RED]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 4] and batch.cu_seqlens.tolist() == [0, 6, 7]
+    assert batch.branch_rows.tolist() == [6] and batch.branch_context_rows.tolist() == [0, 1, 2, 3, 6]
+    assert batch.branch_sizes.tolist() == [1] and batch.branch_lengths.tolist() == [5]
+    # The row of `A` predicts what the twins have instead of CAT; A itself is the second twin's and the answer's own.
+    assert batch.rejected_rows.tolist() == [3, 6, 3] and batch.rejected_ids.tolist() == [RED, DOG, DOG]
+    assert batch.target_ids.tolist() == [A, CAT, DOT]
+    assert batch.preference_tokens.tolist() == [1, 3, 4, 0, 1, 0, 5]
+    assert batch.preference_lengths.tolist() == [1, 2, 2, 2] and batch.num_preferences == 2
+    assert batch.num_rows == num_packed_rows(sample, Parts(preferences="branch"))
+
+    batch = pack([slot(0, sample)], pixels(1), **common, parts=Parts(preferences="segment"))
+    assert batch.token_ids.tolist() == [BOS, 0, 0, A, CAT, DOT, BOS, 0, 0, A, RED, BOS, 0, 0, A]
+    assert batch.image_rows.tolist() == [1, 2, 7, 8, 12, 13] and batch.feature_rows.tolist() == [0, 1] * 3
+    assert batch.branch_rows.tolist() == []
+    assert batch.rejected_rows.tolist() == [9, 10, 13, 14] and batch.rejected_ids.tolist() == [RED, DOG, A, DOG]
+    assert batch.preference_tokens.tolist() == [1, 3, 4, 0, 1, 5, 6]
+    assert batch.num_rows == num_packed_rows(sample, Parts(preferences="segment"))
+
+    batch = pack([slot(0, sample)], pixels(1), **common)
+    assert batch.num_rows == len(dialogue) == num_packed_rows(sample) and batch.num_preferences == 0
 
 
 def test_a_dialogue_that_does_not_start_with_the_images_context_shares_nothing():
@@ -187,7 +224,7 @@ def test_dtypes_are_those_of_the_contract():
         batch = pack(slots, pixels(count), visual_tokens=2, pad_multiple=4)
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
-                int32 = dict.fromkeys(("cu_seqlens", "read_lengths", "branch_lengths"), torch.int32)
+                int32 = dict.fromkeys(("cu_seqlens", "read_lengths", "branch_lengths", "branch_sizes"), torch.int32)
                 expected = {**int32, "pixel_values": torch.float32}.get(name, torch.int64)
                 assert value.dtype == expected and value.is_contiguous(), name
 

@@ -10,11 +10,13 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from hacl_megatron.platform import attention
 from hacl_megatron.platform.accelerators import attention_kernel, has_torch_varlen
-from hacl_megatron.platform.attention import Branches, PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
+from hacl_megatron.platform.attention import PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
 from tests.platform.segment_cases import (
     LENGTHS,
     READ,
+    allow_branches,
     borders,
+    branches_of,
     causal_within_segments,
     dense_attention,
     draw,
@@ -85,20 +87,13 @@ def test_bf16_queries_from_the_ends_of_segments_alone(kernel, lengths):
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("heads", ["multi-head, 64", "grouped, 128"])
 def test_bf16_branches_see_their_prefix_and_themselves(kernel, heads, monkeypatch):
-    """Images' EOS rows that hang on a dialogue: one sees 400 rows of the first segment, one 3 rows of the third."""
+    """An image's EOS, which sees 400 rows of the first segment, and a rejected answer, the last segment, which sees 3
+    rows of the third."""
     lengths = ALL_LENGTHS["long"]
     ends = torch.tensor(lengths).cumsum(0).tolist()
-    rows = [ends[0], ends[3]]  # the one-row segment behind the first, and the first row of the last
-    context = [*range(400), rows[0], *range(ends[1], ends[1] + 3), rows[1]]
-    branches = Branches.of(
-        torch.tensor(rows, device="cuda"),
-        torch.tensor(context, device="cuda"),
-        (401, 4),
-        torch.tensor([0, 401, 405], dtype=torch.int32, device="cuda"),
-    )
-    segments = replace(borders(lengths, "cuda"), branches=branches)
-    allowed = causal_within_segments(lengths)
-    allowed[rows[0], :400] = allowed[rows[1], ends[1] : ends[1] + 3] = True
+    contexts = {(ends[0],): range(400), tuple(range(ends[3], ends[4])): range(ends[1], ends[1] + 3)}
+    segments = replace(borders(lengths, "cuda"), branches=branches_of(contexts, "cuda"))
+    allowed = allow_branches(causal_within_segments(lengths), contexts)
     half = draw(sum(lengths), *HEADS[heads], dtype=torch.bfloat16, device="cuda")
     exact = [tensor.detach().float().requires_grad_() for tensor in half]
     name = {sdpa_per_segment: "sdpa", flash_varlen: "flash_attn", torch_varlen: "torch_varlen"}[kernel]

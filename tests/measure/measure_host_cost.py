@@ -44,7 +44,8 @@ def micro_batch() -> PackedBatch:
         image_eos_rows=starts[torch.tensor([2, 6, 10])] - 1, caption_eos_rows=starts[torch.tensor([3, 4, 7])] - 1,
         hallucinated_eos_rows=starts[torch.tensor([8])] - 1, hallucinated_owner=torch.tensor([0]), image_keys=pair,
         caption_keys=pair, hallucinated_keys=torch.tensor([0]), read_rows=read_rows, read_lengths=read_lengths,
-        branch_rows=none, branch_lengths=none.int(), branch_context_rows=none, num_padding_rows=0, num_text_rows=0,
+        branch_rows=none, branch_sizes=none.int(), branch_lengths=none.int(), branch_context_rows=none,
+        num_padding_rows=0, num_text_rows=0,
     )  # fmt: skip
 
 

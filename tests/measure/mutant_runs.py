@@ -52,8 +52,6 @@ def warm_up(files: list[str]) -> dict[str, list[types.FunctionType]]:
     """Import the trainer and these files of tests; functions of the trainer by path."""
     import pytest
 
-    import tests.training.runs
-
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *files])
     functions: dict[str, list[types.FunctionType]] = {}

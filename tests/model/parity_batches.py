@@ -61,7 +61,8 @@ def _pack(
         hallucinated_owner=integers(owners), image_keys=integers([*range(len(ends["image"]))]),
         caption_keys=integers([*range(len(ends["caption"]))]), hallucinated_keys=integers(owners),
         read_rows=read_rows, read_lengths=read_lengths, branch_rows=integers([]),
-        branch_lengths=integers([]).int(), branch_context_rows=integers([]), num_padding_rows=padding, num_text_rows=0,
+        branch_sizes=integers([]).int(), branch_lengths=integers([]).int(), branch_context_rows=integers([]),
+        num_padding_rows=padding, num_text_rows=0,
     )  # fmt: skip
 
 

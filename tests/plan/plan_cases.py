@@ -20,6 +20,7 @@ from hacl_megatron.config.layout import world_size_from_environment
 from hacl_megatron.config.run import RunConfig, parse_run_config, with_architecture
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample
 from hacl_megatron.data.packing import PackSlot, pack
+from hacl_megatron.data.preferences import RejectedAnswer
 from hacl_megatron.objective.generation import generation_loss_sum
 from hacl_megatron.plan.activations import cpu_kernels, stage_activations
 from hacl_megatron.plan.state import StateBytes, state_bytes
@@ -140,8 +141,20 @@ def _slot(
         hallucinated_segments=tuple(np.arange(3, 3 + length) for length in hallucinated),
         caption_key=index, hallucinated_keys=tuple(range(len(hallucinated))), truncated=False,
         tokenization_mismatch=False,
+        rejected=tuple(_rejected(ids, rows - targets, length) for length in hallucinated) if targets > 1 else (),
     )  # fmt: skip
     return PackSlot(sample_id=index, encoded=encoded, image_key=index if has_image else None)
+
+
+def _rejected(dialogue: np.ndarray, begin: int, length: int) -> RejectedAnswer:
+    """Of so many tokens, the first of them the true answer's too."""
+    tokens = 250 - np.arange(length)
+    tokens[0] = dialogue[begin]
+    positions = np.arange(begin, begin + length)
+    return RejectedAnswer(
+        rows=np.concatenate([dialogue[:begin], tokens[:-1]]), shared=begin + 1,
+        chosen=np.arange(begin, len(dialogue)), rejected=positions, rejected_ids=tokens,
+    )  # fmt: skip
 
 
 def shape_of(micro_batch: MicroBatch) -> MicroBatchShape:
@@ -156,12 +169,15 @@ def shape_of(micro_batch: MicroBatch) -> MicroBatchShape:
 
 def pack_shape_of(batch: PackedBatch) -> PackShape:
     lengths = SegmentLengths.of(batch)
-    begins, contexts = batch.cu_seqlens.tolist(), dict(zip(batch.branch_rows.tolist(), lengths.branches, strict=True))
+    first = [own[0].item() for own in batch.branch_rows.split(lengths.branch_sizes)] if lengths.branches else []
+    begins, contexts = batch.cu_seqlens.tolist(), dict(zip(first, lengths.branches, strict=True))
     kinds = dict.fromkeys(range(len(lengths.segments)), "dialogue")
     for kind, rows in (
         ("image", batch.image_eos_rows), ("text", batch.caption_eos_rows), ("text", batch.hallucinated_eos_rows),
     ):  # fmt: skip
         kinds.update(dict.fromkeys((torch.searchsorted(batch.cu_seqlens, rows, right=True) - 1).tolist(), kind))
+    images = set(batch.image_eos_rows.tolist())
+    kinds |= {at: "rejected" for at, begin in enumerate(begins) if begin in contexts and begin not in images}
     if batch.num_padding_rows:
         kinds[len(lengths.segments) - 1] = "padding"
     return PackShape(
@@ -171,7 +187,7 @@ def pack_shape_of(batch: PackedBatch) -> PackShape:
         ),
         images=batch.num_images,
         image_rows=batch.image_rows.numel(),
-        target_rows=batch.num_targets,
+        target_rows=batch.num_targets + batch.rejected_rows.numel(),
     )
 
 

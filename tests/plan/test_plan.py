@@ -105,6 +105,7 @@ def test_bytes_of_weights_gradients_and_optimizer_are_exact(states):
 
 PROMPT = ["--contrastive-image-context", "prompt"]
 NO_PAIRS = ["--contrastive-weight", "0"]
+PHRASE = ["--preference-loss", "phrase"]
 ACTIVATION_RUNS = {
     1: [
         (stage, "tp1", extra, recompute, samples, number)
@@ -121,6 +122,8 @@ ACTIVATION_RUNS = {
             ("even finetune", PROMPT, ["none", "attention"], ["pairs"], [1, 3]),
             ("finetune", [*PROMPT, "--bf16"], ["none", "full"], ["pairs"], [3]),
             ("finetune", NO_PAIRS, ["none"], ["pairs"], [1]),
+            ("finetune", [*NO_PAIRS, *PHRASE], ["none"], ["pairs"], [1]),
+            ("even finetune", [*PROMPT, *PHRASE], ["none", "attention"], ["pairs"], [3]),
             ("finetune", ["--freeze-ViT", "false"], ["none"], ["images"], [1, 3]),
             ("pretrain", ["--mm-projector-type", "mlp4x_gelu"], ["full"], ["images"], [1]),
             ("minigpt4 pretrain", [], ["none"], ["pairs"], [1, 3]),
@@ -152,7 +155,7 @@ def test_activations_are_near_what_autograd_keeps(folder: Path):
         ]  # fmt: skip
         for rank in run_distributed(activations_on_this_rank, world_size, cases):
             seen += list(zip(runs, rank, strict=True))
-    assert len(seen) == 61 + 2 * 24
+    assert len(seen) == 64 + 2 * 24
     for run, found in seen:
         assert found["planned"] == pytest.approx(found["kept"], rel=0.05), run
         assert found["planned loss"] == pytest.approx(found["loss"], rel=0.05), run
@@ -166,6 +169,8 @@ WORKLOADS = {
     "shared prefix": PROMPT,
     "no pairs": NO_PAIRS,
     "trained tower": ["--freeze-ViT", "false"],
+    "twins": PHRASE,
+    "twins and a shared prefix": [*PHRASE, *PROMPT],
 }
 
 
@@ -249,11 +254,14 @@ def test_the_average_micro_batch_is_that_of_the_packer(folder: Path, name: str, 
             continue
         for kind in ("dialogue", "image", "text"):
             both = [
-                (sum(part.rows for part in parts), sum(part.read_rows for part in parts))
+                [
+                    sum(getattr(part, quantity) for part in parts)
+                    for quantity in ("rows", "read_rows", "count", "context_rows")
+                ]
                 for parts in (ours.of_kind(kind), packed.of_kind(kind))
             ]
             assert both[0] == both[1], kind
-        for quantity in ("branches", "context_rows", "image_rows", "images", "target_rows"):
+        for quantity in ("image_rows", "images", "target_rows"):
             if quantity != "images" or ours is planned.main:  # what runs ahead borrows the main pack's
                 assert getattr(ours, quantity) == getattr(packed, quantity), quantity
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hacl_megatron.platform.attention import PackedSegments
+from hacl_megatron.batch import SegmentLengths
+from hacl_megatron.platform.attention import Branches, PackedSegments
 
 LENGTHS = {
     "odd": (7, 1, 33, 2, 1, 20),
@@ -35,6 +36,24 @@ def rows_at_the_ends(lengths: tuple[int, ...], read: tuple[int, ...]) -> Tensor:
 def with_read_rows(segments: PackedSegments, rows: Tensor, read: tuple[int, ...]) -> PackedSegments:
     read_borders = torch.tensor([0, *read]).cumsum(0).to(rows.device, torch.int32)
     return replace(segments, read_rows=rows, read_lengths=read, read_borders=read_borders)
+
+
+def branches_of(contexts: dict[tuple[int, ...], range], device: str = "cpu") -> Branches:
+    """Branches, each as its own rows and the rows of the prefix that it shares."""
+    rows = [row for own in contexts for row in own]
+    context_rows = [row for own, prefix in contexts.items() for row in (*prefix, *own)]
+    sizes = tuple(map(len, contexts))
+    lengths = tuple(len(own) + len(prefix) for own, prefix in contexts.items())
+    int64 = (torch.tensor(values, device=device) for values in (rows, context_rows))
+    int32 = (torch.tensor(values, device=device, dtype=torch.int32) for values in (sizes, lengths))
+    return Branches.of(*int64, *int32, SegmentLengths(segments=(), read=(), branches=lengths, branch_sizes=sizes))
+
+
+def allow_branches(allowed: Tensor, contexts: dict[tuple[int, ...], range]) -> Tensor:
+    """`allowed` [T, T] with the branches' rows seeing the prefixes too."""
+    for own, prefix in contexts.items():
+        allowed[own[0] : own[-1] + 1, prefix.start : prefix.stop] = True
+    return allowed
 
 
 def draw(

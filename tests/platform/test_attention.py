@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from hacl_megatron.platform import attention
 from hacl_megatron.platform.accelerators import has_torch_varlen
-from hacl_megatron.platform.attention import Branches, PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
+from hacl_megatron.platform.attention import PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
 from tests.platform import varlen_signatures
 from tests.platform.segment_cases import (
     LENGTHS,
     READ,
+    allow_branches,
     borders,
+    branches_of,
     causal_within_segments,
     dense_attention,
     draw,
@@ -77,22 +79,20 @@ def test_queries_from_the_ends_of_segments_alone(kernel, heads, lengths):
         torch.testing.assert_close(ours_, dense_, **CLOSE)
 
 
-def two_branches() -> Branches:
-    """Rows 7 and 43 of the odd lengths are one-row segments: the one sees rows 0-4 of the first segment, the other
-    rows 8-19 of the third."""
-    context = [*range(5), 7, *range(8, 20), 43]
-    return Branches.of(
-        torch.tensor([7, 43]), torch.tensor(context), (6, 13), torch.tensor([0, 6, 19], dtype=torch.int32)
-    )
+BRANCHES = {
+    "of one row": {(7,): range(5), (43,): range(8, 20)},
+    "of many rows": {(7,): range(3), (41, 42): range(8, 20), tuple(range(44, 64)): range(8, 9)},
+}
+"""Segments of the odd lengths, and which rows of an earlier one they share: an image's EOS, rejected answers."""
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("last_layer", [False, True])
-def test_branches_see_the_prefix_that_they_share_and_themselves(kernel, last_layer, monkeypatch):
-    lengths, read = LENGTHS["odd"], READ["odd"]
-    segments = replace(borders(lengths), branches=two_branches())
-    allowed = causal_within_segments(lengths)
-    allowed[7, :5] = allowed[43, 8:20] = True
+@pytest.mark.parametrize("contexts", BRANCHES.values(), ids=BRANCHES)
+def test_branches_see_the_prefix_that_they_share_and_themselves(contexts, kernel, last_layer, monkeypatch):
+    lengths, read = LENGTHS["odd"], (3, 1, 33, 2, 1, 20)
+    segments = replace(borders(lengths), branches=branches_of(contexts))
+    allowed = allow_branches(causal_within_segments(lengths), contexts)
     rows = torch.arange(sum(lengths))
     if last_layer:
         rows = rows_at_the_ends(lengths, read)
@@ -111,7 +111,7 @@ def test_branches_see_the_prefix_that_they_share_and_themselves(kernel, last_lay
 
 def test_indices_and_borders_are_made_once_a_pack():
     """They are the same in every layer: on a GPU each would be a launch a layer."""
-    segments = replace(borders(LENGTHS["odd"]), branches=two_branches())
+    segments = replace(borders(LENGTHS["odd"]), branches=branches_of(BRANCHES["of one row"]))
     tensors = [tensor.unsqueeze(1) for tensor in draw(sum(LENGTHS["odd"]), 6, 2, width=8)]
     with _Produced() as produced:
         packed_attention()(*tensors, packed_seq_params=segments)

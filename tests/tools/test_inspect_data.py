@@ -139,6 +139,22 @@ def test_differences_of_hallucinated_captions(dataset):
         assert "".join(word.text for word in words if word.change != "added") == caption
 
 
+def test_what_a_likelihood_objective_compares(dataset, tmp_path):
+    """The differing tokens of the true answer and of its twin; and why another twin is not compared."""
+    (section,) = inspect(dataset, "--ids", "pair", "--preference-loss", "phrase").sections
+    assert "no answer of the dialogue is the caption that it is a twin of" in section["note"]
+    record = {
+        "id": "twin", "image": "wide.jpg", "text": "A red cat.", "Hallucination caption": "A dog cat.",
+        "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red cat."}],
+    }  # fmt: skip
+    (tmp_path / "twin.json").write_text(json.dumps([record]))
+    page = inspect(dataset, "--data-path", tmp_path / "twin.json", "--preference-loss", "phrase")
+    true, twin = page.sections[0]["tokens"][3:5]
+    assert (texts(true, "target"), texts(twin, "target")) == (" red", " dog")
+    assert texts(true, "ignored") == texts(twin, "ignored") == ""
+    assert true[0][2] == twin[0][2], "both behind the prompt and the word that they share"
+
+
 def test_the_picture_is_the_padded_and_resized_one(dataset, monkeypatch):
     (section,) = inspect(dataset, "--ids", "pair").sections
     kind, _, data = section["image"].partition(",")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,13 +13,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.optimizer import MegatronOptimizer
 
 from hacl_megatron.assemble.start_from import resolve_architecture
+from hacl_megatron.batch import PackPlan
 from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.run import parse_run_config, with_architecture
 from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.platform.processes import start_platform
+from hacl_megatron.training import build
 from hacl_megatron.training.build import build_trainer, open_loader
 from hacl_megatron.training.grad_norm import squared_grad_norm
 from hacl_megatron.training.loop import Trainer
+from hacl_megatron.training.packs import pack_plan
 from tests.memory import peak_bytes
 
 SAMPLES = 16
@@ -35,9 +39,13 @@ class Case:
     micro_batches: int = 1
     tokens: int | None = None
     """`--micro-batch-tokens` instead of `micro_batches`."""
+    preference: str = "none"
+    separate: bool = False
+    """Rejected answers as segments of their own, instead of branches."""
 
     def name(self) -> str:
-        return f"{self.hallucination_negatives}-{self.context}-{self.negatives}-{self.tokens or self.micro_batches}"
+        name = f"{self.hallucination_negatives}-{self.context}-{self.negatives}-{self.tokens or self.micro_batches}"
+        return f"{name}-{self.preference}{'-separate' * self.separate}"
 
 
 def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[Case]) -> None:
@@ -53,11 +61,13 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
         config.objective.contrastive_image_context = case.context
         config.objective.contrastive_negatives = case.negatives
         config.training.micro_batch_tokens = case.tokens
+        config.preference.preference_loss = case.preference
         size = SAMPLES // (checked.dp * case.micro_batches)
         cut = replace(checked, micro_batch_size=size, num_micro_batches=case.micro_batches)
         loader = None
         if tokenizer is not None:
-            loader = open_loader(replace(trainer.run, layout=cut), tokenizer)
+            with mock.patch.object(build, "pack_plan", _separate_plan if case.separate else pack_plan):
+                loader = open_loader(replace(trainer.run, layout=cut), tokenizer)
         micro_batches, counts = trainer.step.receive(next(loader) if loader is not None else None)
         if loader is not None:
             loader.close()
@@ -66,7 +76,8 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
         ).read()
         torch.save(
             {
-                "losses": [metrics.lm_loss, metrics.contrastive_i2t, metrics.contrastive_t2i],
+                "losses": [metrics.lm_loss, metrics.contrastive_i2t, metrics.contrastive_t2i]
+                + [metrics.preference_loss, metrics.preference_margin] * (case.preference != "none"),
                 "num_micro_batches": len(micro_batches),
                 "gradients": _shards(trainer.trainee.module),
                 "norms": _norms(trainer.trainee.optimizer),
@@ -74,6 +85,11 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
             root / f"{stage}_{layout}_{case.name()}_{dist.get_rank()}.pt",
         )
     parallel_state.destroy_model_parallel()
+
+
+def _separate_plan(*arguments: Any, **options: Any) -> PackPlan:
+    plan = pack_plan(*arguments, **options)
+    return replace(plan, main=replace(plan.main, preferences="segment"))
 
 
 def _trainer(folder: Path, stage: str, flags: list[str]) -> tuple[Trainer, Any]:

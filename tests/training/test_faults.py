@@ -19,8 +19,9 @@ from megatron.core import parallel_state
 from PIL import Image
 
 from hacl_megatron.train import main, run
+from hacl_megatron.training.losses import StepLosses
 from hacl_megatron.training.reporting.status import TrainingStopped
-from hacl_megatron.training.step import Step, _Losses
+from hacl_megatron.training.step import Step
 from tests.distributed import run_distributed
 from tests.selection import selected
 from tests.training.runs import LOSSES, common_state, layout_flags, make_inputs, metrics, tensors, train, weights
@@ -41,7 +42,7 @@ def run_with_overflow(arguments: Sequence[str], *, steps: Sequence[int], where: 
     `gradient`: the loss is finite, but its gradient is not.
     """
     last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-    forward_backward, loss, done = Step.forward_backward, _Losses.of_micro_batch, 0
+    forward_backward, loss, done = Step.forward_backward, StepLosses.of_micro_batch, 0
 
     def overflowing(self: Step, *inputs, **options):
         nonlocal done
@@ -55,13 +56,13 @@ def run_with_overflow(arguments: Sequence[str], *, steps: Sequence[int], where: 
         weight.copy_(kept)
         return metrics
 
-    def overflowing_loss(self: _Losses, output, index):
+    def overflowing_loss(self: StepLosses, output, index):
         value, sums = loss(self, output, index)
         return (value * math.inf if last and where == "gradient" and done in steps else value), sums
 
     with (
         mock.patch.object(Step, "forward_backward", overflowing),
-        mock.patch.object(_Losses, "of_micro_batch", overflowing_loss),
+        mock.patch.object(StepLosses, "of_micro_batch", overflowing_loss),
         pytest.raises(TrainingStopped, match=r"2 steps in a row.*--max-skipped-steps 1.*--lr")
         if stops
         else contextlib.nullcontext(),

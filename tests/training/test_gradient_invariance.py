@@ -12,6 +12,7 @@ import torch
 
 from tests.distributed import run_distributed
 from tests.selection import selected
+from tests.tiny_data import swap_twins
 from tests.training.gradient_cases import SAMPLES, Case, peaks, read, record
 from tests.training.runs import layout_flags, make_inputs
 
@@ -29,6 +30,8 @@ def cases(layout: str) -> list[Case]:
     # By tokens: an odd number of micro-batches of uneven sizes. And the queue, still empty, changes nothing.
     # Without hallucinated negatives those embeddings get no gradient.
     found += [Case("none", "prompt", micro_batches=n) for n in (1, 4)]
+    found += [Case("own", "image", micro_batches=n, preference="phrase") for n in (1, 4)]
+    found += [Case("own", "image", preference="phrase", separate=True)] if layout in ("tp1", "tp2-pp2-sp") else []
     return [*found, Case("all", "prompt", tokens=700), Case("all", "prompt", "queue", micro_batches=4)]
 
 
@@ -42,6 +45,7 @@ def record_all(folder: str, layouts: list[str], stages: list[str]) -> None:
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case at the selected layouts and stages, in one group of processes per world size."""
     folder = make_inputs(tmp_path_factory.mktemp("gradients"))
+    swap_twins(folder / "data")
     by_size: dict[int, list[str]] = {}
     for layout in {"tp1", *selected(request, "layout", LAYOUTS)}:
         by_size.setdefault(layout_flags(layout)[0], []).append(layout)
@@ -58,7 +62,7 @@ def test_losses_and_gradients_are_those_of_one_process_and_one_micro_batch(
     ranks = layout_flags(layout)[0]
     for case in cases(layout):
         objective = (case.hallucination_negatives, case.context)
-        expected = read(recorded, stage, "tp1", 1, Case(*objective))
+        expected = read(recorded, stage, "tp1", 1, Case(*objective, preference=case.preference))
         found = read(recorded, stage, layout, ranks, case)
         assert found["num_micro_batches"] == case.micro_batches or case.tokens
         torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
@@ -72,6 +76,10 @@ def test_losses_and_gradients_are_those_of_one_process_and_one_micro_batch(
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_reference_tells_objectives_apart(recorded: Path, stage: str) -> None:
     """Guards the test above: what it compares is not all zeros, and each objective has gradients of its own."""
+    alone, beside = (read(recorded, stage, "tp1", 1, Case("own", "image", preference=p)) for p in ("none", "phrase"))
+    assert beside["losses"][3] > 0.05
+    gradients = [found["gradients"]["connector.0.weight"] for found in (alone, beside)]
+    assert (gradients[0] - gradients[1]).norm() > 0.01 * gradients[0].norm()
     one, other = (read(recorded, stage, "tp1", 1, Case(*objective)) for objective in OBJECTIVES[:2])
     for name in ("connector.0.weight", "heads.vision_projector.weight", "heads.temperature"):
         gradients = [found["gradients"][name] for found in (one, other)]

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from hacl_megatron.checkpoint.run.load import load_checkpoint
 from hacl_megatron.train import run
-from hacl_megatron.training.step import _Losses
+from hacl_megatron.training.losses import StepLosses
 from tests.training.runs import LOSSES, assert_same_state, latest_checkpoint, layout_flags, make_inputs, metrics, train
 
 COMPARED = (*LOSSES, "temperature", "grad-norm", "retrieval accuracy i2t")
@@ -29,9 +29,9 @@ def command(folder: Path, name: str, layout: str, *extra: str, samples: int = 8)
 
 def run_with_nan(arguments: Sequence[str], step: int, spoilt_pairs: Path) -> None:
     """Train in one micro-batch, with a step's loss not a number, and leave its pairs' keys in a file."""
-    loss, calls = _Losses.of_micro_batch, 0
+    loss, calls = StepLosses.of_micro_batch, 0
 
-    def spoilt(self: _Losses, output, index):
+    def spoilt(self: StepLosses, output, index):
         nonlocal calls
         calls += 1
         value, sums = loss(self, output, index)
@@ -40,19 +40,19 @@ def run_with_nan(arguments: Sequence[str], step: int, spoilt_pairs: Path) -> Non
             torch.save(self.micro_batches[index].main.image_keys, spoilt_pairs)
         return value, sums
 
-    with mock.patch.object(_Losses, "of_micro_batch", spoilt):
+    with mock.patch.object(StepLosses, "of_micro_batch", spoilt):
         run(arguments)
 
 
 def run_comparing_passes(arguments: Sequence[str]) -> None:
     """Train, and see each micro-batch's embeddings come out of the main pass as they came out of the one ahead."""
-    cache, loss, ahead, compared = _Losses.cache_gradients, _Losses.of_micro_batch, [], 0
+    cache, loss, ahead, compared = StepLosses.cache_gradients, StepLosses.of_micro_batch, [], 0
 
-    def kept(self: _Losses, outputs):
+    def kept(self: StepLosses, outputs):
         ahead[:] = outputs
         return cache(self, outputs)
 
-    def checked(self: _Losses, output, index):
+    def checked(self: StepLosses, output, index):
         nonlocal compared
         for name in ("image_embeddings", "caption_embeddings", "hallucinated_embeddings"):
             torch.testing.assert_close(getattr(output, name), getattr(ahead[index], name), rtol=0, atol=1e-6)
@@ -60,8 +60,8 @@ def run_comparing_passes(arguments: Sequence[str]) -> None:
         return loss(self, output, index)
 
     with (
-        mock.patch.object(_Losses, "cache_gradients", kept),
-        mock.patch.object(_Losses, "of_micro_batch", checked),
+        mock.patch.object(StepLosses, "cache_gradients", kept),
+        mock.patch.object(StepLosses, "of_micro_batch", checked),
     ):
         run(arguments)
     assert compared > 20

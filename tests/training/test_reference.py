@@ -10,9 +10,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tests.reference_hacl import ReferenceHacl, ReferenceTrainer, Sample
+from tests.reference_hacl import ReferenceHacl, ReferenceTrainer, Sample, Twin
 from tests.selection import selected
 from tests.tiny import image_token_id
+from tests.tiny_data import swap_twins
 from tests.training.runs import make_inputs, metrics, train
 
 STEPS = 5
@@ -31,6 +32,11 @@ CASES: dict[str, tuple[str, dict]] = {
     "pretrain-cached": ("pretrain", {"micro-batch-size": 2}),
     "pretrain-warmup": ("pretrain", {"micro-batch-size": 4, "contrastive-warmup-fraction": 0.8, "adam-eps": 1e-2}),
     "finetune-cached": ("finetune", {"micro-batch-size": 2, "contrastive-image-context": "prompt"}),
+    "pretrain-phrase": ("pretrain", {"preference-loss": "phrase", "preference-weight": 2.0}),
+    "finetune-phrase": (
+        "finetune",
+        {"preference-loss": "phrase", "generation-weight": 0.5, "contrastive-weight": 0.0, "micro-batch-size": 4},
+    ),
     "finetune-duplicates": (
         "finetune",
         # Adam does not feel a gradient's scale, and so its clipping, unless epsilon counts.
@@ -72,7 +78,17 @@ def _as_sample(slot, pixels) -> Sample:
         image_id=slot.image_key,
         caption=texts[0] if texts else None,
         hallucinated=texts[1:],
+        twins=[_as_twin(answer) for answer in encoded.rejected],
     )
+
+
+def _as_twin(answer) -> Twin:
+    from hacl_megatron.data.encoding import IMAGE
+
+    rows = torch.from_numpy(answer.rows)
+    rows = torch.cat([rows, torch.tensor(answer.rejected_ids[-1:])])  # which nothing behind it needs
+    rows[rows == IMAGE] = image_token_id()
+    return Twin(rows=rows, chosen=torch.from_numpy(answer.chosen), rejected=torch.from_numpy(answer.rejected))
 
 
 def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]]) -> list[dict[str, float]]:
@@ -82,6 +98,9 @@ def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]])
         image_context=config.get("contrastive-image-context", "image"),
         hallucination_negatives=config.get("hallucination-negatives", "all"),
         mask_duplicates=config.get("mask-duplicates", True),
+        contrastive_weight=config.get("contrastive-weight", 1.0),
+        preference_weight=config.get("preference-weight", 1.0) if "preference-loss" in config else 0.0,
+        generation_weight=config.get("generation-weight", 1.0),
     )
     trainer = ReferenceTrainer(
         model,
@@ -105,6 +124,7 @@ def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]])
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every selected case trained by this package in one process, and `NAME.pt` with the samples it saw."""
     folder = make_inputs(tmp_path_factory.mktemp("reference"))
+    swap_twins(folder / "data")
     hidden, generator = 48, torch.Generator().manual_seed(3)
     heads = {
         f"{name}.{key}": torch.randn(shape, generator=generator) / hidden**0.5
@@ -131,6 +151,9 @@ def test_five_steps_give_the_losses_of_the_plain_implementation(finished: Path, 
     found = metrics(finished / name)
     assert len(found) == STEPS
     for one, other in zip(expected, found, strict=True):
-        for tag in COMPARED:
+        of_pairs = {tag for tag in COMPARED if tag.startswith(("contrastive", "temperature"))}
+        compared = {*COMPARED} - (of_pairs if config.get("contrastive-weight") == 0 else set())
+        for tag in [*compared, *(["preference loss"] if "preference-loss" in config else [])]:
             assert other[tag] == pytest.approx(one[tag], rel=1e-4, abs=1e-6), (other["iteration"], tag)
     assert len({round(row["lm loss"], 5) for row in found}) == STEPS
+    assert all(row.get("preference loss", 1.0) > 0.05 for row in found), "or nothing of it is trained"

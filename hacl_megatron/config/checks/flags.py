@@ -47,9 +47,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     ),
     **dict.fromkeys(
         (
-            "contrastive_weight", "lr", "min_lr", "connector_lr", "heads_lr", "weight_decay", "clip_grad",
-            "eval_interval", "save_interval", "shuffle_block", "dry_run_rank", "hang_timeout",
-            "profile_ranks",
+            "contrastive_weight", "preference_weight", "generation_weight", "lr", "min_lr", "connector_lr",
+            "heads_lr", "weight_decay", "clip_grad", "eval_interval", "save_interval", "shuffle_block",
+            "dry_run_rank", "hang_timeout", "profile_ranks",
         ),
         (0, _FINITE),
     ),

@@ -13,6 +13,8 @@ from hacl_megatron.batch import BadSample
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 UNTRAINED = "trains nothing"
 """`class` of the lines of samples that were used and had no target token and no pair."""
+UNCOMPARED = "has a twin that is not compared"
+"""`class` of the lines of twins that give a likelihood objective nothing; the rest of their samples is used."""
 _SAID = 3
 """So many of a step are named in the terminal too; of samples that train nothing, so many of a kind and a run."""
 
@@ -31,14 +33,18 @@ def report_bad_samples(bad: list[BadSample], iteration: int, save: str | None, s
 
 
 class UntrainedSamples:
-    """Counts the samples that train nothing by their kind, names the first of each, writes them all.
+    """Counts the samples that train nothing, or not all that they have, by their kind; names the first of each, writes
+    them all.
 
     Args:
+        what: `UNTRAINED` or `UNCOMPARED`.
         kinds: how many there are of each kind since the run began, the same on every rank; it is added to.
     """
 
-    def __init__(self, kinds: dict[str, int], save: str | None, say: Callable[[str], None]) -> None:
-        self._kinds, self._save, self._say = kinds, save, say
+    def __init__(
+        self, kinds: dict[str, int], save: str | None, say: Callable[[str], None], what: str = UNTRAINED
+    ) -> None:
+        self._kinds, self._save, self._say, self._what = kinds, save, say, what
         self._first: dict[str, list[str]] = {}
 
     def report(self, own: list[BadSample], iteration: int) -> None:
@@ -49,8 +55,8 @@ class UntrainedSamples:
             first = self._first.setdefault(sample.reason, [])
             if len(first) < _SAID:
                 first.append(sample.name)
-                self._say(f"sample {sample.name} trains nothing: {sample.source}: {sample.reason}")
-        _append(samples, {"iteration": iteration, "class": UNTRAINED}, self._save, self._say)
+                self._say(f"sample {sample.name} {self._what}: {sample.source}: {sample.reason}")
+        _append(samples, {"iteration": iteration, "class": self._what}, self._save, self._say)
 
     def lines(self) -> list[str]:
         """`12 samples drawn (a, b, c, ...) trained nothing: it has no answer with words`, one line a kind.
@@ -61,7 +67,8 @@ class UntrainedSamples:
         for kind, number in Counter(self._kinds).most_common():
             first = self._first.get(kind, [])
             named = f" ({', '.join(first)}{', ...' if number > len(first) else ''})" if first else ""
-            lines.append(f"{number:,} samples drawn{named} trained nothing: {kind}")
+            became = "trained nothing" if self._what == UNTRAINED else "had a twin that was not compared"
+            lines.append(f"{number:,} samples drawn{named} {became}: {kind}")
         return lines
 
 

@@ -13,7 +13,7 @@ from hacl_megatron.training.state import Progress
 
 _STARTS = ("pretrained_checkpoint", "pretrain_mm_mlp_adapter", "vision_tower")
 """Where weights come from at a run's start, and at no other time."""
-_COMPARED = ("model", "lora", "data", "objective", "optimizer", "training")
+_COMPARED = ("model", "lora", "data", "objective", "preference", "optimizer", "training")
 _OF_NO_ACCOUNT = {
     *_STARTS,
     # The sampler compares what is in the files.

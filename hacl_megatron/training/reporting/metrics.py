@@ -23,6 +23,8 @@ _TERMINAL = (
     ("contrastive loss", "contrastive {:.4f}"),
     ("retrieval accuracy i2t", "i2t {:.3f}"),
     ("hallucination accuracy", "hal-acc {:.3f}"),
+    ("preference loss", "preference {:.4f}"),
+    ("preference accuracy", "pref-acc {:.3f}"),
     ("temperature", "τ {:.4f}"),
     ("grad-norm", "grad {:.2f}"),
     ("learning-rate", "lr {:.2e}"),
@@ -44,6 +46,12 @@ _PAGE = {
         "margin over hallucinated": ["hallucination margin", "hallucination margin validation"],
         "temperature": ["temperature"],
         "weight in the loss": ["contrastive weight"],
+    },
+    "Likelihood of twins": {
+        "objective": ["preference loss", "preference loss validation"],
+        "true answer likelier than its twin": ["preference accuracy", "preference accuracy validation"],
+        "margin": ["preference margin", "preference margin validation"],
+        "twins that are not compared": ["uncompared-twins"],
     },
     "Optimiser": {
         "learning rate": ["learning-rate"],

@@ -8,13 +8,13 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from hacl_megatron.platform.host_groups import host_sums
-from hacl_megatron.training.step import GlobalCounts, StepMetrics
+from hacl_megatron.training.losses import GlobalCounts, StepMetrics
 from hacl_megatron.training.trainee import Trainee
 
 
 def loss_scalars(metrics: StepMetrics) -> dict[str, float]:
     """Losses and what is measured beside them; NaN where the batch has nothing to measure."""
-    return {
+    scalars = {
         "lm loss": metrics.lm_loss,
         "contrastive loss": metrics.contrastive_loss,
         "contrastive loss i2t": metrics.contrastive_i2t,
@@ -23,12 +23,19 @@ def loss_scalars(metrics: StepMetrics) -> dict[str, float]:
         "hallucination margin": metrics.hallucination_margin,
         "hallucination accuracy": metrics.hallucination_accuracy,
     }
+    if metrics.weights.preference:
+        scalars |= {
+            "preference loss": metrics.preference_loss,
+            "preference accuracy": metrics.preference_accuracy,
+            "preference margin": metrics.preference_margin,
+        }
+    return scalars
 
 
 def mean_losses(batches: Sequence[tuple[StepMetrics, GlobalCounts]]) -> dict[str, float]:
     """Means over validation batches, each over all of what a batch's value is the mean over, not over batches.
 
-    Target tokens, pairs, hallucinated captions for their margin, pairs that have any for the accuracy.
+    Target tokens, pairs, hallucinated captions for their margin, pairs that have any for the accuracy, twins.
     """
     means = {}
     for tag in loss_scalars(batches[0][0]):
@@ -42,6 +49,8 @@ def mean_losses(batches: Sequence[tuple[StepMetrics, GlobalCounts]]) -> dict[str
 def _weight(tag: str, metrics: StepMetrics, counts: GlobalCounts) -> float:
     if tag == "lm loss":
         return counts.targets
+    if tag.startswith("preference "):
+        return counts.twins
     own = {"hallucination margin": metrics.hallucinated, "hallucination accuracy": metrics.hallucination_pairs}
     return own.get(tag, counts.pairs)
 

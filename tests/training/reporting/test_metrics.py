@@ -260,13 +260,14 @@ def test_flops_of_a_llama_worked_out_by_hand() -> None:
     # Scores and values, width 8: 6 + 15 pairs of rows in the first layer; 3, and 4 + 5, in the last.
     attention = 2 * 2 * 8 * ((6 + 15) + (3 + 4 + 5))
     lm_head = 2 * 2 * 8 * 32  # 2 target rows
-    lengths = SegmentLengths(segments=(3, 5), read=(1, 2), branches=())
+    lengths = SegmentLengths(segments=(3, 5), read=(1, 2), branches=(), branch_sizes=())
     assert language_flops(model, lengths, 2, passes=3) == 3 * (linear + attention + lm_head)
     assert language_flops(model, lengths, 2, passes=2) == 2 * (linear + lm_head) + 3 * attention
     assert language_flops(model, lengths, 2, passes=1) == linear + attention + lm_head
-    branched = SegmentLengths(segments=(3, 5), read=(1, 2), branches=(4,))
+    branched = SegmentLengths(segments=(3, 5), read=(1, 2), branches=(4, 5), branch_sizes=(1, 2))
     more = language_flops(model, branched, 2, passes=1) - language_flops(model, lengths, 2, passes=1)
-    assert more == 2 * 2 * 2 * 8 * 4  # one query over 4 rows in both layers
+    # In both layers one query over 3 rows that are not its segment's, and two queries over 3 such rows each.
+    assert more == 2 * 2 * 2 * 8 * (3 + 2 * 3)
     # Tower: 4 patches of 12 values, then 2 of 3 layers over 5 rows. Connector 4x8, 8x8 on 4 rows, trained.
     tower = 2 * 4 * 12 * 4 + 2 * (2 * 5 * (4 * 16 + 2 * 32) + 2 * 2 * 25 * 4)
     connector = 3 * 2 * 4 * (32 + 64)

@@ -1,0 +1,84 @@
+"""Answers with hallucinations in the place of the true one, as rows that a likelihood objective compares with it.
+
+    dialogue      BOS  image*  A    red   cat   .  </s>
+    with a twin   BOS  image*  A    blue  cat   .  </s>
+                               shared^    the branch's own rows: blue cat .
+
+Both are the same template's rows of the same turns but for one answer. What the two share in front of their first
+difference is computed once, and behind the twin's last token that is compared nothing is computed at all.
+"""
+
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+import numpy as np
+
+from hacl_megatron.data.templates.template import IGNORE
+
+
+class NothingToCompare(ValueError):
+    """This twin gives a likelihood objective nothing; its message is why. The sample's other parts are used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectedAnswer:
+    """A twin of an answer, and which tokens of the two are compared. Positions count through a dialogue's rows."""
+
+    rows: np.ndarray
+    """int64 [L]: the dialogue with the twin, up to the row that predicts the twin's last token that is compared."""
+    shared: int
+    """How many of these rows are the true dialogue's own first ones; at least 1."""
+    chosen: np.ndarray
+    """int64 [C]: positions of the true answer's tokens that are compared, ascending; all of them are targets."""
+    rejected: np.ndarray
+    """int64 [R]: positions of the twin's tokens that are compared, ascending, at most L."""
+    rejected_ids: np.ndarray
+    """int64 [R]: those tokens."""
+
+
+def rejected_answer(
+    dialogue: np.ndarray,
+    labels: np.ndarray,
+    twin: np.ndarray,
+    twin_labels: np.ndarray,
+    *,
+    limit: int,
+) -> RejectedAnswer:
+    """The comparison of a dialogue with the one in which a twin stands.
+
+    Args:
+        dialogue, labels: int64 [L], the whole dialogue's rows and labels (`EncodedSample`), not yet cut.
+        twin, twin_labels: int64 [L'], the same with the twin in an answer's place.
+        limit: rows that are kept (`--model-max-length`).
+
+    Compared are the tokens in which the two answers differ, by difflib over token ids. Raises NothingToCompare where
+    they do not differ in a token that is trained on.
+    """
+    length = min(len(dialogue), len(twin))
+    (differ,) = np.nonzero(dialogue[:length] != twin[:length])
+    first = int(differ[0]) if len(differ) else length
+    if not len(differ) and len(dialogue) == len(twin):
+        raise NothingToCompare("its tokens are the true answer's own")
+    if first >= limit:
+        raise NothingToCompare(f"it differs from the true answer behind --model-max-length {limit}")
+    chosen, rejected = _answer_around(labels, first, limit), _answer_around(twin_labels, first, limit)
+    if not len(chosen) or not len(rejected):
+        raise NothingToCompare("the template trains on no token of the answer that it replaces")
+    matcher = SequenceMatcher(a=dialogue[chosen].tolist(), b=twin[rejected].tolist(), autojunk=False)
+    changes = [change for change in matcher.get_opcodes() if change[0] != "equal"]
+    chosen = np.concatenate([chosen[begin:end] for _, begin, end, _, _ in changes])
+    rejected = np.concatenate([rejected[begin:end] for _, _, _, begin, end in changes])
+    end = int(rejected[-1]) if len(rejected) else 1
+    return RejectedAnswer(
+        rows=twin[:end], shared=min(first, end), chosen=chosen, rejected=rejected, rejected_ids=twin[rejected]
+    )
+
+
+def _answer_around(labels: np.ndarray, at: int, limit: int) -> np.ndarray:
+    """Positions below `limit` of the unbroken run of targets that holds position `at`; the first row's has none."""
+    if at >= len(labels) or labels[at] == IGNORE:
+        return np.empty(0, dtype=np.int64)
+    (others,) = np.nonzero(labels == IGNORE)
+    before, behind = others[others < at], others[others > at]
+    begin = int(before[-1]) + 1 if len(before) else 1
+    return np.arange(begin, min(int(behind[0]) if len(behind) else len(labels), limit), dtype=np.int64)

@@ -1,0 +1,71 @@
+"""Runs with a likelihood objective: what they report, that it acts, what becomes of twins that cannot be compared."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hacl_megatron.train import run
+from hacl_megatron.training.reporting.status import TrainingStopped
+from tests.tiny_data import swap_twins
+from tests.training.runs import common_state, layout_flags, make_inputs, metrics, train
+
+PHRASE = ["--preference-loss", "phrase", "--contrastive-weight", "0"]
+
+
+def stops(arguments: list[str]) -> None:
+    with pytest.raises(TrainingStopped, match="--preference-loss phrase found no twin to compare in 1 steps"):
+        run(arguments)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("twins"), samples=8)
+    swap_twins(folder / "data")
+    records = json.loads((folder / "data" / "pretrain.json").read_text())
+    for record in records:
+        record.pop("Hallucination caption", None)
+    (folder / "data" / "without.json").write_text(json.dumps(records))
+    records[0] |= {"text": "Something else.", "Hallucination caption": ["Nothing at all."]}
+    records[1] |= {"Hallucination caption": "A dog on the moon."}
+    (folder / "data" / "few.json").write_text(json.dumps(records))
+
+    def command(name: str, *more: str) -> list[str]:
+        flags = [*layout_flags("dp2")[1], *PHRASE, "--save", str(folder / name), *more]
+        return ["--config", str(folder / "pretrain.yaml"), *flags]
+
+    valid = ["--valid-data-path", str(folder / "data" / "pretrain.json"), "--eval-interval", "15", "--eval-iters", "1"]
+    few, without = (["--data-path", str(folder / "data" / f"{name}.json")] for name in ("few", "without"))
+    train(
+        [
+            command("learns", "--train-iters", "15", "--freeze-LM", "false", *valid),
+            command("few", "--train-iters", "2", *few),
+            partial(stops, command("without", "--train-iters", "2", *without)),
+        ],
+        2,
+    )
+    return folder
+
+
+def test_true_answers_become_likelier_than_their_twins(runs: Path) -> None:
+    rows = metrics(runs / "learns")
+    assert rows[-1]["preference loss"] < 0.8 * rows[0]["preference loss"]
+    assert rows[-1]["preference margin"] > rows[0]["preference margin"]
+    assert all(0 <= row["preference accuracy"] <= 1 for row in rows)
+    assert rows[-1]["preference loss validation"] < rows[0]["preference loss"]
+    assert "preference margin validation" in rows[-1] and "contrastive loss" not in rows[-1]
+
+
+def test_a_twin_of_no_answer_is_counted_and_listed_and_the_rest_of_its_sample_trains(runs: Path) -> None:
+    assert [row["uncompared-twins"] for row in metrics(runs / "few")] == [1, 2]
+    assert common_state(runs / "few")["progress"]["uncompared_twins"] == 2
+    lines = [json.loads(line) for line in (runs / "few" / "bad_samples.jsonl").read_text().splitlines()]
+    assert [line["class"] for line in lines] == ["has a twin that is not compared"] * 2
+    assert {line["name"] for line in lines} == {"pretrain-0"} and "no answer of the dialogue" in lines[0]["reason"]
+    assert all(row["bad-samples"] == row["untrained-samples"] == 0 for row in metrics(runs / "few"))
+
+
+def test_a_run_without_twins_ends_with_a_word(runs: Path) -> None:
+    """`stops` holds the message; what was trained is saved."""
+    assert common_state(runs / "without")["progress"]["iteration"] == 1
