@@ -70,6 +70,9 @@ def convert(args: argparse.Namespace) -> None:
     if args.peft_base is not None and args.format != "peft":
         raise ValueError("--peft-base is for --format peft alone; leave it out")
     checkpoint, dtype = locate_checkpoint(args.load), DTYPES[args.dtype] if args.dtype else None
+    run = read_run_config(checkpoint)
+    if (template := chat_template(run)) is None and args.format == "hf":
+        print(f"note: no chat template for --version {run.data.version} is known here; the export has the source's")
     total = ShardedReader(checkpoint).num_bytes if args.format in ("hf", "llava") else None
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.format, delay=0.2) as bar:
         report = export_checkpoint(
@@ -80,7 +83,7 @@ def convert(args: argparse.Namespace) -> None:
             dtype=dtype,
             tower=args.vision_tower,
             image_aspect_ratio=args.image_aspect_ratio,
-            chat_template=chat_template(read_run_config(checkpoint)),
+            chat_template=template,
             peft_base=args.peft_base,
             max_shard_size=args.max_shard_size,
             workers=args.workers,

@@ -12,7 +12,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.flags import LoraFlags, ModelFlags
 from hacl_megatron.config.lora import settle_lora
 from hacl_megatron.config.run import RunConfig, with_architecture
-from hacl_megatron.data.templates import find_template
+from hacl_megatron.data.templates import find_template, template_names
 
 
 def checkpoint_to_resume(config: RunConfig) -> Path | None:
@@ -97,7 +97,9 @@ def assets_folder(config: RunConfig, resume_from: Path | None) -> Path:
 
 
 def chat_template(config: RunConfig) -> ChatTemplate | None:
-    """What exports of the run get of its `--version`."""
+    """What exports of the run get of its `--version`; None where that has no such thing, or is not known here."""
+    if config.data.version not in template_names():  # a template of one's own, which may be elsewhere by now
+        return None
     template = find_template(config.data.version)
     if template.chat_template is None:
         return None

@@ -15,10 +15,12 @@ import torch
 from transformers import AutoProcessor, GenerationConfig, LlamaTokenizer
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
+from hacl_megatron.data.encoding import EncodingSettings, UnusableSample, encode
+from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.tokenizer import load_tokenizer
 from tests.checkpoint.hf.round_trip_files import all_tensors
 from tests.public_reports import open_export
-from tests.public_reports.export_cases import SOURCES, write_exports
+from tests.public_reports.export_cases import SOURCES, long, write_exports
 from tests.tiny import write_tiny_llava, write_tiny_original_llava
 from tests.tool_runs import run_tool, to_hf, to_megatron
 
@@ -164,3 +166,21 @@ def test_a_logit_of_an_export_is_a_logit_of_its_source(exports):
     long, plain = (all_tensors(exports[kind]) for kind in ("long", "original"))
     name = next(name for name in plain if name.endswith("embed_tokens.weight"))
     assert torch.equal(long[name][:320], plain[name][:320])
+
+
+def test_a_token_without_a_row_costs_its_sample(tmp_path):
+    """Catches ids beyond the embedding: an index error of some rank, or another rank's row."""
+    tokenizer = load_tokenizer(str(long(tmp_path)))
+    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=4, num_rows=320)
+
+    def sample(answer: str, caption: str | None = None) -> Sample:
+        turns = (("human", "<image>\nWhat?"), ("gpt", answer))
+        return Sample(
+            sample_id=0, name="", image="x.png", conversations=turns, caption=caption, hallucinated_captions=(),
+            source="",
+        )  # fmt: skip
+
+    assert encode(sample("A red circle."), tokenizer, settings).dialogue.max() < 320
+    for unusable in (sample("A <middle7> circle."), sample("A circle.", caption="A <middle7>.")):
+        with pytest.raises(UnusableSample, match=r"'<middle7>' token 327, for which the model's 320 rows have none"):
+            encode(unusable, tokenizer, settings)

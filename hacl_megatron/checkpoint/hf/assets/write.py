@@ -16,6 +16,7 @@ from hacl_megatron.checkpoint.hf.assets.tokenizer_files import (
     copy_tokenizer,
     cut_tokenizer,
     num_own_tokens,
+    settle,
 )
 from hacl_megatron.checkpoint.hf.config_write import (
     Layout,
@@ -132,6 +133,9 @@ class Assets:
         if self.folder is None:
             return
         copy_tokenizer(self.tokenizer, out)
+        settings = out / "tokenizer_config.json"
+        if settings.is_file() and isinstance(read_json(settings).get("extra_special_tokens"), list):
+            settle(out)  # LLaVA's code runs on transformers 4.37
         for name in ("chat_template.jinja", "chat_template.json"):
             if own_file(self.folder / name, LARGEST_CONFIG):
                 shutil.copyfile(self.folder / name, out / name)
