@@ -164,7 +164,7 @@ def test_layers_that_are_left_out_on_purpose_are_none_missing(folders: Path, tmp
         (
             {"target_modules": ["q_proj", "fc1"], "layers_to_transform": [1, 2]},
             {"target_modules": r".*language_model.*layers\.(0|3)\..*o_proj"},
-            {"target_modules": ["q_proj"], "exclude_modules": r".*vision_tower.*"},
+            {"target_modules": ["q_proj"], "exclude_modules": r".*(vision_tower|layers\.1\.).*"},
         )
     ):
         out = tmp_path / str(index)
