@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hacl_megatron.checkpoint.convert.prefetch import prefetch
-from hacl_megatron.config.console import exit_with_error, say
+from hacl_megatron.config.console import exit_with_error, say, streams_that_may_fail
 
 
 def parse() -> argparse.Namespace:
@@ -127,7 +127,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        convert(parse())
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    with streams_that_may_fail():
+        try:
+            convert(parse())
+        except (ValueError, OSError) as error:
+            exit_with_error(error)

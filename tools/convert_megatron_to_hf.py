@@ -13,7 +13,7 @@ The model is never held: memory does not grow with it. OUT appears when it is co
 import argparse
 from pathlib import Path
 
-from hacl_megatron.config.console import exit_with_error, say
+from hacl_megatron.config.console import exit_with_error, say, streams_that_may_fail
 
 
 def parse() -> argparse.Namespace:
@@ -100,7 +100,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        convert(parse())
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    with streams_that_may_fail():
+        try:
+            convert(parse())
+        except (ValueError, OSError) as error:
+            exit_with_error(error)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from checkpoint_arguments import add_data_arguments, add_layout_arguments, filled, load_settings
 
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, streams_that_may_fail
 
 BENCHMARKS = ("pope", "chair", "amber", "mmhal")
 
@@ -122,7 +122,8 @@ def evaluate_likelihoods(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        evaluate(parse())
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    with streams_that_may_fail():
+        try:
+            evaluate(parse())
+        except (ValueError, OSError) as error:
+            exit_with_error(error)

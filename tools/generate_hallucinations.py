@@ -14,7 +14,7 @@ hallucinated captions already (unless --replace). The rules' "Hallucination edit
 import argparse
 from pathlib import Path
 
-from hacl_megatron.config.console import exit_with_error, report_error, say
+from hacl_megatron.config.console import exit_with_error, report_error, say, streams_that_may_fail
 
 
 def parse() -> argparse.Namespace:
@@ -93,9 +93,10 @@ def generate(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(generate(parse()))
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
-    except KeyboardInterrupt:
-        exit_with_error("interrupted; --output is not written, the same command goes on from the answers so far")
+    with streams_that_may_fail():
+        try:
+            raise SystemExit(generate(parse()))
+        except (ValueError, OSError) as error:
+            exit_with_error(error)
+        except KeyboardInterrupt:
+            exit_with_error("interrupted; --output is not written, the same command goes on from the answers so far")

@@ -10,7 +10,7 @@ becomes `id#2`, `id#3`, ... Killed half-way, the same command goes on where it s
 import argparse
 import os
 
-from hacl_megatron.config.console import exit_with_error, say
+from hacl_megatron.config.console import exit_with_error, say, streams_that_may_fail
 from hacl_megatron.config.flags import MAX_IMAGE_PIXELS
 from hacl_megatron.data.templates import template_names
 
@@ -51,7 +51,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    with streams_that_may_fail():
+        try:
+            main(parse())
+        except (ValueError, OSError) as error:
+            exit_with_error(error)

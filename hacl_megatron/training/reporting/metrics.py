@@ -233,10 +233,10 @@ def keep_iterations(jsonl: Path, last: int) -> None:
     if not jsonl.exists():
         return
     kept = []
-    for line in jsonl.read_text(encoding="utf-8").splitlines():
+    for line in jsonl.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["iteration"] <= last:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, LookupError, TypeError, RecursionError):  # half a line, or no line of a run
             continue
     write_atomically(jsonl, "".join(kept))
