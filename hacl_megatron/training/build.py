@@ -102,7 +102,7 @@ def train(config: RunConfig, layout: Layout) -> None:
         try:
             stopped_for = trainer.train()
         except TrainingStopped as error:
-            if status is not None:  # as whoever reports the failure does, who knows the reason alone
+            if status is not None:
                 status.write("failed", str(error))
             raise
         if status is not None:

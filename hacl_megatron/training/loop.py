@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -316,7 +317,7 @@ class Trainer:
         lost = {"lost_lines": lost_lines() or None}
         if self.log is not None:
             lost["lost_metrics"] = self.log.num_lost or None
-        samples = {key: getattr(self.progress, key) for key in SAMPLE_KEYS}
+        samples = {key: copy(getattr(self.progress, key)) for key in SAMPLE_KEYS}
         return {"iteration": self.progress.iteration, "train_iters": self.train_iters, **samples, **lost}
 
     def _report(self, scalars: dict[str, float]) -> None:

@@ -61,14 +61,15 @@ def write_status(save: str | None, state: State, *, reason: str | None = None, *
     """Replace the file in `save`, if there is such a folder and no other run has it; one rank calls it.
 
     Args:
-        facts: `iteration`, `train_iters` and whatever else there is to tell; None is left out.
+        facts: `iteration`, `train_iters` and whatever else there is to tell; None is left out. What became of samples
+            stays as the file says where it is not given: whoever failed does not know.
     """
     if save is None or not Path(save).is_dir() or is_held_by_another(Path(save), _hold.token):
         return
-    # Whoever reports a failure does not know what became of the samples: as the run has said.
+    if not facts.keys() & {*SAMPLE_KEYS}:
+        facts |= {key: value for key, value in read_status(save).items() if key in SAMPLE_KEYS}
     content = {
         "state": state,
-        **{key: value for key, value in read_status(save).items() if key in SAMPLE_KEYS},
         **facts,
         "reason": reason,
         "launch": _launch(),
