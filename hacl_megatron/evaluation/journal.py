@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hacl_megatron.data.append_only import AppendOnlyLines
+from hacl_megatron.config.files.append_only import AppendOnlyLines
 from hacl_megatron.evaluation.json_files import read_json
 from hacl_megatron.evaluation.scores import write_whole
 

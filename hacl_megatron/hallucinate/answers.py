@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hacl_megatron.data.append_only import AppendOnlyLines
+from hacl_megatron.config.files.append_only import AppendOnlyLines
 
 
 class AnswerLog(AppendOnlyLines):

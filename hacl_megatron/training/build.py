@@ -49,6 +49,7 @@ from hacl_megatron.platform.agreement import agree, default_store, told_by_rank_
 from hacl_megatron.platform.folder_lock import FolderInUse, FolderLock
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.loop import Trainer
+from hacl_megatron.training.optimizer.schedule import RunLength
 from hacl_megatron.training.packs import pack_plan
 from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE
 from hacl_megatron.training.reporting.changes import nothing_left, what_differs
@@ -56,7 +57,6 @@ from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
 from hacl_megatron.training.reporting.profiling import ProfileWindow
 from hacl_megatron.training.reporting.status import RunStatus, TrainingStopped, before_this_run, hold
 from hacl_megatron.training.saving import Saving
-from hacl_megatron.training.schedule import RunLength
 from hacl_megatron.training.state import Progress, StartingPoint, restore_run, saved_progress
 from hacl_megatron.training.trainee import Trainee, build_trainee, check_configurations
 from hacl_megatron.training.validation import Validation

@@ -18,6 +18,7 @@ from hacl_megatron.platform.device import device_name, memory_in_use
 from hacl_megatron.platform.hardware import peak_flops
 from hacl_megatron.training.flops import step_flops
 from hacl_megatron.training.losses import GlobalCounts, StepMetrics
+from hacl_megatron.training.optimizer.schedule import contrastive_weight_at, default_learning_rate
 from hacl_megatron.training.reporting.bad_samples import (
     BAD_SAMPLES_FILE,
     UNCOMPARED,
@@ -30,7 +31,6 @@ from hacl_megatron.training.reporting.scalars import loss_scalars, params_norm
 from hacl_megatron.training.reporting.status import SAMPLE_KEYS, TrainingStopped
 from hacl_megatron.training.reporting.step_time import RankNumbers, rank_scalars
 from hacl_megatron.training.saving import Saving
-from hacl_megatron.training.schedule import contrastive_weight_at, default_learning_rate
 from hacl_megatron.training.signals import StopRequests
 from hacl_megatron.training.state import StartingPoint
 from hacl_megatron.training.step import Step, UpdateResult

@@ -23,8 +23,7 @@ from hacl_megatron.checkpoint.run.load import (
 )
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.platform.random_state import random_states, set_random_states
-from hacl_megatron.training.optimizer_shards import ShardsToLoad, shards_to_save
-from hacl_megatron.training.schedule import (
+from hacl_megatron.training.optimizer.schedule import (
     RunLength,
     groups_kept,
     load_optimizer,
@@ -32,6 +31,7 @@ from hacl_megatron.training.schedule import (
     optimizer_parts,
     without_groups,
 )
+from hacl_megatron.training.optimizer.shards import ShardsToLoad, shards_to_save
 from hacl_megatron.training.trainee import Trainee
 
 

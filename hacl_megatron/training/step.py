@@ -24,8 +24,8 @@ from hacl_megatron.platform.device import Stopwatch
 from hacl_megatron.platform.host_groups import host_sums
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.contrast import Contrast, pair_integers
-from hacl_megatron.training.grad_norm import squared_grad_norm
 from hacl_megatron.training.losses import NUM_SUMS, GlobalCounts, LossWeights, StepLosses, StepMetrics, StepSums
+from hacl_megatron.training.optimizer.grad_norm import squared_grad_norm
 from hacl_megatron.training.packs import has_dropout, pool_spans_micro_batches
 from hacl_megatron.training.reporting.step_time import OwnTime
 from hacl_megatron.training.trainee import Trainee

@@ -16,7 +16,7 @@ from hacl_megatron.config.sections import megatron_fields, refusals_of
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.objective.queue import NegativeQueue
 from hacl_megatron.platform.host_groups import Groups
-from hacl_megatron.training.schedule import build_optimizer, build_scheduler, optimizer_config
+from hacl_megatron.training.optimizer.schedule import build_optimizer, build_scheduler, optimizer_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from hacl_megatron.config.flags import TrainingFlags
 from hacl_megatron.config.layout import iterations_of_epochs
 from hacl_megatron.train import run
-from hacl_megatron.training.schedule import RunLength
+from hacl_megatron.training.optimizer.schedule import RunLength
 from tests.training.runs import assert_same_state, common_state, latest_checkpoint, make_inputs, metrics, refused, train
 
 EPOCHS = 4

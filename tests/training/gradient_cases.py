@@ -20,8 +20,8 @@ from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training import build
 from hacl_megatron.training.build import build_trainer, open_loader
-from hacl_megatron.training.grad_norm import squared_grad_norm
 from hacl_megatron.training.loop import Trainer
+from hacl_megatron.training.optimizer.grad_norm import squared_grad_norm
 from hacl_megatron.training.packs import pack_plan
 from tests.memory import peak_bytes
 

@@ -22,7 +22,7 @@ from hacl_megatron.data.loader import StepLoader
 from hacl_megatron.platform import host_groups
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.build import build_trainer
-from hacl_megatron.training.schedule import optimizer_parts
+from hacl_megatron.training.optimizer.schedule import optimizer_parts
 from hacl_megatron.training.trainee import Trainee
 from tests.device_watch import HOST, DeviceWatch
 from tests.distributed import run_distributed
