@@ -41,14 +41,13 @@ setup(
         "safetensors>=0.5",  # weight files that cannot carry code
         "sentencepiece>=0.2",  # LLaMA tokenizers that ship only tokenizer.model
         "tensorboard>=2.18",  # curves
-        "xxhash>=3.0",  # checksums of checkpoints at 26 GB/s a core; zlib's would be a third of a load's time
         "psutil>=5.9",  # megatron-core's distributed checkpointing needs it
         "pillow>=10.3",  # images that DALI cannot read (GIF, AVIF), and all of them without DALI
         "pyyaml>=6.0",  # configuration files
         "tqdm>=4.66",  # progress bars
         "numpy>=1.26",  # image arrays
         "jinja2>=3.1",  # the page of tools/inspect_data.py, every text escaped
-        "xxhash>=3.0",  # checksums at the speed of memory, of prepared data and checkpoints
+        "xxhash>=3.0",  # checksums of checkpoints and prepared data at 26 GB/s a core; zlib's would be a third of a load
         "pyarrow>=15",  # the memory-mapped manifest of the training data
         "tabulate>=0.9",  # the tables of tools/plan_run.py and --dry-run
         *dali(),  # JPEG bytes to pixels, on GPU and CPU
