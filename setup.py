@@ -47,7 +47,7 @@ setup(
         "tqdm>=4.66",  # progress bars
         "numpy>=1.26",  # image arrays
         "jinja2>=3.1",  # the page of tools/inspect_data.py, every text escaped
-        "xxhash>=3.0",  # checksums of checkpoints and prepared data at 26 GB/s a core; zlib's would be a third of a load
+        "xxhash>=3.0",  # checksums of checkpoints and data, 26 GB/s a core; zlib's would be a third of a load
         "pyarrow>=15",  # the memory-mapped manifest of the training data
         "tabulate>=0.9",  # the tables of tools/plan_run.py and --dry-run
         *dali(),  # JPEG bytes to pixels, on GPU and CPU
