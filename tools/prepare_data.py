@@ -22,8 +22,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-folder", metavar="DIR", help="folder that image names are relative to")
     parser.add_argument("--tokenizer", metavar="DIR", help="also count the token lengths under this tokenizer")
     parser.add_argument("--version", choices=template_names(), default="v1", help="template of the token lengths")
-    parser.add_argument("--model-max-length", type=int, default=2048, help="with --tokenizer: where dialogues are cut")
-    parser.add_argument("--visual-tokens", type=int, default=576, help="with --tokenizer: rows of an image")
+    parser.add_argument(
+        "--model-max-length", type=int, metavar="N", help="also name what will train nothing in a run with this flag"
+    )
+    parser.add_argument("--visual-tokens", type=int, default=576, help="rows of an image in that run")
     parser.add_argument(
         "--verify-images", action="store_true", help="decode every image; list unusable, name blank ones"
     )

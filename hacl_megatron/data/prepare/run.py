@@ -56,8 +56,9 @@ class PrepareSettings:
     tokenizer: str | None = None
     version: str = "v1"
     """Template whose token lengths are counted."""
-    model_max_length: int = 2048
-    """Longest dialogue of the run that is to come, in rows; what is cut behind it trains nothing."""
+    model_max_length: int | None = None
+    """Longest dialogue of the run that is to come, in rows: what will train nothing then is looked for, at some five
+    times the cost of counting tokens. None: it is not."""
     visual_tokens: int = 576
     """Rows of an image; LLaVA-1.5's."""
     verify_images: bool = False
@@ -127,8 +128,10 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
 
 def _check(settings: PrepareSettings) -> None:
     for name in ("num_workers", "images_per_shard", "max_image_pixels", "model_max_length", "visual_tokens"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; expected at least 1")
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+    if settings.model_max_length is not None and settings.tokenizer is None:
+        raise ValueError("--model-max-length is given without the tokenizer that fills it; add --tokenizer")
     for flag, wanted in (("--verify-images", settings.verify_images), ("--write-shards", settings.write_shards)):
         if wanted and settings.image_folder is None:
             raise ValueError(f"{flag} is given without the images; add --image-folder")
@@ -227,19 +230,17 @@ def _measure(
             for index, record in enumerate(records)
         ]
         tokens = count_tokens(samples, tokenizer, settings.version)
-        untrained = untrained_kinds(samples, tokens, tokenizer, _encoding_settings(settings))
-        measures = replace(measures, tokens=tokens, untrained=untrained)
+        measures = replace(measures, tokens=tokens)
+        if settings.model_max_length is not None:
+            encoding = EncodingSettings(
+                version=settings.version,
+                model_max_length=settings.model_max_length,
+                visual_tokens=settings.visual_tokens,
+            )
+            measures = replace(measures, untrained=untrained_kinds(samples, tokens, tokenizer, encoding))
     if images is not None:
         measures = replace(measures, images=[images.measure(record.image) for record in records])
     return measures
-
-
-def _encoding_settings(settings: PrepareSettings) -> EncodingSettings:
-    return EncodingSettings(
-        version=settings.version,
-        model_max_length=settings.model_max_length,
-        visual_tokens=settings.visual_tokens,
-    )
 
 
 def _fingerprint(settings: PrepareSettings, tokenizer: Tokenizer | None) -> str:
