@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hacl_megatron.config.files.partial import hold, remove_leftovers
 from hacl_megatron.data.prepare.json_text import json_text
 
 VERSIONED = ("torch", "transformers", "tokenizers", "pillow", "textblob", "nltk", "spacy", "hacl_megatron")
@@ -88,11 +89,13 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file such that a reader, or a kill, never sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    remove_leftovers(path)
     with open(partial, "w", encoding="utf-8") as file:
+        hold(file)
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+        partial.replace(path)  # while it is held
 
 
 def format_table(scores: Scores) -> str:

@@ -4,17 +4,15 @@ Input and output are JSON (one list) or JSON lines (`.jsonl`), each by its own n
 place and renamed when complete.
 """
 
-import fcntl
-import glob
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from hacl_megatron.config.files.regular import only_regular
+from hacl_megatron.config.files.partial import hold, remove_leftovers
 from hacl_megatron.data.prepare.json_text import DEEPEST, is_deep, is_text
 from hacl_megatron.data.prepare.llava_json import decoded_records, text_or_first_answer, value_of
 
@@ -88,27 +86,18 @@ class RecordWriter:
 def writing(path: Path) -> Iterator[IO[str]]:
     """A UTF-8 file that appears at `path` complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    with suppress(OSError):  # a file system without locks: what a kill leaves stays
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    hold(handle)
     try:
         with open(handle, "w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)  # while it is held
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Removes what killed writers of `path` left: the lock on it went with them."""
-    for other in glob.glob(f".{glob.escape(path.name)}.*.part", root_dir=path.parent):
-        with suppress(OSError), open(path.parent / other, "rb+", opener=only_regular) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path.parent / other)
