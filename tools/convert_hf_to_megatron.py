@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234, help="for a connector or heads that no file holds")
     parser.add_argument("--force", action="store_true", help="replace an earlier conversion at --save")
     parser.add_argument(
-        "--verify", action="store_true", help="then run both models on a random batch and compare their logits; holds "
+        "--verify", action="store_true", help="then compare both models' logits on a random batch, and pixels; holds "
         "both in fp32 (8 bytes a parameter: some 60 GB for a 7B)"
     )  # fmt: skip
     args = parser.parse_args()

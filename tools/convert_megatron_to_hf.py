@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="threads that read ahead")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --hf-path")
     parser.add_argument(
-        "--verify", action="store_true", help="hf: then run both models on a random batch and compare their logits; "
+        "--verify", action="store_true", help="hf: then compare both models' logits on a random batch, and pixels; "
         "holds both in fp32 (8 bytes a parameter: some 60 GB for a 7B)"
     )  # fmt: skip
     return parser.parse_args()
@@ -96,7 +96,7 @@ def convert(args: argparse.Namespace) -> None:
     if args.verify:
         from hacl_megatron.evaluation.agreement import report_agreement
 
-        report_agreement(checkpoint, args.hf_path, dtype=dtype)
+        report_agreement(checkpoint, args.hf_path, dtype=dtype, image_aspect_ratio=args.image_aspect_ratio)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ _OTHER_FORMATS = ("WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
 MAX_DALI_PIXELS = 4096 * 4096
 """Larger images are left to Pillow: DALI decodes several at once, and keeps the memory that the largest took."""
 
+_PILLOW_BLOCK = 64 << 20
+"""Bytes that Pillow asks for at once. Its usual 16 MiB are few enough for glibc to keep them, a large picture's worth
+for each thread; what is above 32 goes back to the system. Smaller pictures ask for what they need."""
+
 MAX_JPEG_SCANS = 100
 """Progressive JPEGs have about ten. Each costs a pass over all pixels, so that a small file could take hours."""
 
@@ -107,6 +111,7 @@ class ImageReader:
         self.transparency, self.orientation = transparency, orientation
         # Pillow's own limit is per process; ours, checked below, is the one that counts.
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_image_pixels)
+        Image.core.set_block_size(_PILLOW_BLOCK)
         Image.init()
         self._formats = [name for name in (*DALI_MODES, *_OTHER_FORMATS) if name in Image.OPEN and name != "MPO"]
 

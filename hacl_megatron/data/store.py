@@ -9,13 +9,15 @@ are read where the manifest says, and whatever its member headers name is not lo
 
 import hashlib
 import os
-import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from hacl_megatron.config.files.checksum import checksum
 from hacl_megatron.config.files.regular import NotRegular, only_regular
+
+MAX_IMAGE_BYTES = 512 << 20
+"""Eight bytes for each of the default `--max-image-pixels`; a larger file is refused unread."""
 
 
 class UnusableImage(ValueError):
@@ -60,7 +62,8 @@ class FolderStore:
         path = self.path(name)
         try:
             with open(path, "rb", opener=only_regular) as file:
-                data = file.read()
+                _check_size(os.fstat(file.fileno()).st_size)
+                data = file.read(MAX_IMAGE_BYTES + 1)
         except NotRegular as error:
             raise UnusableImage(f"{error.strerror}, expected an image") from None
         except FileNotFoundError:
@@ -69,7 +72,13 @@ class FolderStore:
             raise UnusableImage(f"cannot be read: {error.strerror or error}") from None
         if not data:
             raise UnusableImage("the file is empty")
+        _check_size(len(data))
         return data
+
+
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise UnusableImage(f"{num_bytes:,} bytes are more than an image file may have, {MAX_IMAGE_BYTES:,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,7 @@ class ShardReader:
     def read(self, stored: StoredImage) -> bytes:
         """The image's bytes. Raises UnusableImage when the shard does not hold them."""
         try:
+            _check_size(stored.size)
             file, keep = self._open(stored.path)
             try:
                 room = os.fstat(file).st_size - stored.offset

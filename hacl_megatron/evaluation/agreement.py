@@ -1,5 +1,7 @@
 """Whether transformers' LLaVA or BLIP-2 computes what ours does: logits on a random batch of image and text, in fp32.
 
+`image_agreement` looks at the pixels of pictures.
+
 Both models are held whole in this one process, so a check of a 7B needs some 60 GB of memory.
 """
 
@@ -28,6 +30,7 @@ from hacl_megatron.config.console import exit_with_error
 from hacl_megatron.config.families import language_family
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.config.run import RunConfig
+from hacl_megatron.evaluation.image_agreement import compare_pixels
 
 TOLERANCE = 2e-4
 """Largest difference of two logits, for logits of order 1; more for larger ones in proportion."""
@@ -63,10 +66,12 @@ def report_agreement(
     *,
     dtype: torch.dtype | None = None,
     adapters: Path | None = None,
+    image_aspect_ratio: str | None = None,
 ) -> None:
-    """Print how a checkpoint agrees with a Hugging Face folder; leave with an error if it does not.
+    """Print how a checkpoint agrees with a Hugging Face folder, logits and pixels; leave with an error if it does not.
 
     Args:
+        image_aspect_ratio: that the folder was written with; default the checkpoint's.
         sources: what the checkpoint was converted from, where it is more or other than `hf_folder` alone can give
             transformers: the original layout, two parts, an adapter.
         dtype: that a conversion rounded the weights to; both models' are, for the comparison.
@@ -76,6 +81,19 @@ def report_agreement(
     print(f"verify: {agreement}")
     if not agreement.holds:
         exit_with_error(f"{checkpoint} and {hf_folder} do not agree: {agreement}")
+    run = read_run_config(checkpoint)
+    tower = run.architecture.extra.get("vision_tower_folder") if sources is not None else None
+    pixels = compare_pixels(
+        run.architecture,
+        Path(tower) if tower else hf_folder,
+        aspect_ratio=image_aspect_ratio or run.data.image_aspect_ratio,
+    )
+    if pixels is None:
+        print(f"verify: no pixels compared, for {tower or hf_folder} describes no image processor")
+        return
+    print(f"verify: {pixels}")
+    if not pixels.holds:
+        exit_with_error(f"{checkpoint} and {tower or hf_folder} do not see the same pictures: {pixels}")
 
 
 @torch.no_grad()
