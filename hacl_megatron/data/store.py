@@ -9,6 +9,7 @@ are read where the manifest says, and whatever its member headers name is not lo
 
 import hashlib
 import os
+import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
