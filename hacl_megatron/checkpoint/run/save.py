@@ -235,8 +235,12 @@ class CheckpointSaver:
             found = self._together(lambda: self._on_rank_0(references, self._save, name))
         return (found[0] or []) if found else [], mixed
 
-    def _finish(self, job: _Job, stored: list[StoredPart], not_finite: list[str]) -> None:
-        """Rank 0: make it the latest checkpoint, then delete old ones."""
+    def _finish(self, job: _Job, stored: list[StoredPart], broken: list[str]) -> None:
+        """Rank 0: make it the latest checkpoint, then delete old ones.
+
+        Args:
+            broken: keys of tensors with values that are not finite.
+        """
         self._check()
         publish(
             self._save,
@@ -245,17 +249,13 @@ class CheckpointSaver:
             common=job.common,
             run_config=job.run_config,
             write_assets=job.write_assets,
-            not_finite=not_finite[0] if not_finite else None,
+            not_finite=broken[0] if broken else None,
         )
-        if not_finite:
+        if broken:
             last = last_finite(self._save, up_to=job.iteration)
+            kept = "there is no finite one" if last is None else f"the last finite one, iteration {last}, is kept"
             self._notes.append(
-                f"iteration {job.iteration} holds values that are not finite, the first in {not_finite[0]}: "
-                + (
-                    f"the last finite checkpoint, iteration {last}, is kept"
-                    if last is not None
-                    else "no finite one is there"
-                )
+                f"iteration {job.iteration} holds values that are not finite, the first in {broken[0]}: {kept}"
             )
         if self._newest is not None:
             try:

@@ -18,6 +18,7 @@ from hacl_megatron.checkpoint.run.publish import begin, partial_folder, publish
 from hacl_megatron.checkpoint.run.retain import prune
 from hacl_megatron.checkpoint.run.stored.parts import StoredParts
 from hacl_megatron.checkpoint.run.whole import make_whole
+from tests.distributed import run_distributed
 from tests.tiny import write_tiny_llava
 from tests.tool_runs import to_megatron
 
@@ -172,3 +173,31 @@ def test_an_index_whose_parts_do_not_fit_is_refused_before_there_is_room_made(tm
     write_index(tmp_path, [replace(stored, sizes=[10**12], global_shape=[10**12])])
     with pytest.raises(ValueError, match="a part of w of sizes"):
         StoredParts(tmp_path)
+
+
+def save_nan(folder: Path) -> list[str]:
+    """Three asynchronous saves, the last two with a NaN; what the saver says."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from hacl_megatron.checkpoint.run.load import load_checkpoint
+    from hacl_megatron.checkpoint.run.save import CheckpointSaver
+
+    saver, weight = CheckpointSaver(folder, newest=1), torch.ones(4)
+    for iteration in (1, 2, 3):
+        weight[1] = 1 if iteration == 1 else float("nan")
+        state = {"weight": ShardedTensor.from_rank_offsets("weight", weight)}
+        saver.save(iteration, lambda state=state: state, run_config="", write_assets=lambda to: None)
+    saver.close()
+    wanted = {"weight": ShardedTensor.from_rank_offsets("weight", torch.zeros(4))}
+    assert torch.equal(load_checkpoint(wanted, folder / "iter_0000001")["weight"], torch.ones(4))
+    return saver.notes()
+
+
+def test_a_run_says_that_it_saves_nan_and_keeps_what_was_before(tmp_path: Path) -> None:
+    """Steps are skipped then, and each save pushed one more finite checkpoint out."""
+    (notes,) = run_distributed(save_nan, 1, tmp_path)
+    assert (
+        sum("not finite, the first in weight: the last finite one, iteration 1, is kept" in note for note in notes) == 2
+    )
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000001", "iter_0000003"]
+    assert json.loads((tmp_path / "iter_0000003" / "files.json").read_text())["not_finite"] == "weight"
