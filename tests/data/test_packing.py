@@ -305,6 +305,14 @@ def test_every_segment_can_be_read_back(drawn, pad_multiple):
     assert batch.hallucinated_owner.tolist() == [n for n, pair in enumerate(pairs) for _ in pair.hallucinated_segments]
 
 
+def test_a_dialogue_that_lacks_the_context_by_its_last_row_shares_nothing() -> None:
+    """An image of one row, and a dialogue that does not mention it: they begin with the same BOS alone."""
+    sample = encoded([BOS, CAT, EOS], [1], image=[BOS, IMAGE, EOS], caption=[BOS, CAT, EOS])
+    parts = Parts(images="branch")
+    batch = pack([slot(0, sample)], pixels(1), visual_tokens=1, pad_multiple=1, parts=parts)
+    assert batch.branch_rows.tolist() == [] and num_packed_rows(sample, parts) == batch.num_rows == 9
+
+
 @pytest.mark.parametrize(
     "parts",
     [

@@ -13,6 +13,7 @@ so that ranks and new processes run the same.
 import contextlib
 import functools
 import gc
+import importlib
 import importlib.util
 import json
 import multiprocessing.util
@@ -52,6 +53,7 @@ def warm_up(files: list[str]) -> dict[str, list[types.FunctionType]]:
     """Import the trainer and these files of tests; functions of the trainer by path."""
     import pytest
 
+    importlib.import_module("tests.training.runs")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *files])
     functions: dict[str, list[types.FunctionType]] = {}
@@ -140,7 +142,7 @@ def run_pytest(arguments: list[str], plugins: tuple[object, ...] = ()) -> int:
     spawn = multiprocessing.util.spawnv_passfds
     multiprocessing.util.spawnv_passfds = functools.partial(_fork_the_fork_server, spawn)
     os.environ["PYTHONPATH"] = str(ROOT)
-    import tests.training.runs  # noqa: F401  the trainer, as the files are now
+    importlib.import_module("tests.training.runs")  # the trainer, as the files are now
 
     if plugins:
         _watch_ranks(*plugins)

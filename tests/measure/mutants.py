@@ -80,6 +80,7 @@ class Coverage:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.package = hashlib.sha256(repr(sorted(package.items())).encode()).hexdigest()
         self.tests: dict[str, dict[str, Any]] = {}
+        self.slowest: dict[str, float] = {}
 
     def collect(self, file: str, worker: Worker) -> None:
         content = (ROOT / file).read_bytes()
@@ -95,7 +96,9 @@ class Coverage:
             kept.write_text(found.read_text() if found.is_file() else "{}")
             shutil.rmtree(folder, ignore_errors=True)
             say(f"{file}: lines of {len(json.loads(kept.read_text()))} tests, {reply['seconds']:.0f} s")
-        self.tests |= json.loads(kept.read_text())
+        found = json.loads(kept.read_text())
+        self.slowest[file] = max((test["seconds"] for test in found.values()), default=0.0)
+        self.tests |= found
 
     def chosen(self, mutant: Mutant, budget_s: float) -> tuple[list[str], float, int]:
         """(tests, their seconds, how many more there are): the likeliest to notice for their time first."""
@@ -118,17 +121,20 @@ class Coverage:
                 name: 2 for name, test in self.tests.items()
                 if test["passed"] and (mutant.path in test["call"] or mutant.path in test["setup"])
             }  # fmt: skip
-        own = mirror(mutant.path)
-        seconds = {name: self.tests[name]["seconds"] for name in ranks}
-        order = sorted(
-            ranks, key=lambda name: (seconds[name] > 1, not name.startswith(own), ranks[name], seconds[name])
-        )
+        by_file: dict[str, list[str]] = collections.defaultdict(list)
+        for name in sorted(ranks, key=lambda name: (ranks[name], self.tests[name]["seconds"])):
+            by_file[name.split("::")[0]].append(name)
+        # Whichever of a file's tests comes first pays for what they share, as the slowest did when all were run.
+        costs = {
+            file: max(self.slowest[file], sum(self.tests[n]["seconds"] for n in by_file[file])) for file in by_file
+        }
         chosen, total = [], 0.0
-        for name in order:
-            if total + seconds[name] <= budget_s or not chosen:
-                chosen.append(name)
-                total += seconds[name]
-        return chosen, total, len(order) - len(chosen)
+        own = mirror(mutant.path)
+        for file in sorted(by_file, key=lambda file: (costs[file] > 10, file != own, costs[file])):
+            if total + costs[file] <= budget_s or not chosen:
+                chosen += by_file[file]
+                total += costs[file]
+        return chosen, total, len(ranks) - len(chosen)
 
 
 def mirror(path: str) -> str:

@@ -6,7 +6,8 @@
     if a       -> if not (a)  inverted          raise …    -> pass       dropped
     3          -> 4           constant          return a   -> return None
 
-What says nothing is left alone: annotations, docstrings, asserts, imports, and the words of an error.
+What says nothing is left alone: annotations, docstrings, asserts (and `strict`, which is one), imports, and the words
+of an error.
 """
 
 import ast
@@ -134,7 +135,10 @@ class _Visitor:
                     self.statements([child])
 
     def _expression(self, node: ast.expr) -> None:
+        asserted = [k.value for k in ast.walk(node) if isinstance(k, ast.keyword) and k.arg == "strict"]
         for child in ast.walk(node):
+            if child in asserted:
+                continue
             if isinstance(child, ast.Compare) and len(child.ops) == 1:
                 token, other = _COMPARISONS[type(child.ops[0])]
                 self._token("compared", child, child.left, child.comparators[0], token, other)

@@ -48,10 +48,6 @@ class Part:
     """Where the rectangle begins in the global tensor."""
     global_shape: tuple[int, ...] = ()
 
-    @property
-    def num_bytes(self) -> int:
-        return len(self.values) if isinstance(self.values, bytes) else self.values.nbytes
-
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPart:

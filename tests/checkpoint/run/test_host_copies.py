@@ -20,6 +20,15 @@ def test_a_7bs_copies_take_little_more_than_their_bytes() -> None:
     assert sum(slabs) / sum(LLAMA_7B) < 1.08
 
 
+def test_slabs_are_as_large_as_what_is_left_fills() -> None:
+    """Catches slabs of twice the bytes that go into them, and more of them than it takes."""
+    assert slabs_for([512] * 9) == ([4096, 512], [(0, 512 * piece) for piece in range(8)] + [(1, 0)])
+    assert slabs_for([512] * 9, largest=2048)[0] == [2048, 2048, 512]
+    assert slabs_for([1536, 1])[0] == [2048]
+    assert slabs_for([2**12])[0] == [2**12]
+    assert slabs_for([512, 4096, 512]) == ([4096, 1024], [(1, 0), (0, 0), (1, 512)]), "the largest first"
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -56,7 +56,7 @@ def test_each_writes_about_as_many_bytes(num_replicas: int) -> None:
     loads = []
     for replica in range(num_replicas):
         parts, common = local_parts(state(replica), replica=replica, num_replicas=num_replicas)
-        loads.append(sum(part.num_bytes for part in parts if part.key in {*SIZES, "halves"}))
+        loads.append(sum(part.values.nbytes for part in parts if part.key in {*SIZES, "halves"}))
         assert common == {"step": 5}
     assert max(loads) - min(loads) <= 4 * 100, "the smallest part"
 
