@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+from hacl_megatron.training.losses import _SUMS, GlobalCounts, LossWeights, StepMetrics, StepSums
 from hacl_megatron.training.reporting.scalars import loss_scalars, mean_losses
-from hacl_megatron.training.step import _SUMS, GlobalCounts, StepMetrics, StepSums
 
 
-def metrics_of(targets: int, pairs: int, **sums: float) -> StepMetrics:
+def metrics_of(targets: int, pairs: int, twins: int = 0, **sums: float) -> StepMetrics:
     """As a step reads them: sums over its ranks, and what it counted before."""
-    counts = GlobalCounts(targets=targets, pairs=pairs, rows=1, images=1, pairs_of_ranks=[])
+    counts = GlobalCounts(targets=targets, pairs=pairs, twins=twins, rows=1, images=1, pairs_of_ranks=[])
     values = torch.tensor([sums.get(name, 0.0) for name in _SUMS], dtype=torch.float64)
-    return StepSums(sums=values, contrastive_weight=1.0, counts=counts).read()
+    return StepSums(
+        sums=values, weights=LossWeights(generation=1.0, contrastive=1.0, preference=1.0), counts=counts
+    ).read()
 
 
 def test_batches_of_unlike_size_give_what_one_batch_of_all_gives() -> None:
@@ -19,9 +21,10 @@ def test_batches_of_unlike_size_give_what_one_batch_of_all_gives() -> None:
     pairs, the 8 captions of one pair counted as little as the single one of another."""
     batches = [
         {"targets": 10, "pairs": 1, "lm_loss": 20.0, "correct_i2t_sum": 1, "image_to_text_sum": 3.0, "margin_sum": 8.0,
-         "margin_count": 8, "hallucination_correct_sum": 1, "hallucination_pairs": 1},
+         "margin_count": 8, "hallucination_correct_sum": 1, "hallucination_pairs": 1,
+         "twins": 8, "preference_correct_sum": 8},
         {"targets": 2, "pairs": 4, "lm_loss": 1.0, "correct_i2t_sum": 1, "text_to_image_sum": 2.0, "margin_sum": -1.0,
-         "margin_count": 1, "hallucination_correct_sum": 0, "hallucination_pairs": 1},
+         "margin_count": 1, "hallucination_correct_sum": 0, "hallucination_pairs": 1, "twins": 1},
         {"targets": 0, "pairs": 3, "correct_i2t_sum": 3},
         {"targets": 0, "pairs": 0},
     ]  # fmt: skip
