@@ -41,14 +41,14 @@ def speak(answerer: Answerer, texts: Sequence[str], monkeypatch: pytest.MonkeyPa
     said = [[answerer.tokenizer.encode(f"A{letter}", bos=False)[-1] for letter in text] for text in texts]
     generate, lengths = answerer.model.generate, []
 
-    def speaking(**inputs):
+    def speaking(logits_processor=(), **inputs):
         start = inputs["input_ids"].shape[1]
 
         def force(ids: Tensor, scores: Tensor) -> Tensor:
             wanted = torch.tensor([row[ids.shape[1] - start] for row in said[: len(ids)]])
             return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
 
-        output = generate(**inputs, logits_processor=[force])
+        output = generate(**inputs, logits_processor=[*logits_processor, force])
         lengths.append(output.shape[1] - start)
         return output
 
