@@ -6,7 +6,7 @@ where they make the resumed run bitwise equal).
 """
 
 import random
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,14 @@ def saved_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
         raise ValueError(
             f"--load {folder} holds converted weights and no run to resume: give it as --pretrained-checkpoint"
         )
-    counters, known = _held(common, "progress", dict, folder), [field.name for field in fields(Progress)]
-    if unknown := [k for k, value in counters.items() if k not in known or not isinstance(value, int | float | None)]:
-        raise ValueError(
-            f"{folder / COMMON_FILE}: `progress` has {unknown[0]!r:.40}, expected {', '.join(known)} and numbers; the "
-            "checkpoint is damaged, or of another version: load another iter_* folder"
-        )
+    counters, fresh = _held(common, "progress", dict, folder), asdict(Progress())
+    for key, value in counters.items():
+        kind = dict if isinstance(fresh.get(key), dict) else int | float | None
+        if key not in fresh or not isinstance(value, kind):
+            raise ValueError(
+                f"{folder / COMMON_FILE}: `progress` has {key!r:.40} with {value!r:.40}, expected {', '.join(fresh)}, as "
+                "this version counts; the checkpoint is damaged, or of another version: load another iter_* folder"
+            )
     return Progress(**counters), _held(common, "data_state", dict, folder)
 
 
