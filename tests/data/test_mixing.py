@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hacl_megatron.data.assignment import in_order
-from hacl_megatron.data.mixing import BLOCKS_AT_ONCE, Words
+from hacl_megatron.data.mixing import BLOCKS_AT_ONCE, Words, draws_of
 from hacl_megatron.data.sampler import Sampler
 
 SEEDS = st.integers(0, 2**31)
@@ -197,3 +197,8 @@ def test_a_state_of_another_stream_is_refused(change, named):
     Sampler(**arguments).load_state_dict(state)
     with pytest.raises(ValueError, match=named):
         Sampler(**(arguments | change)).load_state_dict(state)
+
+
+def test_a_source_gives_its_weight_rounded_and_at_least_one() -> None:
+    """But nothing where it has nothing."""
+    assert [draws_of(*given) for given in ((0, 1.0), (10, 0.25), (10, 0.24), (10, 0.01), (3, 2.5))] == [0, 3, 2, 1, 8]

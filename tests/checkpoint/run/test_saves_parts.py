@@ -12,11 +12,13 @@ from torch.distributed.checkpoint import FileSystemReader, load
 
 from hacl_megatron.checkpoint.run import save as saver
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
+from hacl_megatron.checkpoint.run.extra_states import take_out_scales
 from hacl_megatron.checkpoint.run.frozen import digest_of, value_sums
 from hacl_megatron.checkpoint.run.integrity import may_be_file_of_checkpoint, write_files
 from hacl_megatron.checkpoint.run.local_parts import flat_blocks
 from hacl_megatron.checkpoint.run.part_files import Part, write_index, write_parts
 from hacl_megatron.checkpoint.run.retain import prune
+from hacl_megatron.checkpoint.run.whole import make_whole
 from tests.distributed import run_distributed
 
 
@@ -132,6 +134,25 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_offered(tmp_path
     (tmp_path / "iter_0000010" / "__0_0.distcp").unlink()
     with pytest.raises(ValueError, match=r"no older checkpoint in .* is whole"):
         choose_checkpoint(tmp_path, fallback=True)
+
+
+def test_an_older_checkpoint_is_not_copied_for_a_damaged_one(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, 10, 20, latest=20)
+    (tmp_path / "iter_0000020" / "__0_0.distcp").write_text("cut")
+    with pytest.raises(ValueError, match="has 3 bytes, but 12 were written"):
+        make_whole(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_another_precision_are_left_out_and_said() -> None:
+    """FP8 scales that nothing would use, and a run in FP8 that finds none."""
+    scales, none = torch.ones(3, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)
+    held = {"a._extra_state": scales, "b._extra_state": none, "weight": scales}
+    assert take_out_scales(dict(held), used=True) is None
+    assert "starts with fresh ones" in take_out_scales({"b._extra_state": none, "weight": scales}, used=True)
+    assert "FP8 scales are left out" in take_out_scales(held, used=False)
+    assert held == {"a._extra_state": None, "b._extra_state": none, "weight": scales}
+    assert take_out_scales({"b._extra_state": none, "weight": scales}, used=False) is None
 
 
 def test_the_whole_one_is_found_where_the_latest_file_misleads(tmp_path: Path) -> None:
