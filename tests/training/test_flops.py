@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from hacl_megatron.config.architecture import LanguageConfig
 from hacl_megatron.config.lora import Lora
 from hacl_megatron.training.flops import lora_flops
-from hacl_megatron.training.schedule import _quotient
+from hacl_megatron.training.optimizer.schedule import _quotient
 
 
 def test_adapters_of_keys_and_values_see_all_rows_and_the_others_those_that_go_on() -> None:
