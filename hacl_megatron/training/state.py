@@ -115,8 +115,8 @@ def saved_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
         kind = dict if isinstance(fresh.get(key), dict) else int | float | None
         if key not in fresh or not isinstance(value, kind):
             raise ValueError(
-                f"{folder / COMMON_FILE}: `progress` has {key!r:.40} with {value!r:.40}, expected {', '.join(fresh)}, as "
-                "this version counts; the checkpoint is damaged, or of another version: load another iter_* folder"
+                f"{folder / COMMON_FILE}: `progress` has {key!r:.40} with {value!r:.40}, expected {', '.join(fresh)}, "
+                "as this version counts; the checkpoint is damaged, or of another version: load another iter_* folder"
             )
     return Progress(**counters), _held(common, "data_state", dict, folder)
 
