@@ -104,7 +104,7 @@ KINDS: dict[str, tuple[Callable[[Path, Gun], None], str, tuple[str, ...]]] = {
     "common": (common, "common.pt", (*LOADERS, "inspect")),
     "common-old": (common_of_the_old_format, "common.pt", (*LOADERS, "inspect")),
     "weight": (record_of("heads.text_projector.weight"), "__0_0.distcp", (*LOADERS, "convert")),
-    "optimizer": (record_of("optimizer.state.exp_avg.language_model."), "__0_0.distcp", ("load",)),
+    "optimizer": (record_of("optimizer.state.exp_avg.connector.0.bias"), "__0_0.distcp", ("load",)),
     "random-states": (record_of("random_states/"), "__0_0.distcp", ("load",)),
     "queue": (record_of("queue/"), "__0_0.distcp", ("load",)),
     "extra-state": (record_of("._extra_state/"), "__0_0.distcp", ("load",)),
