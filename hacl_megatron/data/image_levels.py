@@ -10,6 +10,7 @@ of 32 bits and floats are taken to fill the smallest of these ranges that holds 
 
 import io
 import re
+import struct
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,9 @@ for each thread; what is above 32 goes back to the system. Smaller pictures ask 
 
 MAX_JPEG_SCANS = 100
 """Progressive JPEGs have about ten. Each costs a pass over all pixels, so that a small file could take hours."""
+
+MAX_JPEG2000_TILES = 4096
+"""Each costs OpenJPEG 37 kB before a pixel is there: a picture of 250 x 250 one-pixel tiles took 2.3 GB."""
 
 Transparency = Literal["drop", "fill"]
 Orientation = Literal["ignore", "exif"]
@@ -161,6 +165,8 @@ class ImageReader:
             deep = data[24] == 16  # bits a sample; Pillow and DALI shorten them differently
             for_dali = for_dali and ends and not deep
         else:
+            if format == "JPEG2000" and (tiles := jpeg2000_tiles(data)) > MAX_JPEG2000_TILES:
+                raise UnusableImage(f"a JPEG 2000 of {tiles} tiles; expected at most {MAX_JPEG2000_TILES}")
             ends = format != "WEBP" or len(data) >= 8 + int.from_bytes(data[4:8], "little")
         return ImageFile(data, width, height, format, ends, for_dali, for_gpu, orientation)
 
@@ -282,6 +288,15 @@ def jpeg_scans(data: bytes) -> tuple[int, bool]:
         length = 0 if marker == 0x01 else int.from_bytes(data[match.end() : match.end() + 2], "big")
         position = match.end() + length
     return scans, False
+
+
+def jpeg2000_tiles(data: bytes) -> int:
+    """How many tiles the code stream of a JPEG 2000 is cut into, by its SIZ segment; 0 where it has none."""
+    at = data.find(b"\xff\x4f\xff\x51")
+    if at < 0 or len(data) < at + 40:
+        return 0
+    right, bottom, _, _, width, height, left, top = struct.unpack(">8I", data[at + 8 : at + 40])
+    return -(-max(0, right - left) // max(1, width)) * -(-max(0, bottom - top) // max(1, height))
 
 
 def is_nearly_constant(levels: np.ndarray) -> bool:

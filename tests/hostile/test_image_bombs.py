@@ -6,7 +6,8 @@ import pytest
 
 from hacl_megatron.data.images import dali_is_installed
 from hacl_megatron.data.store import MAX_IMAGE_BYTES, FolderStore, ShardReader, StoredImage, UnusableImage
-from tests.measure.fuzz_images import BYTES, SECONDS, Worker, bombs, solid_webp
+from tests.data.drawn_images import decoder
+from tests.measure.fuzz_images import BYTES, SECONDS, Worker, bombs, jpeg2000_of_tiles, saved, solid_webp
 
 REFUSED = {"webp beyond the bound", "moving webp far beyond the bound", "gif beyond the bound"}
 DECODED = {"webp at the bound", "png at the bound, 1 bit"}
@@ -28,6 +29,14 @@ def test_bombs_cost_no_memory(tmp_path):
             assert (reason is None) == (name in DECODED), (name, way, reason)
             assert reason is None or ("--max-image-pixels" in reason and "\n" not in reason)
     worker.close()
+
+
+def test_a_jpeg_2000_of_thousands_of_tiles_is_refused():
+    """A picture of 250 x 250 tiles of one pixel took 2.3 GB; one of sixteen tiles is as good as any."""
+    item = decoder("pillow")
+    bomb, few = jpeg2000_of_tiles(250), saved("RGB", (64, 64), "JPEG2000", tile_size=(16, 16))
+    assert item.decode([bomb, few]).reasons == ["a JPEG 2000 of 62500 tiles; expected at most 4096", None]
+    item.close()
 
 
 def test_a_file_larger_than_any_image_is_refused_unread(tmp_path):
