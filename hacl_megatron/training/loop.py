@@ -355,10 +355,11 @@ class Trainer:
         counters = {
             "bad-samples": self.progress.bad_samples,
             "untrained-samples": self.progress.untrained_samples,
-            "uncompared-twins": self.progress.uncompared_twins,
             "tokenization-mismatches": self.progress.tokenization_mismatches,
             "truncated-dialogues": self.progress.truncated_dialogues,
         }
+        if self.config.preference.preference_loss != "none":
+            counters["uncompared-twins"] = self.progress.uncompared_twins
         if stall := self.saving.take_stall():
             counters["save-stall-seconds"] = stall
         return counters

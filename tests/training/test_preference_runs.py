@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from hacl_megatron.train import run
 from hacl_megatron.training.reporting.status import TrainingStopped
@@ -55,6 +57,12 @@ def test_true_answers_become_likelier_than_their_twins(runs: Path) -> None:
     assert all(0 <= row["preference accuracy"] <= 1 for row in rows)
     assert rows[-1]["preference loss validation"] < rows[0]["preference loss"]
     assert "preference margin validation" in rows[-1] and "contrastive loss" not in rows[-1]
+    accumulator = EventAccumulator(str(runs / "learns" / "tensorboard"), size_guidance={"tensors": 0})
+    (layout,) = accumulator.Reload().Tensors("custom_scalars__config__")
+    page = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
+    (twins,) = (category for category in page.category if category.title == "Likelihood of twins")
+    tags = {pattern.strip("^$").replace("\\", "") for chart in twins.chart for pattern in chart.multiline.tag}
+    assert tags <= {*rows[-1]}, "each of its charts finds its tags"
 
 
 def test_a_twin_of_no_answer_is_counted_and_listed_and_the_rest_of_its_sample_trains(runs: Path) -> None:

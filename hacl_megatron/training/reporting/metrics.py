@@ -47,12 +47,6 @@ _PAGE = {
         "temperature": ["temperature"],
         "weight in the loss": ["contrastive weight"],
     },
-    "Likelihood of twins": {
-        "objective": ["preference loss", "preference loss validation"],
-        "true answer likelier than its twin": ["preference accuracy", "preference accuracy validation"],
-        "margin": ["preference margin", "preference margin validation"],
-        "twins that are not compared": ["uncompared-twins"],
-    },
     "Optimiser": {
         "learning rate": ["learning-rate"],
         "gradient norm": ["grad-norm"],
@@ -73,6 +67,15 @@ _PAGE = {
         "seconds": ["iteration-time", "save-stall-seconds"],
     },
 }
+_PAGE_OF_TWINS = {
+    "Likelihood of twins": {
+        "objective": ["preference loss", "preference loss validation"],
+        "true answer likelier than its twin": ["preference accuracy", "preference accuracy validation"],
+        "margin": ["preference margin", "preference margin validation"],
+        "twins that are not compared": ["uncompared-twins"],
+    },
+}
+"""With `--preference-loss`."""
 
 
 def terminal_line(scalars: Mapping[str, float]) -> str:
@@ -91,7 +94,7 @@ class MetricsLog:
         last_iteration: total of the progress bar.
         wandb_project: project name, or None.
         wandb_dir: folder that keeps its files and the run's id, so that a resumed run goes on with the same curves.
-        config: shown by Weights & Biases beside the curves.
+        config: all flags by their groups, shown by Weights & Biases beside the curves; decides what the page has.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class MetricsLog:
 
             # purge_step hides what a run that was killed after its last checkpoint had already logged.
             self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._first + 1)
-            self._writer.add_custom_scalars(_custom_scalars())
+            self._writer.add_custom_scalars(_custom_scalars(config or {}))
 
     def _open_jsonl(self) -> None:
         if self._jsonl is not None and self._file is None:
@@ -206,11 +209,12 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def _custom_scalars() -> dict[str, dict[str, list]]:
-    """`_PAGE` as TensorBoard has it, tags as regular expressions."""
+def _custom_scalars(config: Mapping[str, Any]) -> dict[str, dict[str, list]]:
+    """The page as TensorBoard has it, tags as regular expressions; of a run's `config`, by groups of flags."""
+    has_twins = config.get("preference", {}).get("preference_loss", "none") != "none"
     return {
         group: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}
-        for group, charts in _PAGE.items()
+        for group, charts in {**_PAGE, **(_PAGE_OF_TWINS if has_twins else {})}.items()
     }
 
 
