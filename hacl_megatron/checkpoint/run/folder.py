@@ -46,7 +46,7 @@ def latest_iteration(folder: Path) -> int | None:
     latest = folder / LATEST_FILE
     if not latest.exists():
         return None
-    text = read_whole(latest)[:100].decode("utf-8", errors="replace").strip()
+    text = read_whole(latest, 1 << 20)[:100].decode("utf-8", errors="replace").strip()
     if not (text.isascii() and text.isdecimal() and len(text) < 18):  # "²" is a digit too
         raise ValueError(f"{latest} holds {text[:40]!r}, expected an iteration number: write one of the iter_* folders")
     if not (iteration_folder(folder, int(text)) / RUN_CONFIG_FILE).is_file():

@@ -22,6 +22,8 @@ Checksum = xxhash.xxh3_64
 """26 GB/s on one core, where `zlib.crc32` has 3.6: what keeps up with the fastest disks."""
 Records = dict[str, dict[int, str]]
 """Large file -> first byte of each record in it -> the record's checksum, in hexadecimal digits."""
+LARGEST = 1 << 30
+"""Bytes of a file that is read at once: an index of some seven million parts."""
 _REFERENCE = re.compile(r"\.\./" + FROZEN_FOLDER + r"/[0-9a-f]{16}/[^/\\]+")
 _CHECKSUM = "xxh3_64"
 _LARGE = ".distcp"
@@ -33,10 +35,16 @@ def may_be_file_of_checkpoint(name: str) -> bool:
     return (Path(name).name == name and "\0" not in name) or _REFERENCE.fullmatch(name) is not None
 
 
-def read_whole(path: Path) -> bytes:
-    """Contents of a regular file; OSError for a missing one, ValueError for a pipe, which would never answer."""
+def read_whole(path: Path, largest: int = LARGEST) -> bytes:
+    """Contents of a regular file; OSError for a missing one.
+
+    Raises:
+        ValueError: a pipe, which would never answer, or more than `largest` bytes, for which there may be no room.
+    """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no regular file")
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {largest:,}")
     return path.read_bytes()
 
 
@@ -120,7 +128,7 @@ def damage(folder: Path) -> str | None:
     The list is read, each file is asked for its length, and small ones are read: records of large files are compared
     when they are loaded.
     """
-    if not (folder / FILES_FILE).is_file():
+    if not os.path.lexists(folder / FILES_FILE):
         return None
     try:
         content = read_files(folder)
@@ -129,8 +137,8 @@ def damage(folder: Path) -> str | None:
     for name, size in content["files"].items():
         try:
             found = (folder / name).stat().st_size
-        except OSError:
-            return f"{os.path.normpath(folder / name)} is missing"
+        except (OSError, ValueError):  # no name that the system could have
+            return f"{os.path.normpath(folder / name)!a:.300} is missing"
         if found != size:
             return f"{os.path.normpath(folder / name)} has {found} bytes, but {size} were written"
     if content.get("checksum", _CHECKSUM) != _CHECKSUM:

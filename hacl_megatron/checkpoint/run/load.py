@@ -22,7 +22,7 @@ from torch import Tensor
 from hacl_megatron.checkpoint.hf.json_files import one_line
 from hacl_megatron.checkpoint.run.integrity import check_content, read_whole
 from hacl_megatron.checkpoint.run.stored.parts import StoredParts
-from hacl_megatron.checkpoint.run.stored.pickles import ERRORS, load_archive
+from hacl_megatron.checkpoint.run.stored.pickles import ERRORS, load_archive, shown
 
 COMMON_FILE = "common.pt"
 
@@ -80,7 +80,19 @@ def load_common_state(folder: Path) -> dict[str, Any]:
     check_content(folder, COMMON_FILE, bytes(content))
     if type(found) is not dict:
         raise ValueError(f"{path}: found a {type(found).__name__}, expected a dictionary; load another iter_* folder")
+    progress, layout = found.get("progress", {"iteration": 0}), found.get("layout", [1, 1, 1])
+    if type(progress) is not dict or type(progress.get("iteration")) is not int:
+        raise _not_saved(path, "progress", progress)
+    if type(layout) is not list or len(layout) != 3 or not all(type(size) is int and size > 0 for size in layout):
+        raise _not_saved(path, "layout", layout)
     return found
+
+
+def _not_saved(path: Path, key: str, value: Any) -> ValueError:
+    return ValueError(
+        f"{path}: found {shown(value)} for `{key}`, expected what a run saves there; the checkpoint is damaged: load "
+        "another iter_* folder"
+    )
 
 
 def stored_keys(folder: Path) -> Set[str]:

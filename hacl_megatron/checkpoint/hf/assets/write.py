@@ -143,4 +143,6 @@ class Assets:
             cut_tokenizer(out, self.vocabulary.size)
 
     def _stored(self, name: str) -> dict:
-        return read_json(self.folder / name) if self.folder is not None and (self.folder / name).is_file() else {}
+        if self.folder is None or not own_file(self.folder / name, LARGEST_CONFIG):  # what it says is written again
+            return {}
+        return read_json(self.folder / name)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from hacl_megatron.checkpoint.hf.json_files import one_line
-from hacl_megatron.checkpoint.run.integrity import check_content, may_be_file_of_checkpoint, read_whole
-from hacl_megatron.checkpoint.run.stored.pickles import ERRORS, Maker, Names, Record, Unpickler, maker_of
+from hacl_megatron.checkpoint.run.integrity import LARGEST, check_content, may_be_file_of_checkpoint, read_whole
+from hacl_megatron.checkpoint.run.stored.pickles import ERRORS, Maker, Names, Record, Unpickler, maker_of, shown
 
 INDEX_FILE = ".metadata"
+_AROUND_VALUES = 1 << 20
+"""Bytes that a record may have beside its values; `torch.save` takes some 1,500."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def read_index(folder: Path) -> StoredIndex:
         raise ValueError(f"{path}: found a {found}, expected the records of a distributed checkpoint")
     try:
         return _index(metadata)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: its records are not as torch writes them ({one_line(error) or type(error).__name__}); the "
             "checkpoint is damaged"
@@ -91,7 +93,10 @@ def _index(metadata: Record) -> StoredIndex:
     for key, entry in metadata.get("state_dict_metadata").items():
         if entry.name == "BytesStorageMetadata":
             if (_text(key), None) in places:  # torch's writers leave out what they have not written
-                found.objects[key] = _chunk((), (), places[key, None])
+                stored = _chunk((), (), places[key, None])
+                if stored.length > LARGEST:
+                    raise ValueError(f"{key} of {stored.length} bytes")
+                found.objects[key] = stored
             continue
         dtype = entry.get("properties").state[0]  # of the tuple that torch's __getstate__ makes
         if entry.name != "TensorStorageMetadata" or not isinstance(dtype, torch.dtype):
@@ -100,7 +105,8 @@ def _index(metadata: Record) -> StoredIndex:
         for chunk in entry.get("chunks"):
             offsets, sizes = _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))
             stored = _chunk(offsets, sizes, places[_text(key), offsets])
-            if torch.Size(sizes).numel() * dtype.itemsize > stored.length or len(offsets) != len(sizes):
+            num_bytes = torch.Size(sizes).numel() * dtype.itemsize
+            if not num_bytes <= stored.length <= num_bytes + _AROUND_VALUES or len(offsets) != len(sizes):
                 raise ValueError(f"a part of {key} of sizes {list(sizes)} in {stored.length} bytes")
             chunks.append(stored)
         if not chunks or len({len(chunk.sizes) for chunk in chunks}) > 1:
@@ -120,7 +126,7 @@ def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...], info: Record) -> St
 
 def _sizes(numbers: Any) -> tuple[int, ...]:
     if type(numbers) is not tuple or not all(type(n) is int and 0 <= n < 2**50 for n in numbers) or len(numbers) > 64:
-        raise ValueError(f"found {numbers!r:.100}, expected sizes")
+        raise ValueError(f"found {shown(numbers)}, expected sizes")
     return numbers
 
 

@@ -9,6 +9,7 @@ such a list too, but reads beyond the end of a storage whose size is a lie.
 
 import io
 import pickle
+import reprlib
 import struct
 import zipfile
 from collections import OrderedDict
@@ -31,6 +32,21 @@ _OPERATIONS = (
     "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "BINPERSID",
 )  # fmt: skip
 """By their names in the `pickle` module: all that pickles of protocols 2 to 4 of plain values and records need."""
+
+
+_DEEPEST, _MOST_PARTS = 64, 1 << 22
+"""Levels and values of what is neither tensor nor index: the state of a run has some 6 and 10,000."""
+_MOST_STACKED, _MOST_MEMOS = 100_000, 1 << 26
+"""At once; pickles of lists put a thousand values on the stack, and an index remembers some ten a part."""
+
+
+def shown(value: Any) -> str:
+    """`value` as a message has it: tuples in tuples, each there twice, would be a text without end."""
+    return _SHORT.repr(value)[:100]
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
 
 
 class Record:
@@ -81,6 +97,45 @@ class Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it refers to something outside")
         return self._persistent(pid)
 
+    def load_plain(self) -> Any:
+        """`load`, of what may be gone through: nested in few levels, and nothing that holds itself.
+
+        Raises:
+            pickle.UnpicklingError: a text, a copy or a comparison of it would have no end.
+        """
+        found = self.load()
+        level, left = [found], _MOST_PARTS
+        for _ in range(_DEEPEST):
+            level = [value for value in level if isinstance(value, dict | list | tuple) and value]
+            if not level:
+                return found
+            left -= sum(map(len, level))
+            if left < 0:
+                break
+            level = [part for value in level for part in (value.values() if isinstance(value, dict) else value)]
+        raise pickle.UnpicklingError("it nests values without end")
+
+    def _memoize(self) -> None:
+        if len(self.memo) >= _MOST_MEMOS:
+            raise pickle.UnpicklingError("it remembers more than there can be")
+        self.load_memoize()
+
+    def _empty_list(self) -> None:
+        self._stack([])
+
+    def _empty_dict(self) -> None:
+        self._stack({})
+
+    def _stack(self, value: Any) -> None:
+        if len(self.stack) >= _MOST_STACKED:
+            raise pickle.UnpicklingError("it stacks more than there can be")
+        self.append(value)
+
+    def _mark(self) -> None:
+        if len(self.metastack) >= _MOST_STACKED:
+            raise pickle.UnpicklingError("it stacks more than there can be")
+        self.load_mark()
+
     def _call(self) -> None:
         arguments, maker = self.stack.pop(), self.stack.pop()
         if not isinstance(maker, Maker) or type(arguments) is not tuple:
@@ -117,6 +172,10 @@ class Unpickler(pickle._Unpickler):
         operation[0]: pickle._Unpickler.dispatch[operation[0]]
         for operation in (getattr(pickle, name) for name in _OPERATIONS)
     } | {
+        pickle.EMPTY_LIST[0]: _empty_list,
+        pickle.EMPTY_DICT[0]: _empty_dict,
+        pickle.MARK[0]: _mark,
+        pickle.MEMOIZE[0]: _memoize,
         pickle.REDUCE[0]: _call,
         pickle.NEWOBJ[0]: _call,
         pickle.BUILD[0]: _build,
@@ -207,12 +266,14 @@ def load_archive(content: bytearray | memoryview) -> Any:
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(count, int):
             raise pickle.UnpicklingError("it refers to something else than a storage")
+        if type(key) is not str:
+            raise pickle.UnpicklingError(f"a storage has the name {shown(key)}")
         found = entries[f"data/{key}"]
         if count * dtype.itemsize != len(found):
             raise ValueError(f"storage {key} has {len(found)} bytes, not {count} values of {dtype}")
         return dtype, found
 
-    return Unpickler(entries["data.pkl"], _ARCHIVE_NAMES, storage).load()
+    return Unpickler(entries["data.pkl"], _ARCHIVE_NAMES, storage).load_plain()
 
 
 def _entries(content: memoryview) -> dict[str, memoryview]:
@@ -237,13 +298,13 @@ def _tensor(storage: tuple, offset: int, size: tuple, stride: tuple, *_: Any, dt
     count = len(content) // dtype.itemsize
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
-        raise ValueError(f"a tensor of sizes {size} and strides {stride}")
+        raise ValueError(f"a tensor of sizes {shown(size)} and strides {shown(stride)}")
     numel = 1
     for length in size:
         numel *= length
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if numel and (last >= count or numel > count):
-        raise ValueError(f"a tensor of sizes {size} and strides {stride} in a storage of {count} values")
+        raise ValueError(f"a tensor of sizes {shown(size)} and strides {shown(stride)} in a storage of {count} values")
     if not numel:
         return torch.empty(size, dtype=dtype)
     return torch.frombuffer(content, dtype=dtype, count=count).as_strided(size, stride, offset)
@@ -262,11 +323,15 @@ def _array(kind: Any, *_: Any) -> np.ndarray:
 def _fill_array(array: np.ndarray, state: Any) -> None:
     _, shape, dtype, is_fortran, content = state
     order = dtype.state[1]
+    if type(order) is not str or type(dtype.arguments[0]) is not str or type(shape) is not tuple:
+        raise ValueError(f"a NumPy array of {shown(dtype.arguments)} and shape {shown(shape)}")
+    if any(type(length) is not int or length < 0 for length in shape):
+        raise ValueError(f"a NumPy array of shape {shown(shape)}")
     kind = np.dtype(f"{order if order in '<|' else '<'}{dtype.arguments[0]}")
     count = 1
     for length in shape:
         count *= length
-    if kind.kind not in "biuf" or any(type(n) is not int or n < 0 for n in shape) or order == ">":
+    if kind.kind not in "biuf" or order == ">":
         raise ValueError(f"a NumPy array of {kind}")
     if type(content) is not bytes or len(content) != count * kind.itemsize:
         raise ValueError("a NumPy array of other bytes than it says")
@@ -275,7 +340,7 @@ def _fill_array(array: np.ndarray, state: Any) -> None:
 
 def _encoded(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise ValueError(f"text as {encoding}")
+        raise ValueError(f"text as {shown(encoding)}")
     return text.encode("latin1")
 
 
