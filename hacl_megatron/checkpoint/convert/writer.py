@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.serialization import set_crc32_options
 
 from hacl_megatron.checkpoint.convert.stored_names import OUTPUT_LAYER, stored_name
+from hacl_megatron.checkpoint.hf.export import cast
 from hacl_megatron.checkpoint.hf.names import NameTable, ReadRows, Rule
 from hacl_megatron.checkpoint.run.part_files import Part, StoredPart, serialized, write_format, write_index, write_parts
 
@@ -49,7 +50,7 @@ class Chunk:
         return math.prod(self.sizes) * self.dtype.itemsize
 
     def read(self, read: ReadRows, padded_vocab_size: int) -> Tensor:
-        """The chunk's values, from the tensors that the rule names."""
+        """The chunk's values, from the tensors that the rule names; ValueError where `dtype` cannot hold them."""
         rule, pieces = self.rule, self.pieces
         if rule.partition == "gate_up":  # stored as [gate; up], so a piece is rows of one of them
             half, piece = divmod(self.piece, pieces // 2)
@@ -58,7 +59,7 @@ class Chunk:
             part = read(rule.sources[half], slice(start, start + rows), slice(None))
         else:
             part = rule.read_shard(read, tp_rank=self.piece, tp_size=pieces, padded_vocab_size=padded_vocab_size)
-        return part.to(self.dtype).reshape(self.sizes).contiguous()
+        return cast(part, self.dtype, rule.ours).reshape(self.sizes).contiguous()
 
 
 def plan_chunks(

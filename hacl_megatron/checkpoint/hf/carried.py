@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hacl_megatron.checkpoint.hf.export import cast
 from hacl_megatron.checkpoint.hf.import_weights import SourceTensors
 from hacl_megatron.checkpoint.hf.names import NameTable
 from hacl_megatron.checkpoint.hf.safetensors_writer import SafetensorsWriter
@@ -27,7 +28,7 @@ def write_carried(sources: SourceTensors, path: Path, dtype: torch.dtype | None 
     layout = {name: (dtype or sources.dtype(name), sources.table.carried[name]) for name in names}
     with SafetensorsWriter(path, layout) as writer:
         for name in names:
-            writer.write(name, sources.read(name).to(layout[name][0]))
+            writer.write(name, cast(sources.read(name), layout[name][0], name))
 
 
 class CarriedTensors(Mapping[str, Tensor]):

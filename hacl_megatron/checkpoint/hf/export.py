@@ -276,10 +276,13 @@ def resize_vocabulary(tensor: Tensor, rows: int) -> Tensor:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """To `dtype`; ValueError where a finite value overflows (float16 alone can)."""
+    """To `dtype`; ValueError where a finite value overflows, as can happen into float16 and out of float64."""
     result = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and not torch.equal(result.isfinite(), tensor.isfinite()):
-        raise ValueError(f"{name} holds values beyond float16's range; export bfloat16 or float32 instead")
+    narrower = tensor.dtype != dtype and (dtype == torch.float16 or tensor.dtype == torch.float64)
+    if narrower and not torch.equal(result.isfinite(), tensor.isfinite()):
+        found = str(dtype).removeprefix("torch.")
+        instead = "write bfloat16 or float32 instead (--dtype)" if dtype == torch.float16 else "leave --dtype out"
+        raise ValueError(f"{name} holds values beyond {found}'s range; {instead}")
     return result
 
 
