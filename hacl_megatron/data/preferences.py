@@ -51,8 +51,9 @@ def rejected_answer(
         twin, twin_labels: int64 [L'], the same with the twin in an answer's place.
         limit: rows that are kept (`--model-max-length`).
 
-    Compared are the tokens in which the two answers differ, by difflib over token ids. Raises NothingToCompare where
-    they do not differ in a token that is trained on.
+    Compared are the tokens in which the two whole answers differ, by difflib over token ids, as far as they are kept:
+    cut before, the end that a longer twin loses would be a difference. Raises NothingToCompare where they do not
+    differ in a token that is trained on.
     """
     length = min(len(dialogue), len(twin))
     (differ,) = np.nonzero(dialogue[:length] != twin[:length])
@@ -61,24 +62,27 @@ def rejected_answer(
         raise NothingToCompare("its tokens are the true answer's own")
     if first >= limit:
         raise NothingToCompare(f"it differs from the true answer behind --model-max-length {limit}")
-    chosen, rejected = _answer_around(labels, first, limit), _answer_around(twin_labels, first, limit)
+    chosen, rejected = _answer_around(labels, first), _answer_around(twin_labels, first)
     if not len(chosen) or not len(rejected):
         raise NothingToCompare("the template trains on no token of the answer that it replaces")
     matcher = SequenceMatcher(a=dialogue[chosen].tolist(), b=twin[rejected].tolist(), autojunk=False)
     changes = [change for change in matcher.get_opcodes() if change[0] != "equal"]
     chosen = np.concatenate([chosen[begin:end] for _, begin, end, _, _ in changes])
     rejected = np.concatenate([rejected[begin:end] for _, _, _, begin, end in changes])
+    chosen, rejected = chosen[chosen < limit], rejected[rejected < limit]
+    if not len(chosen) and not len(rejected):
+        raise NothingToCompare(f"it differs from the true answer behind --model-max-length {limit}")
     end = int(rejected[-1]) if len(rejected) else 1
     return RejectedAnswer(
         rows=twin[:end], shared=min(first, end), chosen=chosen, rejected=rejected, rejected_ids=twin[rejected]
     )
 
 
-def _answer_around(labels: np.ndarray, at: int, limit: int) -> np.ndarray:
-    """Positions below `limit` of the unbroken run of targets that holds position `at`; the first row's has none."""
+def _answer_around(labels: np.ndarray, at: int) -> np.ndarray:
+    """Positions of the unbroken run of targets that holds position `at`; the first row's has none."""
     if at >= len(labels) or labels[at] == IGNORE:
         return np.empty(0, dtype=np.int64)
     (others,) = np.nonzero(labels == IGNORE)
     before, behind = others[others < at], others[others > at]
     begin = int(before[-1]) + 1 if len(before) else 1
-    return np.arange(begin, min(int(behind[0]) if len(behind) else len(labels), limit), dtype=np.int64)
+    return np.arange(begin, int(behind[0]) if len(behind) else len(labels), dtype=np.int64)

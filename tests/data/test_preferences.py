@@ -65,6 +65,15 @@ def test_a_cut_answer_is_compared_up_to_the_cut():
     assert found.chosen.tolist() == found.rejected.tolist() == [3, 4] and len(found.rows) == 4
 
 
+def test_words_that_only_the_cut_takes_from_a_longer_twin_are_no_difference():
+    """The twin has a word more, so its end is cut off and the true answer's is not; cut before they were compared, the
+    true answer's last `CAT` was taken for a word that the twin lacks."""
+    true, twin = [BOS, IMAGE, A, RED, Q + 1, CAT, EOS], [BOS, IMAGE, A, BIG, BLUE, Q + 1, CAT, EOS]
+    found = compare(true, twin, 2, limit=6)
+    assert found.chosen.tolist() == [3] and found.rejected.tolist() == [3, 4]
+    assert compare(twin, true, 2, limit=6).rejected.tolist() == [3]
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=False))
