@@ -22,6 +22,9 @@ from hacl_megatron.config.sections import check_section
 from hacl_megatron.config.typed_yaml import build_record
 from hacl_megatron.config.yaml_text import Document, dump_yaml, load_yaml, read_yaml_text
 
+LOSSES = ("generation", "contrastive", "preference")
+"""The three parts of a run's loss."""
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -55,6 +58,13 @@ class RunConfig:
     def language_model_is_constant(self) -> bool:
         """Whether nothing in the language model trains, LoRA included: what it makes of a text never changes."""
         return self.model.freeze_LM and self.lora.lora_rank is None
+
+    @property
+    def losses_that_train(self) -> frozenset[str]:
+        """Of `generation`, `contrastive` and `preference` those with a weight; dialogues, pairs and twins train."""
+        preference = 0 if self.preference.preference_loss == "none" else self.preference.preference_weight
+        weights = (self.preference.generation_weight, self.objective.contrastive_weight, preference)
+        return frozenset(name for name, weight in zip(LOSSES, weights, strict=True) if weight)
 
 
 def with_architecture(config: RunConfig, architecture: ModelConfig) -> RunConfig:

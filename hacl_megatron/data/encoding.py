@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from hacl_megatron.config.run import RunConfig
+from hacl_megatron.config.run import LOSSES, RunConfig
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
 from hacl_megatron.data.preferences import NothingToCompare, RejectedAnswer, rejected_answer
 from hacl_megatron.data.templates import Template, find_template
@@ -37,8 +37,8 @@ class EncodingSettings:
     """V: rows that one image takes."""
     image_context: Literal["image", "prompt"] = "image"
     """What precedes the image's EOS (`--contrastive-image-context`)."""
-    pairs_train: bool = True
-    """Whether anything comes of a pair; with `--contrastive-weight 0` nothing does."""
+    losses_that_train: frozenset[str] = frozenset(LOSSES)
+    """`RunConfig.losses_that_train`; with `--contrastive-weight 0` nothing comes of a pair."""
     num_rows: int | None = None
     """Rows of the vocabulary, where a tokenizer may have more tokens; None: it has not."""
     preference_loss: Literal["none", "phrase"] = "none"
@@ -52,7 +52,7 @@ class EncodingSettings:
             model_max_length=config.data.model_max_length,
             visual_tokens=config.architecture.visual_tokens,
             image_context=config.objective.contrastive_image_context,
-            pairs_train=config.objective.contrastive_weight > 0,
+            losses_that_train=config.losses_that_train,
             num_rows=config.architecture.language.vocab_size,
             preference_loss=config.preference.preference_loss,
         )
@@ -111,11 +111,12 @@ def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> 
         segments = []  # a caption needs an image to make a pair
     elif segments:
         image_segment = _image_segment(rows, template, tokenizer, settings)
-    untrained = (
-        None
-        if segments and settings.pairs_train
-        else _why_untrained(sample, labels, settings.model_max_length, mismatch)
-    )
+    trains = settings.losses_that_train
+    untrained = None
+    if not ((segments and "contrastive" in trains) or (rejected and "preference" in trains)):
+        untrained = "it has no pair or twin that trains, and --generation-weight is 0"
+        if "generation" in trains:
+            untrained = _why_untrained(sample, labels, limit, mismatch)
     keys = [rows_key(segment) for segment in segments]
     return EncodedSample(
         dialogue=rows[:limit],

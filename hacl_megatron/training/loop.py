@@ -230,12 +230,18 @@ class Trainer:
             self._steps_without_twins = None
         elif self._steps_without_twins is not None:
             self._steps_without_twins += 1
-        if counts.targets > 0 or counts.pairs > 0:
+        trains = self.config.losses_that_train
+        # Without weight a batch has no pairs, but targets and twins.
+        if ("generation" in trains and counts.targets) or counts.pairs or ("preference" in trains and counts.twins):
             self.progress.targetless_steps = None
             return
         if self.progress.targetless_steps is not None:
             self.progress.targetless_steps += 1
-        self._say(f"step {self.progress.iteration} trained nothing: its samples have no target token and no pair")
+        self._say(f"step {self.progress.iteration} trained nothing: none of its samples has {self._wanted()}")
+
+    def _wanted(self) -> str:
+        """What a step needs at least, to train."""
+        return f"{'a target token' if 'generation' in self.config.losses_that_train else 'a twin'} or a pair"
 
     def _planned_exit(self) -> str | None:
         training = self.config.training
@@ -258,22 +264,23 @@ class Trainer:
                 + (f" ({progress.bad_samples} of {progress.drawn_samples} in the whole run)" if since else "")
             )
         steps = min(_TARGETLESS_STEPS, -(-self.num_samples // self.run.layout.global_batch_size))
+        objective, without = self.config.preference.preference_loss, self._steps_without_twins
+        ends = progress.iteration >= self.train_iters and not since  # a resumed part may be short
+        if objective != "none" and without and (without >= steps or ends):
+            self._save(finish=True)
+            raise TrainingStopped(
+                f"--preference-loss {objective} found no twin to compare in {without} steps "
+                f"({progress.uncompared_twins} twins of the run are listed in {BAD_SAMPLES_FILE}): expected "
+                "samples with hallucinated captions of one of their answers; mend the data, or leave the flag out"
+            )
         found = progress.targetless_steps
         if found and progress.untrained_samples and (found >= steps or progress.iteration >= self.train_iters):
             progress.targetless_steps = 0  # whoever resumes may have mended the data
             self._save(finish=True, again=True)
             where = Path(save) / BAD_SAMPLES_FILE if save else "the log"
             raise TrainingStopped(
-                f"no sample of {found} steps had a target token or a pair, expected answers to train on: see "
+                f"no sample of {found} steps had {self._wanted()}, expected answers to train on: see "
                 f"{where}, mend the data or choose another --version"
-            )
-        objective, without = self.config.preference.preference_loss, self._steps_without_twins
-        if objective != "none" and without is not None and without >= steps:
-            self._save(finish=True)
-            raise TrainingStopped(
-                f"--preference-loss {objective} found no twin to compare in {without} steps "
-                f"({progress.uncompared_twins} twins of the run are listed in {BAD_SAMPLES_FILE}): expected "
-                "samples with hallucinated captions of one of their answers; mend the data, or leave the flag out"
             )
         skips = progress.consecutive_skips
         if skips > self.config.optimizer.max_skipped_steps:

@@ -224,6 +224,10 @@ COMBINATIONS = {
     "the heads alone, unused": (
         {"lr": 0.0, "heads_lr": 1e-4, "contrastive_weight": 0.0}, "nothing would train", {"lr": 0.0, "heads_lr": 1e-4},
     ),
+    "no loss with a weight": (
+        {"generation_weight": 0.0, "contrastive_weight": 0.0, "preference_weight": 2.0}, "nothing would train",
+        {"generation_weight": 0.0, "contrastive_weight": 0.0, "preference_loss": "phrase"},
+    ),
     "a frozen model's rate alone": (
         {"lr": 1e-3, "connector_lr": 0.0, "heads_lr": 0.0, "freeze_LM": True}, "nothing would train",
         {"lr": 1e-3, "connector_lr": 0.0, "heads_lr": 0.0, "freeze_LM": True, "freeze_ViT": False},

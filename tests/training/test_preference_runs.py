@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from megatron.core import parallel_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -16,9 +17,10 @@ from tests.training.runs import common_state, layout_flags, make_inputs, metrics
 PHRASE = ["--preference-loss", "phrase", "--contrastive-weight", "0"]
 
 
-def stops(arguments: list[str]) -> None:
-    with pytest.raises(TrainingStopped, match="--preference-loss phrase found no twin to compare in 1 steps"):
+def stops(arguments: list[str], steps: int = 1) -> None:
+    with pytest.raises(TrainingStopped, match=f"--preference-loss phrase found no twin to compare in {steps} steps"):
         run(arguments)
+    parallel_state.destroy_model_parallel()  # a run that ends so leaves its groups to the process's end
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +41,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     valid = ["--valid-data-path", str(folder / "data" / "pretrain.json"), "--eval-interval", "15", "--eval-iters", "1"]
     few, without = (["--data-path", str(folder / "data" / f"{name}.json")] for name in ("few", "without"))
+    small = ["--global-batch-size", "2", "--micro-batch-size", "1"]
     train(
         [
             command("learns", "--train-iters", "15", "--freeze-LM", "false", *valid),
             command("few", "--train-iters", "2", *few),
             partial(stops, command("without", "--train-iters", "2", *without)),
+            partial(stops, command("short", "--train-iters", "2", *small, *without), 2),
+            command("alone", "--train-iters", "1", "--generation-weight", "0", *few),
         ],
         2,
     )
@@ -77,3 +82,17 @@ def test_a_twin_of_no_answer_is_counted_and_listed_and_the_rest_of_its_sample_tr
 def test_a_run_without_twins_ends_with_a_word(runs: Path) -> None:
     """`stops` holds the message; what was trained is saved."""
     assert common_state(runs / "without")["progress"]["iteration"] == 1
+
+
+def test_a_run_without_twins_that_is_shorter_than_an_epoch_ends_with_a_word_too(runs: Path) -> None:
+    """It said "finished"."""
+    assert common_state(runs / "short")["progress"]["iteration"] == 2
+
+
+def test_samples_without_twins_train_nothing_where_twins_alone_do(runs: Path) -> None:
+    """With --generation-weight 0 their targets weigh nothing; they were counted as if they trained."""
+    (row,) = metrics(runs / "alone")
+    assert row["untrained-samples"] == 7 and row["grad-norm"] > 0
+    lines = [json.loads(line) for line in (runs / "alone" / "bad_samples.jsonl").read_text().splitlines()]
+    reasons = {line["reason"] for line in lines if line["class"] == "trains nothing"}
+    assert reasons == {"it has no pair or twin that trains, and --generation-weight is 0"}

@@ -88,6 +88,7 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
     _check_length(config)
     _check_rates(config)
     _check_contrast(config)
+    _check_losses(config)
     _check_profile(config, layout)
     check_lora(config.lora)
     if files:
@@ -201,6 +202,18 @@ def _check_contrast(config: RunConfig) -> None:
         f"both --micro-batch-size {training.micro_batch_size} and --micro-batch-tokens are given",
         "give one of them",
     )
+
+
+def _check_losses(config: RunConfig) -> None:
+    flags = config.preference
+    _require(
+        bool(config.losses_that_train),
+        "nothing would train: --generation-weight and --contrastive-weight are 0, and there is no --preference-loss "
+        "with a --preference-weight",
+        "give one of the losses a weight",
+    )
+    if flags.preference_loss == "none" and flags.preference_weight not in (0, 1):
+        notify(f"--preference-weight {flags.preference_weight:g} weighs nothing: --preference-loss is none.")
 
 
 def _check_profile(config: RunConfig, layout: Layout) -> None:
