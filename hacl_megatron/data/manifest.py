@@ -49,12 +49,12 @@ class Sample:
 
     def twin_conversations(self) -> Iterator[tuple[tuple[str, str], ...] | None]:
         """Of each hallucinated caption, the turns with it in the place of the first answer that is the caption; None
-        where no answer is."""
+        where no answer is. Before the first question nothing is an answer: templates leave it out."""
         turns = self.conversations
         numbers = (
             number
             for number, (role, value) in enumerate(turns)
-            if role == "gpt" and isinstance(value, str) and clean_caption(value) == self.caption
+            if number and role == "gpt" and isinstance(value, str) and clean_caption(value) == self.caption
         )
         place = next(numbers, None) if self.caption else None
         for twin in self.hallucinated_captions:

@@ -107,3 +107,11 @@ def test_a_twin_of_a_caption_that_no_answer_is_gets_listed_and_costs_nothing_els
         "no answer of the dialogue is the caption that it is a twin of",
     )
     assert (found.labels != IGNORE).any() and len(found.hallucinated_segments) == 1
+
+
+def test_a_leading_turn_that_templates_leave_out_is_not_the_answer(tokenizer: Tokenizer):
+    """A twin was put into it, changed no row, and was said to be the true answer's own."""
+    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=3, preference_loss="phrase")
+    turns = (("gpt", "A red cat."), ("human", "<image>\nWhat is it?"), ("gpt", "A red cat."))
+    (answer,) = encode(sample(*turns, twins=("A dog cat.",)), tokenizer, settings).rejected
+    assert tokenizer.backend.decode(answer.rejected_ids).strip() == "dog"

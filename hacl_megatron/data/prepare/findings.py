@@ -4,6 +4,7 @@ read_records ─count(kind, name)→ Findings ─as_json→ manifest's metadata 
               find_unseen ──────────┘                                  └refuse_if_all→ ValueError
 """
 
+import os
 import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -103,7 +104,8 @@ def find_unseen(
             findings.count(f"key {key!r} is not read; did you mean {meant!r}, the caption?", name)
     tagged = [number for number, (_, value) in enumerate(turns) if isinstance(value, str) and IMAGE_TAG in value]
     if image is None:
-        key = next((key for key, meant in strange.items() if meant == IMAGE_KEY), None)
+        names = (key for key, meant in strange.items() if meant == IMAGE_KEY)
+        key = next((key for key in names if tagged or not _is_another_file(record[key])), None)
         if key is not None:
             kind = f"key {key!r} is not read, so its image is never shown; did you mean {IMAGE_KEY!r}?"
             findings.count(kind, name, "image")
@@ -112,8 +114,10 @@ def find_unseen(
                 f"an {IMAGE_TAG} tag and no image: the tag is read as text; give the key {IMAGE_KEY!r} or take it out"
             )
             findings.count(kind, name, "image")
+        elif record.get(HALLUCINATED_KEY):
+            findings.count("hallucinated captions and no image: they make no pair", name)
         return
-    if not turns:  # unusable for that reason, which is found when it is encoded
+    if not turns or _strange_role(turns) is not None:  # unusable for that, which is found when it is encoded
         return
     # With a caption the image is shown all the same, in a pair with it.
     loss: Loss | None = None if record.get("text") or record.get(HALLUCINATED_KEY) else "image in the dialogue"
@@ -129,11 +133,31 @@ def find_unseen(
         findings.count(kind, name, loss)
 
 
+_ENDING = re.compile(r"\.[A-Za-z0-9]{1,5}")
+_PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".jfif")
+
+
+def _is_another_file(value: Any) -> bool:
+    """Whether a key's value names a file that is no picture: a text's `filename` is no image that goes unseen."""
+    ending = os.path.splitext(value)[1] if isinstance(value, str) else ""
+    return bool(_ENDING.fullmatch(ending)) and ending.lower() not in _PICTURE_ENDINGS
+
+
+def _strange_role(turns: Sequence[tuple[Any, Any]]) -> str | None:
+    """Who speaks in a record that the templates do not know, as it is to be shown; None where they know all."""
+    return next((repr(role)[:40] for role, _ in turns if role not in ("human", "gpt")), None)
+
+
 def find_untrained(
     record: dict[str, Any], name: str, image: str | None, turns: Sequence[tuple[Any, Any]], findings: Findings
 ) -> None:
     """Counts a decoded record whose dialogue has nothing to learn, whatever the tokenizer, and no pair beside it."""
     said = turns[1:] if turns and turns[0][0] != "human" else turns
+    role = _strange_role(turns)
+    if role is not None or not turns:
+        fault = "the dialogue has no turns" if role is None else f"a turn is from {role}, expected 'human' or 'gpt'"
+        findings.count(f"{fault}: training leaves it out, as a bad sample", name, "answer")
+        return
     has_pair = image is not None and (record.get("text") or record.get(HALLUCINATED_KEY))
     if has_pair or not all(isinstance(value, str) for _, value in said):
         return

@@ -385,13 +385,17 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
         hallucinated = [hallucinated or ""]
     if not isinstance(hallucinated, list) or not all(isinstance(caption, str) for caption in hallucinated):
         raise wrong(HALLUCINATED_KEY, hallucinated, "a string or a list of strings")
+    captions = tuple(caption for caption in map(clean_caption, hallucinated) if caption)
+    if text is not None and not clean_caption(text):
+        kind = f"key 'text' is empty, so that it has no caption{' for its hallucinated captions' * bool(captions)}"
+        findings.count(f"{kind}; leave the key out", name, "hallucinated captions" if captions else None)
     return Record(
         name,
         image,
         tuple(turns),
         text,
         any(key in record and not _is_gap(record[key]) for key in CAPTION_KEYS),
-        tuple(caption for caption in map(clean_caption, hallucinated) if caption),
+        captions,
     )
 
 

@@ -46,8 +46,21 @@ UNSEEN = {
         {"image": "a/1.jpg", "conversations": TAGGED, "hallucination_caption": "a dog"},
         "key 'hallucination_caption' is not read; did you mean 'Hallucination caption'?",
     ),
+    "empty caption": (
+        {"image": "a/1.jpg", "conversations": TAGGED, "text": " ", "Hallucination caption": "a dog"},
+        "key 'text' is empty, so that it has no caption for its hallucinated captions; leave the key out",
+    ),
+    "other roles": (
+        {
+            "image": "a/1.jpg",
+            "conversations": [{"from": "user", "value": "<image>"}, {"from": "assistant", "value": "a"}],
+        },
+        "a turn is from 'user', expected 'human' or 'gpt': training leaves it out",
+    ),
+    "no turns": ({"conversations": []}, "the dialogue has no turns: training leaves it out"),
 }
-WITH_PLAIN_TOO = {"images", "img", "typing", "capital", "tag alone", "twin", "no answer", "empty answer"}
+NO_DIALOGUE = {"no answer", "empty answer", "other roles", "no turns"}
+WITH_PLAIN_TOO = {"images", "img", "typing", "capital", "tag alone", "twin", "empty caption", *NO_DIALOGUE}
 SOUND = [
     {"id": "s", "image": "a/1.jpg", "conversations": TAGGED, "text": "a cat", "Hallucination caption": "a dog"},
     {"id": "t", "conversations": PLAIN},
@@ -74,7 +87,7 @@ def test_what_is_never_shown_is_named_and_refused_where_it_is_all(tmp_path, kind
         assert list(plain.remarks()) == []
 
 
-NO_IMAGE = [kind for kind in UNSEEN if kind not in ("twin", "no answer", "empty answer")]
+NO_IMAGE = [kind for kind in UNSEEN if kind not in ("twin", "empty caption", *NO_DIALOGUE)]
 
 
 @pytest.mark.parametrize("kind", NO_IMAGE)
@@ -108,6 +121,10 @@ def test_dialogues_that_llavas_rule_makes_worthless_are_named(tmp_path, last):
 def test_sound_records_are_not_remarked_upon(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(SOUND))
     assert list(Manifest.read([str(tmp_path / "a.json")], version="v1").remarks()) == []
+    # Another kind of file is no image: text-only data with such a key were refused whole.
+    text = [{"id": "c", "conversations": PLAIN, "filename": "chapter-3.txt"}]
+    (tmp_path / "c.json").write_text(json.dumps(text))
+    assert list(Manifest.read([str(tmp_path / "c.json")], version="v1").remarks()) == []
     # A pair shows its image beside the dialogue, which may do without: named, never refused.
     pair = {"id": "p", "image": "a/1.jpg", "conversations": PLAIN, "text": "a cat"}
     (tmp_path / "b.json").write_text(json.dumps([pair]))
@@ -202,6 +219,14 @@ def test_a_caption_without_an_image_is_no_pair(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"id": "q", "conversations": PLAIN[:1], "text": "a cat"}, *SOUND]))
     (line,) = Manifest.read([str(tmp_path / "a.json")], version="v1").remarks()
     assert "(q): no answer, or none with words" in line
+
+
+def test_twins_without_an_image_are_named(tmp_path):
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"id": "q", "conversations": PLAIN, "text": "yes", "Hallucination caption": "no"}])
+    )
+    (line,) = Manifest.read([str(tmp_path / "a.json")], version="v1").remarks()
+    assert line.endswith("1 of 1 records (q): hallucinated captions and no image: they make no pair")
 
 
 @pytest.mark.parametrize("lines", [False, True])
