@@ -151,12 +151,13 @@ def _segments(encoded: EncodedSample, tokenizer: Tokenizer) -> Iterator[Segment]
         yield _segment("image + EOS", encoded.image_segment, None, tokenizer)
         yield _segment("caption + EOS", encoded.caption_segment, None, tokenizer)
     for number, answer in enumerate(encoded.rejected, start=1):
+        first = min([*answer.chosen.tolist(), *answer.rejected.tolist()])
         twin = np.concatenate([answer.rows, answer.rejected_ids[-1:]])
         for title, rows, compared in (
             (f"true answer against rejected answer {number}: compared tokens", encoded.dialogue, answer.chosen),
             (f"rejected answer {number}: compared tokens", twin, answer.rejected),
         ):
-            yield _compared_tokens(title, rows, compared, answer.shared, tokenizer)
+            yield _compared_tokens(title, rows, compared, first, tokenizer)
     for number, rows in enumerate(encoded.hallucinated_segments, start=1):
         yield _segment(f"hallucinated caption {number} + EOS", rows, None, tokenizer)
 

@@ -89,7 +89,6 @@ class Trainer:
         self.log, self.profile, self.beat = log, profile, beat
         self._untrained = UntrainedSamples(self.progress.untrained_kinds, self.config.checkpoint.save, self._say)
         self._uncompared = UntrainedSamples({}, self.config.checkpoint.save, self._say, UNCOMPARED)
-        self._steps_without_twins: int | None = 0
         self.stop_requests = StopRequests(self.config.training.exit_duration_in_mins)
         self.step = Step(run, trainee)
         self._peak_flops = peak_flops(device_name(run.device), bf16=self.config.model.bf16)
@@ -226,18 +225,18 @@ class Trainer:
         return next(text for text in reasons if text is not None), ranks
 
     def _judge_targets(self, counts: GlobalCounts) -> None:
+        trains, progress = self.config.losses_that_train, self.progress
         if counts.twins:
-            self._steps_without_twins = None
-        elif self._steps_without_twins is not None:
-            self._steps_without_twins += 1
-        trains = self.config.losses_that_train
+            progress.twinless_steps = None
+        elif progress.twinless_steps is not None and self.config.preference.preference_loss != "none":
+            progress.twinless_steps += 1
         # Without weight a batch has no pairs, but targets and twins.
         if ("generation" in trains and counts.targets) or counts.pairs or ("preference" in trains and counts.twins):
-            self.progress.targetless_steps = None
+            progress.targetless_steps = None
             return
-        if self.progress.targetless_steps is not None:
-            self.progress.targetless_steps += 1
-        self._say(f"step {self.progress.iteration} trained nothing: none of its samples has {self._wanted()}")
+        if progress.targetless_steps is not None:
+            progress.targetless_steps += 1
+        self._say(f"step {progress.iteration} trained nothing: none of its samples has {self._wanted()}")
 
     def _wanted(self) -> str:
         """What a step needs at least, to train."""
@@ -264,10 +263,10 @@ class Trainer:
                 + (f" ({progress.bad_samples} of {progress.drawn_samples} in the whole run)" if since else "")
             )
         steps = min(_TARGETLESS_STEPS, -(-self.num_samples // self.run.layout.global_batch_size))
-        objective, without = self.config.preference.preference_loss, self._steps_without_twins
-        ends = progress.iteration >= self.train_iters and not since  # a resumed part may be short
-        if objective != "none" and without and (without >= steps or ends):
-            self._save(finish=True)
+        objective, without = self.config.preference.preference_loss, progress.twinless_steps
+        if objective != "none" and without and (without >= steps or progress.iteration >= self.train_iters):
+            progress.twinless_steps = 0  # whoever resumes may have mended the data
+            self._save(finish=True, again=True)
             raise TrainingStopped(
                 f"--preference-loss {objective} found no twin to compare in {without} steps "
                 f"({progress.uncompared_twins} twins of the run are listed in {BAD_SAMPLES_FILE}): expected "
@@ -275,7 +274,7 @@ class Trainer:
             )
         found = progress.targetless_steps
         if found and progress.untrained_samples and (found >= steps or progress.iteration >= self.train_iters):
-            progress.targetless_steps = 0  # whoever resumes may have mended the data
+            progress.targetless_steps = 0  # likewise
             self._save(finish=True, again=True)
             where = Path(save) / BAD_SAMPLES_FILE if save else "the log"
             raise TrainingStopped(

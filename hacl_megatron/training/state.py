@@ -52,6 +52,8 @@ class Progress:
     """How many of these there are of each kind, the reason as `EncodedSample.untrained` has it."""
     targetless_steps: int | None = 0
     """Steps without a target token or a pair since the run began; None once a step had one."""
+    twinless_steps: int | None = 0
+    """Steps with a likelihood objective and without a twin to compare, likewise."""
     uncompared_twins: int = 0
     """Twins of the samples drawn that gave a likelihood objective nothing (`bad_samples.jsonl`, likewise)."""
     tokenization_mismatches: int = 0

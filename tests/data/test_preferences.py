@@ -6,6 +6,7 @@ import pytest
 from hacl_megatron.data.encoding import EncodingSettings, encode
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.preferences import NothingToCompare, RejectedAnswer, rejected_answer
+from hacl_megatron.data.show import _segments
 from hacl_megatron.data.templates.template import IGNORE, IMAGE
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.tiny_tokenizer import write_tokenizer
@@ -115,3 +116,13 @@ def test_a_leading_turn_that_templates_leave_out_is_not_the_answer(tokenizer: To
     turns = (("gpt", "A red cat."), ("human", "<image>\nWhat is it?"), ("gpt", "A red cat."))
     (answer,) = encode(sample(*turns, twins=("A dog cat.",)), tokenizer, settings).rejected
     assert tokenizer.backend.decode(answer.rejected_ids).strip() == "dog"
+
+
+def test_a_page_shows_no_more_than_the_difference_of_a_twin_that_lacks_words(tokenizer: Tokenizer):
+    """It showed the whole prompt in front of it, of which such a twin shares all that counts."""
+    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=3, preference_loss="phrase")
+    turns = (("human", "<image>\nWhat is it?"), ("gpt", "A red cat."))
+    encoded = encode(sample(*turns, twins=("A cat.",)), tokenizer, settings)
+    shown = {segment.title: segment for segment in _segments(encoded, tokenizer)}
+    assert [token.text for token in shown["true answer against rejected answer 1: compared tokens"].tokens] == ["▁red"]
+    assert shown["rejected answer 1: compared tokens"].tokens == []
