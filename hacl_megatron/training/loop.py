@@ -309,7 +309,9 @@ class Trainer:
             return {}
         self.trainee.gather_parameters()  # packs without images leave modules out, on some ranks and not on others
         means = self.validation(self.step, self.beat, self._say)
-        self._say(f"validation at {self.progress.iteration}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+        found = ", ".join(f"{k} {v:.4f}" for k, v in means.items())
+        found = found or "nothing to show: no sample has a target token or a pair, or no loss is finite"
+        self._say(f"validation at {self.progress.iteration}: {found}")
         return {f"{tag} validation": value for tag, value in means.items()}
 
     # ---------------------------------------------------------------- what the user sees

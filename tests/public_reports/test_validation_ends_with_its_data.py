@@ -32,6 +32,9 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_inputs(tmp_path_factory.mktemp("validation"), samples=24)
     data = json.loads((folder / "data" / "pretrain.json").read_text())
     (folder / "twelve.json").write_text(json.dumps(data[:12]))
+    missing = [{**record, "image": "missing.jpg"} for record in data[:4]]
+    (folder / "bad.json").write_text(json.dumps([*missing, *data[4:8]]))
+    (folder / "none.json").write_text(json.dumps(missing))
     valid = ["--valid-data-path", str(folder / "twelve.json"), "--eval-interval", "1", "--train-iters", "1"]
 
     def heard(name: str, batch: int, iters: int, *sizes: str):
@@ -50,8 +53,11 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         heard("8-first", 8, 1, "--micro-batch-size", "8"),
     ]
     train(one, 1)
+    two = ["--micro-batch-size", "4", "--train-iters", "2"]
     train([heard("8-dp2", 8, 10, "--micro-batch-size", "4"), heard("8-pp2", 8, 10, "--micro-batch-size", "8",
-           "--pipeline-model-parallel-size", "2")], 2)  # fmt: skip
+           "--pipeline-model-parallel-size", "2"),
+           heard("bad", 8, 1, *two, "--valid-data-path", str(folder / "bad.json")),
+           heard("none", 8, 1, *two, "--valid-data-path", str(folder / "none.json"))], 2)  # fmt: skip
     return folder
 
 
@@ -78,3 +84,14 @@ def test_the_end_is_said_in_one_line(validated: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["12", "6", "8-first"])
 def test_nothing_is_said_where_the_samples_suffice(validated: Path, name: str) -> None:
     assert "validation ends" not in (validated / f"{name}.txt").read_text()
+
+
+def test_unusable_samples_are_said_once_and_a_validation_of_nothing_is_none(validated: Path) -> None:
+    """They were left out without a word, and of unusable samples alone a validation said `validation at 1: `."""
+    for name in ("bad", "none"):
+        (line,) = [line for line in (validated / f"{name}.txt").read_text().splitlines() if "goes without" in line]
+        assert line.startswith(
+            "validation goes without 4 unusable samples of --valid-data-path (pretrain-0: no such file"
+        )
+    assert "validation at 1: lm loss " in (validated / "bad.txt").read_text()
+    assert "validation at 2: nothing to show: no sample has" in (validated / "none.txt").read_text()

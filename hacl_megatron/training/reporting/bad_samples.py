@@ -26,7 +26,7 @@ def report_bad_samples(bad: list[BadSample], iteration: int, save: str | None, s
         save: folder of the run, or None.
         say: shows a line to the user; called on rank 0.
     """
-    samples = _of_all_ranks(bad)
+    samples = of_all_ranks(bad)
     for sample in samples[:_SAID]:
         say(f"bad sample {sample.name}: {sample.source}: {sample.reason}")
     _append(samples, {"iteration": iteration}, save, say)
@@ -49,7 +49,7 @@ class UntrainedSamples:
 
     def report(self, own: list[BadSample], iteration: int) -> None:
         """Every rank calls it with its own of a step."""
-        samples = _of_all_ranks(own)
+        samples = of_all_ranks(own)
         for sample in samples:
             self._kinds[sample.reason] = self._kinds.get(sample.reason, 0) + 1
             first = self._first.setdefault(sample.reason, [])
@@ -72,7 +72,7 @@ class UntrainedSamples:
         return lines
 
 
-def _of_all_ranks(own: list[BadSample]) -> list[BadSample]:
+def of_all_ranks(own: list[BadSample]) -> list[BadSample]:
     """All ranks' samples, on every rank."""
     everywhere: list[list[BadSample] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, own)
