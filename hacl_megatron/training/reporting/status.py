@@ -61,13 +61,14 @@ def write_status(save: str | None, state: State, *, reason: str | None = None, *
     """Replace the file in `save`, if there is such a folder and no other run has it; one rank calls it.
 
     Args:
-        facts: `iteration`, `train_iters` and whatever else there is to tell; None is left out. What became of samples
-            stays as the file says where it is not given: whoever failed does not know.
+        facts: `iteration`, `train_iters` and whatever else there is to tell; None is left out. How far the run came and
+            what became of samples stays as the file says where samples are not given: whoever failed does not know.
     """
     if save is None or not Path(save).is_dir() or is_held_by_another(Path(save), _hold.token):
         return
     if not facts.keys() & {*SAMPLE_KEYS}:
-        facts |= {key: value for key, value in read_status(save).items() if key in SAMPLE_KEYS}
+        kept = (*SAMPLE_KEYS, "iteration", "train_iters")
+        facts |= {key: value for key, value in read_status(save).items() if key in kept}
     content = {
         "state": state,
         **facts,
