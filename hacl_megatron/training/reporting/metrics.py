@@ -110,6 +110,7 @@ class MetricsLog:
     ) -> None:
         self._writer = self._file = self._wandb = None
         self._tensorboard_dir, self._jsonl, self._first = tensorboard_dir, jsonl, first_iteration
+        self._config = dict(config or {})
         self._could_write = True
         self.num_lost = 0
         """Iterations of which a sink took nothing, or not all."""
@@ -131,7 +132,7 @@ class MetricsLog:
 
             # purge_step hides what a run that was killed after its last checkpoint had already logged.
             self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._first + 1)
-            self._writer.add_custom_scalars(_custom_scalars(config or {}))
+            self._writer.add_custom_scalars(_custom_scalars(self._config))
 
     def _open_jsonl(self) -> None:
         if self._jsonl is not None and self._file is None:
