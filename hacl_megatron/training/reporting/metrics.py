@@ -76,6 +76,8 @@ _PAGE_OF_TWINS = {
     },
 }
 """With `--preference-loss`."""
+_OF_PAIRS = ("contrastive", "retrieval", "hallucination", "temperature")
+"""What tags begin with that say nothing with `--contrastive-weight 0`."""
 
 
 def terminal_line(scalars: Mapping[str, float]) -> str:
@@ -211,11 +213,18 @@ class MetricsLog:
 
 
 def _custom_scalars(config: Mapping[str, Any]) -> dict[str, dict[str, list]]:
-    """The page as TensorBoard has it, tags as regular expressions; of a run's `config`, by groups of flags."""
+    """The page as TensorBoard has it, tags as regular expressions; of what a run of `config` (by groups of flags) has."""
     has_twins = config.get("preference", {}).get("preference_loss", "none") != "none"
+    has_pairs = config.get("objective", {}).get("contrastive_weight", 1.0) > 0
+    page = {}
+    for group, charts in _PAGE.items():
+        if group == "Optimiser" and has_twins:
+            page |= _PAGE_OF_TWINS
+        page[group] = {title: tags for title, tags in charts.items() if has_pairs or not tags[0].startswith(_OF_PAIRS)}
     return {
         group: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}
-        for group, charts in {**_PAGE, **(_PAGE_OF_TWINS if has_twins else {})}.items()
+        for group, charts in page.items()
+        if charts
     }
 
 
