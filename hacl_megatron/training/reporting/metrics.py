@@ -213,7 +213,7 @@ class MetricsLog:
 
 
 def _custom_scalars(config: Mapping[str, Any]) -> dict[str, dict[str, list]]:
-    """The page as TensorBoard has it, tags as regular expressions; of what a run of `config` (by groups of flags) has."""
+    """The page as TensorBoard has it, tags as regular expressions: of what a run with these flags, by groups, has."""
     has_twins = config.get("preference", {}).get("preference_loss", "none") != "none"
     has_pairs = config.get("objective", {}).get("contrastive_weight", 1.0) > 0
     page = {}
