@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hacl_megatron.checkpoint.hf.json_files import one_line, parse, read_config, read_json, refuse_unless
 from hacl_megatron.checkpoint.hf.modules import clean_config
@@ -167,31 +167,80 @@ Pixel = tuple[float, ...]
 RESAMPLE = {"bicubic": 3, "bilinear": 2}
 """Pillow's numbers of `ImageConfig.interpolation`."""
 
-_USUAL_RESAMPLE = {
-    "CLIPImageProcessor": 3, "LlavaImageProcessor": 3, "SiglipImageProcessor": 3, "BlipImageProcessor": 3,
-    "BitImageProcessor": 3, "ViTImageProcessor": 2,
-}  # fmt: skip
-"""Image processors that do what this trainer does, and the `resample` of each where its file states none."""
+
+class Usual(NamedTuple):
+    """What one of transformers' image processors does where its file does not say."""
+
+    resample: int
+    is_square: bool
+    """A plain number for `size` is the side of a square; else that of the shorter edge."""
+    mean: Pixel
+    std: Pixel
+    size: int
+    crops: bool
+    """To the same size, in the middle."""
+
+
+_OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+_USUAL = {
+    "CLIPImageProcessor": Usual(3, False, *_OPENAI, 224, True),
+    "LlavaImageProcessor": Usual(3, False, *_OPENAI, 224, True),
+    "SiglipImageProcessor": Usual(3, False, *_HALF, 224, False),
+    "BlipImageProcessor": Usual(3, True, *_OPENAI, 384, False),
+    "BitImageProcessor": Usual(3, False, *_OPENAI, 224, True),
+    "ViTImageProcessor": Usual(2, True, *_HALF, 224, False),
+}
+"""Those that do what this trainer does."""
 
 _PROCESSOR_SUFFIX = re.compile(r"(ImageProcessor(Fast|Pil)|FeatureExtractor)$")
 """How transformers names a processor's several implementations, and named them of old."""
 
 
 def read_image_processor(folder: Path | None) -> dict[str, Any]:
-    """Image-processor settings of a folder: `preprocessor_config.json`, or inside `processor_config.json`, or {}."""
-    if folder is None:
-        return {}
-    own, inside = _processor_files(folder)
-    found = read_json(own) if own.is_file() else None
-    if found is None and inside.is_file():
-        found = read_json(inside).get("image_processor") or {}
+    """Image-processor settings of a folder, or {}: inside `processor_config.json`, else `preprocessor_config.json`.
+
+    So transformers 5 has it; 4.x reads the other one. Where the two make different pixels, both are refused.
+    """
+    return {} if folder is None else _image_processor(folder)[0]
+
+
+def _image_processor(folder: Path) -> tuple[dict[str, Any], Path | None]:
+    """The settings, and the file that they stand in."""
+    inside, own = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if inside.is_file() and (found := read_json(inside).get("image_processor")) is not None:
         if not isinstance(found, dict):
             raise ValueError(f"{inside}: image_processor is {one_line(repr(found))}; expected an object")
-    return found or {}
+        other = read_json(own) if own.is_file() else {}
+        for key in (key for key in _OF_PIXELS if key in found and key in other):
+            sides = [value if isinstance(value, int) else _side_of(value) for value in (found[key], other[key])]
+            alike = type(found[key]) is not type(other[key]) and sides[0] is not None and sides[0] == sides[1]
+            if found[key] != other[key] and not alike:
+                raise ValueError(
+                    f"{own}: {key} is {one_line(repr(other[key]))}, but {inside.name} beside it says "
+                    f"{one_line(repr(found[key]))}, and transformers 4 reads the one, 5 the other; expected the same: "
+                    "remove the file that does not hold"
+                )
+        return found, inside
+    return (read_json(own), own) if own.is_file() else ({}, None)
 
 
-def _processor_files(folder: Path) -> tuple[Path, Path]:
-    return folder / "preprocessor_config.json", folder / "processor_config.json"
+_OF_PIXELS = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
+    "image_mean", "image_std", "do_pad", "do_convert_rgb",
+)  # fmt: skip
+
+
+def _side_of(size: Any) -> Any:
+    """Of a square or a shorter edge, which older files have as a plain number; None for anything else."""
+    sides = set(size.values()) if isinstance(size, dict) and all(isinstance(n, int) for n in size.values()) else ()
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _usual(processor: dict[str, Any]) -> tuple[str, Usual | None]:
+    """Name of an image processor, "" where there is none, and what it usually does, if it is known here."""
+    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
+    return kind, _USUAL.get(_PROCESSOR_SUFFIX.sub("ImageProcessor", kind))
 
 
 def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
@@ -201,19 +250,18 @@ def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
         ValueError: a setting that training, evaluation and export do not have.
     """
     processor = facts.processor
-    where = next((path for path in _processor_files(facts.where.parent) if path.is_file()), facts.where)
+    where = _image_processor(facts.where.parent)[1] or facts.where
     switch = (True, False)
     refuse_unless(where, processor, {
         "do_resize": (True,), "resample": tuple(RESAMPLE.values()), "do_rescale": switch, "do_normalize": switch,
         "do_convert_rgb": (True, False, None),
     })  # fmt: skip
-    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
-    usual = _USUAL_RESAMPLE.get(_PROCESSOR_SUFFIX.sub("ImageProcessor", kind))
+    kind, usual = _usual(processor)
     if kind and usual is None:
         raise ValueError(
-            f"{where}: image_processor_type is {kind!r}; this trainer has what {', '.join(_USUAL_RESAMPLE)} do only"
+            f"{where}: image_processor_type is {kind!r}; this trainer has what {', '.join(_USUAL)} do only"
         )
-    resample = processor.get("resample", usual or RESAMPLE["bicubic"])
+    resample = processor.get("resample", usual.resample if usual else RESAMPLE["bicubic"])
     interpolation = next(name for name, number in RESAMPLE.items() if number == resample)
     if processor.get("do_pad") and kind and not kind.startswith("LlavaImageProcessor"):
         raise ValueError(
@@ -226,8 +274,8 @@ def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
             f"{where}: the image processor gives images of {size} pixels, but the tower takes {vision.image_size}"
         )
     mean, std = (
-        tuple(float(value) for value in processor.get(key) or default)
-        for key, default in (("image_mean", vision.kind.mean), ("image_std", vision.kind.std))
+        _pixel(processor.get(key) or default, key, where)
+        for key, default in (("image_mean", (usual or vision.kind).mean), ("image_std", (usual or vision.kind).std))
     )
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(
@@ -235,6 +283,12 @@ def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
         )
     mean, std = _of_levels_to_1(processor, mean, std, where)
     return ImageConfig(size=size, mean=mean, std=std, interpolation=interpolation)
+
+
+def _pixel(value: Any, key: str, where: Path) -> Pixel:
+    if not isinstance(value, list | tuple) or not all(type(one) in (int, float) for one in value):
+        raise ValueError(f"{where}: {key} is {one_line(repr(value))}; expected three numbers")
+    return tuple(map(float, value))
 
 
 def _of_levels_to_1(processor: dict[str, Any], mean: Pixel, std: Pixel, where: Path) -> tuple[Pixel, Pixel]:
@@ -262,19 +316,27 @@ def _size_of_pixels(processor: dict[str, Any], vision: VisionConfig, where: Path
 
     A `shortest_edge`, and CLIP's old plain number, leave a picture its proportions until it is cropped.
     """
-    size, crop = processor.get("size", vision.image_size), processor.get("crop_size")
-    keeps_proportions = isinstance(size, dict) and "height" not in size
+    usual = _usual(processor)[1]
+    crops = processor.get("do_center_crop", usual is None or usual.crops)
+    size = processor.get("size", usual.size if usual else vision.image_size)
+    crop = processor.get("crop_size", usual.size if usual and crops else None)
+    if isinstance(size, dict) and "longest_edge" in size:
+        raise ValueError(f"{where}: the image processor resizes to {size}; expected a square, or a shortest_edge alone")
+    if isinstance(size, dict):
+        keeps_proportions = "height" not in size
+    else:
+        keeps_proportions = "size" in processor and usual is not None and not usual.is_square
     resized, cropped = (_side(value, where) for value in (size, crop))
-    if processor.get("do_center_crop") is False:
+    if crops is False:
         if keeps_proportions:
             raise ValueError(
-                f"{where}: do_center_crop is False after resizing to {size}, which leaves pictures of different "
-                f"shapes; expected True, or a size with height and width {vision.image_size}"
+                f"{where}: do_center_crop is {processor.get('do_center_crop')} after resizing to {size}, which leaves "
+                f"pictures of different shapes; expected True, or a size with height and width {vision.image_size}"
             )
         return resized
     if crop is None:
         return resized
-    if "size" in processor and resized != cropped == vision.image_size:
+    if ("size" in processor or usual) and resized != cropped == vision.image_size:
         raise ValueError(
             f"{where}: the image processor resizes to {size} and crops to {crop}; this trainer crops to the size that "
             "it resizes to"
@@ -301,4 +363,6 @@ def aspect_ratio(processor: dict[str, Any], kind: TowerKind) -> str:
     size = processor.get("size")
     if isinstance(size, dict):
         return "stretch" if "height" in size else "square"
+    if usual := _usual(processor)[1]:
+        return "stretch" if usual.is_square else "square"
     return kind.aspect_ratio

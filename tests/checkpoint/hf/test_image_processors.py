@@ -57,6 +57,9 @@ def with_settings(source: Path, changes: dict) -> dict:
     settings = {**tiny_image_processor().to_dict(), **changes}
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     (source / "preprocessor_config.json").write_text(json.dumps(settings, default=dict))
+    beside = json.loads((source / "processor_config.json").read_text())
+    beside.pop("image_processor", None)  # which transformers 5 would read in its place
+    (source / "processor_config.json").write_text(json.dumps(beside))
     return json.loads((source / "preprocessor_config.json").read_text())
 
 
