@@ -149,6 +149,8 @@ class _Stream:
         except (OSError, ValueError) as error:  # ValueError: it was closed
             if isinstance(error, UnicodeError):  # a terminal or log of ASCII
                 return self._tried(call, *(text.encode("ascii", "backslashreplace").decode() for text in arguments))
+            if not arguments and self._stream.closed:
+                return True  # which wrote all of it; at a program's end things are closed in any order
             if not self.fails:
                 self.fails = True
                 self._say_elsewhere(getattr(error, "strerror", None) or str(error))

@@ -1,9 +1,12 @@
 """Standard output and error that fail: lines are lost and counted, and the program goes on."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from hacl_megatron.config.console import _Stream
 
 PROGRAM = """
 import os, sys
@@ -48,6 +51,15 @@ def test_closed_descriptors_are_not_given_to_the_next_file(tmp_path: Path) -> No
     """Catches a checkpoint's file with what libraries print in it, and `None` for a stream."""
     code, _, descriptor, _ = run(tmp_path / "result", "{} <&- >&- 2>&-")
     assert code == 0 and descriptor > 2
+
+
+def test_a_stream_that_was_closed_has_lost_nothing() -> None:
+    """Python 3.12 flushes standard error once more when it has closed it: that is no line for the user."""
+    stream = _Stream(io.StringIO(), "standard error")
+    stream.write("a line\n")
+    stream._stream.close()
+    stream.flush()
+    assert stream.num_lost == 0 and not stream.fails
 
 
 def test_nothing_is_lost_where_all_is_well(tmp_path: Path) -> None:
