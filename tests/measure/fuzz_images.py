@@ -277,8 +277,9 @@ class Worker:
 
     def __init__(self, folder: Path, backends: list[str]) -> None:
         command = [sys.executable, __file__, "--work", str(folder), "--backend", *backends]
+        here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the tests are not installed
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=here
         )
         self.process.stdout.readline()  # its imports are done
 
