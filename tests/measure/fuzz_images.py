@@ -15,6 +15,7 @@ import argparse
 import io
 import itertools
 import json
+import os
 import select
 import struct
 import subprocess
