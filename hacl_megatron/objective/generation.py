@@ -12,15 +12,6 @@ from torch.distributed import ProcessGroup
 _TAKES_GROUP = "tp_group" in inspect.signature(tensor_parallel.vocab_parallel_cross_entropy).parameters
 
 
-def generation_loss_sum(logits: Tensor, target_ids: Tensor, *, vocab_size: int, tp_group: ProcessGroup) -> Tensor:
-    """Sum over target rows of their cross entropy; the trainer divides by the target tokens of the global batch.
-
-    Takes what `generation_losses` takes. Returns fp32 [], the same on every rank of `tp_group`. K = 0 gives a zero with
-    a gradient path.
-    """
-    return generation_losses(logits, target_ids, vocab_size=vocab_size, tp_group=tp_group).sum()
-
-
 def generation_losses(logits: Tensor, target_ids: Tensor, *, vocab_size: int, tp_group: ProcessGroup) -> Tensor:
     """Cross entropy of each target row: minus the log-likelihood of its token.
 

@@ -13,7 +13,7 @@ REFUSED = {"webp beyond the bound", "moving webp far beyond the bound", "gif bey
 DECODED = {"webp at the bound", "png at the bound, 1 bit"}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(300)
 def test_bombs_cost_no_memory(tmp_path):
     """Catches the bound of 179 million pixels, by which a WebP of 28 bytes took 3.6 GB; and pictures above any bound
     that are unfolded before their size is looked at. In a process of its own, by DALI, Pillow and `--verify-images`."""
@@ -21,12 +21,11 @@ def test_bombs_cost_no_memory(tmp_path):
     worker = Worker(tmp_path, ["dali", "pillow"][not dali_is_installed() :])
     for name, data in bombs(only=REFUSED | DECODED):
         (tmp_path / "bomb").write_bytes(data)
-        found = worker.open("bomb", seconds=250)
+        found = worker.open("bomb", seconds=120)
         assert isinstance(found, dict), f"{name}: {found}"
         assert found["peak"] < (BYTES if name in DECODED else BYTES / 2), (name, found)
         for way, (reason, seconds) in found["answers"].items():
-            # A busy machine takes more of its processor's time for the same; `fuzz_images` holds the bound itself.
-            assert seconds < 3 * SECONDS, (name, way)
+            assert seconds < SECONDS, (name, way)
             assert (reason is None) == (name in DECODED), (name, way, reason)
             assert reason is None or ("--max-image-pixels" in reason and "\n" not in reason)
     worker.close()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
-from hacl_megatron.objective.generation import generation_loss_sum
+from hacl_megatron.objective.generation import generation_losses
 from tests.distributed import run_distributed
 
 VOCAB_SIZE = 331  # a prime
@@ -49,12 +49,12 @@ def _losses_of_rank() -> dict[tuple[int, torch.dtype], dict[str, torch.Tensor]]:
         whole, targets = _whole_logits(padded, dtype)
         shard = whole.chunk(world_size, dim=1)[rank].clone().requires_grad_()
         logits = shard * 1  # what an LM head gives is no leaf
-        loss = generation_loss_sum(logits, targets, vocab_size=VOCAB_SIZE, tp_group=tp_group)
+        loss = generation_losses(logits, targets, vocab_size=VOCAB_SIZE, tp_group=tp_group).sum()
         (loss / 4).backward()
         unchanged = torch.equal(logits.detach(), shard.detach())
         results[padded, dtype] = {"loss": loss.detach(), "gradient": shard.grad, "unchanged": unchanged}
     empty = torch.zeros(0, VOCAB_SIZE + 1, requires_grad=True)
-    none = generation_loss_sum(empty, torch.zeros(0, dtype=torch.int64), vocab_size=VOCAB_SIZE, tp_group=tp_group)
+    none = generation_losses(empty, torch.zeros(0, dtype=torch.int64), vocab_size=VOCAB_SIZE, tp_group=tp_group).sum()
     none.backward()
     results["no targets"] = {"loss": none.detach(), "gradient": empty.grad}
     return results

@@ -21,7 +21,7 @@ from hacl_megatron.config.run import RunConfig, parse_run_config, with_architect
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample
 from hacl_megatron.data.packing import PackSlot, pack
 from hacl_megatron.data.preferences import RejectedAnswer
-from hacl_megatron.objective.generation import generation_loss_sum
+from hacl_megatron.objective.generation import generation_losses
 from hacl_megatron.plan.activations import cpu_kernels, stage_activations
 from hacl_megatron.plan.state import StateBytes, state_bytes
 from hacl_megatron.plan.workload import MicroBatchShape, PackShape, Segments
@@ -222,7 +222,7 @@ def kept_by_autograd(module, micro_batch: MicroBatch, vocab_size: int, set_input
         of_model = total()
         if not module.post_process:
             return of_model, 0
-        generation_loss_sum(output.logits, main.target_ids, vocab_size=vocab_size, tp_group=module.groups.tp)
+        generation_losses(output.logits, main.target_ids, vocab_size=vocab_size, tp_group=module.groups.tp).sum()
         return of_model, total() - of_model
 
 

@@ -13,13 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import xxhash
+from hacl_megatron.config.files.checksum import Checksum
 
 FILES_FILE = "files.json"
 FROZEN_FOLDER = "frozen"
 """In a SAVE folder: weights that do not train, which all its checkpoints share (`frozen`)."""
-Checksum = xxhash.xxh3_64
-"""26 GB/s on one core, where `zlib.crc32` has 3.6: what keeps up with the fastest disks."""
 Records = dict[str, dict[int, str]]
 """Large file -> first byte of each record in it -> the record's checksum, in hexadecimal digits."""
 LARGEST = 1 << 30

@@ -29,8 +29,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from hacl_megatron.checkpoint.hf.synced_file import SyncedFile
-from hacl_megatron.checkpoint.run.integrity import Checksum, Records
+from hacl_megatron.checkpoint.run.integrity import Records
 from hacl_megatron.checkpoint.run.stored.index import INDEX_FILE
+from hacl_megatron.config.files.checksum import Checksum
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
            "common_backend_version": 1}  # fmt: skip
@@ -67,7 +68,7 @@ class StoredPart:
     length: int
     """Bytes in the file."""
     checksum: str | None = None
-    """Of these bytes (`integrity.Checksum`), in hexadecimal digits; older frozen parts have none."""
+    """Of these bytes (`Checksum`), in hexadecimal digits; older frozen parts have none."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -61,7 +61,7 @@ class UntrainedSamples:
     def lines(self) -> list[str]:
         """`12 samples drawn (a, b, c, ...) trained nothing: it has no answer with words`, one line a kind.
 
-        Of the whole run; named are the first that were drawn since this process began.
+        Of all that `kinds` counts; named are the first that were drawn since this process began.
         """
         lines = []
         for kind, number in Counter(self._kinds).most_common():

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.hf.json_files import one_line
-from hacl_megatron.checkpoint.run.integrity import FILES_FILE, Checksum, record_checksums
+from hacl_megatron.checkpoint.run.integrity import FILES_FILE, record_checksums
 from hacl_megatron.checkpoint.run.retain import saved_iterations
 from hacl_megatron.checkpoint.run.stored.index import StoredChunk, StoredIndex, read_index
 from hacl_megatron.checkpoint.run.stored.pickles import ERRORS, load_archive
+from hacl_megatron.config.files.checksum import Checksum
 
 _BLOCK = 4 << 20
 """Bytes that are read and summed at once: they stay in the processor's cache between the two."""
