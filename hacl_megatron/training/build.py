@@ -55,7 +55,7 @@ from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE
 from hacl_megatron.training.reporting.changes import nothing_left, what_differs
 from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
 from hacl_megatron.training.reporting.profiling import ProfileWindow
-from hacl_megatron.training.reporting.status import RunStatus, TrainingStopped, before_this_run, hold
+from hacl_megatron.training.reporting.status import RunStatus, TrainingStopped, before_this_run, hold, tell_hang
 from hacl_megatron.training.saving import Saving
 from hacl_megatron.training.state import Progress, StartingPoint, restore_run, saved_progress
 from hacl_megatron.training.trainee import Trainee, build_trainee, check_configurations
@@ -82,7 +82,7 @@ def train(config: RunConfig, layout: Layout) -> None:
             )
         status: RunStatus | None = None
         watchdog = stack.enter_context(
-            Watchdog(config.parallel.hang_timeout, on_hang=lambda reason: status and status.write("hung", reason))
+            Watchdog(config.parallel.hang_timeout, on_hang=lambda reason: tell_hang(status, reason))
         )
         trainer = build_trainer(config, layout, resume_from, device, watchdog.beat, lock)
         if trainer.loader is not None:

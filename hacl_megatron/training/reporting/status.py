@@ -66,6 +66,8 @@ def write_status(save: str | None, state: State, *, reason: str | None = None, *
     """
     if save is None or not Path(save).is_dir() or is_held_by_another(Path(save), _hold.token):
         return
+    if state == "crashed" and _hold.hung:  # by the end of a rank whose watchdog was a little faster
+        return
     if not facts.keys() & {*SAMPLE_KEYS}:
         kept = (*SAMPLE_KEYS, "iteration", "train_iters")
         facts |= {key: value for key, value in read_status(save).items() if key in kept}
@@ -91,8 +93,16 @@ def hold(token: str | None) -> None:
     _hold.token = token
 
 
+def tell_hang(status: RunStatus | None, reason: str) -> None:
+    """This process hangs and is about to be ended: whatever fails in it until then is no crash of its own."""
+    _hold.hung = True
+    if status is not None:
+        status.write("hung", reason)
+
+
 class _Hold:
     token: str | None = None
+    hung: bool = False
 
 
 _hold = _Hold()

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from hacl_megatron.training.reporting.status import RunStatus, before_this_run, read_status, write_status
+import pytest
+
+from hacl_megatron.training.reporting import status
+from hacl_megatron.training.reporting.status import RunStatus, before_this_run, read_status, tell_hang, write_status
 
 
 def test_whoever_reports_a_failure_leaves_how_far_the_run_came(tmp_path: Path) -> None:
@@ -12,3 +15,14 @@ def test_whoever_reports_a_failure_leaves_how_far_the_run_came(tmp_path: Path) -
     write_status(str(tmp_path), "failed", reason="hopeless")
     assert told.items() <= read_status(str(tmp_path)).items()
     assert "after iteration 7 of 9" in str(before_this_run(str(tmp_path)))
+
+
+def test_a_hang_stays_one_when_the_first_rank_that_leaves_breaks_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Watchdogs fire within a second of each other: the later rank's collective fails, which was written as a crash."""
+    monkeypatch.setattr(status._hold, "hung", False)
+    tell_hang(RunStatus(str(tmp_path), lambda: {"iteration": 7}), "rank 0 was silent")
+    write_status(str(tmp_path), "crashed", reason="Connection closed by peer")
+    told = read_status(str(tmp_path))
+    assert (told["state"], told["reason"], told["iteration"]) == ("hung", "rank 0 was silent", 7)
