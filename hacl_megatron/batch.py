@@ -59,12 +59,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-HOST_FIELDS = ("sample_ids", "hallucinated_owner", "image_keys", "caption_keys", "hallucinated_keys")
+HOST_FIELDS = ("sample_ids", "hallucinated_owner", "image_keys", "caption_keys", "hallucinated_keys", "twin_sample_ids")
 """Fields of a pack that stay on the host: the model does not need them, and what is made of them decides sizes."""
 
 
 def _no_integers() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
+
+
+def _no_numbers() -> Tensor:
+    return torch.empty(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +145,11 @@ class PackedBatch:
     the true answer's tokens, then the twin's."""
     preference_lengths: Tensor = field(default_factory=_no_integers)
     """int64 [2 P]: how many of them are the true answer's and how many the twin's, twin after twin."""
+    reference_likelihoods: Tensor = field(default_factory=_no_numbers)
+    """float64 [2 P]: what the weights that the run started from make of those sums, for an objective with a reference;
+    else empty."""
+    twin_sample_ids: Tensor = field(default_factory=_no_integers)
+    """int64 [P]: manifest index of each twin's sample; a sample's twins stand in their own order."""
 
     num_padding_rows: int
     """Rows at the end of the pack that belong to no sample."""

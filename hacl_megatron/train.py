@@ -21,7 +21,7 @@ from hacl_megatron.config.console import (
     report_error,
     streams_that_may_fail,
 )
-from hacl_megatron.config.layout import world_size_from_environment
+from hacl_megatron.config.layout import Layout, world_size_from_environment
 from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml
 from hacl_megatron.data.templates import check_template
 from hacl_megatron.platform.folder_lock import FolderInUse
@@ -76,26 +76,36 @@ def train(config: RunConfig) -> None:
         _dry_run(config)
         return
     _refuse_dry_run_flags(config)
+    config, layout = resolved(config)
+    if config.training.print_config:
+        if is_first_rank():
+            print(to_yaml(config), end="")
+        return
+    prepare_machine(config, layout)
+    from hacl_megatron.training import build
+
+    build.train(config, layout)
+
+
+def resolved(config: RunConfig) -> tuple[RunConfig, Layout]:
+    """What the flags leave to checkpoints filled in, and the layout; ValueError for all that can be told by now."""
     layout = check_flags(config, world_size_from_environment())
     check_template(config.data.version)
     from hacl_megatron.assemble.start_from import resolve
 
     config = resolve(config)
     check_architecture(config, layout)
-    if config.training.print_config:
-        if is_first_rank():
-            print(to_yaml(config), end="")
-        return
+    return config, layout
+
+
+def prepare_machine(config: RunConfig, layout: Layout) -> None:
+    """Before megatron-core and Transformer Engine are imported: what they do with a GPU, they do with this rank's."""
     from hacl_megatron.platform.processes import prepare_device, select_device
     from hacl_megatron.platform.requirements import check_machine
 
-    # Before megatron-core and Transformer Engine are imported: what they do with a GPU, they do with this rank's.
     device = select_device(config.parallel.device, layout.tp)
     prepare_device(device)
     check_machine(config, device)
-    from hacl_megatron.training import build
-
-    build.train(config, layout)
 
 
 def _dry_run(config: RunConfig) -> None:

@@ -18,6 +18,7 @@ parameter on its way is trained.
 Shape legend: B sequences, L rows of the longest, N pairs, M hallucinated captions, d = hidden / 4.
 """
 
+import copy
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -93,8 +94,12 @@ class ReferenceHacl(nn.Module):
         temperature: float = 0.07,
         preference_weight: float = 0.0,
         generation_weight: float = 1.0,
+        preference_beta: float | None = None,
     ) -> None:
         super().__init__()
+        # Of `dpo`: the weights as they are now, which no list of this module's parameters holds.
+        self.preference_beta = preference_beta
+        self.start = [] if preference_beta is None else [copy.deepcopy(llava).requires_grad_(False)]
         self.preference_weight = preference_weight
         self.generation_weight = generation_weight
         self.llava = llava
@@ -139,14 +144,27 @@ class ReferenceHacl(nn.Module):
 
     def preference_loss_sum(self, samples: Sequence[Sample]) -> Tensor:
         """Σ over twins of -log σ(log-likelihood of the true answer's compared tokens - the twin's), each on its
-        own and with its whole dialogue."""
+        own and with its whole dialogue; for `dpo` β times both, over what the first weights make of them."""
         total = torch.zeros(())
         for sample in samples:
             features = [*self._encode_images([sample])] if sample.pixel_values is not None else []
             for twin in sample.twins:
-                chosen = self._log_likelihood(sample.dialogue, twin.chosen, features)
-                total = total - F.logsigmoid(chosen - self._log_likelihood(twin.rows, twin.rejected, features))
+                margin = self._log_likelihood(sample.dialogue, twin.chosen, features)
+                margin = margin - self._log_likelihood(twin.rows, twin.rejected, features)
+                for start in self.start:
+                    margin = self.preference_beta * (margin - self._margin_at_start(start, sample, twin))
+                total = total - F.logsigmoid(margin)
         return total
+
+    @torch.no_grad()
+    def _margin_at_start(self, start: LlavaForConditionalGeneration, sample: Sample, twin: Twin) -> Tensor:
+        trained, self.llava = self.llava, start
+        try:
+            features = [*self._encode_images([sample])] if sample.pixel_values is not None else []
+            chosen = self._log_likelihood(sample.dialogue, twin.chosen, features)
+            return chosen - self._log_likelihood(twin.rows, twin.rejected, features)
+        finally:
+            self.llava = trained
 
     def _log_likelihood(self, rows: Tensor, positions: Tensor, features: Sequence[Tensor]) -> Tensor:
         """[]: of the tokens at `positions`, each given those in front of it."""

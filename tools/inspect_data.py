@@ -42,7 +42,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model-max-length", type=int, default=2048)
     parser.add_argument("--contrastive-image-context", choices=("image", "prompt"), default="image")
     parser.add_argument(
-        "--preference-loss", choices=("none", "phrase"), default="none", help="also show the tokens that it compares"
+        "--preference-loss",
+        choices=("none", "dpo", "phrase"),
+        default="none",
+        help="also show the tokens that it compares",
     )
     parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS)
     parser.add_argument("--output", required=True, type=Path, help="page to write")

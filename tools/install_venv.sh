@@ -33,7 +33,7 @@ if [ ! -f "$_stamp" ] || [ "$(cat "$_stamp")" != "$_wanted" ]; then
   fi
   _pip install ${_index[@]+"${_index[@]}"} torch==2.13.0
   _pip install -c tests/constraints.txt -e '.[quickstart,test]'
-  # The contrastive loss is tested against open_clip's; the package itself wants torchvision, its loss does not.
-  _pip install -c tests/constraints.txt --no-deps open_clip_torch
+  # The losses are tested against open_clip's and TRL's; the packages want torchvision and data sets, their losses do not.
+  _pip install -c tests/constraints.txt --no-deps open_clip_torch trl
   printf '%s\n' "$_wanted" >"$_stamp"
 fi

@@ -22,6 +22,8 @@ from hacl_megatron.platform.device import to_device
 from hacl_megatron.platform.host_groups import broadcast_integers
 
 _INT32_FIELDS = ("cu_seqlens", "read_lengths", "branch_lengths", "branch_sizes")
+_FLOAT64_FIELDS = ("reference_likelihoods",)
+"""They travel among the integers, bit for bit."""
 _SCALAR_FIELDS = tuple(item.name for item in fields(PackedBatch) if item.type is int)
 _DEVICE_FIELDS = tuple(
     item.name
@@ -122,7 +124,7 @@ def _send_integers(
     """Each pack's integer fields on the device of every rank."""
     group, sizes = module.groups.mp, [size for fact in facts for size in fact.sizes.values()]
     if packs is not None:
-        flat = torch.cat([getattr(pack, name).long() for pack in packs for name in _DEVICE_FIELDS])
+        flat = torch.cat([_as_integers(pack, name) for pack in packs for name in _DEVICE_FIELDS])
         flat = to_device(flat, device)
     else:
         flat = torch.empty(sum(sizes), dtype=torch.int64, device=device)
@@ -131,7 +133,18 @@ def _send_integers(
     parts = iter(flat.split(sizes))
     for _ in facts:
         fields_of_pack = dict(zip(_DEVICE_FIELDS, parts, strict=False))
-        yield {name: part.int() if name in _INT32_FIELDS else part for name, part in fields_of_pack.items()}
+        yield {name: _from_integers(name, part) for name, part in fields_of_pack.items()}
+
+
+def _as_integers(pack: PackedBatch, name: str) -> Tensor:
+    values = getattr(pack, name)
+    return values.view(torch.int64) if name in _FLOAT64_FIELDS else values.long()
+
+
+def _from_integers(name: str, part: Tensor) -> Tensor:
+    if name in _FLOAT64_FIELDS:
+        return part.view(torch.float64)
+    return part.int() if name in _INT32_FIELDS else part
 
 
 def _send_pixels(pixels: Tensor | None, facts: _PackFacts, module: HaclModel, device: torch.device) -> Tensor:

@@ -41,7 +41,7 @@ class EncodingSettings:
     """`RunConfig.losses_that_train`; with `--contrastive-weight 0` nothing comes of a pair."""
     num_rows: int | None = None
     """Rows of the vocabulary, where a tokenizer may have more tokens; None: it has not."""
-    preference_loss: Literal["none", "phrase"] = "none"
+    preference_loss: Literal["none", "dpo", "phrase"] = "none"
     """Whether twins are encoded as rejected answers (`--preference-loss`)."""
 
     @classmethod
@@ -170,6 +170,7 @@ def _rejected_answers(
                     twin_rows,
                     twin_labels,
                     limit=settings.model_max_length,
+                    whole=settings.preference_loss == "dpo",
                 )
             )
         except (NothingToCompare, UnusableSample) as error:

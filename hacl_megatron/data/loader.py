@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from hacl_megatron.batch import BadSample, MicroBatch, PackedBatch, PackPlan, Parts, StepBatches
@@ -28,12 +29,13 @@ from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
 from hacl_megatron.data.read_ahead import ReadAhead
-from hacl_megatron.data.sampler import Sampler
+from hacl_megatron.data.sampler import OnceThrough, Sampler
 from hacl_megatron.data.store import ImageStore, UnusableImage
 from hacl_megatron.data.tokenizer import Tokenizer
 
+References = Callable[[int], "np.ndarray | None"]
 CLOSE_TIMEOUT_S = 30
-"""How long `close` waits for a read or decode in progress; a thread that hangs longer dies with the process."""
+"""How long `close` waits for a read or decode; a thread that hangs longer dies with the process."""
 
 
 @dataclass
@@ -46,6 +48,8 @@ class _Drawn:
     file: "Future[tuple[bytes, int]] | None" = None
     """The image's bytes and key, being read; None for a text-only sample."""
     image_key: int | None = None
+    references: np.ndarray | None = None
+    """What the reference makes of its twins, float64 [P of the sample, 2]."""
     bad: BadSample | None = None
     left_out: bool = False
     """An empty slot behind the end of the only epoch."""
@@ -82,6 +86,8 @@ class StepMaker:
         pad_multiple: every pack's number of rows is a multiple of it.
         io_threads: threads that read files, this step's and the next one's.
         one_epoch: slots beyond the first epoch stay empty.
+        references: by sample id, float64 [P, 2], what the reference of a likelihood objective makes of the sample's
+            twins, or None; default: the objective has no reference.
 
     Raises ValueError when the global batch does not divide into the ranks' micro-batches.
     """
@@ -90,7 +96,7 @@ class StepMaker:
         self,
         *,
         manifests: Sequence[Manifest],
-        sampler: Sampler,
+        sampler: Sampler | OnceThrough,
         store: ImageStore,
         decoder: ImageDecoder,
         tokenizer: Tokenizer,
@@ -101,8 +107,10 @@ class StepMaker:
         pad_multiple: int,
         io_threads: int,
         one_epoch: bool = False,
+        references: References | None = None,
     ) -> None:
         self.sampler = sampler
+        self.references = references
         self.store = store
         self.decoder = decoder
         self.tokenizer = tokenizer
@@ -205,6 +213,13 @@ class StepMaker:
             drawn.encoded = encode(drawn.sample, self.tokenizer, self.settings)
         except UnusableSample as error:
             drawn.refuse(drawn.sample.source, error)
+            return
+        if self.references is not None and (twins := len(drawn.encoded.rejected)):
+            drawn.references = self.references(drawn.sample_id)
+            if drawn.references is None:  # it could not be used when the reference was scored
+                uncompared = (*drawn.encoded.uncompared, *["the reference has no score of it"] * twins)
+                drawn.encoded = replace(drawn.encoded, rejected=(), uncompared=uncompared)
+            assert drawn.references is None or len(drawn.references) == twins, "bound to data and template"
 
     def _decode(self, step: list[_Drawn]) -> tuple[torch.Tensor, dict[int, int]]:
         """float32 [I, 3, S, S], each distinct image of the step once, and the place of each image's key in it."""
@@ -234,7 +249,12 @@ class StepMaker:
         self, micro_batch: list[_Drawn], plan: PackPlan, pixel_values: torch.Tensor, places: dict[int, int]
     ) -> MicroBatch:
         slots = [
-            PackSlot(sample_id=drawn.sample_id, encoded=drawn.encoded, image_key=drawn.image_key)
+            PackSlot(
+                sample_id=drawn.sample_id,
+                encoded=drawn.encoded,
+                image_key=drawn.image_key,
+                references=drawn.references,
+            )
             for drawn in micro_batch
         ]
         chosen = torch.tensor([places[s.image_key] for s in slots if s.image_key is not None], dtype=torch.int64)
@@ -368,13 +388,15 @@ def build_loader(
     for_validation: bool = False,
     data_state: dict[str, Any] | None = None,
     decode_device: Literal["cpu", "mixed"] = "cpu",
+    only: Sequence[int] | None = None,
+    references: References | None = None,
 ) -> StepLoader:
     """The loader of one data-parallel rank over LLaVA JSON files or prepared folders, going on from `data_state`.
 
     Mixture, groups and blocks hold where samples are shuffled: with `for_validation`, `--valid-data-path` is read in
     the files' order, without pairs of `--contrastive-data-path`, and but once: slots beyond its end are empty.
     `decode_device="mixed"` lets DALI, where it is the back end, decode on the current CUDA device; pixels come back to
-    the host all the same.
+    the host all the same. `only`: these sample ids instead, once, in their order. `references`: see `StepMaker`.
     Raises ValueError for whatever is wrong with files, folder, sizes, state or back end, before any thread starts.
     """
     data = config.data
@@ -401,6 +423,8 @@ def build_loader(
     )
     if data_state is not None:
         sampler.load_state_dict(data_state)
+    if only is not None:
+        sampler = OnceThrough(only, global_batch_size)
     maker = StepMaker(
         manifests=manifests,
         sampler=sampler,
@@ -413,7 +437,8 @@ def build_loader(
         data_parallel_size=data_parallel_size,
         pad_multiple=pad_multiple,
         io_threads=data.io_threads,
-        one_epoch=for_validation,
+        one_epoch=for_validation or only is not None,
+        references=references,
     )
     return StepLoader(
         maker.make,

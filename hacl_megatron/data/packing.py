@@ -28,6 +28,8 @@ class PackSlot:
     """None for a bad sample: its slot contributes nothing."""
     image_key: int | None
     """64-bit hash of the image's bytes as a signed integer; None without an image."""
+    references: np.ndarray | None = None
+    """float64 [P of the sample, 2]: `PackedBatch.reference_likelihoods`, where the objective has a reference."""
 
 
 def pack(
@@ -57,6 +59,7 @@ def pack(
     rows = _Rows(visual_tokens)
     targets = _Targets()
     image_eos, image_keys = [], []
+    twin_sample_ids, references = [], []
     image = 0
     for slot, encoded in good:
         assert encoded.has_image == (slot.image_key is not None), f"sample {slot.sample_id}: image without key"
@@ -68,6 +71,9 @@ def pack(
                 shared = answer.shared if parts.preferences == "branch" else 0
                 own = rows.append_behind(answer.rows, shared, begin, image)
                 targets.append_rejected(answer, shared, begin, own, places)
+                twin_sample_ids.append(slot.sample_id)
+            if slot.references is not None and parts.preferences != "none":
+                references.append(slot.references.reshape(-1))
         if encoded.image_segment is not None and parts.has_pairs:
             image_keys.append(slot.image_key)
             if parts.images == "branch" and begin is not None and _starts_with_context(encoded):
@@ -121,6 +127,8 @@ def pack(
         rejected_ids=_joined(targets.rejected_ids),
         preference_tokens=_joined(targets.compared()),
         preference_lengths=_int64([len(tokens) for tokens in targets.answers]),
+        reference_likelihoods=torch.tensor(np.concatenate(references) if references else [], dtype=torch.float64),
+        twin_sample_ids=_int64(twin_sample_ids),
         num_padding_rows=num_padding_rows,
         num_text_rows=num_text_rows,
     )

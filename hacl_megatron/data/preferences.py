@@ -43,6 +43,7 @@ def rejected_answer(
     twin_labels: np.ndarray,
     *,
     limit: int,
+    whole: bool = False,
 ) -> RejectedAnswer:
     """The comparison of a dialogue with the one in which a twin stands.
 
@@ -50,10 +51,11 @@ def rejected_answer(
         dialogue, labels: int64 [L], the whole dialogue's rows and labels (`EncodedSample`), not yet cut.
         twin, twin_labels: int64 [L'], the same with the twin in an answer's place.
         limit: rows that are kept (`--model-max-length`).
+        whole: compare all tokens of the two answers that are kept.
 
-    Compared are the tokens in which the two whole answers differ, by difflib over token ids, as far as they are kept:
-    cut before, the end that a longer twin loses would be a difference. Raises NothingToCompare where they do not
-    differ in a token that is trained on.
+    Else the tokens in which the two whole answers differ, by difflib over token ids, as far as they are kept: cut
+    before, the end that a longer twin loses would be a difference. Raises NothingToCompare where they do not differ in
+    a token that is trained on.
     """
     length = min(len(dialogue), len(twin))
     (differ,) = np.nonzero(dialogue[:length] != twin[:length])
@@ -65,10 +67,11 @@ def rejected_answer(
     chosen, rejected = _answer_around(labels, first), _answer_around(twin_labels, first)
     if not len(chosen) or not len(rejected):
         raise NothingToCompare("the template trains on no token of the answer that it replaces")
-    matcher = SequenceMatcher(a=dialogue[chosen].tolist(), b=twin[rejected].tolist(), autojunk=False)
-    changes = [change for change in matcher.get_opcodes() if change[0] != "equal"]
-    chosen = np.concatenate([chosen[begin:end] for _, begin, end, _, _ in changes])
-    rejected = np.concatenate([rejected[begin:end] for _, _, _, begin, end in changes])
+    if not whole:
+        matcher = SequenceMatcher(a=dialogue[chosen].tolist(), b=twin[rejected].tolist(), autojunk=False)
+        changes = [change for change in matcher.get_opcodes() if change[0] != "equal"]
+        chosen = np.concatenate([chosen[begin:end] for _, begin, end, _, _ in changes])
+        rejected = np.concatenate([rejected[begin:end] for _, _, _, begin, end in changes])
     chosen, rejected = chosen[chosen < limit], rejected[rejected < limit]
     if not len(chosen) and not len(rejected):
         raise NothingToCompare(f"it differs from the true answer behind --model-max-length {limit}")

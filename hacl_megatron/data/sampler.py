@@ -203,3 +203,35 @@ class Sampler:
             stream = {_ORDINARY: _ORDINARY_BLOCKS, _CONTRASTIVE: _CONTRASTIVE_BLOCKS}.get(stream, stream)
             return self._words.block_permutation(epoch, stream, size, self._identity["shuffle_block"])
         return self._words.permutation(epoch, stream, size)
+
+
+class OnceThrough:
+    """Draws some samples once, in their order; what comes behind the last one counts as a later epoch.
+
+    Args:
+        sample_ids: of any manifest, at least one.
+    """
+
+    def __init__(self, sample_ids: Sequence[int], global_batch_size: int) -> None:
+        self.global_batch_size = global_batch_size
+        self._ids, self._at = list(sample_ids), 0
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples in all."""
+        return len(self._ids)
+
+    def next_batch(self) -> list[tuple[int, int]]:
+        """The next `global_batch_size` (epoch, sample id)."""
+        batch = self.peek(self.global_batch_size)
+        self._at += self.global_batch_size
+        return batch
+
+    def peek(self, count: int) -> list[tuple[int, int]]:
+        """The next `count` draws, not drawn yet."""
+        size = len(self._ids)
+        return [(at // size, self._ids[at % size]) for at in range(self._at, self._at + count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: whoever goes on asks for the rest."""
+        return {}

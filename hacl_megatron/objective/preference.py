@@ -5,6 +5,11 @@
 after HALVA (Sarkar et al. 2025, arXiv 2405.18654): E± are the tokens in which the two answers differ, which
 `hacl_megatron.data.preferences` finds. The language-model loss on the true answers is its anchor.
 
+    dpo     -log σ( β [ r(y⁺) - r(y⁻) ] ),   r(y) = log π(y|x) - log π₀(y|x)
+
+Rafailov et al. 2023, equation 7, with π₀ the weights that the run started from. Label smoothing ε, the share of twins
+that are taken to be the true answer: (1 - ε) times that, and ε times the same with the two exchanged (Mitchell 2023).
+
 How a trainer combines it. With P_global the twins of the global batch, over all ranks and micro-batches, a rank's share
 of the mean is `loss_sum / max(P_global, 1)`. The loss is the sum of the shares over data-parallel ranks; nothing is
 gathered.
@@ -30,6 +35,14 @@ class PreferenceTerms:
     """Twins whose margin is above 0."""
     margin_sum: Tensor
     """Σ of what stands inside σ."""
+    chosen_reward_sum: Tensor
+    """Σ β r(y⁺); 0 without a reference, as the next is."""
+    rejected_reward_sum: Tensor
+    """Σ β r(y⁻)"""
+    chosen_likelihood_sum: Tensor
+    """Σ log π(y⁺|x), over the compared tokens."""
+    rejected_likelihood_sum: Tensor
+    """Σ log π(y⁻|x), likewise."""
 
 
 def answer_likelihoods(token_losses: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -48,8 +61,29 @@ def answer_likelihoods(token_losses: Tensor, tokens: Tensor, lengths: Tensor) ->
 def phrase_terms(likelihoods: Tensor) -> PreferenceTerms:
     """The objective's terms (see the module's head) of `answer_likelihoods` [P, 2]."""
     margins = likelihoods[:, 0] - likelihoods[:, 1]
+    return _terms(-F.logsigmoid(margins), margins, likelihoods, torch.zeros_like(likelihoods))
+
+
+def dpo_terms(likelihoods: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> PreferenceTerms:
+    """The same for `dpo`, of `answer_likelihoods` [P, 2] over whole answers and π₀'s own [P, 2]."""
+    rewards = beta * (likelihoods - reference.to(likelihoods.dtype))
+    margins = rewards[:, 0] - rewards[:, 1]
+    losses = -F.logsigmoid(margins)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margins)
+    return _terms(losses, margins, likelihoods, rewards)
+
+
+def _terms(losses: Tensor, margins: Tensor, likelihoods: Tensor, rewards: Tensor) -> PreferenceTerms:
+    margins = margins.detach()
+    chosen_reward, rejected_reward = rewards.detach().sum(0)
+    chosen_likelihood, rejected_likelihood = likelihoods.detach().sum(0)
     return PreferenceTerms(
-        loss_sum=-F.logsigmoid(margins).sum(),
-        correct_sum=(margins.detach() > 0).sum().to(likelihoods.dtype),
-        margin_sum=margins.detach().sum(),
+        loss_sum=losses.sum(),
+        correct_sum=(margins > 0).sum().to(likelihoods.dtype),
+        margin_sum=margins.sum(),
+        chosen_reward_sum=chosen_reward,
+        rejected_reward_sum=rejected_reward,
+        chosen_likelihood_sum=chosen_likelihood,
+        rejected_likelihood_sum=rejected_likelihood,
     )

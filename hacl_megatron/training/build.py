@@ -51,6 +51,9 @@ from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.loop import Trainer
 from hacl_megatron.training.optimizer.schedule import RunLength
 from hacl_megatron.training.packs import pack_plan
+from hacl_megatron.training.reference.scores import ReferenceScores
+from hacl_megatron.training.reference.scoring import PLAN
+from hacl_megatron.training.reference.start import ReferenceRequest, References, make_scores, references_of
 from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE
 from hacl_megatron.training.reporting.changes import nothing_left, what_differs
 from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
@@ -188,7 +191,24 @@ def build_trainer(
             said.append(nothing_left(config.training, progress, num_samples))
 
     said += exports
-    validation = _open_validation(run, trainee, tokenizer)
+    references = References()
+    if config.preference.preference_loss == "dpo":
+        if loader is not None:
+            loader.close()
+        references, lines = references_of(
+            ReferenceRequest(
+                run=run,
+                forward=ForwardOnly(trainee.module, trainee.model, device=device),
+                tokenizer=tokenizer,
+                open_loader=_twins_loader(run, tokenizer),
+                resume_from=resume_from,
+                beat=beat,
+            )
+        )
+        said += lines
+        if tokenizer is not None:
+            loader = open_loader(run, tokenizer, data_state=data_state, references=references.training)
+    validation = _open_validation(run, trainee, tokenizer, references.validation)
     log = _open_log(run, progress.iteration, length.train_iters, num_samples, said) if dist.get_rank() == 0 else None
     hf_model = config.architecture if start_from.starts_from_hf(config, resume_from) else None
     return Trainer(
@@ -211,16 +231,49 @@ def build_trainer(
     )
 
 
+def score_reference(config: RunConfig, layout: Layout, output: Path) -> None:
+    """Score the twins of a resolved configuration's training data by the weights that it starts from, into `output`.
+
+    Joins the process group, and leaves it unless it was joined before.
+    """
+    joined_already = dist.is_initialized()
+    device = start_platform(
+        config.parallel.device, config.parallel.distributed_timeout_minutes, layout.tp, facts_of(config)
+    )
+    run = Run(config=config, layout=layout, groups=initialize_parallelism(config, layout), device=device)
+    tokenizer = None
+    if run.reads_data:
+        tokenizer = load_tokenizer(config.model.tokenizer or start_from.assets_folder(config, None))
+    module = build_module(config, run.groups, device)
+    lines = [load_pretrained(module, config)]
+    request = ReferenceRequest(
+        run=run,
+        forward=ForwardOnly(module, device=device),
+        tokenizer=tokenizer,
+        open_loader=_twins_loader(run, tokenizer),
+        resume_from=None,
+    )
+    lines += make_scores(request, output)
+    if dist.get_rank() == 0:
+        for line in lines:
+            notify(line)
+    parallel_state.destroy_model_parallel()
+    if not joined_already:
+        dist.destroy_process_group()
+
+
 def open_loader(
     run: Run,
     tokenizer: Tokenizer,
     *,
     for_validation: bool = False,
     data_state: dict[str, Any] | None = None,
+    references: ReferenceScores | None = None,
+    only: list[int] | None = None,
 ) -> StepLoader:
     """The loader over the training data, from `data_state` on, or over the validation data from its start.
 
-    For the ranks that read data.
+    For the ranks that read data. With `only` it is over these sample ids once, packed for a reference.
     """
     config, layout, balance = run.config, run.layout, run.config.training.balance_micro_batches
     return build_loader(
@@ -231,23 +284,34 @@ def open_loader(
             micro_batch_size=layout.micro_batch_size,
             micro_batch_tokens=config.training.micro_batch_tokens,
             balance=config.objective.contrastive_negatives != "micro-batch" if balance is None else balance,
-            plan=partial(pack_plan, config, with_gradients=not for_validation),
+            plan=partial(pack_plan, config, with_gradients=not for_validation) if only is None else lambda _: PLAN,
         ),
         data_parallel_rank=run.groups.dp.rank(),
         data_parallel_size=layout.dp,
         pad_multiple=pad_multiple(config),
         for_validation=for_validation,
         data_state=data_state,
+        only=only,
+        references=references,
         decode_device="mixed" if torch.cuda.is_available() and config.parallel.device != "cpu" else "cpu",
     )
 
 
-def _open_validation(run: Run, trainee: Trainee, tokenizer: Tokenizer | None) -> Validation | None:
+def _twins_loader(run: Run, tokenizer: Tokenizer | None) -> Callable[[list[int], bool], StepLoader]:
+    """Opens a loader over sample ids of the training or the validation data, to score them."""
+    return lambda ids, for_validation: open_loader(run, tokenizer, for_validation=for_validation, only=ids)
+
+
+def _open_validation(
+    run: Run, trainee: Trainee, tokenizer: Tokenizer | None, references: ReferenceScores | None
+) -> Validation | None:
     config = run.config
     if not (config.data.valid_data_path and config.training.eval_interval):
         return None
     return Validation(
-        partial(open_loader, run, tokenizer, for_validation=True) if run.reads_data else lambda: None,
+        partial(open_loader, run, tokenizer, for_validation=True, references=references)
+        if run.reads_data
+        else lambda: None,
         num_batches=config.training.eval_iters,
         batch_size=run.layout.global_batch_size,
         evaluate_tasks=_open_tasks(run, trainee, tokenizer) if config.training.eval_tasks else None,

@@ -18,7 +18,7 @@ from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.contrastive import ContrastiveTerms
 from hacl_megatron.objective.generation import generation_losses
 from hacl_megatron.objective.negatives import PairEmbeddings, PairIntegers, concatenate_integers, concatenate_pairs
-from hacl_megatron.objective.preference import PreferenceTerms, answer_likelihoods, phrase_terms
+from hacl_megatron.objective.preference import PreferenceTerms, answer_likelihoods, dpo_terms, phrase_terms
 from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings
 
 # Sums over this rank's pairs and twins, in this order.
@@ -26,7 +26,10 @@ _PAIR_TERMS = (
     "image_to_text_sum", "text_to_image_sum", "correct_i2t_sum", "margin_sum", "margin_count",
     "hallucination_correct_sum", "hallucination_pairs",
 )  # fmt: skip
-_TWIN_TERMS = ("loss_sum", "correct_sum", "margin_sum")
+_TWIN_TERMS = (
+    "loss_sum", "correct_sum", "margin_sum", "chosen_reward_sum", "rejected_reward_sum", "chosen_likelihood_sum",
+    "rejected_likelihood_sum",
+)  # fmt: skip
 _SUMS = ("lm_loss", *_PAIR_TERMS, *(f"preference_{name}" for name in _TWIN_TERMS), "temperature")
 NUM_SUMS = len(_SUMS)
 
@@ -41,11 +44,20 @@ class LossWeights:
     """Lambda of the step."""
     preference: float
     """Gamma; 0 without `--preference-loss`."""
+    beta: float | None = None
+    """Of an objective with a reference."""
+    label_smoothing: float = 0.0
 
     @classmethod
     def of(cls, flags: PreferenceFlags, *, contrastive: float) -> "LossWeights":
         gamma = 0.0 if flags.preference_loss == "none" else flags.preference_weight
-        return cls(generation=flags.generation_weight, contrastive=contrastive, preference=gamma)
+        return cls(
+            generation=flags.generation_weight,
+            contrastive=contrastive,
+            preference=gamma,
+            beta=flags.preference_beta if flags.preference_loss == "dpo" else None,
+            label_smoothing=flags.preference_label_smoothing,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +88,12 @@ class StepMetrics:
     preference_accuracy: float
     """Share of the twins whose margin is above 0."""
     preference_margin: float
+    chosen_reward: float
+    """Mean of beta times the log-likelihood of the true answer over the reference's; likewise the twin's."""
+    rejected_reward: float
+    chosen_likelihood: float
+    """Mean of the log-likelihood of the true answer, summed over its compared tokens; likewise the twin's."""
+    rejected_likelihood: float
     temperature: float
     weights: LossWeights
     """Of the step."""
@@ -131,6 +149,10 @@ class StepSums:
             preference_loss=mean("preference_loss_sum", counts.twins),
             preference_accuracy=mean("preference_correct_sum", counts.twins),
             preference_margin=mean("preference_margin_sum", counts.twins),
+            chosen_reward=mean("preference_chosen_reward_sum", counts.twins),
+            rejected_reward=mean("preference_rejected_reward_sum", counts.twins),
+            chosen_likelihood=mean("preference_chosen_likelihood_sum", counts.twins),
+            rejected_likelihood=mean("preference_rejected_likelihood_sum", counts.twins),
             temperature=total["temperature"],
             counts=counts,
             hallucinated=total["margin_count"],
@@ -217,9 +239,15 @@ class StepLosses:
         return self.contrast.share(terms, self.counts.pairs, self.weights.contrastive)
 
     def _preference_share(self, token_losses: Tensor, batch: PackedBatch) -> Tensor:
-        terms = phrase_terms(answer_likelihoods(token_losses, batch.preference_tokens, batch.preference_lengths))
+        weights = self.weights
+        likelihoods = answer_likelihoods(token_losses, batch.preference_tokens, batch.preference_lengths)
+        if weights.beta is None:
+            terms = phrase_terms(likelihoods)
+        else:
+            reference = batch.reference_likelihoods.view(-1, 2)
+            terms = dpo_terms(likelihoods, reference, beta=weights.beta, label_smoothing=weights.label_smoothing)
         self._twin_terms.append(terms)
-        return self.weights.preference * terms.loss_sum / max(self.counts.twins, 1)
+        return weights.preference * terms.loss_sum / max(self.counts.twins, 1)
 
     @torch.no_grad()
     def sums(self) -> Tensor:

@@ -225,7 +225,8 @@ def test_dtypes_are_those_of_the_contract():
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
                 int32 = dict.fromkeys(("cu_seqlens", "read_lengths", "branch_lengths", "branch_sizes"), torch.int32)
-                expected = {**int32, "pixel_values": torch.float32}.get(name, torch.int64)
+                floats = {"pixel_values": torch.float32, "reference_likelihoods": torch.float64}
+                expected = {**int32, **floats}.get(name, torch.int64)
                 assert value.dtype == expected and value.is_contiguous(), name
 
 

@@ -1,9 +1,13 @@
-"""The likelihood objective against log-softmax and sums written out, with gradients by autograd."""
+"""The likelihood objectives against TRL's, and log-softmax and sums written out, with gradients by autograd."""
 
+import math
+
+import pytest
 import torch
 from torch.nn import functional as F
 
-from hacl_megatron.objective.preference import answer_likelihoods, phrase_terms
+from hacl_megatron.objective.preference import answer_likelihoods, dpo_terms, phrase_terms
+from tests.objective.trl_oracle import trl_dpo
 
 
 def test_sums_and_gradients_are_those_of_a_loop_over_twins() -> None:
@@ -40,3 +44,44 @@ def test_margins_beyond_the_exponent_of_fp32_stay_finite() -> None:
     terms = phrase_terms(likelihoods)
     terms.loss_sum.backward()
     assert terms.loss_sum == 499.0 and likelihoods.grad.tolist() == [[-1.0, 1.0]]
+
+
+def test_dpo_is_trl_s_loss_with_its_gradients_and_rewards() -> None:
+    """Answers of unequal lengths, beta other than 1, a reference other than the model."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.tensor([3, 5, 1, 2, 6, 6])
+    losses = torch.rand(int(lengths.sum()), generator=generator).mul(4).requires_grad_()
+    reference = -10 * torch.rand(3, 2, generator=generator)
+    answers = (-losses).split(lengths.tolist())
+    expected, logged = trl_dpo(list(answers[::2]), list(answers[1::2]), reference, beta=0.3)
+    (wanted,) = torch.autograd.grad(expected, losses, retain_graph=True)
+
+    likelihoods = answer_likelihoods(losses, torch.arange(len(losses)), lengths)
+    terms = dpo_terms(likelihoods, reference.double(), beta=0.3)
+    torch.testing.assert_close(terms.loss_sum / 3, expected, rtol=1e-6, atol=0)
+    (found,) = torch.autograd.grad(terms.loss_sum / 3, losses)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+    ours = {
+        "rewards/chosen": terms.chosen_reward_sum,
+        "rewards/rejected": terms.rejected_reward_sum,
+        "rewards/accuracies": terms.correct_sum,
+        "rewards/margins": terms.margin_sum,
+        "logps/chosen": terms.chosen_likelihood_sum,
+        "logps/rejected": terms.rejected_likelihood_sum,
+    }
+    for tag, total in ours.items():
+        assert float(total) / 3 == pytest.approx(logged[tag], rel=1e-5), tag
+
+
+def test_label_smoothing_takes_a_share_of_the_twins_for_the_true_answers() -> None:
+    likelihoods = torch.tensor([[-3.0, -5.0]], dtype=torch.float64)
+    reference = torch.tensor([[-4.0, -4.5]], dtype=torch.float64)
+    margin = 0.1 * ((-3 + 4) - (-5 + 4.5))
+    expected = 0.8 * math.log(1 + math.exp(-margin)) + 0.2 * math.log(1 + math.exp(margin))
+    terms = dpo_terms(likelihoods, reference, beta=0.1, label_smoothing=0.2)
+    assert float(terms.loss_sum) == pytest.approx(expected, rel=1e-12)
+
+
+def test_where_model_and_reference_are_one_dpo_costs_log_2_whatever_the_lengths() -> None:
+    likelihoods = torch.tensor([[-300.0, -2.0], [-1.0, -1.0]])
+    assert float(dpo_terms(likelihoods, likelihoods.double(), beta=0.1).loss_sum) == pytest.approx(2 * math.log(2))

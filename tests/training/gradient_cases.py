@@ -1,10 +1,12 @@
 """One global batch's losses and whole gradients, at any layout and cut into micro-batches in any way."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,7 +17,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from hacl_megatron.assemble.start_from import resolve_architecture
 from hacl_megatron.batch import PackPlan
 from hacl_megatron.config.checks.flags import check_flags
-from hacl_megatron.config.run import parse_run_config, with_architecture
+from hacl_megatron.config.run import RunConfig, parse_run_config, with_architecture
+from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training import build
@@ -67,7 +70,11 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
         loader = None
         if tokenizer is not None:
             with mock.patch.object(build, "pack_plan", _separate_plan if case.separate else pack_plan):
-                loader = open_loader(replace(trainer.run, layout=cut), tokenizer)
+                loader = open_loader(
+                    replace(trainer.run, layout=cut),
+                    tokenizer,
+                    references=_drawn(config) if case.preference == "dpo" else None,
+                )
         micro_batches, counts = trainer.step.receive(next(loader) if loader is not None else None)
         if loader is not None:
             loader.close()
@@ -85,6 +92,19 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
             root / f"{stage}_{layout}_{case.name()}_{dist.get_rank()}.pt",
         )
     parallel_state.destroy_model_parallel()
+
+
+def _drawn(config: RunConfig) -> Callable[[int], np.ndarray]:
+    """What some other weights make of a sample's twins."""
+    paths = (config.data.data_path, config.data.contrastive_data_path)
+    manifests = [Manifest.read(some, version=config.data.version) for some in paths]
+    samples = [manifest[at] for manifest in manifests for at in range(len(manifest))]
+
+    def drawn(sample_id: int) -> np.ndarray:
+        twins = [twin for twin in samples[sample_id].twin_conversations() if twin is not None]
+        return np.random.default_rng(sample_id).uniform(-40, -20, (len(twins), 2))
+
+    return drawn
 
 
 def _separate_plan(*arguments: Any, **options: Any) -> PackPlan:

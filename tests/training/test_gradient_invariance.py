@@ -31,6 +31,8 @@ def cases(layout: str) -> list[Case]:
     # Without hallucinated negatives those embeddings get no gradient.
     found += [Case("none", "prompt", micro_batches=n) for n in (1, 4)]
     found += [Case("own", "image", micro_batches=n, preference="phrase") for n in (1, 4)]
+    found += [Case("own", "image", micro_batches=n, preference="dpo") for n in (1, 4)]
+    found += [Case("own", "image", preference="dpo", separate=True)] if layout == "tp2-pp2-sp" else []
     found += [Case("own", "image", preference="phrase", separate=True)] if layout in ("tp1", "tp2-pp2-sp") else []
     return [*found, Case("all", "prompt", tokens=700), Case("all", "prompt", "queue", micro_batches=4)]
 

@@ -37,6 +37,11 @@ CASES: dict[str, tuple[str, dict]] = {
         "finetune",
         {"preference-loss": "phrase", "generation-weight": 0.5, "contrastive-weight": 0.0, "micro-batch-size": 4},
     ),
+    "pretrain-dpo": ("pretrain", {"preference-loss": "dpo", "preference-weight": 2.0, "preference-beta": 0.5}),
+    "finetune-dpo": (
+        "finetune",
+        {"preference-loss": "dpo", "generation-weight": 0.5, "contrastive-weight": 0.0, "micro-batch-size": 4},
+    ),
     "finetune-duplicates": (
         "finetune",
         # Adam does not feel a gradient's scale, and so its clipping, unless epsilon counts.
@@ -49,8 +54,13 @@ def train_and_record(command: list[str], recorded: str) -> None:
     """Train, and store each micro-batch's samples as they were before they were packed."""
     from hacl_megatron.data import loader
     from hacl_megatron.train import run
+    from hacl_megatron.training import build
 
-    pack, seen = loader.pack, []
+    pack, open_loader, seen = loader.pack, build.open_loader, []
+
+    def open_and_forget(*arguments, **options):
+        seen.clear()  # for dpo the data is opened to look at it, then to score it, and then to train on it
+        return open_loader(*arguments, **options)
 
     def pack_and_record(slots, pixel_values, **settings):
         if settings["parts"].dialogues:  # the other pack of a micro-batch holds the same samples
@@ -58,7 +68,10 @@ def train_and_record(command: list[str], recorded: str) -> None:
             seen.append([_as_sample(slot, pixels) for slot in slots])
         return pack(slots, pixel_values, **settings)
 
-    with mock.patch.object(loader, "pack", pack_and_record):
+    with (
+        mock.patch.object(loader, "pack", pack_and_record),
+        mock.patch.object(build, "open_loader", open_and_forget),
+    ):
         run(command)
     torch.save(seen, recorded)
 
@@ -101,6 +114,7 @@ def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]])
         contrastive_weight=config.get("contrastive-weight", 1.0),
         preference_weight=config.get("preference-weight", 1.0) if "preference-loss" in config else 0.0,
         generation_weight=config.get("generation-weight", 1.0),
+        preference_beta=config.get("preference-beta", 0.1) if config.get("preference-loss") == "dpo" else None,
     )
     trainer = ReferenceTrainer(
         model,

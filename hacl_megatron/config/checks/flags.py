@@ -212,6 +212,17 @@ def _check_losses(config: RunConfig) -> None:
         "with a --preference-weight",
         "give one of the losses a weight",
     )
+    _require(flags.preference_beta > 0, f"--preference-beta is {flags.preference_beta:g}", "expected more than 0")
+    _require(
+        0 <= flags.preference_label_smoothing < 0.5,
+        f"--preference-label-smoothing is {flags.preference_label_smoothing:g}",
+        "expected 0 or more, and less than 0.5",
+    )
+    _require(
+        flags.reference_scores is None or flags.preference_loss == "dpo",
+        f"--reference-scores is given with --preference-loss {flags.preference_loss}",
+        "only dpo has a reference: leave it out",
+    )
     if flags.preference_loss == "none" and flags.preference_weight not in (0, 1):
         notify(f"--preference-weight {flags.preference_weight:g} weighs nothing: --preference-loss is none.")
 

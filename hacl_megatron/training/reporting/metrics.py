@@ -76,6 +76,13 @@ _PAGE_OF_TWINS = {
     },
 }
 """With `--preference-loss`."""
+_CHARTS_OF_A_REFERENCE = {
+    "rewards: beta times log-likelihood over the reference's": [
+        "rewards/chosen", "rewards/rejected", "rewards/chosen validation", "rewards/rejected validation",
+    ],
+    "log-likelihood of the answers": ["logps/chosen", "logps/rejected"],
+}  # fmt: skip
+"""Behind those, with dpo."""
 _OF_PAIRS = ("contrastive", "retrieval", "hallucination", "temperature")
 """What tags begin with that say nothing with `--contrastive-weight 0`."""
 
@@ -214,12 +221,13 @@ class MetricsLog:
 
 def _custom_scalars(config: Mapping[str, Any]) -> dict[str, dict[str, list]]:
     """The page as TensorBoard has it, tags as regular expressions: of what a run with these flags, by groups, has."""
-    has_twins = config.get("preference", {}).get("preference_loss", "none") != "none"
+    objective = config.get("preference", {}).get("preference_loss", "none")
     has_pairs = config.get("objective", {}).get("contrastive_weight", 1.0) > 0
     page = {}
     for group, charts in _PAGE.items():
-        if group == "Optimiser" and has_twins:
-            page |= _PAGE_OF_TWINS
+        if group == "Optimiser" and objective != "none":
+            more = _CHARTS_OF_A_REFERENCE if objective == "dpo" else {}
+            page |= {title: charts_of_twins | more for title, charts_of_twins in _PAGE_OF_TWINS.items()}
         page[group] = {title: tags for title, tags in charts.items() if has_pairs or not tags[0].startswith(_OF_PAIRS)}
     return {
         group: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}

@@ -29,6 +29,15 @@ def loss_scalars(metrics: StepMetrics) -> dict[str, float]:
             "preference accuracy": metrics.preference_accuracy,
             "preference margin": metrics.preference_margin,
         }
+    if metrics.weights.preference and metrics.weights.beta is not None:  # by the names that TRL gave them
+        scalars |= {
+            "rewards/chosen": metrics.chosen_reward,
+            "rewards/rejected": metrics.rejected_reward,
+            "rewards/accuracies": metrics.preference_accuracy,
+            "rewards/margins": metrics.preference_margin,
+            "logps/chosen": metrics.chosen_likelihood,
+            "logps/rejected": metrics.rejected_likelihood,
+        }
     return scalars
 
 
@@ -49,7 +58,7 @@ def mean_losses(batches: Sequence[tuple[StepMetrics, GlobalCounts]]) -> dict[str
 def _weight(tag: str, metrics: StepMetrics, counts: GlobalCounts) -> float:
     if tag == "lm loss":
         return counts.targets
-    if tag.startswith("preference "):
+    if tag.startswith(("preference ", "rewards/", "logps/")):
         return counts.twins
     own = {"hallucination margin": metrics.hallucinated, "hallucination accuracy": metrics.hallucination_pairs}
     return own.get(tag, counts.pairs)

@@ -1,0 +1,1 @@
+"""Tests of `hacl_megatron.training.reference`."""

@@ -1,0 +1,152 @@
+"""Runs of dpo and their reference: made at the start, kept, given, taken from another layout, refused."""
+
+import json
+import math
+import re
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from megatron.core import parallel_state
+
+from hacl_megatron.train import run
+from hacl_megatron.training.reference.scores import ReferenceScores
+from tests.tiny_data import swap_twins
+from tests.training.runs import layout_flags, make_inputs, metrics, train
+
+TOOLS = Path(__file__).parents[3] / "tools"
+DPO = ["--preference-loss", "dpo", "--contrastive-weight", "0", "--freeze-LM", "false"]
+
+
+def score(arguments: list[str], dies: bool = False) -> None:
+    """tools/score_reference.py in this rank; with `dies` it ends after the first step's lines."""
+    with mock.patch.object(sys, "path", [str(TOOLS), *sys.path]):
+        import score_reference as tool
+    from hacl_megatron.training.reference.scoring import ScoredTwins
+
+    step, done = ScoredTwins._step, []
+
+    def once(self, batches):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return step(self, batches)
+
+    with mock.patch.object(sys, "argv", ["score_reference.py", *arguments]):
+        args, flags = tool.parse()
+    try:
+        with mock.patch.object(ScoredTwins, "_step", once if dies else step):
+            tool.score_reference(args.output, flags)
+    except KeyboardInterrupt:
+        parallel_state.destroy_model_parallel()
+
+
+def refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        run(arguments)
+    assert "\n" not in str(error.value)
+    parallel_state.destroy_model_parallel()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("reference"), samples=12)
+    swap_twins(folder / "data")
+    records = json.loads((folder / "data" / "pretrain.json").read_text())
+    (folder / "data" / "other.json").write_text(json.dumps(records[:-1]))
+    lost = next(record for record in records if "image" in record and record.get("Hallucination caption"))
+    lost["image"] = "nowhere.jpg"
+    (folder / "data" / "lost.json").write_text(json.dumps(records))
+
+    def command(name: str, *more: str, layout: str = "tp1", steps: int = 2) -> list[str]:
+        flags = [*layout_flags(layout, samples=4)[1], *DPO, "--global-batch-size", "4", "--train-iters", str(steps)]
+        return ["--config", str(folder / "pretrain.yaml"), *flags, "--save", str(folder / name), *more]
+
+    def scored(name: str, *more: str, layout: str = "tp1") -> list[str]:
+        return ["--output", str(folder / name), *command("unused", *more, layout=layout)]
+
+    valid = ["--valid-data-path", str(folder / "data" / "pretrain.json"), "--eval-interval", "2", "--eval-iters", "2"]
+    given = ["--reference-scores", str(folder / "tp2.safetensors")]
+    other = ["--data-path", str(folder / "data" / "other.json")]
+    train([partial(score, scored("tp2.safetensors", layout="tp2-pp1-sp"))], 2)
+    train(
+        [
+            command("whole", *valid, steps=4),
+            command("cut", *valid, "--exit-interval", "2", steps=4),
+            command("cut", *valid, "--load", str(folder / "cut"), steps=4),
+            command("given", *given, steps=1),
+            partial(score, scored("killed.safetensors"), dies=True),
+            partial(shutil.copyfile, folder / "killed.jsonl", folder / "killed_lines.jsonl"),
+            partial(score, scored("killed.safetensors")),
+            command("lost", "--data-path", str(folder / "data" / "lost.json"), "--max-bad-fraction", "1", steps=3),
+            partial(refused, command("r1", *given, *other), "content of --data-path was .* and is "),
+            partial(refused, command("r2", *given, "--model-max-length", "200"), "max-length was 256 and is 200"),
+            partial(
+                refused,
+                command("r3", *given, "--pretrained-checkpoint", str(folder / "whole")),
+                "weights of --pretrained-checkpoint was .* and is ",
+            ),
+            partial(shutil.copytree, folder / "cut", folder / "orphan"),
+            partial(Path.unlink, folder / "orphan" / "reference_scores.safetensors"),
+            partial(refused, command("r4", "--load", str(folder / "orphan"), steps=6), "has no reference_scores"),
+        ],
+        1,
+    )
+    return folder
+
+
+def twins_scored(path: Path) -> int:
+    return len(ReferenceScores.read(path).likelihoods)
+
+
+def test_the_first_step_costs_log_2(folder: Path) -> None:
+    """Scores of the very weights, or of the same at tensor parallel 2 with its sequence cut."""
+    for name in ("whole", "given", "lost"):
+        row = metrics(folder / name)[0]
+        assert row["preference loss"] == pytest.approx(math.log(2), abs=1e-6), name
+        assert row["rewards/chosen"] == pytest.approx(0, abs=2e-6), name
+        assert row["logps/chosen"] < -10, name
+    assert metrics(folder / "whole")[-1]["rewards/margins"] > 0.05
+    assert metrics(folder / "whole")[-1]["rewards/accuracies"] > 0.5
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(folder: Path) -> None:
+    """It scored again by the trained weights, or began without a reference."""
+    for one, other in zip(metrics(folder / "whole"), metrics(folder / "cut"), strict=True):
+        for tag in ("lm loss", "preference loss", "rewards/margins", "grad-norm"):
+            assert other[tag] == one[tag], tag
+    assert metrics(folder / "cut")[-1]["preference loss validation"] < math.log(2)
+
+
+def test_another_layout_gives_the_same_scores(folder: Path) -> None:
+    found, kept = (
+        ReferenceScores.read(path)
+        for path in (folder / "tp2.safetensors", folder / "whole" / "reference_scores.safetensors")
+    )
+    assert found.difference(kept.identity) is None and found.sample_ids.tolist() == kept.sample_ids.tolist()
+    assert abs(found.likelihoods - kept.likelihoods).max() < 1e-4
+    assert twins_scored(folder / "given" / "reference_scores.safetensors") == len(found.likelihoods)
+
+
+def test_a_killed_scoring_goes_on_where_it_stopped(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "killed_lines.jsonl").read_text().splitlines()]
+    whole = ReferenceScores.read(folder / "killed.safetensors")
+    assert 0 < len(lines) < len(whole.sample_ids)
+    assert all(whole(line["sample"]).tolist() == line["likelihoods"] for line in lines)
+    assert not (folder / "killed.jsonl").exists() and not list(folder.glob("*.settings.json"))
+    assert len(whole.likelihoods) == twins_scored(folder / "tp2.safetensors")
+
+
+def test_a_sample_that_could_not_be_scored_is_counted_where_its_twins_are_left_out(folder: Path) -> None:
+    """Its image is missing then and now: it is a bad sample of the run, and no twin without a reference trains."""
+    kept = twins_scored(folder / "lost" / "reference_scores.safetensors")
+    assert kept < twins_scored(folder / "tp2.safetensors")
+    assert sum(row["bad-samples"] for row in metrics(folder / "lost")[-1:]) == 1
+
+
+def test_a_reference_without_dpo_is_refused_in_a_line() -> None:
+    with pytest.raises(ValueError, match=re.escape("--reference-scores is given with --preference-loss phrase")):
+        run(["--preference-loss", "phrase", "--reference-scores", "x", "--train-iters", "1"])
