@@ -93,7 +93,8 @@ class PackedBatch:
     """Length of the longest segment."""
 
     pixel_values: Tensor
-    """float32 [I, 3, H, W]: normalised images. Of the same shape but on the meta device where no vision tower is."""
+    """float32 [I, 3, H, W]: normalised images, the samples' own and then crops of some. Of the same shape but on the
+    meta device where no vision tower is."""
     image_rows: Tensor
     """int64 [R]: packed rows that take an image feature. An image may stand in two segments (dialogue, EOS)."""
     feature_rows: Tensor
@@ -144,9 +145,12 @@ class PackedBatch:
     """int64 [E]: which of the K targets, then the J rejected tokens, enter the sums that are compared: for each twin
     the true answer's tokens, then the twin's."""
     preference_lengths: Tensor = field(default_factory=_no_integers)
-    """int64 [2 P]: how many of them are the true answer's and how many the twin's, twin after twin."""
+    """int64 [A P]: how many of them are the true answer's, how many the twin's, and, where A is 3, how many the true
+    answer's behind a crop of the image; twin after twin."""
+    answers_per_twin: int = 2
+    """A"""
     reference_likelihoods: Tensor = field(default_factory=_no_numbers)
-    """float64 [2 P]: what the weights that the run started from make of those sums, for an objective with a reference;
+    """float64 [A P]: what the weights that the run started from make of those sums, for an objective with a reference;
     else empty."""
     twin_sample_ids: Tensor = field(default_factory=_no_integers)
     """int64 [P]: manifest index of each twin's sample; a sample's twins stand in their own order."""
@@ -173,7 +177,7 @@ class PackedBatch:
 
     @property
     def num_preferences(self) -> int:
-        return self.preference_lengths.numel() // 2
+        return self.preference_lengths.numel() // self.answers_per_twin
 
     @property
     def num_images(self) -> int:

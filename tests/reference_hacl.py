@@ -21,7 +21,7 @@ Shape legend: B sequences, L rows of the longest, N pairs, M hallucinated captio
 import copy
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +45,8 @@ class Sample:
     """int64 [L]: the token itself where it is trained on, else `IGNORE`; not shifted."""
     pixel_values: Tensor | None = None
     """float32 [3, H, W]."""
+    cropped_pixels: Tensor | None = None
+    """float32 [3, H, W]: a crop of them, where `mdpo` compares."""
     image_id: Hashable = None
     """Equal for equal images."""
     caption: Tensor | None = None
@@ -147,22 +149,36 @@ class ReferenceHacl(nn.Module):
         own and with its whole dialogue; for `dpo` β times both, over what the first weights make of them."""
         total = torch.zeros(())
         for sample in samples:
-            features = [*self._encode_images([sample])] if sample.pixel_values is not None else []
             for twin in sample.twins:
-                margin = self._log_likelihood(sample.dialogue, twin.chosen, features)
-                margin = margin - self._log_likelihood(twin.rows, twin.rejected, features)
+                chosen, rejected, *cropped = self._of_twin(sample, twin)
                 for start in self.start:
-                    margin = self.preference_beta * (margin - self._margin_at_start(start, sample, twin))
-                total = total - F.logsigmoid(margin)
+                    then = self._at_start(start, sample, twin)
+                    chosen, rejected, *cropped = (
+                        self.preference_beta * (now - one)
+                        for now, one in zip((chosen, rejected, *cropped), then, strict=True)
+                    )
+                total = total - F.logsigmoid(chosen - rejected)
+                for of_crop in cropped:
+                    total = total - F.logsigmoid(chosen - of_crop) - F.logsigmoid(chosen)
         return total
 
+    def _of_twin(self, sample: Sample, twin: Twin) -> list[Tensor]:
+        """Log-likelihoods of the true answer, the twin and, for `mdpo`, the true answer behind a crop."""
+        features = [*self._encode_images([sample])] if sample.pixel_values is not None else []
+        found = [
+            self._log_likelihood(sample.dialogue, twin.chosen, features),
+            self._log_likelihood(twin.rows, twin.rejected, features),
+        ]
+        if sample.cropped_pixels is not None:
+            features = [*self._encode_images([replace(sample, pixel_values=sample.cropped_pixels)])]
+            found.append(self._log_likelihood(sample.dialogue, twin.chosen, features))
+        return found
+
     @torch.no_grad()
-    def _margin_at_start(self, start: LlavaForConditionalGeneration, sample: Sample, twin: Twin) -> Tensor:
+    def _at_start(self, start: LlavaForConditionalGeneration, sample: Sample, twin: Twin) -> list[Tensor]:
         trained, self.llava = self.llava, start
         try:
-            features = [*self._encode_images([sample])] if sample.pixel_values is not None else []
-            chosen = self._log_likelihood(sample.dialogue, twin.chosen, features)
-            return chosen - self._log_likelihood(twin.rows, twin.rejected, features)
+            return self._of_twin(sample, twin)
         finally:
             self.llava = trained
 

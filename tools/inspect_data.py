@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contrastive-image-context", choices=("image", "prompt"), default="image")
     parser.add_argument(
         "--preference-loss",
-        choices=("none", "dpo", "phrase"),
+        choices=("none", "dpo", "mdpo", "phrase"),
         default="none",
         help="also show the tokens that it compares",
     )

@@ -1,4 +1,4 @@
-"""Scores every twin once by the weights that a run starts from: the reference of --preference-loss dpo.
+"""Scores every twin once by the weights that a run starts from: the reference of --preference-loss dpo and mdpo.
 
     torchrun --nproc-per-node 8 tools/score_reference.py --config DPO.yaml --output F.safetensors [--flag value ...]
 
@@ -29,13 +29,17 @@ def score_reference(output: Path, flags: list[str]) -> None:
 
     quiet_libraries()
     config = parse_run_config(flags)
+    if not config.preference.has_reference:
+        raise ValueError(
+            f"--preference-loss is {config.preference.preference_loss}; give the one to score for: dpo or mdpo"
+        )
     # What a run loads, saves and validates on is no matter here.
     config = replace(
         config,
         checkpoint=replace(config.checkpoint, save=None, load=None),
         data=replace(config.data, valid_data_path=[]),
         training=replace(config.training, eval_interval=0, eval_tasks=[], dry_run=False, print_config=False),
-        preference=replace(config.preference, preference_loss="dpo", reference_scores=None),
+        preference=replace(config.preference, reference_scores=None),
     )
     config, layout = resolved(config)
     prepare_machine(config, layout)

@@ -230,19 +230,24 @@ class PreferenceFlags:
 
     _argument_group_name = "likelihood objective"
 
-    preference_loss: Literal["none", "dpo", "phrase"] = flag(
+    preference_loss: Literal["none", "dpo", "mdpo", "phrase"] = flag(
         "none", "phrase: of the tokens in which a twin differs from the true answer, those of the answer are to be "
         "likelier (after HALVA). dpo: the whole answer is to be so, by more than in the weights that the run started "
-        "from."
+        "from. mdpo: also with the image than with a small crop of it, and than in those weights."
     )  # fmt: skip
     preference_weight: float = flag(1.0, "Gamma: weight of the likelihood objective's mean over twins.")
     generation_weight: float = flag(1.0, "w_G: weight of the language-model loss.")
-    preference_beta: float = flag(0.1, "dpo: beta, by which log-likelihoods over the reference's are multiplied.")
+    preference_beta: float = flag(0.1, "dpo, mdpo: beta, by which log-likelihoods over the reference's are multiplied.")
     preference_label_smoothing: float = flag(0.0, "dpo: share of twins taken to be the true answer (conservative DPO).")
     reference_scores: str | None = flag(
-        None, "dpo: file of tools/score_reference.py, what the first weights make of the answers. Default: computed at "
-        "the run's start and kept in --save."
+        None, "dpo, mdpo: file of tools/score_reference.py, what the first weights make of the answers. Default: "
+        "computed at the run's start and kept in --save."
     )  # fmt: skip
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares with the weights that the run started from."""
+        return self.preference_loss in ("dpo", "mdpo")
 
 
 @dataclass

@@ -41,7 +41,7 @@ class EncodingSettings:
     """`RunConfig.losses_that_train`; with `--contrastive-weight 0` nothing comes of a pair."""
     num_rows: int | None = None
     """Rows of the vocabulary, where a tokenizer may have more tokens; None: it has not."""
-    preference_loss: Literal["none", "dpo", "phrase"] = "none"
+    preference_loss: Literal["none", "dpo", "mdpo", "phrase"] = "none"
     """Whether twins are encoded as rejected answers (`--preference-loss`)."""
 
     @classmethod
@@ -86,6 +86,8 @@ class EncodedSample:
     """Why the sample trains nothing, no row of its dialogue and no pair that counts; None where it trains something."""
     rejected: tuple[RejectedAnswer, ...] = ()
     """Its twins, for a likelihood objective."""
+    answers_per_twin: int = 2
+    """3: the true answer is also compared with itself behind a crop of the image."""
     uncompared: tuple[str, ...] = ()
     """Why each twin that is not among them gives that objective nothing."""
 
@@ -131,6 +133,7 @@ def encode(sample: Sample, tokenizer: Tokenizer, settings: EncodingSettings) -> 
         tokenization_mismatch=mismatch,
         untrained=untrained,
         rejected=tuple(rejected),
+        answers_per_twin=3 if settings.preference_loss == "mdpo" else 2,
         uncompared=tuple(uncompared),
     )
 
@@ -160,6 +163,9 @@ def _rejected_answers(
         if conversations is None:
             uncompared.append("no answer of the dialogue is the caption that it is a twin of")
             continue
+        if settings.preference_loss == "mdpo" and not (rows == IMAGE).any():
+            uncompared.append("its dialogue shows no image, of which mdpo needs a crop")
+            continue
         try:
             twin = checked_dialogue(replace(sample, conversations=conversations))
             twin_rows, twin_labels, _ = _dialogue_rows(twin, template, tokenizer, settings)
@@ -170,7 +176,7 @@ def _rejected_answers(
                     twin_rows,
                     twin_labels,
                     limit=settings.model_max_length,
-                    whole=settings.preference_loss == "dpo",
+                    whole=settings.preference_loss in ("dpo", "mdpo"),
                 )
             )
         except (NothingToCompare, UnusableSample) as error:

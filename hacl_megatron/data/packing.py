@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hacl_megatron.batch import PackedBatch, Parts, rows_to_read
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample
-from hacl_megatron.data.preferences import RejectedAnswer
+from hacl_megatron.data.preferences import RejectedAnswer, little_left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ def pack(
     targets = _Targets()
     image_eos, image_keys = [], []
     twin_sample_ids, references = [], []
+    crops: list[tuple[int, int]] = []  # of the images of these numbers, with their keys
     image = 0
     for slot, encoded in good:
         assert encoded.has_image == (slot.image_key is not None), f"sample {slot.sample_id}: image without key"
@@ -67,10 +68,18 @@ def pack(
         if parts.dialogues:
             begin = rows.append(encoded.dialogue, image)
             places = targets.append(encoded.labels, begin)
+            behind_crop: dict[bytes, np.ndarray] = {}
+            if parts.preferences != "none" and encoded.rejected and encoded.answers_per_twin == 3:
+                for chosen in _distinct_answers(encoded):
+                    own = rows.append(encoded.dialogue[: chosen[-1]], num_images + len(crops))
+                    behind_crop[chosen.tobytes()] = targets.append_alone(chosen, encoded.dialogue[chosen], own)
+                crops.append((image, slot.image_key))
             for answer in encoded.rejected if parts.preferences != "none" else ():
                 shared = answer.shared if parts.preferences == "branch" else 0
                 own = rows.append_behind(answer.rows, shared, begin, image)
                 targets.append_rejected(answer, shared, begin, own, places)
+                if behind_crop:
+                    targets.answers.append(behind_crop[answer.chosen.tobytes()])
                 twin_sample_ids.append(slot.sample_id)
             if slot.references is not None and parts.preferences != "none":
                 references.append(slot.references.reshape(-1))
@@ -82,6 +91,8 @@ def pack(
                 image_eos.append(rows.append(encoded.image_segment, image) + len(encoded.image_segment) - 1)
         image += encoded.has_image
 
+    if crops and len(pixel_values):
+        pixel_values = torch.cat([pixel_values, *(little_left(pixel_values[at], key)[None] for at, key in crops)])
     pairs = [encoded for _, encoded in good if encoded.image_segment is not None] if parts.has_pairs else []
     hallucinated = [(owner, segment) for owner, pair in enumerate(pairs) for segment in pair.hallucinated_segments]
     caption_eos, hallucinated_eos, texts_at = [], [], rows.length
@@ -127,6 +138,7 @@ def pack(
         rejected_ids=_joined(targets.rejected_ids),
         preference_tokens=_joined(targets.compared()),
         preference_lengths=_int64([len(tokens) for tokens in targets.answers]),
+        answers_per_twin=3 if crops else 2,
         reference_likelihoods=torch.tensor(np.concatenate(references) if references else [], dtype=torch.float64),
         twin_sample_ids=_int64(twin_sample_ids),
         num_padding_rows=num_padding_rows,
@@ -141,6 +153,8 @@ def num_packed_rows(encoded: EncodedSample | None, parts: Parts = Parts()) -> in
     rows = len(encoded.dialogue) if parts.dialogues else 0
     if parts.dialogues and parts.preferences != "none":
         rows += sum(len(a.rows) - (a.shared if parts.preferences == "branch" else 0) for a in encoded.rejected)
+        if encoded.answers_per_twin == 3:
+            rows += sum(int(chosen[-1]) for chosen in _distinct_answers(encoded))
     if encoded.image_segment is not None:
         if parts.images == "branch" and parts.dialogues and _starts_with_context(encoded):
             rows += 1
@@ -149,6 +163,11 @@ def num_packed_rows(encoded: EncodedSample | None, parts: Parts = Parts()) -> in
         if parts.texts:
             rows += len(encoded.caption_segment) + sum(map(len, encoded.hallucinated_segments))
     return rows
+
+
+def _distinct_answers(encoded: EncodedSample) -> list[np.ndarray]:
+    """Positions of the true answers that its twins are compared with: nearly always one."""
+    return list({answer.chosen.tobytes(): answer.chosen for answer in encoded.rejected}.values())
 
 
 def _starts_with_context(encoded: EncodedSample) -> bool:
@@ -214,8 +233,8 @@ class _Targets:
         self.rejected_rows: list[np.ndarray] = []
         self.rejected_ids: list[np.ndarray] = []
         self.answers: list[np.ndarray] = []
-        """Of each twin the true answer's tokens, then the twin's: places among targets, or -1 - places among rejected
-        tokens."""
+        """Of each twin the true answer's tokens, the twin's, and maybe those behind a crop: places among targets, or
+        -1 - places among rejected tokens."""
         self._num_targets = self._num_rejected = 0
 
     def append(self, labels: np.ndarray, begin: int) -> np.ndarray:
@@ -246,6 +265,14 @@ class _Targets:
         known[new] = -1 - self._num_rejected - np.arange(new.sum())
         self._num_rejected += int(new.sum())
         self.answers += [places[answer.chosen], known]
+
+    def append_alone(self, positions: np.ndarray, ids: np.ndarray, begin: int) -> np.ndarray:
+        """Tokens at these positions of a segment at row `begin`, for a likelihood objective alone; their places, as
+        `answers` has them."""
+        self.rejected_rows.append(positions - 1 + begin)
+        self.rejected_ids.append(ids)
+        self._num_rejected += len(positions)
+        return -1 - self._num_rejected + len(positions) - np.arange(len(positions))
 
     def compared(self) -> list[np.ndarray]:
         """`answers`, with the rejected tokens counted behind all targets."""

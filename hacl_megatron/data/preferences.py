@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
 
 from hacl_megatron.data.templates.template import IGNORE
 
@@ -79,6 +81,24 @@ def rejected_answer(
     return RejectedAnswer(
         rows=twin[:end], shared=min(first, end), chosen=chosen, rejected=rejected, rejected_ids=twin[rejected]
     )
+
+
+CROP_AREA = (0.01, 0.2)
+"""Share of the image that a crop keeps: of the 0 to 20 % of Wang et al. 2024, what has pixels."""
+
+
+def little_left(pixels: Tensor, image_key: int) -> Tensor:
+    """A crop of an image, drawn by its key alone and enlarged to its size, in which little can be seen.
+
+    pixels: float32 [3, H, W], normalised, as is the result.
+    """
+    rng = np.random.default_rng(image_key % (1 << 64))
+    height, width = pixels.shape[1:]
+    side = rng.uniform(*CROP_AREA) ** 0.5
+    rows, columns = max(round(side * height), 1), max(round(side * width), 1)
+    top, left = rng.integers(0, height - rows + 1), rng.integers(0, width - columns + 1)
+    crop = pixels[None, :, top : top + rows, left : left + columns]
+    return F.interpolate(crop, (height, width), mode="bilinear", align_corners=False)[0]
 
 
 def _answer_around(labels: np.ndarray, at: int) -> np.ndarray:

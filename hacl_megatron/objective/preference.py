@@ -10,12 +10,16 @@ after HALVA (Sarkar et al. 2025, arXiv 2405.18654): E± are the tokens in which 
 Rafailov et al. 2023, equation 7, with π₀ the weights that the run started from. Label smoothing ε, the share of twins
 that are taken to be the true answer: (1 - ε) times that, and ε times the same with the two exchanged (Mitchell 2023).
 
+    mdpo    dpo - log σ( β [ r(y⁺,x) - r(y⁺,x̃) ] ) - log σ( β r(y⁺,x) - δ ),   δ = 0
+
+Wang et al. 2024, arXiv 2406.11839: x̃ is the same prompt with a crop of the image (`hacl_megatron.data.preferences`).
+
 How a trainer combines it. With P_global the twins of the global batch, over all ranks and micro-batches, a rank's share
 of the mean is `loss_sum / max(P_global, 1)`. The loss is the sum of the shares over data-parallel ranks; nothing is
 gathered.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,17 +49,19 @@ class PreferenceTerms:
     """Σ log π(y⁻|x), likewise."""
 
 
-def answer_likelihoods(token_losses: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Log-likelihoods of answers, summed over their compared tokens: fp32 [P, 2], of the true answers and the twins.
+def answer_likelihoods(token_losses: Tensor, tokens: Tensor, lengths: Tensor, answers: int = 2) -> Tensor:
+    """Log-likelihoods of answers, summed over their compared tokens: fp32 [P, A], of the true answers and the twins,
+    and, with A = 3, of the true answers behind a crop.
 
     Args:
         token_losses: fp32 [K + J], minus the log-likelihood of each token (`generation_losses`).
         tokens: int64 [E] (`PackedBatch.preference_tokens`).
-        lengths: int64 [2 P] (`PackedBatch.preference_lengths`); an answer without tokens has a sum of 0.
+        lengths: int64 [A P] (`PackedBatch.preference_lengths`); an answer without tokens has a sum of 0.
+        answers: A, `PackedBatch.answers_per_twin`.
     """
     # `unsafe` leaves out a check of the lengths, which would wait for the device.
     sums = torch.segment_reduce(-token_losses.index_select(0, tokens), "sum", lengths=lengths, unsafe=True)
-    return sums.view(-1, 2)
+    return sums.view(-1, answers)
 
 
 def phrase_terms(likelihoods: Tensor) -> PreferenceTerms:
@@ -72,6 +78,15 @@ def dpo_terms(likelihoods: Tensor, reference: Tensor, *, beta: float, label_smoo
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margins)
     return _terms(losses, margins, likelihoods, rewards)
+
+
+def mdpo_terms(likelihoods: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> PreferenceTerms:
+    """The same for `mdpo`, of [P, 3] and [P, 3]. Margins and rewards are those of its `dpo` part."""
+    dpo = dpo_terms(likelihoods[:, :2], reference[:, :2], beta=beta, label_smoothing=label_smoothing)
+    rewards = beta * (likelihoods - reference.to(likelihoods.dtype))
+    of_images = -F.logsigmoid(rewards[:, 0] - rewards[:, 2])
+    anchor = -F.logsigmoid(rewards[:, 0])
+    return replace(dpo, loss_sum=dpo.loss_sum + (of_images + anchor).sum())
 
 
 def _terms(losses: Tensor, margins: Tensor, likelihoods: Tensor, rewards: Tensor) -> PreferenceTerms:

@@ -194,6 +194,10 @@ def _pack_shape(config: RunConfig, samples: Samples, micro_batch_size: float, pa
         segments.append(
             Segments(kind="rejected", count=twins, length=twin_rows, read=twin_rows, context=before + twin_rows)
         )
+    crops = pairs if twins and config.preference.preference_loss == "mdpo" else 0.0
+    if crops:  # the true answer once more, behind a crop of its image
+        segments.append(Segments(kind="rejected", count=crops, length=before + twin_rows, read=twin_rows))
+        image_rows += visual * crops
     context = prefix + visual + 1
     if parts.images == "branch":
         segments.append(Segments(kind="image", count=pairs, length=1, read=1, context=context))
@@ -205,7 +209,7 @@ def _pack_shape(config: RunConfig, samples: Samples, micro_batch_size: float, pa
         segments.append(Segments(kind="text", count=texts, length=samples.caption_tokens, read=1))
     return PackShape(
         segments=tuple(part for part in segments if part.count),
-        images=images,
+        images=images + crops,
         image_rows=image_rows,
-        target_rows=samples.target_tokens * micro_batch_size + twins * twin_rows if parts.dialogues else 0.0,
+        target_rows=samples.target_tokens * micro_batch_size + (twins + crops) * twin_rows if parts.dialogues else 0.0,
     )

@@ -192,7 +192,7 @@ def build_trainer(
 
     said += exports
     references = References()
-    if config.preference.preference_loss == "dpo":
+    if config.preference.has_reference:
         if loader is not None:
             loader.close()
         references, lines = references_of(

@@ -18,7 +18,7 @@ from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.contrastive import ContrastiveTerms
 from hacl_megatron.objective.generation import generation_losses
 from hacl_megatron.objective.negatives import PairEmbeddings, PairIntegers, concatenate_integers, concatenate_pairs
-from hacl_megatron.objective.preference import PreferenceTerms, answer_likelihoods, dpo_terms, phrase_terms
+from hacl_megatron.objective.preference import PreferenceTerms, answer_likelihoods, dpo_terms, mdpo_terms, phrase_terms
 from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings
 
 # Sums over this rank's pairs and twins, in this order.
@@ -55,7 +55,7 @@ class LossWeights:
             generation=flags.generation_weight,
             contrastive=contrastive,
             preference=gamma,
-            beta=flags.preference_beta if flags.preference_loss == "dpo" else None,
+            beta=flags.preference_beta if flags.has_reference else None,
             label_smoothing=flags.preference_label_smoothing,
         )
 
@@ -240,12 +240,17 @@ class StepLosses:
 
     def _preference_share(self, token_losses: Tensor, batch: PackedBatch) -> Tensor:
         weights = self.weights
-        likelihoods = answer_likelihoods(token_losses, batch.preference_tokens, batch.preference_lengths)
+        answers = batch.answers_per_twin
+        likelihoods = answer_likelihoods(token_losses, batch.preference_tokens, batch.preference_lengths, answers)
         if weights.beta is None:
             terms = phrase_terms(likelihoods)
         else:
-            reference = batch.reference_likelihoods.view(-1, 2)
-            terms = dpo_terms(likelihoods, reference, beta=weights.beta, label_smoothing=weights.label_smoothing)
+            terms = (mdpo_terms if answers == 3 else dpo_terms)(
+                likelihoods,
+                batch.reference_likelihoods.view(-1, answers),
+                beta=weights.beta,
+                label_smoothing=weights.label_smoothing,
+            )
         self._twin_terms.append(terms)
         return weights.preference * terms.loss_sum / max(self.counts.twins, 1)
 

@@ -22,7 +22,9 @@ def packed() -> list[MicroBatch]:
         mains[0], branch_rows=torch.tensor([3]), branch_context_rows=torch.arange(4),
         branch_lengths=torch.tensor([4], dtype=torch.int32), branch_sizes=torch.tensor([1], dtype=torch.int32),
         rejected_rows=torch.tensor([2, 3]), rejected_ids=torch.tensor([5, 6]),
-        preference_tokens=torch.tensor([0, 1, 2]), preference_lengths=torch.tensor([1, 2]),
+        preference_tokens=torch.tensor([0, 1, 2]), preference_lengths=torch.tensor([1, 1, 1]), answers_per_twin=3,
+        reference_likelihoods=torch.tensor([-1 / 3, 1e-300, -7.0], dtype=torch.float64),
+        twin_sample_ids=torch.tensor([4]),
         num_text_rows=5, lengths=None,
     )  # fmt: skip
     return [

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from hacl_megatron.data.encoding import EncodingSettings, encode
 from hacl_megatron.data.manifest import Sample
-from hacl_megatron.data.preferences import NothingToCompare, RejectedAnswer, rejected_answer
+from hacl_megatron.data.preferences import NothingToCompare, RejectedAnswer, little_left, rejected_answer
 from hacl_megatron.data.show import _segments
 from hacl_megatron.data.templates.template import IGNORE, IMAGE
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -126,3 +127,19 @@ def test_a_page_shows_no_more_than_the_difference_of_a_twin_that_lacks_words(tok
     shown = {segment.title: segment for segment in _segments(encoded, tokenizer)}
     assert [token.text for token in shown["true answer against rejected answer 1: compared tokens"].tokens] == ["▁red"]
     assert shown["rejected answer 1: compared tokens"].tokens == []
+
+
+def test_a_crop_shows_little_of_its_image_and_is_the_same_every_time() -> None:
+    """Drawn by the image's key alone; it is a piece of the image, enlarged, and no other image's."""
+    ramp = torch.linspace(0, 1, 64)
+    pixels = torch.stack([ramp[None, :].expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)])
+    shares = []
+    for key in range(-20, 20):
+        crop = little_left(pixels, key)
+        assert crop.shape == pixels.shape and torch.equal(crop, little_left(pixels, key))
+        rises = [crop[axis].diff(dim=1 - axis) > -1e-6 for axis in (0, 1)]
+        assert rises[0].all() and rises[1].all() and not crop[2].any()
+        step = 1 / 63  # from the first column's value to the last one's, both included
+        width, height = ((crop[axis].max() - crop[axis].min()) / step + 1 for axis in (0, 1))
+        shares.append(float(width * height) / 64**2)
+    assert 0.005 < min(shares) < 0.06 and 0.12 < max(shares) < 0.22, (min(shares), max(shares))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hacl_megatron.objective.preference import answer_likelihoods, dpo_terms, phrase_terms
+from hacl_megatron.objective.preference import answer_likelihoods, dpo_terms, mdpo_terms, phrase_terms
 from tests.objective.trl_oracle import trl_dpo
 
 
@@ -85,3 +85,20 @@ def test_label_smoothing_takes_a_share_of_the_twins_for_the_true_answers() -> No
 def test_where_model_and_reference_are_one_dpo_costs_log_2_whatever_the_lengths() -> None:
     likelihoods = torch.tensor([[-300.0, -2.0], [-1.0, -1.0]])
     assert float(dpo_terms(likelihoods, likelihoods.double(), beta=0.1).loss_sum) == pytest.approx(2 * math.log(2))
+
+
+def test_mdpo_adds_the_images_and_the_anchor_to_dpo() -> None:
+    """Equations 5 to 8 of Wang et al. 2024 written out, with gradients; margins are those of the dpo part."""
+    generator = torch.Generator().manual_seed(3)
+    likelihoods = (-20 * torch.rand(4, 3, generator=generator, dtype=torch.float64)).requires_grad_()
+    reference = -20 * torch.rand(4, 3, generator=generator, dtype=torch.float64)
+    chosen, rejected, cropped = (likelihoods - reference).T
+    parts = (chosen - rejected, chosen - cropped, chosen)
+    expected = sum(-torch.log(1 / (1 + torch.exp(-0.1 * part))).sum() for part in parts)
+    terms = mdpo_terms(likelihoods, reference, beta=0.1)
+    torch.testing.assert_close(terms.loss_sum, expected, rtol=1e-12, atol=0)
+    wanted, found = (
+        torch.autograd.grad(loss, likelihoods, retain_graph=True)[0] for loss in (expected, terms.loss_sum)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)
+    torch.testing.assert_close(terms.margin_sum, 0.1 * (chosen - rejected).detach().sum())

@@ -70,11 +70,8 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
         loader = None
         if tokenizer is not None:
             with mock.patch.object(build, "pack_plan", _separate_plan if case.separate else pack_plan):
-                loader = open_loader(
-                    replace(trainer.run, layout=cut),
-                    tokenizer,
-                    references=_drawn(config) if case.preference == "dpo" else None,
-                )
+                references = _drawn(config) if config.preference.has_reference else None
+                loader = open_loader(replace(trainer.run, layout=cut), tokenizer, references=references)
         micro_batches, counts = trainer.step.receive(next(loader) if loader is not None else None)
         if loader is not None:
             loader.close()
@@ -102,7 +99,8 @@ def _drawn(config: RunConfig) -> Callable[[int], np.ndarray]:
 
     def drawn(sample_id: int) -> np.ndarray:
         twins = [twin for twin in samples[sample_id].twin_conversations() if twin is not None]
-        return np.random.default_rng(sample_id).uniform(-40, -20, (len(twins), 2))
+        answers = 3 if config.preference.preference_loss == "mdpo" else 2
+        return np.random.default_rng(sample_id).uniform(-40, -20, (len(twins), answers))
 
     return drawn
 

@@ -31,8 +31,8 @@ def cases(layout: str) -> list[Case]:
     # Without hallucinated negatives those embeddings get no gradient.
     found += [Case("none", "prompt", micro_batches=n) for n in (1, 4)]
     found += [Case("own", "image", micro_batches=n, preference="phrase") for n in (1, 4)]
-    found += [Case("own", "image", micro_batches=n, preference="dpo") for n in (1, 4)]
-    found += [Case("own", "image", preference="dpo", separate=True)] if layout == "tp2-pp2-sp" else []
+    cuts = (1, 4) if layout == "tp1" else (4,)
+    found += [Case("own", "image", micro_batches=n, preference=loss) for n in cuts for loss in ("dpo", "mdpo")]
     found += [Case("own", "image", preference="phrase", separate=True)] if layout in ("tp1", "tp2-pp2-sp") else []
     return [*found, Case("all", "prompt", tokens=700), Case("all", "prompt", "queue", micro_batches=4)]
 
@@ -67,7 +67,9 @@ def test_losses_and_gradients_are_those_of_one_process_and_one_micro_batch(
         expected = read(recorded, stage, "tp1", 1, Case(*objective, preference=case.preference))
         found = read(recorded, stage, layout, ranks, case)
         assert found["num_micro_batches"] == case.micro_batches or case.tokens
-        torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
+        # A preference's margin is a small difference of sums over answers.
+        torch.testing.assert_close(found["losses"][:4], expected["losses"][:4], rtol=1e-5, atol=0)
+        torch.testing.assert_close(found["losses"][4:], expected["losses"][4:], rtol=1e-5, atol=1e-6)
         assert found["gradients"].keys() == expected["gradients"].keys()
         for name, gradient in expected["gradients"].items():
             difference = float((found["gradients"][name] - gradient).norm() / gradient.norm().clamp_min(1e-12))

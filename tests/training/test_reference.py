@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, dict]] = {
         "finetune",
         {"preference-loss": "dpo", "generation-weight": 0.5, "contrastive-weight": 0.0, "micro-batch-size": 4},
     ),
+    "pretrain-mdpo": ("pretrain", {"preference-loss": "mdpo", "contrastive-weight": 0.0}),
+    "finetune-mdpo": ("finetune", {"preference-loss": "mdpo"}),
     "finetune-duplicates": (
         "finetune",
         # Adam does not feel a gradient's scale, and so its clipping, unless epsilon counts.
@@ -78,16 +80,20 @@ def train_and_record(command: list[str], recorded: str) -> None:
 
 def _as_sample(slot, pixels) -> Sample:
     from hacl_megatron.data.encoding import IMAGE
+    from hacl_megatron.data.preferences import little_left
 
     encoded = slot.encoded
     rows = torch.from_numpy(encoded.dialogue).clone()
     rows[rows == IMAGE] = image_token_id()
     segments = [] if encoded.caption_segment is None else [encoded.caption_segment, *encoded.hallucinated_segments]
     texts = [torch.from_numpy(segment[:-1]) for segment in segments]  # the reference puts its own EOS behind
+    pixel_values = next(pixels).clone() if encoded.has_image else None
+    crops = encoded.rejected and encoded.answers_per_twin == 3
     return Sample(
         dialogue=rows,
         labels=torch.from_numpy(encoded.labels),
-        pixel_values=next(pixels).clone() if encoded.has_image else None,
+        pixel_values=pixel_values,
+        cropped_pixels=little_left(pixel_values, slot.image_key) if crops else None,
         image_id=slot.image_key,
         caption=texts[0] if texts else None,
         hallucinated=texts[1:],
@@ -114,7 +120,7 @@ def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]])
         contrastive_weight=config.get("contrastive-weight", 1.0),
         preference_weight=config.get("preference-weight", 1.0) if "preference-loss" in config else 0.0,
         generation_weight=config.get("generation-weight", 1.0),
-        preference_beta=config.get("preference-beta", 0.1) if config.get("preference-loss") == "dpo" else None,
+        preference_beta=config.get("preference-beta", 0.1) if "dpo" in config.get("preference-loss", "") else None,
     )
     trainer = ReferenceTrainer(
         model,

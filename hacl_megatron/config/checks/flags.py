@@ -219,9 +219,9 @@ def _check_losses(config: RunConfig) -> None:
         "expected 0 or more, and less than 0.5",
     )
     _require(
-        flags.reference_scores is None or flags.preference_loss == "dpo",
+        flags.reference_scores is None or flags.has_reference,
         f"--reference-scores is given with --preference-loss {flags.preference_loss}",
-        "only dpo has a reference: leave it out",
+        "only dpo and mdpo have a reference: leave it out",
     )
     if flags.preference_loss == "none" and flags.preference_weight not in (0, 1):
         notify(f"--preference-weight {flags.preference_weight:g} weighs nothing: --preference-loss is none.")

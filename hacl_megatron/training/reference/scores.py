@@ -16,14 +16,15 @@ _TENSORS = {"sample_ids": np.int64, "starts": np.int64, "likelihoods": np.float6
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceScores:
-    """Of S samples with P twins in all. Calling it gives a sample's own: float64 [P of the sample, 2], or None."""
+    """Of S samples with P twins in all. Calling it gives a sample's own: float64 [P of the sample, A], or None."""
 
     sample_ids: np.ndarray
     """int64 [S]: manifest indices, ascending."""
     starts: np.ndarray
     """int64 [S + 1]: where each sample's twins begin, then P."""
     likelihoods: np.ndarray
-    """float64 [P, 2]: log π₀ of the true answer and of the twin, summed over the tokens that are compared."""
+    """float64 [P, A]: log π₀ of the true answer and of the twin, summed over the tokens that are compared; for mdpo
+    also of the true answer behind a crop of the image."""
     identity: Mapping[str, str]
     """What the scores are of: weights, data, tokenizer and whatever decides the rows, by names that a user knows."""
 
@@ -35,14 +36,14 @@ class ReferenceScores:
 
     @classmethod
     def of(cls, by_sample: Mapping[int, Sequence[Sequence[float]]], identity: Mapping[str, str]) -> "ReferenceScores":
-        """From each sample's (true answer, twin) pairs; samples without any are left out."""
+        """From each sample's numbers of its twins, A of each; samples without any are left out."""
         ids = sorted(sample_id for sample_id, pairs in by_sample.items() if len(pairs))
         counts = [len(by_sample[sample_id]) for sample_id in ids]
         pairs = [pair for sample_id in ids for pair in by_sample[sample_id]]
         return cls(
             sample_ids=np.array(ids, dtype=np.int64),
             starts=np.cumsum([0, *counts], dtype=np.int64),
-            likelihoods=np.array(pairs, dtype=np.float64).reshape(-1, 2),
+            likelihoods=np.array(pairs, dtype=np.float64).reshape(-1, len(pairs[0]) if pairs else 2),
             identity=dict(identity),
         )
 
@@ -87,7 +88,7 @@ class ReferenceScores:
 
 
 def _fit(sample_ids: np.ndarray, starts: np.ndarray, likelihoods: np.ndarray) -> bool:
-    shapes = sample_ids.ndim == starts.ndim == 1 and likelihoods.ndim == 2 and likelihoods.shape[1] == 2
+    shapes = sample_ids.ndim == starts.ndim == 1 and likelihoods.ndim == 2 and likelihoods.shape[1] in (2, 3)
     if not shapes or len(starts) != len(sample_ids) + 1 or starts[0] != 0 or starts[-1] != len(likelihoods):
         return False
     rises = (np.diff(starts) > 0).all() and (np.diff(sample_ids) > 0).all()

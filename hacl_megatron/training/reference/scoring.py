@@ -1,6 +1,6 @@
 """All twins of a run's data through the weights that it starts from, forward only.
 
-samples with twins ─loader→ packs ─ForwardOnly→ log-likelihoods [P, 2] ─→ rank 0: a line a sample, then the file
+samples with twins ─loader→ packs ─ForwardOnly→ log-likelihoods [P, A] ─→ rank 0: a line a sample, then the file
 """
 
 import contextlib
@@ -132,12 +132,12 @@ class ScoredTwins:
 def _likelihoods_of_pack(
     output: ModelOutput, batch: PackedBatch, *, vocab_size: int, tp_group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """int64 [P] sample ids and float64 [P, 2], on the host; on every tensor-parallel rank of the last stage."""
+    """int64 [P] sample ids and float64 [P, A], on the host; on every tensor-parallel rank of the last stage."""
     if not batch.num_preferences:
-        return batch.twin_sample_ids, torch.empty(0, 2, dtype=torch.float64)
+        return batch.twin_sample_ids, torch.empty(0, batch.answers_per_twin, dtype=torch.float64)
     token_ids = torch.cat([batch.target_ids, batch.rejected_ids])
     losses = generation_losses(output.logits, token_ids, vocab_size=vocab_size, tp_group=tp_group)
-    likelihoods = answer_likelihoods(losses, batch.preference_tokens, batch.preference_lengths)
+    likelihoods = answer_likelihoods(losses, batch.preference_tokens, batch.preference_lengths, batch.answers_per_twin)
     return batch.twin_sample_ids, likelihoods.double().cpu()
 
 

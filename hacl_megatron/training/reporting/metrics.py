@@ -82,7 +82,7 @@ _CHARTS_OF_A_REFERENCE = {
     ],
     "log-likelihood of the answers": ["logps/chosen", "logps/rejected"],
 }  # fmt: skip
-"""Behind those, with dpo."""
+"""Behind those, with dpo and mdpo."""
 _OF_PAIRS = ("contrastive", "retrieval", "hallucination", "temperature")
 """What tags begin with that say nothing with `--contrastive-weight 0`."""
 
@@ -226,7 +226,7 @@ def _custom_scalars(config: Mapping[str, Any]) -> dict[str, dict[str, list]]:
     page = {}
     for group, charts in _PAGE.items():
         if group == "Optimiser" and objective != "none":
-            more = _CHARTS_OF_A_REFERENCE if objective == "dpo" else {}
+            more = _CHARTS_OF_A_REFERENCE if objective in ("dpo", "mdpo") else {}
             page |= {title: charts_of_twins | more for title, charts_of_twins in _PAGE_OF_TWINS.items()}
         page[group] = {title: tags for title, tags in charts.items() if has_pairs or not tags[0].startswith(_OF_PAIRS)}
     return {
