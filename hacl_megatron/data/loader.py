@@ -402,7 +402,8 @@ def build_loader(
     data = config.data
     paths = (data.valid_data_path, []) if for_validation else (data.data_path, data.contrastive_data_path)
     manifests = [Manifest.read(some, version=data.version, cache_dir=data.data_cache_dir) for some in paths]
-    for line in (line for manifest in manifests for line in manifest.remarks()):
+    compares = config.preference.preference_loss != "none"
+    for line in (line for manifest in manifests for line in manifest.remarks(compares_rejected=compares)):
         notify(f"note: {line}")
     ordering: dict[str, Any] = {}
     if not for_validation:

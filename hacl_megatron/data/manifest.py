@@ -5,7 +5,8 @@
        "text": "A cat on a mat.", "Hallucination caption": ["A dog on a mat."]}, ... ]
 
 or the same objects one a line (`.jsonl`), or a folder that tools/prepare_data.py made of such files. `text` and
-`Hallucination caption` are the released HACL code's keys; a record without them is LLaVA's own. Faults of a file's
+`Hallucination caption` are the released HACL code's keys; a record without them is LLaVA's own, or a preference record
+(`hacl_megatron.data.prepare.preference_json`). Faults of a file's
 structure raise when it is read, before any training; faults of one sample's text are found when it is encoded
 (`hacl_megatron.data.encoding`) and cost that sample alone.
 """
@@ -42,14 +43,20 @@ class Sample:
     """Text of the image-caption pair, without surrounding blanks or image tags; None if there is none."""
     hallucinated_captions: tuple[str, ...]
     """The caption with hallucinations written in, cleaned like it; empty ones are left out."""
+    rejected_answers: tuple[str, ...] = ()
+    """Of a preference record, what was rejected in the place of the last turn, the chosen answer."""
     source: str
     """The JSON file."""
     stored: StoredImage | None = None
     """Where the image lies in a tar shard; None: it is a file of the image folder."""
 
     def twin_conversations(self) -> Iterator[tuple[tuple[str, str], ...] | None]:
-        """Of each hallucinated caption, the turns with it in the place of the first answer that is the caption; None
-        where no answer is. Before the first question nothing is an answer: templates leave it out."""
+        """The turns with another answer in a true one's place: what a likelihood objective rejects, whichever it is.
+
+        Of each hallucinated caption, with it in the place of the first answer that is the caption; None where no answer
+        is. Before the first question nothing is an answer: templates leave it out. Then of each rejected answer, with
+        it in the place of the last turn.
+        """
         turns = self.conversations
         numbers = (
             number
@@ -65,6 +72,8 @@ class Sample:
             # With the blanks around the caption, which are no difference of the two.
             with_twin = value.replace(self.caption, twin, 1) if self.caption in value else twin
             yield (*turns[:place], (role, with_twin), *turns[place + 1 :])
+        for rejected in self.rejected_answers:
+            yield (*turns[:-1], ("gpt", rejected))
 
 
 def sample_of(
@@ -78,14 +87,18 @@ def sample_of(
         conversations=record.turns,
         caption=_caption_of(record, find_template(version)),
         hallucinated_captions=record.hallucinated,
+        rejected_answers=record.rejected or (),
         source=source,
         stored=stored,
     )
 
 
 def _caption_of(record: Record, template: Template) -> str | None:
-    """`text`; else the first answer, if the template says so or a key marks the record as contrastive; else None."""
-    takes_answer = template.first_answer_is_caption or record.first_answer_is_caption
+    """`text`; else the first answer, if the template says so or a key marks the record as contrastive; else None.
+
+    A preference record's answers are no captions for the template's sake: they answer any question.
+    """
+    takes_answer = record.first_answer_is_caption or (template.first_answer_is_caption and record.rejected is None)
     return text_or_first_answer(record.text, record.turns if takes_answer else ())
 
 
@@ -129,13 +142,17 @@ class Manifest(Sequence[Sample]):
         """How many samples each of the paths gave."""
         return tuple(map(len, self._parts))
 
-    def remarks(self) -> Iterator[str]:
+    def remarks(self, *, compares_rejected: bool = False) -> Iterator[str]:
         """What to tell a user about the files before they are trained on, a line each.
+
+        Args:
+            compares_rejected: whether rejected answers are trained on; else it is said that they are not.
 
         Raises ValueError where training would see no image of any of a file's records, or none of its hallucinated
         captions.
         """
         without = ("image in the dialogue",) if find_template(self._version).shows_untagged_image else ()
+        without += ("rejected answers",) if compares_rejected else ()
         for part in self._parts:
             for path, findings in zip(part.files, part.findings, strict=True):
                 findings.refuse_if_all(path, without)

@@ -77,6 +77,8 @@ class ShownSample:
     """Size and format of the image's file."""
     segments: list[Segment] = field(default_factory=list)
     hallucinated: list[list[Word]] = field(default_factory=list)
+    rejected: list[list[Word]] = field(default_factory=list)
+    """Rejected answers beside the last one."""
 
 
 def show(
@@ -108,6 +110,11 @@ def show(
             shown.notes.append("A caption without an image makes no pair.")
     elif sample.hallucinated_captions:
         shown.notes.append("Its hallucinated captions are not used: it has no caption.")
+    if sample.rejected_answers:
+        chosen = str(sample.conversations[-1][1])
+        shown.rejected = [compare(chosen, text) for text in sample.rejected_answers]
+        if settings.preference_loss == "none":
+            shown.notes.append("Its rejected answers are not used: --preference-loss is none.")
     return shown
 
 

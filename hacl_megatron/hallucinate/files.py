@@ -15,16 +15,19 @@ from typing import IO, Any
 from hacl_megatron.config.files.partial import hold, remove_leftovers
 from hacl_megatron.data.prepare.json_text import DEEPEST, is_deep, is_text
 from hacl_megatron.data.prepare.llava_json import decoded_records, text_or_first_answer, value_of
+from hacl_megatron.data.prepare.preference_json import is_preference
 
 EDITS_KEY = "Hallucination edits"
 """Beside the released key: for each hallucinated caption a list of {"kind", "before", "after"}."""
 
 
 def caption_of(record: dict[str, Any]) -> str | None:
-    """The caption as `Manifest` takes it from a record with hallucinated captions: `text`, else the first answer."""
-    return text_or_first_answer(
-        value_of(record, "text"), ((turn["from"], turn["value"]) for turn in record["conversations"])
-    )
+    """The caption as `Manifest` takes it from a record with hallucinated captions: `text`, else the first answer.
+
+    Of a preference record `text` alone: its answers answer any question.
+    """
+    turns = () if is_preference(record) else ((turn["from"], turn["value"]) for turn in record["conversations"])
+    return text_or_first_answer(value_of(record, "text"), turns)
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -48,6 +51,8 @@ def _check(record: Any, path: Path, index: int, line: int) -> None:
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{where}: key 'text' is a {type(text).__name__}; expected a string, the caption")
     turns = record.get("conversations")
+    if is_preference(record):
+        return
     if not isinstance(turns, list) or not all(isinstance(t, dict) and "from" in t and "value" in t for t in turns):
         raise ValueError(
             f"{where}: key 'conversations' is missing or no list of turns with 'from' and 'value': is it a LLaVA file?"

@@ -155,6 +155,20 @@ def test_what_a_likelihood_objective_compares(dataset, tmp_path):
     assert true[0][2] == twin[0][2], "both behind the prompt and the word that they share"
 
 
+def test_rejected_answers_of_a_preference_record(dataset, tmp_path):
+    """Their words beside the chosen answer's; the compared tokens, and a word where nothing compares them."""
+    record = {"question": "What is it?", "image": "wide.jpg", "chosen": "A red cat.", "rejected": ["A dog cat.", "A"]}
+    (tmp_path / "pairs.json").write_text(json.dumps([record]))
+    (section,) = inspect(dataset, "--data-path", tmp_path / "pairs.json", "--preference-loss", "phrase").sections
+    assert (section["del"], section["ins"], section["note"]) == (["red", " red cat."], ["dog"], "")
+    dialogue, true, rejected, *_ = section["tokens"]
+    assert texts(dialogue, "target") == " A red cat.</s>" and texts(dialogue, "image") == f"<image> × {V}"
+    assert (texts(true, "target"), texts(rejected, "target")) == (" red", " dog")
+    (section,) = inspect(dataset, "--data-path", tmp_path / "pairs.json").sections
+    assert section["note"] == "Its rejected answers are not used: --preference-loss is none."
+    assert len(section["tokens"]) == 1 and section["del"] == ["red", " red cat."]
+
+
 def test_the_picture_is_the_padded_and_resized_one(dataset, monkeypatch):
     (section,) = inspect(dataset, "--ids", "pair").sections
     kind, _, data = section["image"].partition(",")

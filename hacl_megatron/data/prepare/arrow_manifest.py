@@ -25,8 +25,10 @@ from hacl_megatron.data.prepare.llava_json import Record
 from hacl_megatron.data.prepare.sealed_arrow import read_sealed
 from hacl_megatron.data.store import StoredImage
 
-FORMAT = 2
-"""Raised when files written before can no longer be read."""
+FORMAT = 3
+"""Raised when columns change; files of `ADDED` formats are read as well."""
+ADDED = {2: ("rejected_answers",)}
+"""Columns that manifests of earlier formats lack; null in all their records."""
 SHARDS_FOLDER = "shards"
 """Folder beside the manifest that holds its tar shards."""
 SHARD_NAME = re.compile(r"images-\d{6}\.tar")
@@ -44,6 +46,7 @@ SCHEMA = pa.schema(
         pa.field("text", pa.string()),  # the key `text`, the released files' caption
         pa.field("first_answer_is_caption", pa.bool_(), nullable=False),
         pa.field("hallucinated_captions", pa.list_(pa.string()), nullable=False),
+        pa.field("rejected_answers", pa.list_(pa.string())),  # in the last turn's place; null: no preference record
         pa.field("exact", pa.string()),  # the record as JSON where the columns above cannot hold it
         pa.field("file", pa.int32(), nullable=False),  # index in the metadata's `files`
         pa.field("content", pa.uint64(), nullable=False),  # hash of all that training sees of the record
@@ -92,6 +95,8 @@ class Measures:
 def make_entry(record: Record, file: int, name: str | None = None) -> Entry:
     """Hashes a record; `name` takes the place of its own."""
     seen = [record.image, record.turns, record.text, record.first_answer_is_caption, record.hallucinated]
+    if record.rejected is not None:  # others' hashes are as they were before there were such records
+        seen.append(record.rejected)
     text = json.dumps(seen, ensure_ascii=False, separators=(",", ":"))
     try:
         data, fits = text.encode(), True
@@ -107,7 +112,9 @@ def make_entry(record: Record, file: int, name: str | None = None) -> Entry:
 
 def astuple_but_name(record: Record) -> tuple[Any, ...]:
     """The fields of a record behind its name, in order."""
-    return (record.image, record.turns, record.text, record.first_answer_is_caption, record.hallucinated)
+    return (
+        record.image, record.turns, record.text, record.first_answer_is_caption, record.hallucinated, record.rejected
+    )  # fmt: skip
 
 
 def build_batch(entries: Sequence[Entry], measures: Measures) -> pa.RecordBatch:
@@ -137,6 +144,7 @@ def build_batch(entries: Sequence[Entry], measures: Measures) -> pa.RecordBatch:
         pa.ListArray.from_arrays(
             _offsets([len(record.hallucinated) for record in records]), pa.array(hallucinated, pa.string())
         ),
+        [None if record.rejected is None else list(record.rejected) for record in records],
         [None if entry.fits else json.dumps(astuple(entry.record)) for entry in entries],
         [entry.file for entry in entries],
         [entry.content for entry in entries],
@@ -165,7 +173,8 @@ def _without_text(record: Record) -> Record:
         return text.encode("utf-8", "replace").decode()
 
     image = None if record.image is None else replaced(record.image)
-    return Record(replaced(record.name), image, (), None, record.first_answer_is_caption, ())
+    rejected = None if record.rejected is None else tuple(map(replaced, record.rejected))
+    return Record(replaced(record.name), image, (), None, record.first_answer_is_caption, (), rejected)
 
 
 def _offsets(lengths: list[int]) -> pa.Array:
@@ -205,14 +214,20 @@ class ArrowManifest:
             found = self.metadata["format"]
         except (KeyError, TypeError, ValueError, RecursionError):
             raise ValueError(f"{path}: an Arrow file, but no manifest of tools/prepare_data.py") from None
-        if found != FORMAT or not reader.schema.equals(SCHEMA):
+        added = ADDED.get(found, ()) if isinstance(found, int) else ()
+        schema = pa.schema([field for field in SCHEMA if field.name not in added])
+        if found not in (FORMAT, *ADDED) or not reader.schema.equals(schema):
             raise ValueError(
                 f"{path}: a manifest of format {found}, expected {FORMAT}; prepare the data again with "
                 "tools/prepare_data.py"
             )
         self._valid: set[int] = set()  # record batches
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self._columns = [dict(zip(SCHEMA.names, batch.columns, strict=True)) for batch in self._batches]
+        self._columns = [
+            dict(zip(schema.names, batch.columns, strict=True))
+            | {name: pa.nulls(batch.num_rows, SCHEMA.field(name).type) for name in added}
+            for batch in self._batches
+        ]
         try:
             for batch in self._batches:
                 batch.validate()
@@ -245,18 +260,20 @@ class ArrowManifest:
         exact = value("exact")
         if exact is not None:
             try:
-                name, image, turns, text, is_caption, hallucinated = json.loads(exact)
+                name, image, turns, text, is_caption, hallucinated, *more = json.loads(exact)
+                (rejected,) = more or (None,)  # not there in earlier formats
                 turns = tuple((role, said) for role, said in turns)
             except (ValueError, TypeError, RecursionError):
                 raise self._refused(f"record {index} is none that prepare_data.py wrote") from None
         else:
             name, image, text, is_caption = (value(key) for key in ("id", "image", "text", "first_answer_is_caption"))
             turns = tuple((turn["from"], turn["value"]) for turn in value("conversations"))
-            hallucinated = value("hallucinated_captions")
+            hallucinated, rejected = value("hallucinated_captions"), value("rejected_answers")
         shard, stored = value("shard"), None
         if shard is not None:
             stored = StoredImage(self._shards[shard], *map(value, ("offset", "size", "checksum")))
-        record = Record(name, image, turns, text, is_caption, tuple(hallucinated))
+        rejected = None if rejected is None else tuple(rejected)
+        record = Record(name, image, turns, text, is_caption, tuple(hallucinated), rejected)
         return record, self.files[value("file")], stored
 
     def column(self, name: str) -> pa.ChunkedArray:

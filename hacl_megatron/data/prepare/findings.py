@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from hacl_megatron.config.console import printable
-from hacl_megatron.data.prepare.record_keys import HALLUCINATED_KEY, IMAGE_KEY, IMAGE_TAG, meant_by
+from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, HALLUCINATED_KEY, IMAGE_KEY, IMAGE_TAG, meant_by
 
 NAMED = 3
 """So many records of a kind are named."""
 
-Loss = Literal["image", "image in the dialogue", "hallucinated captions", "answer"]
-"""What a record has that training never sees; `image in the dialogue`: a template that asks for no tag does see it."""
+Loss = Literal["image", "image in the dialogue", "hallucinated captions", "answer", "rejected answers"]
+"""What a record has that training never sees; `image in the dialogue`: a template that asks for no tag does see it;
+`rejected answers`: a run with --preference-loss does."""
+IGNORED_REJECTED = "rejected answers are ignored, for --preference-loss is none"
 
 
 @dataclass(kw_only=True)
@@ -102,6 +104,8 @@ def find_unseen(
     for key, meant in strange.items():
         if meant in ("text", "caption") and not record.get(meant):
             findings.count(f"key {key!r} is not read; did you mean {meant!r}, the caption?", name)
+        elif meant in ANSWER_KEYS and not record.get(meant) and isinstance(record[key], str | list):
+            findings.count(f"key {key!r} is not read; did you mean {meant!r}, an answer?", name)
     tagged = [number for number, (_, value) in enumerate(turns) if isinstance(value, str) and IMAGE_TAG in value]
     if image is None:
         names = (key for key, meant in strange.items() if meant == IMAGE_KEY)

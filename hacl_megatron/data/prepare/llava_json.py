@@ -9,17 +9,18 @@ Python's own decoder runs on a moving window of the text: faster than ijson's C 
 
 import codecs
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from hacl_megatron.config.files.regular import check_regular, only_regular
-from hacl_megatron.data.prepare.findings import Findings, find_unseen, find_untrained
+from hacl_megatron.data.prepare.findings import IGNORED_REJECTED, Findings, find_unseen, find_untrained
 from hacl_megatron.data.prepare.json_text import is_deep
-from hacl_megatron.data.prepare.record_keys import CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG
+from hacl_megatron.data.prepare.preference_json import IMAGE_KEYS, is_preference, messages_in, read_preference
+from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG, meant_by
+from hacl_megatron.data.prepare.record_values import Wrong, describe, image_name, is_gap, value_of
 
 LINES_ENDINGS = (".jsonl", ".ndjson")
 """Of the names of files of JSON lines, in small or capital letters."""
@@ -49,6 +50,8 @@ class Record:
     """Whether a key marks the record as a contrastive sample whose caption, without `text`, is its first answer."""
     hallucinated: tuple[str, ...]
     """The caption with hallucinations written in, cleaned; empty ones are left out."""
+    rejected: tuple[str, ...] | None = None
+    """Of a preference record, what was rejected in the last turn's place, without surrounding blanks; else None."""
 
 
 def clean_caption(caption: str) -> str:
@@ -317,27 +320,20 @@ def text_or_first_answer(text: Any, turns: Iterable[tuple[Any, Any]]) -> str | N
 
 
 def name_of(record: dict[str, Any], index: int) -> str:
-    """The decoded record's own `id`; its image's name or its index in the file if it has none.
+    """The decoded record's own `id` (RLAIF-V's `idx`); its image's name or its index in the file if it has none.
 
     pandas makes 12 a 12.0 where another record has no id; the name is 12 all the same.
     """
-    name, image = value_of(record, "id"), value_of(record, "image")
+    name, is_pair = value_of(record, "id"), is_preference(record)
+    if name is None and is_pair and isinstance(record.get("idx"), str | int | float):
+        name = value_of(record, "idx")
     if isinstance(name, float) and name.is_integer():
         name = int(name)
-    if isinstance(image, list):
-        image = image[0] if len(image) == 1 else None
-    return str(name) if name is not None else image or f"record {index}"
-
-
-def value_of(record: dict[str, Any], key: str) -> Any:
-    """`record[key]`; None where there is none, also where pandas wrote NaN for it."""
-    value = record.get(key)
-    return None if _is_gap(value) else value
-
-
-def _is_gap(value: Any) -> bool:
-    """Whether it is the NaN that pandas writes where a record has no such key."""
-    return isinstance(value, float) and math.isnan(value)
+    if name is not None:
+        return str(name)
+    images = (record.get(key) for key in (IMAGE_KEYS if is_pair else IMAGE_KEYS[:1]))
+    images = (image[0] if isinstance(image, list) and len(image) == 1 else image for image in images)
+    return next((image for image in images if image and isinstance(image, str)), f"record {index}")
 
 
 def parse_record(record: Any, path: str, index: int, line: int, findings: Findings) -> Record:
@@ -345,38 +341,33 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
 
     def wrong(key: str, found: Any, expected: str) -> ValueError:
         return ValueError(
-            f"{where}: key {key!r} is {_describe(found)}; expected {expected}: correct the record or remove it"
+            f"{where}: key {key!r} is {describe(found)}; expected {expected}: correct the record or remove it"
         )
 
     where = f"{path}, record {index} (line {line})"
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: found {_describe(record)}; expected an object with id, image, conversations")
+        raise ValueError(f"{where}: found {describe(record)}; expected an object with id, image, conversations")
 
     name = value_of(record, "id")
     if name is not None and not isinstance(name, str | int | float):
         raise wrong("id", name, "a string or a number")
-    image = _image_of(record, where, wrong)
     name = name_of(record, index)
+    rejected = None
+    if is_preference(record):
+        preference = read_preference(record, where, wrong, name, findings)
+        image, turns, rejected = preference.image, preference.turns, preference.rejected
+        messages = messages_in(record)
+    else:
+        image, turns = image_name(value_of(record, "image"), where, wrong), _turns_of(record, where, wrong)
+        messages = record["conversations"]
     if image is None and record.get("image") is not None:
-        findings.count(f"key 'image' is {_describe(record['image'])}: read as text only", name)
+        findings.count(f"key 'image' is {describe(record['image'])}: read as text only", name)
 
-    if "conversations" not in record:
-        raise ValueError(
-            f"{where}: key 'conversations' is missing (found {', '.join(map(repr, record)) or 'none'}); expected a "
-            "list of turns with 'from' and 'value': is it a LLaVA file?"
-        )
-    conversations = record["conversations"]
-    if not isinstance(conversations, list):
-        raise wrong("conversations", conversations, "a list of turns with 'from' and 'value'")
-    turns = []
-    for number, turn in enumerate(conversations):
-        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise wrong(f"conversations[{number}]", turn, "an object with 'from' and 'value'")
-        turns.append(tuple(said if type(said) is str else _shallow(said) for said in (turn["from"], turn["value"])))
-
-    _count_oddities(record, name, findings)
+    _count_oddities(record, messages, name, findings)
     find_unseen(record, name, image, turns, findings)
     find_untrained(record, name, image, turns, findings)
+    if rejected:
+        findings.count(IGNORED_REJECTED, name, "rejected answers")
     text = value_of(record, "text")
     if text is not None and not isinstance(text, str):
         raise wrong("text", text, "a string, the caption")
@@ -392,11 +383,32 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
     return Record(
         name,
         image,
-        tuple(turns),
+        turns,
         text,
-        any(key in record and not _is_gap(record[key]) for key in CAPTION_KEYS),
+        any(key in record and not is_gap(record[key]) for key in CAPTION_KEYS),
         captions,
+        rejected,
     )
+
+
+def _turns_of(record: dict[str, Any], where: str, wrong: Wrong) -> tuple[tuple[Any, Any], ...]:
+    """(from, value) of a LLaVA record's turns."""
+    if "conversations" not in record:
+        strange = {key: meant for key in record if (meant := meant_by(key)) in ANSWER_KEYS}
+        hint = "".join(f"did you mean {meant!r} by {key[:40]!r}? " for key, meant in strange.items())
+        raise ValueError(
+            f"{where}: key 'conversations' is missing (found {', '.join(map(repr, record)) or 'none'}); {hint}expected "
+            "a list of turns with 'from' and 'value', or 'question', 'chosen' and 'rejected': is it a LLaVA file?"
+        )
+    conversations = record["conversations"]
+    if not isinstance(conversations, list):
+        raise wrong("conversations", conversations, "a list of turns with 'from' and 'value'")
+    turns = []
+    for number, turn in enumerate(conversations):
+        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+            raise wrong(f"conversations[{number}]", turn, "an object with 'from' and 'value'")
+        turns.append(tuple(said if type(said) is str else _shallow(said) for said in (turn["from"], turn["value"])))
+    return tuple(turns)
 
 
 def _shallow(value: Any) -> Any:
@@ -407,34 +419,14 @@ def _shallow(value: Any) -> Any:
     return type(value)() if is_deep(value) else value
 
 
-_READ_KEYS = ("id", "text", *CAPTION_KEYS)
+_READ_KEYS = ("id", "text", *CAPTION_KEYS, *ANSWER_KEYS)
 
 
-def _count_oddities(record: dict[str, Any], name: str, findings: Findings) -> None:
+def _count_oddities(record: dict[str, Any], turns: Iterable[Any], name: str, findings: Findings) -> None:
     """Keys that stand twice, in the record or a turn, and those that are NaN: read in one of several ways."""
-    objects = [record, *record["conversations"]]
+    objects = [record, *turns]
     for key in sorted({key for found in objects if isinstance(found, RepeatedKeys) for key in found.repeated}):
         findings.count(f"key {key[:40]!r} stands there more than once: the last one is read", name)
     for key in _READ_KEYS:
-        if _is_gap(record.get(key)):
+        if is_gap(record.get(key)):
             findings.count(f"key {key!r} is NaN: read as if it were not there", name)
-
-
-def _image_of(record: dict[str, Any], where: str, wrong: Callable[[str, Any, str], ValueError]) -> str | None:
-    """The image's name: a string, or a list of one; None where the key is empty."""
-    image = value_of(record, "image")
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise ValueError(
-                f"{where}: key 'image' is a list of {len(image)}; several images a sample are not supported yet, "
-                "expected one file name: split or remove the record"
-            )
-        image = image[0] if image else None
-    if image is not None and not isinstance(image, str):
-        raise wrong("image", record["image"], "a file name")
-    return image if image and not image.isspace() else None
-
-
-def _describe(value: Any) -> str:
-    text = "nested deep" if is_deep(value) else json.dumps(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

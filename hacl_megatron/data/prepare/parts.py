@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from hacl_megatron.data.prepare.arrow_manifest import Entry, Measures, build_batch, make_entry, with_metadata
+from hacl_megatron.data.prepare.arrow_manifest import FORMAT, Entry, Measures, build_batch, make_entry, with_metadata
 from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.json_text import is_text
 from hacl_megatron.data.prepare.llava_json import Record, read_records
@@ -138,7 +138,7 @@ def is_whole(path: str) -> bool:
 
 
 def _chunk_key(entries: list[Entry], fingerprint: str) -> str:
-    digest = hashlib.blake2b(fingerprint.encode(), digest_size=8)
+    digest = hashlib.blake2b(f"{FORMAT} {fingerprint}".encode(), digest_size=8)
     for entry in entries:
         name = entry.record.name.encode("utf-8", "surrogatepass")
         digest.update(b"%d %d %d " % (entry.file, entry.content, len(name)) + name)
@@ -188,7 +188,7 @@ def _unusable_text(record: Record) -> str | None:
     words = [value for _, value in record.turns]
     if not all(isinstance(value, str) for value in words):
         return "a turn that is no string: training leaves it out, as a bad sample"
-    if not all(map(is_text, (*words, record.text or "", *record.hallucinated))):
+    if not all(map(is_text, (*words, record.text or "", *record.hallucinated, *(record.rejected or ())))):
         return "half of a surrogate pair, which is no text: training leaves it out, as a bad sample"
     return None
 

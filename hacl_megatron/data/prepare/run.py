@@ -283,6 +283,8 @@ def _report(
         "with hallucinated captions": int(
             np.count_nonzero(pc.list_value_length(manifest.column("hallucinated_captions")).to_numpy())
         ),
+        "preference records": len(manifest) - manifest.column("rejected_answers").null_count,
+        "rejected answers": pc.sum(pc.list_value_length(manifest.column("rejected_answers"))).as_py() or 0,
     }
     lengths = {
         "words of a dialogue": "num_words", "tokens of a dialogue, image as one": "dialogue_tokens",
@@ -307,7 +309,7 @@ def _report(
     found = [
         f"{path}: {line}"
         for path, about in zip(manifest.files, manifest.findings, strict=True)
-        for line in about.lines()
+        for line in about.lines(without=("rejected answers",))  # counted above; which loss will train is not known
     ]
     found += [
         f"as this tokenizer and --version {settings.version} have it, {line}" for line in counts.untrained.lines()

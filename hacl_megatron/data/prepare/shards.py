@@ -169,17 +169,19 @@ def _suffix(data: bytes) -> str:
 
 
 def _llava_record(batch: pa.RecordBatch, row: int) -> dict[str, Any]:
-    """A row as LLaVA's JSON has it, with the released HACL code's keys where they are used."""
+    """A row as LLaVA's JSON has it, with the keys of the released HACL code and of preferences where they are used."""
     exact = batch.column("exact")[row].as_py()
     if exact is not None:
-        name, image, turns, text, is_contrastive, hallucinated = json.loads(exact)
+        name, image, turns, text, is_contrastive, hallucinated, rejected = json.loads(exact)
         conversations = [{"from": role, "value": value} for role, value in turns]
     else:
-        name, image, conversations, text, is_contrastive, hallucinated = (
-            batch.column(key)[row].as_py()
-            for key in ("id", "image", "conversations", "text", "first_answer_is_caption", "hallucinated_captions")
+        name, image, conversations, text, is_contrastive, hallucinated, rejected = (
+            batch.column(key)[row].as_py() for key in SCHEMA.names[:7]
         )
     record = {"id": name, "image": image, "conversations": conversations}
+    if rejected is not None:
+        record |= {"conversations": conversations[:-1], "chosen": conversations[-1]["value"]}
+        record["rejected"] = rejected or [""]
     if text is not None:
         record["text"] = text
     if hallucinated or is_contrastive:
