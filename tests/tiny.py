@@ -21,17 +21,18 @@ import sentencepiece
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2QFormerConfig,
     Blip2VisionConfig,
     CLIPVisionConfig,
     GenerationConfig,
-    LlamaConfig,
     LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     SiglipVisionConfig,
 )
 
@@ -51,6 +52,13 @@ LLAMA3_ROPE_SCALING: dict[str, Any] = {
     "original_max_position_embeddings": 64,
 }
 """Llama-3's scaling with a context short enough that tests of a few dozen tokens feel it."""
+
+FAMILY_SIZES: dict[str, dict[str, Any]] = {
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "head_dim": 24, "tie": True},
+    "mistral": {"family": "mistral", "head_dim": 12, "sliding_window": 300},
+}
+"""Arguments of `write_tiny_llava` for the relatives of LLaMA: heads wider, and as wide, as hidden / heads would be."""
 
 NUM_SPARE_ROWS = 11
 """Embedding rows behind the SentencePiece vocabulary: `<image>`, `<pad>`, then unused ones (as 32064 over 32000)."""
@@ -79,9 +87,11 @@ def tiny_llama_config(
     vocab: int = 331,
     tie: bool = False,
     rope_scaling: dict[str, Any] | None = None,
-) -> LlamaConfig:
-    """The language model of all tiny models."""
-    return LlamaConfig(
+    family: str = "llama",
+    **others: Any,
+) -> PreTrainedConfig:
+    """The language model of all tiny models. `others`: keys that a family has of its own, as `head_dim`."""
+    return CONFIG_MAPPING[family](
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers,
@@ -93,6 +103,9 @@ def tiny_llama_config(
         rope_parameters={"rope_theta": 10000.0, "rope_type": "default", **(rope_scaling or {})},
         tie_word_embeddings=tie,
         pad_token_id=image_token_id(vocab) + 1,
+        bos_token_id=1,
+        eos_token_id=2,
+        **others,
     )
 
 
@@ -112,11 +125,13 @@ def tiny_llava_config(
     tie: bool = False,
     rope_scaling: dict[str, Any] | None = None,
     select_layer: int = -2,
+    **language: Any,
 ) -> LlavaConfig:
-    """Configuration of the tiny model; `rope_scaling` as `LLAMA3_ROPE_SCALING`, without `rope_theta`."""
+    """Configuration of the tiny model; `rope_scaling` as `LLAMA3_ROPE_SCALING`, without `rope_theta`; `language` as for
+    `tiny_llama_config`."""
     text = tiny_llama_config(
         heads=heads, groups=groups, hidden=hidden, ffn=ffn, layers=layers, vocab=vocab, tie=tie,
-        rope_scaling=rope_scaling,
+        rope_scaling=rope_scaling, **language,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=vision_hidden,
@@ -176,6 +191,7 @@ def write_tiny_llava(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
+    **language: Any,
 ) -> Path:
     """Write a whole Hugging Face LLaVA folder and return it: weights, config, generation config, tokenizer, processor.
 
@@ -184,7 +200,7 @@ def write_tiny_llava(
     config = tiny_llava_config(
         heads=heads, groups=groups, hidden=hidden, ffn=ffn, layers=layers, vocab=vocab, image=image, patch=patch,
         vision_hidden=vision_hidden, vision_heads=vision_heads, vision_layers=vision_layers, tie=tie,
-        rope_scaling=rope_scaling, select_layer=select_layer,
+        rope_scaling=rope_scaling, select_layer=select_layer, **language,
     )  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

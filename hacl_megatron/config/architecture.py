@@ -30,8 +30,10 @@ class LanguageConfig:
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
-    """Llama-3's scaling as its config.json has it (`rope_type: llama3`, factor, ...); None for plain RoPE."""
+    """As config.json has it (`rope_type: llama3`, factor, ...; `config.families.rotary`); None for plain RoPE."""
     max_position_embeddings: int = 2048
+    sliding_window: int | None = None
+    """Rows that a query may see, its own among them; None: all. Never computed: longer samples are refused."""
     tie_word_embeddings: bool = False
 
     @property
@@ -45,6 +47,7 @@ class LanguageConfig:
             "h": self.hidden_size,
             "q": self.num_attention_heads * self.head_dim,
             "kv": self.num_query_groups * self.head_dim,
+            "d": self.head_dim,
             "f": self.ffn_hidden_size,
             "v": self.vocab_size,
         }

@@ -5,6 +5,7 @@ together. Shapes are written in letters, which stand for sizes:
 
     h  hidden size            q   rows of all query heads       v  vocabulary       p  side of a patch
     f  feed-forward width     kv  rows of all key-value heads   c  colours          n  positions of an image
+    d  width of a head
 """
 
 from collections.abc import Mapping

@@ -24,20 +24,36 @@ from hacl_megatron.platform.specs import language_layer_spec
 
 
 def rotary_inverse_frequencies(language: LanguageConfig) -> Tensor:
-    """Inverse frequencies [head_dim / 2], fp32, with Llama-3's scaling if the configuration has it.
+    """Inverse frequencies [head_dim / 2], fp32, scaled as the configuration says.
 
-    Source: transformers `modeling_rope_utils._compute_llama3_parameters`, from Meta's llama3 `apply_scaling`: long
-    wavelengths are divided by `factor`, short ones kept, those between blended linearly.
+    Source: transformers `modeling_rope_utils`. Llama-3's (`_compute_llama3_parameters`, from Meta's `apply_scaling`):
+    long wavelengths are divided by `factor`, short ones kept, those between blended linearly. YaRN
+    (`_compute_yarn_parameters`) does so by the number of turns within the original context. Dynamic scaling changes
+    nothing up to `max_position_embeddings`, beyond which no sample goes.
     """
-    dim = language.head_dim
-    frequencies = 1.0 / language.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    dim, base = language.head_dim, language.rotary_base
+    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     scaling = language.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling["rope_type"] == "dynamic":
         return frequencies
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return frequencies / factor
     original = scaling["original_max_position_embeddings"]
-    wavelengths = 2 * math.pi / frequencies
-    blend = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+    if scaling["rope_type"] == "yarn":
+        low, high = (
+            dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
+        )
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        high += 0.001 * (high == low)
+        blend = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    else:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelengths = 2 * math.pi / frequencies
+        blend = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * frequencies / factor + blend * frequencies
 
 
@@ -70,7 +86,9 @@ class LlamaStage(LanguageModule):
                 scatter_to_sequence_parallel=False,  # image features are laid in first, over all rows
                 tp_group=groups.tp,
             )
-        spec = language_layer_spec(device, config.params_dtype, separate_norms=lora is not None)
+        spec = language_layer_spec(
+            device, config.params_dtype, separate_norms=lora is not None, norms_queries_and_keys=config.qk_layernorm
+        )
         layers = [spec.layer] * num_layers_on_stage(config, groups)
         if post_process:
             layers[-1] = spec.last_layer

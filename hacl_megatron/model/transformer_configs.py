@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.families import language_family
+from hacl_megatron.config.families.rotary import attention_factor
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.model.vision import ACTIVATIONS
 from hacl_megatron.platform.accelerators import layer_library
@@ -20,6 +21,7 @@ def language_transformer_config(
     language = model.language
     on_gpu = device.type == "cuda"
     has_te_layers = layer_library(device, dtype) == "transformer_engine"
+    factor = attention_factor(language.rope_scaling)
     fields = dict(
         **language_family(language.family).transformer,
         num_layers=language.num_layers,
@@ -29,6 +31,8 @@ def language_transformer_config(
         num_query_groups=language.num_query_groups,
         kv_channels=language.head_dim,
         layernorm_epsilon=language.norm_epsilon,
+        # Queries and keys are turned whole, so YaRN's factor on both is its square on their products.
+        softmax_scale=None if factor == 1 else factor**2 * language.head_dim**-0.5,
         activation_func=F.silu,
         attention_dropout=0.0,
         hidden_dropout=0.0,

@@ -79,7 +79,12 @@ class LastSelfAttention(SelfAttention):
             query, key, value = mixed.split(widths, dim=-1)
             if read is not None:
                 query = query.index_select(0, read)
-        return query.flatten(-2).unflatten(-1, (-1, width)), key, value
+        query = query.flatten(-2).unflatten(-1, (-1, width))
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value
 
 
 class ReadRowsLinear(tensor_parallel.ColumnParallelLinear):

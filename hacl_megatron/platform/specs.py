@@ -43,6 +43,7 @@ def _layer_spec(
     normalization: str,
     *,
     separate_norms: bool = False,
+    norms_queries_and_keys: bool = False,
 ) -> LayerSpec:
     if layer_library(device, dtype) == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -59,6 +60,8 @@ def _layer_spec(
     attention = spec.submodules.self_attention
     attention.params = {**attention.params, "attn_mask_type": mask}
     attention.submodules.core_attention = PackedAttention
+    if norms_queries_and_keys:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
     return LayerSpec(spec, norm)
 
 
@@ -78,14 +81,20 @@ def _separate_norms(spec: ModuleSpec, norm: type) -> None:
     }
 
 
-def language_layer_spec(device: torch.device, dtype: torch.dtype, *, separate_norms: bool = False) -> LayerSpec:
+def language_layer_spec(
+    device: torch.device, dtype: torch.dtype, *, separate_norms: bool = False, norms_queries_and_keys: bool = False
+) -> LayerSpec:
     """A LLaMA layer: RMSNorm, causal attention within packed segments.
 
     Args:
         dtype: of the parameters.
         separate_norms: do not fuse a norm with the linear layer behind it, whose input is then to be had (LoRA).
+        norms_queries_and_keys: each head's, by an RMSNorm with weights that all heads share (Qwen3).
     """
-    return _layer_spec(device, dtype, AttnMaskType.causal, RMSNorm, "RMSNorm", separate_norms=separate_norms)
+    return _layer_spec(
+        device, dtype, AttnMaskType.causal, RMSNorm, "RMSNorm",
+        separate_norms=separate_norms, norms_queries_and_keys=norms_queries_and_keys,
+    )  # fmt: skip
 
 
 def vision_layer_spec(device: torch.device, dtype: torch.dtype) -> LayerSpec:

@@ -64,6 +64,11 @@ def rank_shapes(
         rows = (language.num_attention_heads + 2 * language.num_query_groups) * head
         yield f"{layer}input_layernorm.weight", (h,)
         yield f"{layer}self_attention.linear_qkv.weight", (rows // tp, h)
+        if language.family == "qwen2":
+            yield f"{layer}self_attention.linear_qkv.bias", (rows // tp,)
+        if language.family == "qwen3":
+            yield f"{layer}self_attention.q_layernorm.weight", (head,)
+            yield f"{layer}self_attention.k_layernorm.weight", (head,)
         yield f"{layer}self_attention.linear_proj.weight", (h, language.num_attention_heads * head // tp)
         yield f"{layer}pre_mlp_layernorm.weight", (h,)
         yield f"{layer}mlp.linear_fc1.weight", (2 * f // tp, h)

@@ -7,12 +7,16 @@ import pytest
 from tests.distributed import run_distributed
 from tests.model.parity_cases import Layout, Variant, compare_all, write_reference
 from tests.selection import selected
-from tests.tiny import LLAMA3_ROPE_SCALING
+from tests.tiny import FAMILY_SIZES, LLAMA3_ROPE_SCALING
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 VARIANTS = {
     "plain": Variant(),
     "llama3 rope": Variant({"rope_scaling": LLAMA3_ROPE_SCALING}),
     "tied": Variant({"tie": True}),
+    "yarn": Variant({"rope_scaling": YARN}),
+    **{name: Variant(sizes) for name, sizes in FAMILY_SIZES.items()},
     "last vision layer": Variant({"select_layer": -1}, trains_vision=True),
     "siglip": Variant(trains_vision=True, family="siglip"),
     "blip2": Variant(family="blip2"),
@@ -30,6 +34,8 @@ CASES = [
     ("llama3 rope", TP2_PP2),
     *[(variant, layout) for variant in ("blip2", "blip2 trained") for layout in (TP2, TP2_SP, PP2)],
     ("siglip", TP2_SP),
+    *[(family, layout) for family in ("qwen2", "qwen3") for layout in (TP2, TP2_SP, PP2)],
+    *[(family, TP2_SP_PP2) for family in ("qwen2", "qwen3")],
 ]
 # Measured with both in fp32, over all cases: 1e-5 for logits, 5e-7 for unit vectors, 2e-6 for gradients. transformers
 # runs each segment alone, and tensor parallelism sums in other blocks.

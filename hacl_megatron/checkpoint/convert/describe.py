@@ -94,7 +94,11 @@ def describe(holdings: Holdings) -> dict[str, str]:
         f"{language.num_layers} layers, hidden {language.hidden_size}, ffn {language.ffn_hidden_size}, "
         f"{language.num_attention_heads} heads in {language.num_query_groups} groups, vocabulary {language.vocab_size}"
         + (", tied embeddings" if language.tie_word_embeddings else "")
-        + (f", RoPE {language.rotary_base:g}" + (" with Llama-3 scaling" if language.rope_scaling else ""))
+        + (
+            f", RoPE {language.rotary_base:g}"
+            + (f" with {language.rope_scaling['rope_type']} scaling" if language.rope_scaling else "")
+        )
+        + (f", for up to {language.sliding_window} tokens (sliding window)" if language.sliding_window else "")
     )
     facts["vision"] = (
         f"{vision.kind.title} of {vision.num_layers} layers (features of {config.vision_select_layer}), "

@@ -86,9 +86,7 @@ def to_config_json(
     vocab_size, image_token, pad = vocabulary or vocabulary_of_layout(config, layout)
     extra, language, vision = config.extra, config.language, config.vision
     family = language_family(language.family)
-    tokens = {
-        "bos_token_id": extra.get("bos_token_id", 1), "eos_token_id": extra.get("eos_token_id", 2), "pad_token_id": pad
-    }  # fmt: skip
+    tokens = {**{key: extra.get(key, default) for key, default in family.special_tokens.items()}, "pad_token_id": pad}
     text = {
         "model_type": family.model_type,
         "architectures": [family.architecture],

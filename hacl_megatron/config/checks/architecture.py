@@ -6,6 +6,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.require import require as _require
 from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.config.families import language_family
+from hacl_megatron.config.families.rotary import wrong_scaling
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
@@ -33,12 +34,8 @@ def check_architecture(config: RunConfig, layout: Layout) -> None:
     _check_qformer(model)
     _check_tower(model)
 
-    rope = language.rope_scaling
-    _require(
-        rope is None or rope.get("rope_type") == "llama3",
-        f"the language model's rope_scaling is {rope}",
-        "expected none, or rope_type llama3; other scalings are not supported",
-    )
+    if language.rope_scaling is not None and (why := wrong_scaling(language.rope_scaling)):
+        raise ValueError(f"the model's language.rope_scaling: {why}; correct it, or leave it out")
     length = config.data.model_max_length
     _require(
         length > model.visual_tokens,
@@ -49,6 +46,13 @@ def check_architecture(config: RunConfig, layout: Layout) -> None:
         length <= language.max_position_embeddings,
         f"--model-max-length {length} is beyond the {language.max_position_embeddings} positions of the language model",
         f"give at most {language.max_position_embeddings}",
+    )
+    window = language.sliding_window
+    _require(
+        window is None or length <= window,
+        f"--model-max-length {length} is beyond the language model's sliding window of {window} tokens, which this "
+        "trainer does not compute",
+        f"give at most {window}",
     )
 
 

@@ -11,7 +11,13 @@ from hacl_megatron.config.families.family import (
     register_family,
 )
 from hacl_megatron.config.families.llama import LLAMA
+from hacl_megatron.config.families.mistral import MISTRAL
+from hacl_megatron.config.families.qwen2 import QWEN2
+from hacl_megatron.config.families.qwen3 import QWEN3
 
 __all__ = ["FAMILIES", "LLAMA", "LanguageFamily", "family_of_model_type", "language_family", "register_family"]
 
 register_family(LLAMA)
+register_family(MISTRAL)
+register_family(QWEN2)
+register_family(QWEN3)

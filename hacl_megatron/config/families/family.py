@@ -1,7 +1,7 @@
 """`LanguageFamily`, all that differs between families of language models, and the registry of them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,21 @@ class LanguageFamily:
     outside: tuple[Row, Row, Row]
     """Embedding, final norm and output layer; names begin behind `model.`, but for the output layer's."""
     transformer: Mapping[str, Any]
-    """Fields of megatron-core's TransformerConfig that say how its layers compute, `add_qkv_bias` among them.
+    """Fields of megatron-core's TransformerConfig that say how its layers compute, `add_qkv_bias` and `qk_layernorm`
+    (RMSNorm of each head's queries and keys) among them."""
 
-    Norms of queries and keys are not: `platform.specs` and `platform.last_layer` build none.
-    """
-
+    special_tokens: Mapping[str, int | None] = field(default_factory=lambda: {"bos_token_id": 1, "eos_token_id": 2})
+    """What its configuration class says of them where a config.json is silent; None: nothing."""
     supported: Mapping[str, tuple[Any, ...]]
     """What a key of its config.json must be, where it is there; the rest cannot be computed here."""
     read: Callable[[Any, Mapping[str, Any], Path], dict[str, Any]]
     """(parsed configuration of transformers, its JSON, file for errors) -> fields of `LanguageConfig` but `family`."""
     write: Callable[[LanguageConfig, Mapping[str, Any]], dict[str, Any]]
     """(sizes, token ids by their JSON keys) -> its JSON but `model_type` and `architectures`."""
+
+    @property
+    def norms_queries_and_keys(self) -> bool:
+        return bool(self.transformer.get("qk_layernorm"))
 
     @property
     def embedding(self) -> str:

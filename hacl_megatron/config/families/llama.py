@@ -6,6 +6,7 @@ from typing import Any
 
 from hacl_megatron.config.architecture import LanguageConfig
 from hacl_megatron.config.families.family import LanguageFamily
+from hacl_megatron.config.families.rotary import read_rotary, write_rotary
 from hacl_megatron.config.tensor_rows import row
 
 LAYER = (
@@ -28,7 +29,7 @@ def read_llama(parsed: Any, values: Mapping[str, Any], where: Path) -> dict[str,
     """Sizes under the names that transformers gives them in LLaMA and its relatives.
 
     Raises:
-        ValueError: sizes that do not go together, or a scaling of rotary positions other than Llama-3's.
+        ValueError: sizes that do not go together, or rotary positions that `rotary` does not know.
     """
     rotary_base, rope_scaling = read_rotary(values, where)
     heads, groups = parsed.num_attention_heads, parsed.num_key_value_heads
@@ -58,34 +59,8 @@ def read_llama(parsed: Any, values: Mapping[str, Any], where: Path) -> dict[str,
     }
 
 
-def read_rotary(values: Mapping[str, Any], where: Path) -> tuple[float, dict[str, Any] | None]:
-    """Base and Llama-3 scaling, from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4.x).
-
-    Where both stand, `rope_scaling` wins and `rope_theta` fills in, as transformers 5 reads them.
-    """
-    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where}: the scaling of rotary positions is {str(given)[:80]!r}; expected an object")
-    merged = dict(given)
-    base = merged.pop("rope_theta", None)
-    base = values.get("rope_theta") if base is None else base
-    if base is not None and (isinstance(base, bool) or not isinstance(base, int | float) or not base > 0):
-        raise ValueError(f"{where}: rope_theta is {str(base)[:80]!r}; expected a number above 0")
-    kind = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
-    merged.pop("type", None)
-    if kind == "default":
-        return float(10000.0 if base is None else base), None
-    if kind != "llama3":
-        raise ValueError(f"{where}: rope type is {kind!r}; this trainer supports 'default' and 'llama3' only")
-    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if missing := [key for key in needed if key not in merged]:
-        raise ValueError(f"{where}: llama3 rope scaling lacks {', '.join(missing)}")
-    return float(10000.0 if base is None else base), {"rope_type": "llama3", **{key: merged[key] for key in needed}}
-
-
 def write_llama(language: LanguageConfig, tokens: Mapping[str, Any]) -> dict[str, Any]:
     """The way back from `read_llama`, and what LLaMA's configuration asks beside sizes."""
-    scaling = language.rope_scaling
     return {
         "hidden_size": language.hidden_size,
         "intermediate_size": language.ffn_hidden_size,
@@ -101,10 +76,7 @@ def write_llama(language: LanguageConfig, tokens: Mapping[str, Any]) -> dict[str
         "mlp_bias": False,
         "tie_word_embeddings": language.tie_word_embeddings,
         **tokens,
-        # Both spellings: transformers 4.x knows the first two, 5.x the third.
-        "rope_theta": language.rotary_base,
-        **({"rope_scaling": scaling} if scaling else {}),
-        "rope_parameters": {"rope_type": "default", "rope_theta": language.rotary_base, **(scaling or {})},
+        **write_rotary(language.rotary_base, language.rope_scaling),
     }
 
 

@@ -15,6 +15,7 @@ from transformers import (
 
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE, open_sources
 from tests.tiny import (
+    FAMILY_SIZES,
     LLAMA3_ROPE_SCALING,
     randomise,
     tiny_image_processor,
@@ -26,6 +27,7 @@ MODELS = {
     "odd": {},
     "tied-llama3": {"tie": True, "rope_scaling": LLAMA3_ROPE_SCALING, "select_layer": -1},
     "first-layers": {"select_layer": 1, "vision_layers": 3},
+    **FAMILY_SIZES,
 }
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 

@@ -107,6 +107,26 @@ def test_head_dim_that_does_not_follow_from_the_width(tmp_path):
     assert to_config_json(config, "hf", dtype="float32")["text_config"]["head_dim"] == 16
 
 
+@pytest.mark.parametrize("family, window", [("mistral", 4096), ("qwen2", None), ("qwen3", None)])
+def test_what_a_family_says_where_its_file_is_silent(tmp_path, family, window):
+    """Catches LLaMA's defaults for all: 32 query groups, ids 1 and 2 for BOS and EOS, heads of hidden / heads."""
+    content = json.loads((hf_folder(tmp_path, heads=32, hidden=64) / "config.json").read_text())
+    text = {key: content["text_config"][key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    folder = write_config(tmp_path, {**content, "text_config": {**text, "model_type": family}, "image_token_index": 5})
+    config, parsed = read_model_config(folder), LlavaConfig.from_pretrained(folder).text_config
+    language = config.language
+    head_dim = getattr(parsed, "head_dim", None) or 64 // parsed.num_attention_heads
+    assert (language.family, language.head_dim, language.sliding_window) == (family, head_dim, window)
+    assert language.num_query_groups == parsed.num_key_value_heads and language.norm_epsilon == parsed.rms_norm_eps
+    assert (language.vocab_size, language.rotary_base) == (parsed.vocab_size, parsed.rope_parameters["rope_theta"])
+    back = to_config_json(config, "hf", dtype="float32")["text_config"]
+    assert (back["bos_token_id"], back["eos_token_id"]) == (parsed.bos_token_id, parsed.eos_token_id)
+    again = LlavaConfig.from_pretrained(write_config(tmp_path / "out", to_config_json(config, "hf", dtype="float32")))
+    found, expected = again.text_config.to_dict(), parsed.to_dict()
+    differing = {key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)}
+    assert differing <= {"architectures", "dtype", "_name_or_path"}, differing
+
+
 def test_processor_settings_in_both_files(tmp_path):
     folder = hf_folder(tmp_path)
     processor = tiny_processor()
@@ -130,9 +150,18 @@ def test_processor_settings_in_both_files(tmp_path):
         ("text_config", {"attention_bias": True}, "attention_bias is True"),
         ("text_config", {"mlp_bias": True}, "mlp_bias is True"),
         ("text_config", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ("text_config", {"model_type": "mistral"}, "text_config.model_type is 'mistral'"),
+        ("text_config", {"model_type": "gemma"}, "text_config.model_type is 'gemma'"),
+        ("text_config", {"model_type": "qwen2_moe"}, "text_config.model_type is 'qwen2_moe'"),
+        ("text_config", {"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True"),
+        ("text_config", {"model_type": "qwen3", "attention_bias": True}, "attention_bias is True"),
+        ("text_config", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("text_config", {"num_key_value_heads": 4}, "6 is not a multiple of num_key_value_heads 4"),
-        ("text_config", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type is 'linear'"),
+        ("text_config", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope type is 'longrope'"),
+        (
+            "text_config",
+            {"rope_scaling": {"type": "linear", "factor": "2"}},
+            "factor of the linear rope scaling is '2'",
+        ),
         (
             "text_config",
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},

@@ -29,6 +29,7 @@ from hacl_megatron.checkpoint.hf.config_write import (
 from hacl_megatron.checkpoint.hf.json_files import read_json, values_of_any_type, write_json
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.foreign_files import LARGEST_CONFIG, own_file
+from hacl_megatron.config.families import language_family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +99,8 @@ class Assets:
         config, extra = self.config, self.config.extra
         tokens = {}
         stored = self._stored("generation_config.json")
-        for key, default in (("bos_token_id", 1), ("eos_token_id", 2)):
-            if key not in stored:
+        for key, default in language_family(config.language.family).special_tokens.items():
+            if key not in stored and extra.get(key, default) is not None:
                 tokens[key] = extra.get(key, default)
         if self.vocabulary.pad_token is not None:
             tokens["pad_token_id"] = self.vocabulary.pad_token
