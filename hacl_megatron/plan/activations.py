@@ -7,6 +7,7 @@ trains: a frozen matrix product keeps nothing):
 
     norms, twice           input (eH; without a fused kernel in fp32, and trained the normalised rows too), 1/rms
     qkv product            trained: its input, eH
+    norms of its heads     where the family has them: queries e q and keys (in the product's rows), 1/rms of each head
     rotary                 cosines and sines of queries and keys: 4ed; where attention rotates itself: ed
     attention              rotated queries and keys e(q + k), the values (in the product's rows e(q + 2k), of which they
                            are a view, unless the kernel copies them: ek), output eq, log-sum-exp
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from hacl_megatron.assemble.parameters import layers_by_stage
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.architecture import padded_vocab_size
+from hacl_megatron.config.families import language_family
 from hacl_megatron.config.lora import Lora, split_of
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.plan.image_parts import kept_by_connector, kept_by_tower
@@ -208,12 +210,14 @@ def llama_layer(
     projected = rows * e * (2 * key if reads else query + 2 * key)
     if again and kernels.rotates_itself:
         kept += projected
-        if language.num_query_groups < language.num_attention_heads:
-            kept += rows * e * query  # grouped queries are not a view of the product
+        if tp < language.num_query_groups < language.num_attention_heads:
+            kept += rows * e * query  # queries of several groups are not a view of the product
     else:
         kept += rows * e * key if kernels.copies_values else projected
         kept += e * (asking * query + rows * key)  # rotated
         kept += _angles(rows, asking, e * head, kernels, reads, e)
+    if language_family(language.family).norms_queries_and_keys:
+        kept += _head_norms(model, rows, asking, e, tp, trained, kernels, reads=reads, again=again)
     if not again:
         kept += asking * (e * query + FP32 * language.num_attention_heads / tp)
         kept += e * sum(part.rows * query + part.context_rows * 2 * key for part in pack.branches)
@@ -257,6 +261,26 @@ def _norm(hidden: int, e: int, trained: bool, kernels: Kernels) -> float:
     if kernels.fused_norm:
         return e * hidden + FP32
     return FP32 * hidden * (1 + trained) + FP32
+
+
+def _head_norms(
+    model: ModelConfig, rows: float, asking: float, e: int, tp: int, trained: bool, kernels: Kernels,
+    *, reads: bool, again: bool,
+) -> float:  # fmt: skip
+    """Bytes that norms of queries and keys keep beside what the layer keeps without them."""
+    language = model.language
+    head, heads, groups = language.head_dim, language.num_attention_heads / tp, language.num_query_groups / tp
+    query, key = e * head * heads, e * head * groups
+    grouped, checkpointed = heads > groups > 1, again and kernels.rotates_itself
+    # A checkpoint around attention keeps what it is given: no part of the product any more, but the norms' output.
+    kept = asking * query + rows * key if checkpointed else 0.0
+    if not kernels.fused_norm:
+        kept -= rows * query * (checkpointed and grouped)  # a copy in the norm's input
+        return kept + (asking * heads + rows * groups) * _norm(head, e, trained, kernels)
+    kept += FP32 * (asking * heads + rows * groups)
+    # The norms' inputs are views of the product, but for queries of several groups and read rows.
+    kept += asking * query * ((grouped or reads) and not checkpointed)
+    return kept + rows * (2 * key + query * (not reads)) * (kernels.copies_values and not checkpointed)
 
 
 def _front(config: RunConfig, pack: PackShape, e: int) -> float:

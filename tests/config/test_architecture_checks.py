@@ -180,12 +180,12 @@ CASES = {
         {"model": language(rope_scaling={"rope_type": "linear", "factor": 8.0})},
     ),
     "rope's numbers": (
-        {"model": language(rope_scaling={"rope_type": "yarn", "factor": 4.0})}, "lacks original_max_position_embeddings",
+        {"model": language(rope_scaling={"rope_type": "yarn", "factor": 4.0})}, "lacks original_max_position",
         {"model": language(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512})},
     ),
     "sliding window": (
-        {"model": language(sliding_window=2047)}, "--model-max-length 2048 is beyond the language model's sliding window "
-        "of 2047 tokens", {"model": language(sliding_window=2048)},
+        {"model": language(sliding_window=2047)}, "beyond the language model's sliding window of 2047 tokens",
+        {"model": language(sliding_window=2048)},
     ),
     "room for text": ({"length": 576}, "no room for text beside the 576 tokens", {"length": 577}),
     "positions": ({"length": 4097}, "beyond the 4096 positions", {"length": 4096}),

@@ -29,6 +29,8 @@ class Variant:
     targets: tuple[str, ...] = TARGETS
     text_alone: bool = False
     """The text-only micro-batch alone, with a frozen connector: nothing in front of the layers trains."""
+    sizes: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `write_tiny_llava`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def write_reference(folder: Path, variant: Variant) -> None:
     from safetensors.torch import save_file
     from transformers import LlavaForConditionalGeneration
 
-    weights = write_tiny_llava(folder / "weights")
+    weights = write_tiny_llava(folder / "weights", **variant.sizes)
     heads = _heads()
     save_file({**heads, "temperature": torch.full([1], TEMPERATURE)}, weights / "hacl_heads.safetensors")
     model = LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32)

@@ -20,11 +20,14 @@ from tests.model.lora_cases import (
 )
 from tests.model.parity_cases import Layout
 from tests.model.test_parity import EMBEDDINGS, GRADIENTS, LOGITS
+from tests.tiny import FAMILY_SIZES
 
 VARIANTS = {
     "all": Variant(),
     "some": Variant(targets=("q_proj", "v_proj", "up_proj", "down_proj")),
     "text alone": Variant(text_alone=True),
+    "qwen2": Variant(sizes=FAMILY_SIZES["qwen2"]),
+    "qwen3": Variant(sizes=FAMILY_SIZES["qwen3"]),
 }
 ONE, TP2, TP2_SP = Layout(), Layout(tp=2), Layout(tp=2, sp=True)
 CASES = [
@@ -32,6 +35,10 @@ CASES = [
     Case("all", ONE, FULL_RECOMPUTE),
     Case("some", ONE),
     Case("text alone", ONE, FULL_RECOMPUTE),
+    Case("qwen2", ONE),
+    Case("qwen2", TP2_SP),
+    Case("qwen3", TP2),
+    Case("qwen3", Layout(pp=2)),
     Case("all", TP2),
     Case("all", TP2_SP),
     Case("all", Layout(pp=2, first=1)),

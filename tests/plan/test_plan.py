@@ -18,7 +18,7 @@ from tests.distributed import run_distributed
 from tests.model.hf_architecture import architecture as hf_architecture
 from tests.plan.example_plans import plan_of
 from tests.plan.plan_cases import RECOMPUTE, activations_on_this_rank, make_micro_batch, shape_of, state_on_this_rank
-from tests.tiny import tiny_blip2_config, tiny_llava_config, tiny_siglip_config
+from tests.tiny import FAMILY_SIZES, tiny_blip2_config, tiny_llava_config, tiny_siglip_config
 from tests.training.runs import latest_checkpoint, layout_flags, make_inputs, tensors, train, write_hf_stages
 
 
@@ -27,6 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = make_inputs(tmp_path_factory.mktemp("plan"))
     make_inputs(inputs / "tied", tie=True)
     make_inputs(inputs / "even", groups=6)
+    for family in ("qwen2", "qwen3"):
+        make_inputs(inputs / family, samples=4, **FAMILY_SIZES[family])
+    make_inputs(inputs / "qwen3even", samples=4, groups=6, **FAMILY_SIZES["qwen3"])
     siglip = tiny_llava_config(groups=6)
     siglip.vision_config = tiny_siglip_config()
     write_hf_stages(inputs / "siglip", siglip)
@@ -72,6 +75,8 @@ def states(folder: Path) -> dict[str, list[dict]]:
             ]
             cases += [("", "lean", layout, ["--bf16", *OVERLAP]) for layout in ("dp2-dist", "pp2")]
             cases += [("minigpt4", "pretrain", "pp2", ["--bf16"]), ("minigpt4", "pretrain", "tp2", ALL_TRAIN)]
+            cases += [(family, "finetune", "tp2", ["--bf16"]) for family in ("qwen2", "qwen3")]
+            cases += [("qwen3", "finetune", "pp2", []), ("qwen2", "finetune", "dp2-dist", ["--lora-rank", "3"])]
             cases += [("siglip", "finetune", "tp2", ALL_TRAIN), ("siglip", "pretrain", "dp2-dist", [])]
         commands = [command(folder / where, stage, layout, *extra) for where, stage, layout, extra in cases]
         ranks = run_distributed(state_on_this_rank, world_size, commands)
@@ -81,7 +86,7 @@ def states(folder: Path) -> dict[str, list[dict]]:
 
 
 def test_planned_parameters_are_the_models(states):
-    assert len(states) == 38
+    assert len(states) == 42
     for run, ranks in states.items():
         for rank in ranks:
             assert rank["planned parameters"] == rank["parameters"], run
@@ -131,6 +136,10 @@ ACTIVATION_RUNS = {
             ("minigpt4 pretrain", ALL_TRAIN[:2], ["full"], ["images"], [1]),
             ("minigpt4 pretrain", ALL_TRAIN[2:], ["full"], ["images"], [1]),
             ("siglip pretrain", ALL_TRAIN, ["full"], ["images"], [1]),
+            ("qwen2 finetune", [], ["none"], ["pairs"], [1]),
+            ("qwen3 finetune", [], ["none", "full", "attention"], ["pairs"], [1]),
+            ("qwen3 pretrain", ["--bf16"], ["none", "attention"], ["pairs"], [1]),
+            ("qwen3even finetune", PROMPT, ["none", "attention"], ["pairs"], [1]),
         )
         for recompute in recomputes
         for samples in makes
@@ -141,7 +150,8 @@ ACTIVATION_RUNS = {
         for stage, extra in (("pretrain", ["--bf16"]), ("finetune", ["--bf16"]), ("even finetune", PROMPT))
         for layout in ("tp2", "tp2-sp", "pp2", "pp2-first1")
         for recompute in ("none", "full")
-    ],
+    ]
+    + [("qwen3 finetune", layout, [], "none", "pairs", 1) for layout in ("tp2-sp", "pp2-first1")],
 }
 
 
@@ -155,7 +165,7 @@ def test_activations_are_near_what_autograd_keeps(folder: Path):
         ]  # fmt: skip
         for rank in run_distributed(activations_on_this_rank, world_size, cases):
             seen += list(zip(runs, rank, strict=True))
-    assert len(seen) == 64 + 2 * 24
+    assert len(seen) == 72 + 2 * 26
     for run, found in seen:
         assert found["planned"] == pytest.approx(found["kept"], rel=0.05), run
         assert found["planned loss"] == pytest.approx(found["loss"], rel=0.05), run
