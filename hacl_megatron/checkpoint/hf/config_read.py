@@ -109,7 +109,8 @@ def layout_of(config: dict[str, Any], folder: Path) -> Literal["hf", "llava", "p
     """Which of the three layouts a `config.json` belongs to; ValueError for any other."""
     model_type = config.get("model_type")
     plain = [family.model_type for family in FAMILIES.values()]
-    titles = " or ".join(f"a {family.title}" for family in FAMILIES.values())
+    *others, last = [family.title for family in FAMILIES.values()]
+    titles = f"a {', '.join(others)} or {last}"
     if "text_config" in config and model_type == "llava":
         return "hf"
     if model_type == "blip-2":

@@ -313,7 +313,10 @@ def test_tensors_that_are_missing_unknown_or_of_another_shape(source):
 def test_a_blip2_with_another_language_model_goes_beside_a_llama(tmp_path):
     write_blip2_of_opt(tmp_path / "blip2")
     write_llama(tmp_path / "llama")
-    with pytest.raises(ValueError, match="whose language model is 'opt'; expected a LLaMA: give this folder as"):
+    with pytest.raises(
+        ValueError,
+        match="model is 'opt'; expected a LLaMA, Mistral, Qwen2 or Qwen3: give this folder as",
+    ):
         read_model_config(tmp_path / "blip2")
     edit_tensors(tmp_path / "blip2", lambda tensors: tensors.pop("query_tokens"))
     message = refused(tmp_path / "llama", tower=tmp_path / "blip2")
