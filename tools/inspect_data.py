@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hacl_megatron.config.console import exit_with_error, say
 from hacl_megatron.config.flags import MAX_IMAGE_PIXELS
-from hacl_megatron.data.templates import template_names
+from hacl_megatron.data.templates import check_template, template_names
 
 TEMPLATE = Path(__file__).with_name("inspect_data.html.j2")
 LLAVA_IMAGE_SIZE, LLAVA_PATCH_SIZE = 336, 14
@@ -115,6 +115,7 @@ def inspect(args: argparse.Namespace) -> None:
         ImageStore(args.image_folder),
         resolve_backend(args.image_backend),
     )
+    check_template(args.version, tokenizer)
     settings = EncodingSettings(
         version=args.version,
         model_max_length=args.model_max_length,

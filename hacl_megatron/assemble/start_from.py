@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hacl_megatron.checkpoint.convert.export_check import check_export
 from hacl_megatron.checkpoint.hf.assets.write import ChatTemplate
-from hacl_megatron.checkpoint.hf.config_read import read_model_config
+from hacl_megatron.checkpoint.hf.config_read import data_flags, read_model_config
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
 from hacl_megatron.checkpoint.run.folder import assets_of, find_checkpoint, read_run_config
 from hacl_megatron.config.architecture import ModelConfig
@@ -13,6 +13,7 @@ from hacl_megatron.config.flags import LoraFlags, ModelFlags
 from hacl_megatron.config.lora import settle_lora
 from hacl_megatron.config.run import RunConfig, with_architecture
 from hacl_megatron.data.templates import find_template, template_names
+from hacl_megatron.data.tokenizer import load_tokenizer
 
 
 def checkpoint_to_resume(config: RunConfig) -> Path | None:
@@ -96,19 +97,38 @@ def assets_folder(config: RunConfig, resume_from: Path | None) -> Path:
     raise ValueError("no tokenizer: give --tokenizer FOLDER, since there is no --pretrained-checkpoint to take it from")
 
 
-def chat_template(config: RunConfig) -> ChatTemplate | None:
-    """What exports of the run get of its `--version`; None where that has no such thing, or is not known here."""
+def chat_template(config: RunConfig, tokenizer: Path) -> ChatTemplate | None:
+    """What exports of the run get of its `--version`; None where that has no such thing, or is not known here.
+
+    Args:
+        tokenizer: folder of the run's.
+
+    Raises:
+        ValueError: it is not for this tokenizer.
+    """
     if config.data.version not in template_names():  # a template of one's own, which may be elsewhere by now
         return None
     template = find_template(config.data.version)
     if template.chat_template is None:
         return None
-    return ChatTemplate(version=template.name, jinja=template.chat_template)
+    stops: list[str] = []
+    if template.needed_tokens or template.renders is not None:
+        found = load_tokenizer(str(tokenizer))
+        template.check(found)
+        stops = found.backend.convert_ids_to_tokens(template.stop_ids(found))
+    return ChatTemplate(
+        version=template.name,
+        jinja=template.chat_template,
+        is_tokenizers=template.renders is not None,
+        replaces=template.name not in ("plain", data_flags(config.architecture).version),
+        stop_tokens=tuple(stops),
+    )
 
 
 def refuse_without_export(config: RunConfig, resume_from: Path | None) -> list[str]:
     """ValueError where what the run trains could not be exported; else lines to know about its export."""
-    return check_export(config, assets_folder(config, resume_from), chat_template(config))
+    assets = assets_folder(config, resume_from)
+    return check_export(config, assets, chat_template(config, Path(config.model.tokenizer or assets)))
 
 
 def starts_from_hf(config: RunConfig, resume_from: Path | None) -> bool:

@@ -164,8 +164,9 @@ class DataFlags:
         "Default: the working folder.", metavar="DIR"
     )  # fmt: skip
     version: str = flag(
-        "v1", "Conversation template, a file of hacl_megatron/data/templates: plain for pretrain, LLaVA's v1 (Vicuna) "
-        "or minigpt4 (###Human: ...) for finetune. MiniGPT-4's first stage has no prompt: use plain."
+        "v1", "Conversation template, a file of hacl_megatron/data/templates: plain for pretrain; for finetune LLaVA's "
+        "v1 (Vicuna), LLaVA-NeXT's chatml (Qwen), llama_3 or mistral, minigpt4 (###Human: ...), or chat: the "
+        "tokenizer's own. MiniGPT-4's first stage has no prompt: use plain."
     )  # fmt: skip
     image_aspect_ratio: Literal["pad", "square", "stretch"] = flag(
         "pad", "pad: fill to a square with the mean colour, then resize. square: resize the shorter edge, then crop "

@@ -216,18 +216,27 @@ def checked_dialogue(sample: Sample) -> Dialogue:
     for number, (role, value) in enumerate(sample.conversations):
         if not isinstance(value, str):
             raise UnusableSample(f"the value of turn {number} is no string but {type(value).__name__}")
-        if role not in ("human", "gpt"):
+        if role == "system" and number:
+            raise UnusableSample(f"turn {number} is from 'system', which may only be the first")
+        if role not in ("human", "gpt", "system"):
             raise UnusableSample(f"turn {number} is from {role!r}, expected 'human' or 'gpt'")
+    said, system = sample.conversations, None
+    if said[0][0] == "system":
+        system, said = said[0][1], said[1:]
+        if not said:
+            raise UnusableSample("the dialogue has no turns but a system prompt")
     if sample.image is None:
-        return Dialogue(turns=sample.conversations, has_image=False)
-    turns = list(sample.conversations)
+        return Dialogue(turns=said, has_image=False, system=system)
+    if system is not None and IMAGE_TAG in system:
+        raise UnusableSample(f"the {IMAGE_TAG} tag is in the system prompt; expected it in a question")
+    turns = list(said)
     num_tags = sum(value.count(IMAGE_TAG) for _, value in turns)
     if num_tags > 1:
         raise UnusableSample(f"{num_tags} {IMAGE_TAG} tags; several images a sample are not supported yet")
     for number, (role, value) in enumerate(turns):
         if IMAGE_TAG in value:
             turns[number] = (role, f"{IMAGE_TAG}\n{value.replace(IMAGE_TAG, '').strip()}".strip())
-    return Dialogue(turns=turns, has_image=True)
+    return Dialogue(turns=turns, has_image=True, system=system)
 
 
 def _dialogue_rows(
@@ -237,11 +246,15 @@ def _dialogue_rows(
     ids: list[int] = []
     labels: list[int] | None = []
     for piece in template.pieces(dialogue, tokenizer):
-        new = piece.token_ids(tokenizer)
+        new, new_labels = piece.rows(tokenizer)
         ids += new
-        labels += new if piece.is_target else [IGNORE] * len(new)
+        labels += new_labels
     if template.find_labels is not None:
         labels = template.find_labels(ids, dialogue, tokenizer, settings.model_max_length)
+    if template.trained_tokens is not None and labels is not None:
+        trained = template.trained_tokens(tokenizer)
+        # Nothing predicts the first row.
+        labels = [IGNORE, *(i if i in trained else label for i, label in zip(ids[1:], labels[1:], strict=True))]
     mismatch = labels is None
     return *_expand_image(ids, [IGNORE] * len(ids) if mismatch else labels, tokenizer, settings), mismatch
 

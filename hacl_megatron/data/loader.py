@@ -31,6 +31,7 @@ from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
 from hacl_megatron.data.read_ahead import ReadAhead
 from hacl_megatron.data.sampler import OnceThrough, Sampler
 from hacl_megatron.data.store import ImageStore, UnusableImage
+from hacl_megatron.data.templates import check_template
 from hacl_megatron.data.tokenizer import Tokenizer
 
 References = Callable[[int], "np.ndarray | None"]
@@ -400,6 +401,7 @@ def build_loader(
     Raises ValueError for whatever is wrong with files, folder, sizes, state or back end, before any thread starts.
     """
     data = config.data
+    check_template(data.version, tokenizer)
     paths = (data.valid_data_path, []) if for_validation else (data.data_path, data.contrastive_data_path)
     manifests = [Manifest.read(some, version=data.version, cache_dir=data.data_cache_dir) for some in paths]
     compares = config.preference.preference_loss != "none"

@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaTokenizer, LlamaTokenizerFast
 from transformers.utils import logging as transformers_logging
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER, own_file, parse_json
 
@@ -38,6 +39,9 @@ TOKENIZER_FILES = (
 TEXTS_AT_ONCE = 256
 """Counted in one call: the tokenizer's own records of a text take some ten times its bytes."""
 
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""Begins what the assistant says, in a chat template that marks it."""
+
 DUMMY_SPACE = "▁"
 """SentencePiece's mark for a space, which it also puts before a text."""
 
@@ -46,7 +50,8 @@ DUMMY_SPACE = "▁"
 class Tokenizer:
     """A LLaMA tokenizer and the facts about it that the conversation templates rely on."""
 
-    bos_id: int
+    bos_id: int | None
+    """None for a tokenizer that has none, as Qwen's: nothing then stands in front of a text."""
     eos_id: int
     unk_id: int | None
     eos_token: str
@@ -61,6 +66,8 @@ class Tokenizer:
     files: dict[str, bytes] = field(repr=False)
     """The files it was read from, so that a checkpoint can carry them when the folder is long gone."""
     backend: Any = field(repr=False)
+    found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What conversation templates found out about it, to find it out once."""
     _needs_space: re.Pattern[str] | None = field(default=None, repr=False)
     """Where Metaspace leaves out the dummy space that SentencePiece puts; None where nothing is left out."""
 
@@ -80,7 +87,61 @@ class Tokenizer:
         if self._needs_space is not None:
             text = self._needs_space.sub(r"\1 ", text)
         ids = self.backend(text, add_special_tokens=False).input_ids if text else []
-        return [self.bos_id, *ids] if bos else list(ids)
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else list(ids)
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the one token that is written `text`; None where there is none."""
+        found = self.backend.convert_tokens_to_ids(text)
+        return found if found is not None and self.backend.convert_ids_to_tokens(found) == text else None
+
+    def tokens_within(self, text: str, stretches: Sequence[tuple[int, int]]) -> list[bool]:
+        """Of each token of `encode(text, bos=False)`, whether it has a character of the [begin, end) in `stretches`.
+
+        Raises ValueError for a tokenizer that does not know where in a text its tokens are.
+        """
+        if not getattr(self.backend, "is_fast", False):
+            raise ValueError(
+                "the tokenizer is one of transformers' slow ones, which do not say where in a text a token stands; "
+                "expected a folder with tokenizer.json: save it once with AutoTokenizer's fast class"
+            )
+        added: list[int] = []
+        if self._needs_space is not None:
+            added = [match.end() for match in self._needs_space.finditer(text)]
+            text = self._needs_space.sub(r"\1 ", text)
+        moved = [tuple(at + sum(place <= at for place in added) for at in one) for one in stretches]
+        places = self.backend(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [any(begin < last and max(end, begin + 1) > first for first, last in moved) for begin, end in places]
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """A dialogue in the tokenizer's own chat template: its text, and the [begin, end) of its characters that the
+        template marks by `{% generation %}`; none where it has no such marks.
+
+        In transformers' own sandbox. Raises ValueError where there is no template, else what Jinja does where it fails.
+        """
+        rendered, marked = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=GENERATION_MARK.search(self.chat_template) is not None,
+            add_generation_prompt=add_generation_prompt,
+            **self.backend.special_tokens_map,
+            **variables,
+        )
+        return rendered[0], list(marked[0]) if marked else []
+
+    @property
+    def chat_template(self) -> str:
+        """The tokenizer's own, in Jinja. Raises ValueError where it has none."""
+        try:
+            return self.backend.get_chat_template()
+        except ValueError:
+            found = self.backend.chat_template
+            names = f"several ({', '.join(found)}), none of them `default`" if isinstance(found, dict) else "none"
+            raise ValueError(
+                f"--version chat is the tokenizer's own chat template, found {names}; expected chat_template.jinja, or "
+                "chat_template in tokenizer_config.json: add it, or give another --version"
+            ) from None
 
     def count(self, texts: Sequence[str]) -> list[tuple[int, int]]:
         """(`len(encode(text, bos=False))`, how many of its ids are `<unk>`) of each text.
@@ -115,7 +176,8 @@ class Tokenizer:
 def load_tokenizer(path: str) -> Tokenizer:
     """Reads the tokenizer of a local folder. No network, no remote code.
 
-    Raises ValueError when the folder is missing, holds no tokenizer, or its tokenizer has no BOS or EOS; or where one
+    Raises ValueError when the folder is missing, holds no tokenizer, or its tokenizer has no EOS, or a BOS
+    that is no token of it; or where one
     of its files is no regular one, leaves the folder as a link, is too large, or is no object of JSON.
     """
     if not os.path.isdir(path):
@@ -203,6 +265,8 @@ def _measure(backend: Any, path: str, files: dict[str, bytes]) -> Tokenizer:
     special = {}
     for key in ("bos_token", "eos_token"):
         token = getattr(backend, key)
+        if token is None and key == "bos_token" and "tokenizer.model" not in files:  # as Qwen's
+            continue
         if token is None or token not in vocabulary:
             raise ValueError(
                 f"The tokenizer in {path!r} has no {key} (found {token!r}): texts start with BOS and end with EOS, "
@@ -224,9 +288,10 @@ def _measure(backend: Any, path: str, files: dict[str, bytes]) -> Tokenizer:
         starts = "|".join(["^", *map(re.escape, added)])
         needs_space = re.compile(f"({starts})(?=[ {DUMMY_SPACE}])")
     return Tokenizer(
-        bos_id=vocabulary[special["bos_token"]],
+        bos_id=vocabulary[special["bos_token"]] if "bos_token" in special else None,
         eos_id=vocabulary[special["eos_token"]],
-        unk_id=None if backend.unk_token is None else vocabulary.get(backend.unk_token),
+        # GPT-2's kind has one token for all of them, and no other ever stands for what is unknown.
+        unk_id=None if backend.unk_token in (None, *special.values()) else vocabulary.get(backend.unk_token),
         eos_token=special["eos_token"],
         vocab_size=max(vocabulary.values()) + 1,
         legacy=legacy,

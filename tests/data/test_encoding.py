@@ -405,7 +405,7 @@ def test_minigpt4_image_context_is_its_prompts_beginning(tokenizer):
         (sample("is it?", "a <image>"), MINIGPT4, "in an answer"),
         (sample("yes", first="gpt", image=None), MINIGPT4, "no human turn"),
         (dataclasses.replace(sample(), conversations=(("human", "a"), ("human", "b"))), V1, "do not take turns"),
-        (dataclasses.replace(sample(), conversations=(("system", "a"),)), V1, "from 'system'"),
+        (dataclasses.replace(sample(), conversations=(("tool", "a"),)), V1, "from 'tool'"),
         (dataclasses.replace(sample(), conversations=((["human"], "a"),)), V1, "expected 'human' or 'gpt'"),
     ],
 )

@@ -25,13 +25,14 @@ from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.evaluation.answers import answerer as answering
 from hacl_megatron.evaluation.answers.answerer import Answerer, GenerationSettings, Question
 from tests.data.test_encoding import check, sample
-from tests.data.tiny_tokenizer import write_tokenizer
+from tests.data.tiny_tokenizer import CHAT, write_tokenizer
 from tests.distributed import run_distributed
 from tests.evaluation.exports import speak, write_pope_questions
 from tests.tool_runs import run_tool, to_hf
 from tests.training.runs import layout_flags, make_inputs, metrics
 
 NUM_SAMPLES = 12
+NAMES = ("plain", "v1", "minigpt4", "chatml", "llama_3", "mistral", "chat")
 
 
 def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
@@ -57,12 +58,12 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(registry, "_TEMPLATES", dict(registry._TEMPLATES))
         register(MADE_UP)
         yield
-    assert template_names() == ("plain", "v1", "minigpt4")
+    assert template_names() == NAMES
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=True))
+    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=True, chat_template=CHAT))
 
 
 def train_and_evaluate(command: list[str], evaluation: list[str]) -> None:
@@ -211,17 +212,17 @@ def test_a_run_with_an_unknown_template_ends_in_one_line(trained, capsys, more):
     with pytest.raises(SystemExit) as leave:
         train.main([*configured(trained, "minigtp4"), *layout_flags("tp1")[1], *more])
     assert leave.value.code == 2
-    assert_refused(capsys, "--version minigtp4", "expected plain, v1, minigpt4", "did you mean minigpt4?")
+    assert_refused(capsys, "--version minigtp4", f"expected {', '.join(NAMES)}", "did you mean minigpt4?")
 
 
 def test_a_plan_and_an_evaluation_with_an_unknown_template_end_in_one_line(trained, tmp_path, capsys):
-    assert run_tool("plan_run", *configured(trained, "llama_3"), *layout_flags("tp1")[1]) == 2
-    assert_refused(capsys, "--version llama_3", "expected plain, v1, minigpt4", "hacl_megatron/data/templates")
+    assert run_tool("plan_run", *configured(trained, "llama_4"), *layout_flags("tp1")[1]) == 2
+    assert_refused(capsys, "--version llama_4", f"expected {', '.join(NAMES)}", "did you mean llama_3?")
     # The checkpoint of a run whose template is not here any more.
     assert run_tool("evaluate", "--load", trained / "save", "--tasks", "yesno", "--questions",
                     trained / "questions.json", "--image-folder", trained / "data" / "images", "--output",
                     tmp_path / "out.json") == 2  # fmt: skip
-    assert_refused(capsys, "--version made-up", "expected plain, v1, minigpt4")
+    assert_refused(capsys, "--version made-up", f"expected {', '.join(NAMES)}", "hacl_megatron/data/templates")
 
 
 def assert_refused(capsys, *words: str) -> None:

@@ -15,6 +15,10 @@ WORDS = (
 )
 """Each is one piece with a space before it; all else falls back to characters, or to bytes."""
 
+CHAT = """{% for message in messages %}{{ message.role + ': ' + message.content }}{% if message.role == 'assistant' %}
+{{- eos_token }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+"""A chat template for it."""
+
 
 def write_tokenizer(
     folder: Path,

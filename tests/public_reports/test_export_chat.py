@@ -5,17 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoProcessor
+import torch
+from PIL import Image
+from transformers import AutoProcessor, GenerationConfig
 
 from hacl_megatron.checkpoint.convert.megatron_to_hf import export_checkpoint
 from hacl_megatron.checkpoint.hf.assets.write import ChatTemplate
+from hacl_megatron.checkpoint.hf.config_read import data_flags, read_model_config
 from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE, locate_checkpoint
 from hacl_megatron.data.encoding import checked_dialogue
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.templates import find_template, template_names
 from hacl_megatron.data.templates.template import IMAGE
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from hacl_megatron.evaluation.answers.answerer import Answerer, GenerationSettings, Question
+from tests.data.tiny_bpe import LLAMA_3, QWEN, Kind, write_bpe
 from tests.public_reports.export_cases import hf, original
+from tests.tiny import write_tiny_original_llava
 from tests.tool_runs import to_hf, to_megatron
 
 DIALOGUES = {
@@ -35,18 +41,54 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return to_megatron(original(folder), folder / "save")
 
 
+BYTE_LEVEL: dict[str, tuple[Kind, str]] = {
+    "chatml": ("qwen", QWEN), "chat": ("qwen", QWEN), "llama_3": ("llama_3", LLAMA_3)
+}  # fmt: skip
+"""Versions that are tried with tokenizers of these kinds, and chat templates of their own."""
+
+
 @pytest.fixture(scope="module")
-def processors(saved: Path) -> dict[str, Any]:
-    """By `--version`, of which exports are otherwise alike."""
-    found = {}
-    checkpoint = locate_checkpoint(saved)
-    path, text = checkpoint / RUN_CONFIG_FILE, (checkpoint / RUN_CONFIG_FILE).read_text()
-    for version in template_names():
-        assert "version: v1" in text
-        path.write_text(text.replace("version: v1", f"version: {version}"))
-        found[version] = AutoProcessor.from_pretrained(to_hf(saved, saved.parent / version))
-    path.write_text(text)
+def saves(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run's folder by `--version`."""
+    found = dict.fromkeys(template_names(), saved)
+    for kind, template in dict(BYTE_LEVEL.values()).items():
+        folder = tmp_path_factory.mktemp(kind)
+        save = to_megatron(with_bpe(folder, kind, template), folder / "save")
+        found |= {version: save for version, of in BYTE_LEVEL.items() if of[0] == kind}
     return found
+
+
+def with_bpe(folder: Path, kind: Kind, template: str | None) -> Path:
+    """A LLaVA in the original layout whose tokenizer is byte-level."""
+    source, _ = write_tiny_original_llava(folder / "original", layers=1, vision_layers=2, vocab=336)
+    for path in [*source.glob("*token*"), *source.glob("chat_template*")]:
+        path.unlink()
+    write_bpe(source, kind, chat_template=template)
+    return source
+
+
+def export(save: Path, version: str, out: Path) -> Path:
+    """The export of what `--version` would have trained; exports are otherwise alike."""
+    path = locate_checkpoint(save) / RUN_CONFIG_FILE
+    text = path.read_text()
+    assert "version: v1" in text
+    path.write_text(text.replace("version: v1", f"version: {version}"))
+    try:
+        return to_hf(save, out)
+    finally:
+        path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def exports(saves: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    return {version: export(save, version, folder / version) for version, save in saves.items()}
+
+
+@pytest.fixture(scope="module")
+def processors(exports: dict[str, Path]) -> dict[str, Any]:
+    """By `--version`."""
+    return {version: AutoProcessor.from_pretrained(path) for version, path in exports.items()}
 
 
 def prompt_of(version: str, turns: list[tuple[str, str]], tokenizer: Tokenizer) -> str:
@@ -56,11 +98,13 @@ def prompt_of(version: str, turns: list[tuple[str, str]], tokenizer: Tokenizer) 
         sample_id=0, name="", image="x.png" if has_image else None, conversations=tuple(turns), caption=None,
         hallucinated_captions=(), source="",
     )  # fmt: skip
-    first, *others = find_template(version).pieces(checked_dialogue(sample), tokenizer)
-    assert first.content == tokenizer.bos_id
+    others = find_template(version).pieces(checked_dialogue(sample), tokenizer)
+    if tokenizer.bos_id is not None:
+        first, *others = others
+        assert first.content == tokenizer.bos_id
     if turns[-1][1] == "":
         others = [piece for piece in others if not (piece is others[-1] and piece.is_target)]
-    names = {IMAGE: "<image>", tokenizer.bos_id: "<s>"}
+    names = {IMAGE: "<image>", tokenizer.bos_id: tokenizer.backend.bos_token}
     return "".join(names.get(piece.content, piece.content) for piece in others)
 
 
@@ -79,20 +123,83 @@ def messages(turns: list[tuple[str, str]], *, in_parts: bool) -> list[dict[str, 
 @pytest.mark.parametrize("in_parts", [False, True], ids=["tagged", "in parts"])
 @pytest.mark.parametrize("name", DIALOGUES)
 @pytest.mark.parametrize("version", template_names())
-def test_rendered_by_transformers_it_is_our_prompt(processors, saved, version, name, in_parts):
+def test_rendered_by_transformers_it_is_our_prompt(processors, saves, version, name, in_parts):
     """Catches an export without a template, and one that is a blank, a line or a `</s>` off what training saw."""
     turns, processor = DIALOGUES[name], processors[version]
     if version == "plain" and name in ("text alone", "two rounds", "two rounds, whole"):
         with pytest.raises(Exception, match="plain template"):
             processor.apply_chat_template(messages(turns, in_parts=in_parts))
         return
-    tokenizer = load_tokenizer(str(locate_checkpoint(saved) / "hf_assets"))
+    tokenizer = load_tokenizer(str(locate_checkpoint(saves[version]) / "hf_assets"))
     found = processor.apply_chat_template(
         messages(turns, in_parts=in_parts), add_generation_prompt=turns[-1][1] == "", tokenize=False
     )
     assert found == prompt_of(version, turns, tokenizer)
     if "<image>" not in found:
-        assert processor.tokenizer(found)["input_ids"] == [1, *tokenizer.encode(found, bos=False)]
+        bos = [] if version in BYTE_LEVEL else [1]  # their tokenizers put none there of themselves
+        assert processor.tokenizer(found)["input_ids"] == [*bos, *tokenizer.encode(found, bos=False)]
+
+
+@pytest.mark.parametrize("version", template_names())
+def test_generation_by_transformers_and_by_us_ends_where_a_turn_does(exports, version):
+    """An export that stops at EOS alone goes on to speak for the user."""
+    stops = GenerationConfig.from_pretrained(exports[version]).eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    tokenizer = load_tokenizer(str(exports[version]))
+    ends = {"chatml": ["<|im_end|>"], "chat": ["<|im_end|>"], "llama_3": ["<|eot_id|>"]}.get(version, ["</s>"])
+    assert {tokenizer.token_id(end) for end in ends} <= {*stops}
+    assert data_flags(read_model_config(exports[version])).version == {"plain": "v1"}.get(version, version)
+    assert {tokenizer.token_id(end) for end in ends} <= {*find_template(version).stop_ids(tokenizer)}
+
+
+@pytest.mark.parametrize("version", ["chatml", "chat", "llama_3"])
+def test_our_answers_are_asked_for_as_in_training_and_stop_at_a_turns_end(exports, version, tmp_path, monkeypatch):
+    """By `v1`, which LLaVA's exports otherwise mean, the model would see a prompt that it was never shown."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    answerer = Answerer(exports[version], tmp_path, device="cpu")
+    prompt = answerer.tokenizer.backend.decode(answerer.rows("Where?").tolist())
+    assert prompt.endswith({"llama_3": "assistant<|end_header_id|>\n\n"}.get(version, "<|im_start|>assistant\n"))
+    assert "USER" not in prompt
+    end = answerer.tokenizer.token_id("<|eot_id|>" if version == "llama_3" else "<|im_end|>")
+    said = [*answerer.tokenizer.encode("red cat", bos=False), end, *answerer.tokenizer.encode("user", bos=False)]
+    generate, lengths = answerer.model.generate, []
+
+    def speaking(logits_processor=(), **inputs):
+        start = inputs["input_ids"].shape[1]
+
+        def force(ids, scores):
+            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([said[ids.shape[1] - start]]), 0.0)
+
+        output = generate(**inputs, logits_processor=[*logits_processor, force])
+        lengths.append(output.shape[1] - start)
+        return output
+
+    monkeypatch.setattr(answerer.model, "generate", speaking)
+    settings = GenerationSettings(max_new_tokens=len(said))
+    answers = list(answerer.answer([Question(image="a.png", prompt="Where?")], settings))
+    assert [answer.text for answer in answers] == ["red cat"] and lengths == [said.index(end) + 1]
+    answerer.close()
+
+
+def test_an_export_goes_in_again_as_it_came_out(exports, tmp_path):
+    """With the template it was trained with: a second stage by another would be silent."""
+    again = to_megatron(exports["chatml"], tmp_path / "again")
+    assert "version: chatml" in (locate_checkpoint(again) / RUN_CONFIG_FILE).read_text()
+    out = to_hf(again, tmp_path / "out")
+    assert (out / "chat_template.jinja").read_text() == find_template("chatml").chat_template
+    other = (locate_checkpoint(again) / RUN_CONFIG_FILE).read_text().replace("version: chatml", "version: v1")
+    (locate_checkpoint(again) / RUN_CONFIG_FILE).write_text(other)
+    out = to_hf(again, tmp_path / "as v1")
+    assert (out / "chat_template.jinja").read_text() == find_template("v1").chat_template
+    assert data_flags(read_model_config(out)).version == "v1"
+
+
+def test_an_export_whose_tokenizer_has_no_template_is_refused_by_name(tmp_path, capsys):
+    save = to_megatron(with_bpe(tmp_path, "qwen", None), tmp_path / "save")
+    with pytest.raises(AssertionError):
+        export(save, "chat", tmp_path / "out")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: --version chat" in error and "found none; expected chat_template.jinja" in error
 
 
 def test_a_system_prompt_of_ones_own(processors):

@@ -18,7 +18,7 @@ from hacl_megatron.checkpoint.convert.lora_export import Merged, export_peft
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.assets.write import ChatTemplate
 from hacl_megatron.checkpoint.hf.carried import CarriedTensors
-from hacl_megatron.checkpoint.hf.config_write import Layout
+from hacl_megatron.checkpoint.hf.config_write import VERSION_KEY, Layout
 from hacl_megatron.checkpoint.hf.export import ExportReport, Provider, Tower, export_hf, export_projector
 from hacl_megatron.checkpoint.hf.tower_config import IMAGE_FLAGS
 from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, read_run_config
@@ -74,7 +74,9 @@ def export_checkpoint(
     dtype = dtype or weights_dtype
     assets = checkpoint / ASSETS_FOLDER
     ways = {key: getattr(run.data, key) for key in IMAGE_FLAGS}
-    model = replace(reader.model_config, extra={**reader.model_config.extra, **ways})
+    # `plain` asks nothing: questions are put to what stage 1 made as they were to what it came from.
+    asked = {} if run.data.version == "plain" else {VERSION_KEY: run.data.version}
+    model = replace(reader.model_config, extra={**reader.model_config.extra, **ways, **asked})
     with ReadAhead(reader, workers, progress) as provider:
         if format == "projector":
             report = export_projector(provider, reader.model_config, out, dtype=dtype, dtypes=dtypes, force=force)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from hacl_megatron.checkpoint.hf.adapters.settings import refuse_adapter_folder
+from hacl_megatron.checkpoint.hf.config_write import VERSION_KEY, usual_version
 from hacl_megatron.checkpoint.hf.json_files import parse, read_config, refuse_unless, values_of_any_type
 from hacl_megatron.checkpoint.hf.spellings import canonical_name
 from hacl_megatron.checkpoint.hf.tower_config import (
@@ -140,7 +141,7 @@ def data_flags(config: ModelConfig) -> DataFlags:
     return DataFlags(
         image_aspect_ratio=config.extra.get("image_aspect_ratio") or "pad",
         **{key: config.extra[key] for key in IMAGE_FLAGS if key in config.extra},
-        version="v1" if config.qformer is None else "minigpt4",
+        version=config.extra.get(VERSION_KEY) or usual_version(config),
     )
 
 
@@ -260,6 +261,8 @@ def _extra_facts(
 ) -> dict[str, Any]:
     """What the way back needs and the model does not; plain JSON values, so that run_config.yaml can hold them."""
     facts: dict[str, Any] = {"layout": layout}
+    if isinstance(config.get(VERSION_KEY), str):
+        facts[VERSION_KEY] = config[VERSION_KEY]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(key) if text.get(key) is None else text[key]
         if value is not None:

@@ -61,6 +61,15 @@ def _rows_for(rows: int, num_tokens: int) -> int:
     return rows if num_tokens <= rows else (num_tokens + 63) // 64 * 64
 
 
+VERSION_KEY = "conversation_template"
+"""In an exported `config.json`: the `--version` that it was trained with, where that is not the usual one."""
+
+
+def usual_version(config: ModelConfig) -> str:
+    """The `--version` of published models of this kind."""
+    return "v1" if config.qformer is None else "minigpt4"
+
+
 def to_config_json(
     config: ModelConfig,
     layout: Layout,
@@ -92,7 +101,11 @@ def to_config_json(
         "architectures": [family.architecture],
         **family.write(replace(language, vocab_size=vocab_size), tokens),
     }
-    images = {key: extra[key] for key, (default, _) in IMAGE_FLAGS.items() if extra.get(key, default) != default}
+    data: dict[str, Any] = {
+        key: extra[key] for key, (default, _) in IMAGE_FLAGS.items() if extra.get(key, default) != default
+    }
+    if (version := extra.get(VERSION_KEY) or usual_version(config)) != usual_version(config):
+        data[VERSION_KEY] = version
     if layout == "llava":
         if not family.llava_model_types:
             raise ValueError(why_not_layout(config, layout))
@@ -114,7 +127,7 @@ def to_config_json(
             # Makes LLaVA build the tower before the weights are read, so that they fill it.
             "unfreeze_mm_vision_tower": carries_tower,
             "image_aspect_ratio": image_aspect_ratio or extra.get("image_aspect_ratio", "pad"),
-            **images,
+            **data,
         }
     if why := why_not_layout(config, layout):
         raise ValueError(why)
@@ -128,7 +141,7 @@ def to_config_json(
             "qformer_config": config.qformer.hf,
             "num_query_tokens": config.qformer.num_query_tokens,
             "image_token_index": image_token,
-            **images,
+            **data,
         }
     return {
         "model_type": "llava",
@@ -144,7 +157,7 @@ def to_config_json(
         "vision_feature_layer": config.vision_select_layer,
         "vision_feature_select_strategy": vision.kind.select_strategy,
         "tie_word_embeddings": language.tie_word_embeddings,
-        **images,
+        **data,
     }
 
 

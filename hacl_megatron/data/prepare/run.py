@@ -35,6 +35,7 @@ from hacl_megatron.data.prepare.parts import Counts, build_parts, merge_parts, r
 from hacl_megatron.data.prepare.shards import write_shards
 from hacl_megatron.data.prepare.token_lengths import count_tokens, untrained_kinds
 from hacl_megatron.data.store import FolderStore, UnusableImage
+from hacl_megatron.data.templates import check_template
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.platform.folder_lock import held
 
@@ -82,6 +83,7 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
     with _alone(settings.output):
         _remove_leftovers(settings.output)
         tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+        check_template(settings.version, tokenizer)
         images = _Images(settings, work) if settings.verify_images or settings.write_shards else None
         total = sum(os.path.getsize(path) for path in settings.inputs)
         with _bar(settings, total=total, unit="B", unit_scale=True, desc="records") as bar:

@@ -41,7 +41,7 @@ def count_tokens(samples: Sequence[Sample], tokenizer: Tokenizer, version: str) 
         num_parts, others, num_captions = plan
         # LLaVA pads with <unk> and takes padding out: a written "<unk>" is no row of the dialogue.
         dialogue = others + sum(total - unknown for total, unknown in _take(lengths, num_parts))
-        captions = [total + 2 for total, _ in _take(lengths, num_captions)]
+        captions = [total + 1 + (tokenizer.bos_id is not None) for total, _ in _take(lengths, num_captions)]
         counts.append((dialogue, captions[0], sum(captions[1:])) if captions else (dialogue, None, None))
     return counts
 

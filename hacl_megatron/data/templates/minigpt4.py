@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hacl_megatron.data.prepare.record_keys import IMAGE_TAG
-from hacl_megatron.data.templates.template import IMAGE, MESSAGE, Dialogue, Piece, Template, UnusableSample
+from hacl_megatron.data.templates.template import IMAGE, MESSAGE, Dialogue, Piece, Template, UnusableSample, bos_piece
 
 if TYPE_CHECKING:
     from hacl_megatron.data.tokenizer import Tokenizer
@@ -25,12 +25,12 @@ def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
     Later rounds begin with a BOS of their own, as in its `tokenize_conversation`. A single question without words gets
     no prompt, as in its first stage.
     """
-    turns, has_image = dialogue.rounds(), dialogue.has_image
-    bos = Piece(tokenizer.bos_id)
+    turns, has_image = dialogue.without_system("minigpt4").rounds(), dialogue.has_image
+    bos = bos_piece(tokenizer)
     if has_image and len(turns) == 2 and turns[0][1] == IMAGE_TAG:
         if IMAGE_TAG in turns[1][1]:
             raise UnusableSample(f"the template takes the {IMAGE_TAG} tag in a question, found it in the answer")
-        return [bos, Piece(IMAGE), Piece(f"{turns[1][1]}\n", is_target=True)]
+        return [*bos, Piece(IMAGE), Piece(f"{turns[1][1]}\n", is_target=True)]
     found: list[Piece] = []
     for role, value in turns:
         if role == "gpt":
@@ -40,9 +40,9 @@ def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
             found += [Piece(value + END, is_target=True)] if value else []
         elif has_image and value.startswith(IMAGE_TAG):
             question = value.removeprefix(IMAGE_TAG).strip()
-            found += [bos, Piece(f"{HUMAN}<Img>"), Piece(IMAGE), Piece(f"</Img> {question}{ASSISTANT}")]
+            found += [*bos, Piece(f"{HUMAN}<Img>"), Piece(IMAGE), Piece(f"</Img> {question}{ASSISTANT}")]
         else:
-            found += [bos, Piece(f"{HUMAN}{value}{ASSISTANT}")]
+            found += [*bos, Piece(f"{HUMAN}{value}{ASSISTANT}")]
     return found
 
 

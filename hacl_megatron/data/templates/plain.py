@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hacl_megatron.data.prepare.record_keys import IMAGE_TAG
-from hacl_megatron.data.templates.template import IMAGE, MESSAGE, Dialogue, Piece, Template, UnusableSample
+from hacl_megatron.data.templates.template import IMAGE, MESSAGE, Dialogue, Piece, Template, UnusableSample, bos_piece
 
 if TYPE_CHECKING:
     from hacl_megatron.data.tokenizer import Tokenizer
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
     """Image, answer, newline; the question is left out."""
+    dialogue.without_system("plain")
     if not dialogue.has_image:
         raise UnusableSample("the plain template needs an image; train on text-only samples with --version v1")
     if (number := len(dialogue.turns)) != 2:
@@ -25,7 +26,7 @@ def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
     answer = dialogue.turns[1][1]
     if IMAGE_TAG in answer:
         raise UnusableSample(f"the plain template takes the {IMAGE_TAG} tag in the question, found it in the answer")
-    return [Piece(tokenizer.bos_id), Piece(IMAGE), Piece(f"{answer}\n", is_target=True)]
+    return [*bos_piece(tokenizer), Piece(IMAGE), Piece(f"{answer}\n", is_target=True)]
 
 
 CHAT_TEMPLATE = (

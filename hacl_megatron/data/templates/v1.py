@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hacl_megatron.data.templates.template import IGNORE, MESSAGE, Dialogue, Piece, Template
+from hacl_megatron.data.templates.template import IGNORE, MESSAGE, Dialogue, Piece, Template, bos_piece
 
 if TYPE_CHECKING:
     from hacl_megatron.data.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ ANSWER_MARK = f"{SEPARATOR}{ROLES['gpt']}: "
 
 def prompt(dialogue: Dialogue, tokenizer: Tokenizer) -> str:
     """The text of a dialogue: LLaVA's `conv_vicuna_v1.get_prompt()` (llava/conversation.py, SeparatorStyle.TWO)."""
-    text = SYSTEM + SEPARATOR
+    text = (SYSTEM if dialogue.system is None else dialogue.system) + SEPARATOR
     for role, value in dialogue.rounds():
         end = SEPARATOR if role == "human" else tokenizer.eos_token
         # An empty message loses its separator, as in LLaVA.
@@ -38,7 +38,7 @@ def prompt(dialogue: Dialogue, tokenizer: Tokenizer) -> str:
 
 def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
     """The prompt, cut at the image alone; `find_labels` finds the answers in its tokens."""
-    return [Piece(tokenizer.bos_id), *dialogue.around_image(prompt(dialogue, tokenizer))]
+    return [*bos_piece(tokenizer), *dialogue.around_image(prompt(dialogue, tokenizer))]
 
 
 def find_labels(ids: list[int], dialogue: Dialogue, tokenizer: Tokenizer, model_max_length: int) -> list[int] | None:
@@ -51,6 +51,18 @@ def find_labels(ids: list[int], dialogue: Dialogue, tokenizer: Tokenizer, model_
     unless it reaches `model_max_length`; where LLaVA's 1 is wrong, so that it gives no labels to agree with, only those
     of the rounds whose lengths do not fit between the EOS of the rows.
     """
+    if tokenizer.bos_id is None:  # counted with a row in its place, which is taken away again
+        labels = _labels([NO_BOS, *ids], dialogue, tokenizer, model_max_length + 1)
+        return labels and labels[1:]
+    return _labels(ids, dialogue, tokenizer, model_max_length)
+
+
+NO_BOS = -2
+"""Stands for the BOS of a tokenizer that has none."""
+
+
+def _labels(ids: list[int], dialogue: Dialogue, tokenizer: Tokenizer, model_max_length: int) -> list[int] | None:
+    """As `find_labels`, of rows that begin with BOS."""
 
     def length(text: str) -> int:
         return 1 + sum(len(piece.token_ids(tokenizer)) for piece in dialogue.around_image(text))

@@ -98,6 +98,8 @@ class Answerer:
             num_threads=4,
         )
         self.template = find_template(data.version)
+        self.template.check(self.tokenizer)
+        self.stop_ids = self.template.stop_ids(self.tokenizer)
         self.model = _load_model(folder, self.config, self.dtype).to(self.device).eval()
 
     def answer(self, questions: Iterable[Question], settings: GenerationSettings) -> Iterator[Answer]:
@@ -154,7 +156,7 @@ class Answerer:
             do_sample=False,
             num_beams=settings.num_beams,
             max_new_tokens=settings.max_new_tokens,
-            eos_token_id=self.tokenizer.eos_id,
+            eos_token_id=self.stop_ids,
             pad_token_id=self.tokenizer.pad_id,
         )
         try:
@@ -196,7 +198,8 @@ class Answerer:
         return [] if end is None else [ended]
 
     def _text(self, row: list[int]) -> str:
-        text = self.tokenizer.decode(row)
+        end = next((at for at, token in enumerate(row) if token in self.stop_ids), len(row))
+        text = self.tokenizer.decode(row[:end])
         return (text if self.template.end is None else text.partition(self.template.end)[0]).strip()
 
 

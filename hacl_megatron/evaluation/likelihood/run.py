@@ -20,6 +20,7 @@ from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import resolve_backend
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.prepare.json_text import json_text
+from hacl_megatron.data.templates import check_template
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.evaluation.journal import Journal
 from hacl_megatron.evaluation.likelihood.task import Task
@@ -68,7 +69,9 @@ def evaluate_checkpoint(request: LikelihoodRequest) -> dict[str, Scores] | None:
         # Data before weights: mistakes in it are found in no time.
         tasks: dict[str, Task | None] = dict.fromkeys(request.tasks)
         if run.reads_data:
-            tasks = _tasks(request, config, load_tokenizer(str(assets_of(source))))
+            tokenizer = load_tokenizer(str(assets_of(source)))
+            check_template(config.data.version, tokenizer)
+            tasks = _tasks(request, config, tokenizer)
         runner = TaskRunner.of(load_model(source, run), run, batch_size=request.batch_size)
         settings = _settings(request, source, config) if dist.get_rank() == 0 else {}
         scores = {}

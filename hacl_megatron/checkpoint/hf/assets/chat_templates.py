@@ -10,6 +10,8 @@ from typing import Any
 from hacl_megatron.checkpoint.hf.json_files import one_line, read_json
 from hacl_megatron.config.checks.foreign_files import LARGEST_CONFIG, own_file
 
+IMAGE = "<image>"
+"""How a template that knows images writes one."""
 JINJA_FILE, OLD_FILE, FOLDER = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
 Templates = dict[str, str]
 """Name -> Jinja text; the one that is used where none is named is `default`."""
@@ -38,7 +40,15 @@ def tokenizer_templates(folder: Path) -> Templates:
 
 
 def choose_templates(
-    folder: Path, tokenizer: Path, *, of_whole_model: bool, own: str | None, own_name: str, notes: list[str]
+    folder: Path,
+    tokenizer: Path,
+    *,
+    of_whole_model: bool,
+    own: str | None,
+    own_name: str,
+    notes: list[str],
+    replaces: bool = False,
+    is_tokenizers: bool = False,
 ) -> Templates:
     """The templates that an export gets.
 
@@ -49,11 +59,25 @@ def choose_templates(
         own: of the `--version` that was trained with, None where nobody says.
         own_name: what notes call that.
         notes: get a line where a template gives way.
+        replaces: whether `own` is another than the model came with, and so wins.
+        is_tokenizers: whether the tokenizer's own was trained with, to which `own` makes texts of images' parts.
+
+    Raises:
+        ValueError: the tokenizer's own was trained with, and it has none.
     """
     found, beside = processor_templates(folder), tokenizer_templates(tokenizer)
-    if of_whole_model and found:
+    if is_tokenizers:
+        has_file = own_file(tokenizer / JINJA_FILE, LARGEST_CONFIG)
+        text = _text(tokenizer / JINJA_FILE) if has_file else beside.get("default")
+        if text is None:
+            raise ValueError(
+                f"{tokenizer}: no chat template there, as {own_name} needs one; expected {JINJA_FILE}, or "
+                "chat_template in tokenizer_config.json: add it, or give another --version"
+            )
+        return {"default": text if IMAGE in text else f"{own}{text}"}
+    if of_whole_model and found and not replaces:
         return found
-    if of_whole_model and "image" in beside.get("default", ""):
+    if of_whole_model and "image" in beside.get("default", "") and not replaces:
         return beside
     if own is None:
         return found or beside

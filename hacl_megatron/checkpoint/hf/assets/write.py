@@ -39,6 +39,12 @@ class ChatTemplate:
     version: str
     jinja: str
     """Images are `<image>` in it."""
+    is_tokenizers: bool = False
+    """Whether the tokenizer's own was trained with, in front of which `jinja` goes."""
+    replaces: bool = False
+    """Whether it is another than the model came with, so that the model's own gives way."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a turn, besides EOS."""
 
 
 @dataclass(kw_only=True)
@@ -104,6 +110,7 @@ class Assets:
                 tokens[key] = extra.get(key, default)
         if self.vocabulary.pad_token is not None:
             tokens["pad_token_id"] = self.vocabulary.pad_token
+        self._add_stop_tokens(stored, tokens)
         write_json(out / "generation_config.json", generation_json(stored, tokens, self.notes))
         if self.layout == "llava":
             self._write_original_tokenizer(out)
@@ -123,12 +130,24 @@ class Assets:
                     own=own and own.jinja.replace(IMAGE, image_text.replace("\\", "\\\\").replace("'", "\\'")),
                     own_name="" if own is None else f"--version {own.version}",
                     notes=self.notes,
+                    replaces=own is not None and own.replaces,
+                    is_tokenizers=own is not None and own.is_tokenizers,
                 ),
             )
         write_json(
             out / "preprocessor_config.json", to_preprocessor_json(config, image_aspect_ratio=image_aspect_ratio)
         )
         write_json(out / "processor_config.json", to_processor_json(config, image_text))
+
+    def _add_stop_tokens(self, stored: dict, tokens: dict) -> None:
+        """Lays an `eos_token_id` over `stored` that ends turns, too, as an instruct model's own has it."""
+        if self.chat_template is None or self._files is None:
+            return
+        ids = [self._files.vocabulary[text] for text in self.chat_template.stop_tokens]
+        known = tokens.get("eos_token_id", stored.get("eos_token_id"))
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        if more := [id for id in ids if id not in known]:
+            tokens["eos_token_id"] = [*known, *more]
 
     def _write_original_tokenizer(self, out: Path) -> None:
         if self.folder is None:
