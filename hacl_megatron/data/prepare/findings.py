@@ -149,15 +149,17 @@ def _is_another_file(value: Any) -> bool:
 
 def _strange_role(turns: Sequence[tuple[Any, Any]]) -> str | None:
     """Who speaks in a record that the templates do not know, as it is to be shown; None where they know all."""
-    return next((repr(role)[:40] for role, _ in turns if role not in ("human", "gpt")), None)
+    said = turns[1:] if turns and turns[0][0] == "system" else turns
+    return next((repr(role)[:40] for role, _ in said if role not in ("human", "gpt")), None)
 
 
 def find_untrained(
     record: dict[str, Any], name: str, image: str | None, turns: Sequence[tuple[Any, Any]], findings: Findings
 ) -> None:
     """Counts a decoded record whose dialogue has nothing to learn, whatever the tokenizer, and no pair beside it."""
-    said = turns[1:] if turns and turns[0][0] != "human" else turns
     role = _strange_role(turns)
+    turns = turns[1:] if turns and turns[0][0] == "system" else turns
+    said = turns[1:] if turns and turns[0][0] != "human" else turns
     if role is not None or not turns:
         fault = "the dialogue has no turns" if role is None else f"a turn is from {role}, expected 'human' or 'gpt'"
         findings.count(f"{fault}: training leaves it out, as a bad sample", name, "answer")

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hacl_megatron.config.files.regular import check_regular, only_regular
+from hacl_megatron.data.prepare.dialogue_json import key_of_turns, turns_of
 from hacl_megatron.data.prepare.findings import IGNORED_REJECTED, Findings, find_unseen, find_untrained
-from hacl_megatron.data.prepare.json_text import is_deep
 from hacl_megatron.data.prepare.preference_json import IMAGE_KEYS, is_preference, messages_in, read_preference
-from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG, meant_by
-from hacl_megatron.data.prepare.record_values import Wrong, describe, image_name, is_gap, value_of
+from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG
+from hacl_megatron.data.prepare.record_values import describe, image_name, is_gap, value_of
 
 LINES_ENDINGS = (".jsonl", ".ndjson")
 """Of the names of files of JSON lines, in small or capital letters."""
@@ -358,8 +358,10 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
         image, turns, rejected = preference.image, preference.turns, preference.rejected
         messages = messages_in(record)
     else:
-        image, turns = image_name(value_of(record, "image"), where, wrong), _turns_of(record, where, wrong)
-        messages = record["conversations"]
+        image, turns = image_name(value_of(record, "image"), where, wrong), turns_of(record, where, wrong)
+        messages = record[key_of_turns(record)]
+        if messages is not record.get("messages") and value_of(record, "messages") is not None:
+            findings.count("key 'messages' is not read: 'conversations' is", name)
     if image is None and record.get("image") is not None:
         findings.count(f"key 'image' is {describe(record['image'])}: read as text only", name)
 
@@ -389,34 +391,6 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
         captions,
         rejected,
     )
-
-
-def _turns_of(record: dict[str, Any], where: str, wrong: Wrong) -> tuple[tuple[Any, Any], ...]:
-    """(from, value) of a LLaVA record's turns."""
-    if "conversations" not in record:
-        strange = {key: meant for key in record if (meant := meant_by(key)) in ANSWER_KEYS}
-        hint = "".join(f"did you mean {meant!r} by {key[:40]!r}? " for key, meant in strange.items())
-        raise ValueError(
-            f"{where}: key 'conversations' is missing (found {', '.join(map(repr, record)) or 'none'}); {hint}expected "
-            "a list of turns with 'from' and 'value', or 'question', 'chosen' and 'rejected': is it a LLaVA file?"
-        )
-    conversations = record["conversations"]
-    if not isinstance(conversations, list):
-        raise wrong("conversations", conversations, "a list of turns with 'from' and 'value'")
-    turns = []
-    for number, turn in enumerate(conversations):
-        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise wrong(f"conversations[{number}]", turn, "an object with 'from' and 'value'")
-        turns.append(tuple(said if type(said) is str else _shallow(said) for said in (turn["from"], turn["value"])))
-    return tuple(turns)
-
-
-def _shallow(value: Any) -> Any:
-    """`value`; one that is nested so deep that whatever looks at it may run out of stack, empty.
-
-    It is no string in any case, which is all that is said of it when the sample is drawn.
-    """
-    return type(value)() if is_deep(value) else value
 
 
 _READ_KEYS = ("id", "text", *CAPTION_KEYS, *ANSWER_KEYS)

@@ -23,7 +23,8 @@ from hacl_megatron.data.prepare.record_values import Wrong, image_name, value_of
 PROMPT_KEYS = ("question", "prompt", "conversations")
 IMAGE_KEYS = (IMAGE_KEY, "images", "image_path")
 """The first that is not empty is read."""
-_ROLES = {"user": "human", "assistant": "gpt"}
+ROLES = {"user": "human", "assistant": "gpt"}
+"""OpenAI's names of those who speak, and LLaVA's."""
 
 Turns = list[tuple[str, str]]
 
@@ -173,12 +174,12 @@ def _conversation(value: Any, key: str, wrong: Wrong) -> Turns:
         role, content = (message[name] for name in names)
         if not isinstance(role, str):
             raise wrong(place, message, "a message whose 'role' is a string")
-        text = content if isinstance(content, str) else _text_of_parts(content, place, wrong)
-        turns.append((_ROLES.get(role, role), text))
+        text = content if isinstance(content, str) else text_of_parts(content, place, wrong)
+        turns.append((ROLES.get(role, role), text))
     return turns
 
 
-def _text_of_parts(parts: Sequence[Any], place: str, wrong: Wrong) -> str:
+def text_of_parts(parts: Sequence[Any], place: str, wrong: Wrong) -> str:
     """A message's texts, one behind the other as chat templates have them, with its images in front."""
     images, text = 0, ""
     for number, part in enumerate(parts):

@@ -53,9 +53,9 @@ UNSEEN = {
     "other roles": (
         {
             "image": "a/1.jpg",
-            "conversations": [{"from": "user", "value": "<image>"}, {"from": "assistant", "value": "a"}],
+            "conversations": [{"from": "tool", "value": "<image>"}, {"from": "function", "value": "a"}],
         },
-        "a turn is from 'user', expected 'human' or 'gpt': training leaves it out",
+        "a turn is from 'tool', expected 'human' or 'gpt': training leaves it out",
     ),
     "no turns": ({"conversations": []}, "the dialogue has no turns: training leaves it out"),
 }
