@@ -19,9 +19,9 @@ import torch
 
 TIMEOUT_S = 300
 # A CUDA context does not survive a fork, and megatron-core opens one on import; so with a GPU each rank imports anew.
-_context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-if _context.get_start_method() == "forkserver":
-    _context.set_forkserver_preload(["torch.distributed", "megatron.core", "pytest", "tests.training.runs"])
+context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+if context.get_start_method() == "forkserver":
+    context.set_forkserver_preload(["torch.distributed.run", "megatron.core", "pytest", "tests.training.runs"])
 
 
 def _free_port() -> int:
@@ -59,7 +59,7 @@ def run_distributed(function: Callable, world_size: int, *args: Any) -> list[Any
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         ranks = [
-            _context.Process(target=_rank_main, args=(rank, world_size, port, function, args, folder))
+            context.Process(target=_rank_main, args=(rank, world_size, port, function, args, folder))
             for rank in range(world_size)
         ]
         for process in ranks:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.warm import run_warm
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "quickstart"
 
@@ -50,9 +52,10 @@ def minigpt4(data, tmp_path_factory) -> Path:
 
 
 def make_model(kind: str, data: Path, folder: Path) -> Path:
-    command = [sys.executable, str(SCRIPTS / "make_model.py"), "--data", str(data), "--output", str(folder)]
+    command = [str(SCRIPTS / "make_model.py"), "--data", str(data), "--output", str(folder)]
     command += ["--model", kind, "--tower-steps", "3", "--qformer-steps", "3", "--language-steps", "3"]
-    subprocess.run(command, check=True, capture_output=True)
+    made = run_warm(command)
+    assert made.returncode == 0, made.stderr
     return folder
 
 

@@ -14,14 +14,14 @@ from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.run import parse_run_config
 from tests.distributed import run_distributed
 from tests.training.runs import metrics
+from tests.warm import run_warm
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
 
 
 def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(QUICKSTART / name), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return run_warm([str(QUICKSTART / name), *arguments], cwd=cwd)
 
 
 def _train_in(folder: str, commands: list[list[str]]) -> None:
@@ -118,9 +118,9 @@ def test_minigpt4_exports_and_scores_as_the_trainer(finished: Path, finished_min
 def exported_scores_as_the_trainer(output: Path, data: Path) -> None:
     """transformers alone finds in the export what the trainer logged on the held-out pairs; the report shows it."""
     folder = data.parents[2]
-    command = [sys.executable, str(ROOT / "tools" / "convert_megatron_to_hf.py")]
+    command = [str(ROOT / "tools" / "convert_megatron_to_hf.py")]
     command += ["--load", str(output / "finetune"), "--hf-path", str(output / "export")]
-    exported = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    exported = run_warm(command, cwd=folder)
     assert exported.returncode == 0, exported.stderr
 
     sys.path.insert(0, str(QUICKSTART))

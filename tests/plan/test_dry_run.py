@@ -19,7 +19,7 @@ from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.run import parse_run_config
 from hacl_megatron.plan.state import state_bytes
 from hacl_megatron.train import run
-from tests.distributed import _context
+from tests.distributed import context
 from tests.model.hf_architecture import json_clean, tower
 from tests.plan.example_plans import EXAMPLES, seventy_billion
 
@@ -30,7 +30,7 @@ TP4_PP4 = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size"
 
 def apart(function: Callable, *args: Any) -> Any:
     """`function(*args)` in a process of its own: a dry run changes what torch's names mean."""
-    with ProcessPoolExecutor(1, mp_context=_context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.training.runs import layout_flags, make_inputs, metrics
+from tests.warm import Warm
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hacl_megatron.train"]
@@ -34,16 +35,22 @@ train.main(sys.argv[1:])
 
 
 class Started:
-    """A process of the trainer, its output in files."""
+    """A process of the trainer, its output in files; a `cold` one is a new interpreter."""
 
-    def __init__(self, folder: Path, name: str, *program: str, extra: list[str], save: str, **options) -> None:
+    def __init__(
+        self, folder: Path, name: str, *program: str, extra: list[str], save: str, cold: bool = False, **options
+    ) -> None:
         self.save, self.log = folder / save, folder / f"{name}.log"
         flags = ["--config", str(folder / "pretrain.yaml"), "--save", str(self.save), "--load", str(self.save)]
         layout = "dp2" if program == tuple(TORCHRUN) else "tp1"
-        command = [sys.executable, *program, *flags, *layout_flags(layout)[1], "--device", "cpu", *extra]
-        with self.log.open("w") as log:
+        command = [*program, *flags, *layout_flags(layout)[1], "--device", "cpu", *extra]
+        with self.log.open("a") as log:
             options = {"stdout": log, "stderr": log} | options
-            self.process = subprocess.Popen(command, env=ENV, start_new_session=True, **options)
+            if cold:
+                command = [sys.executable, *command]
+                self.process = subprocess.Popen(command, env=ENV, start_new_session=True, **options)
+            else:
+                self.process = Warm(command, env=ENV, **{key: file.fileno() for key, file in options.items()})
 
     @property
     def text(self) -> str:
@@ -89,9 +96,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Started]:
 
     try:
         # Two ranks whose reader leaves after a line (`| head -1`), beside a run whose output is a full disk.
-        first = start("first", *TORCHRUN, extra=ENDLESS, stdout=subprocess.PIPE)
+        first = start("first", *TORCHRUN, extra=ENDLESS, cold=True, stdout=subprocess.PIPE)
         with open("/dev/full", "w") as full:
-            start("full", *PLAIN, extra=["--train-iters", "3"], stdout=full, stderr=full)
+            start("full", *PLAIN, extra=["--train-iters", "3"], cold=True, stdout=full, stderr=full)
         first.process.stdout.readline()
         first.process.stdout.close()
         all_runs["full"].end()
@@ -115,9 +122,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Started]:
         killed.status_meanwhile = killed.status
         (killed.save / "iter_0000099.partial").mkdir()
         twice.wait_for(lambda: "now" in twice.text)
-        for _ in range(2):
-            twice.process.send_signal(signal.SIGINT)
-            time.sleep(0.2)
+        twice.process.send_signal(signal.SIGINT)
+        time.sleep(1.0)  # two that arrive as one are one
+        twice.process.send_signal(signal.SIGINT)
         twice.ended = time.monotonic()
         twice.end()
         twice.ended = time.monotonic() - twice.ended

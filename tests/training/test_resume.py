@@ -4,8 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from tests.training.runs import (
     train,
     weights,
 )
+from tests.warm import Warm
 
 STEPS = 5
 # Groups that differ in their rate alone, a schedule that moves every step, a temperature that ends at its bound.
@@ -199,19 +198,13 @@ def assert_same_losses(expected: Path, found: Path) -> None:
 # ------------------------------------------------------------------------------------------- killed from outside
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen:
+def start(arguments: list[str], log: Path) -> Warm:
     """A trainer in its own process group, so that a kill reaches whatever it has started."""
-    with log.open("w") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
+    with log.open("a") as output:
+        return Warm(["-m", *arguments], stdout=output.fileno(), stderr=output.fileno(), warm_ranks=True)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
+def wait_for(condition: Callable[[], bool], process: Warm, log: Path) -> None:
     deadline = time.monotonic() + 400
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]

@@ -1,16 +1,15 @@
 """Who speaks when ranks fail, and that a rank that hangs ends the run with every rank's stack."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.training.runs import make_inputs
+from tests.warm import run_warm
 
 RANKS = 2
 PROGRAM = """
@@ -30,7 +29,7 @@ def _report(self, scalars):
     if self.progress.iteration == 2:
         watchdog = self.beat.__self__
         assert watchdog._timeout == 700
-        watchdog._timeout = 6  # only now: a busy machine is silent for longer while it starts
+        watchdog._timeout, watchdog._grace = 5, 5  # only now: a busy machine is silent for longer while it starts
         if RANK == 1: sleep_where_nobody_looks()
 Trainer._report = _report
 """,
@@ -62,13 +61,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path
         program.write_text(PROGRAM.format(patch=PATCHES[name]))
         save.mkdir()
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS),
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS),
             "--max-restarts", "1" if name == "mistaken" else "0", str(program),
             "--config", str(folder / "pretrain.yaml"), "--micro-batch-size", "4", "--device", "cpu",
             "--save", str(save), "--hang-timeout", "700",
         ]  # fmt: skip
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+        return run_warm(command, warm_ranks=True)
 
     with ThreadPoolExecutor() as pool:  # side by side: they wait long, for a watchdog or for torchrun to end a rank
         ended = dict(zip(PATCHES, pool.map(run, PATCHES), strict=True))
@@ -120,9 +118,9 @@ def test_exit_duration_saves_stops_and_resumes(tmp_path: Path) -> None:
     save = tmp_path / "save"
 
     def train(*flags: str) -> str:
-        command = [sys.executable, "-m", "hacl_megatron.train", "--config", str(tmp_path / "pretrain.yaml")]
+        command = ["-m", "hacl_megatron.train", "--config", str(tmp_path / "pretrain.yaml")]
         command += ["--micro-batch-size", "8", "--device", "cpu", "--save", str(save), "--load", str(save), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = run_warm(command)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 

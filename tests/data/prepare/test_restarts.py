@@ -12,7 +12,7 @@ from hacl_megatron.data.prepare import parts as prepare
 from hacl_megatron.data.prepare.arrow_manifest import ArrowManifest
 from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
 from tests.data.prepare.prepare_runs import settings, turns
-from tests.distributed import _context
+from tests.distributed import context
 
 
 def prepare_in_small_parts(*options: str) -> None:
@@ -30,7 +30,7 @@ def test_a_killed_start_goes_on_and_ends_like_an_undisturbed_one(source, monkeyp
     tokenizer = str(source / "tokenizer")
     # A process of the tests' fork server, which has paid the imports.
     options = (str(source / "a.json"), str(source / "out"), tokenizer)
-    child = _context.Process(target=prepare_in_small_parts, args=options)
+    child = context.Process(target=prepare_in_small_parts, args=options)
     child.start()
     work = source / "out" / ".partial"
     end = time.monotonic() + 120

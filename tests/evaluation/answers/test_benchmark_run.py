@@ -11,7 +11,7 @@ import pytest
 
 from hacl_megatron.evaluation.answers.benchmarks import Amber, BenchmarkFiles, Item
 from hacl_megatron.evaluation.journal import Journal, settings_path
-from tests.distributed import _context
+from tests.distributed import context
 from tests.evaluation.exports import write_pope_questions
 from tests.tool_runs import run_tool
 
@@ -50,7 +50,7 @@ def whole(made_whole: Path, tmp_path: Path) -> dict:
 def test_a_killed_run_goes_on_where_it_stopped(pope: list[str], whole: dict, tmp_path: Path) -> None:
     output, answers = tmp_path / "killed.json", tmp_path / "killed.answers.jsonl"
     # A process of the tests' fork server, which has paid the imports.
-    process = _context.Process(target=run_tool, args=("evaluate", *pope, "--output", str(output)))
+    process = context.Process(target=run_tool, args=("evaluate", *pope, "--output", str(output)))
     process.start()
     deadline = time.monotonic() + 300
     while not answers.is_file() or answers.read_bytes().count(b"\n") < 4:

@@ -15,7 +15,7 @@ from hacl_megatron.evaluation.likelihood.preference import CAPTION_QUESTION
 from hacl_megatron.evaluation.likelihood.task_run import from_text
 from hacl_megatron.evaluation.likelihood.task_table import TASKS as TABLE
 from hacl_megatron.evaluation.likelihood.yesno import SHORT_ANSWER
-from tests.distributed import _context, run_distributed
+from tests.distributed import context, run_distributed
 from tests.evaluation.exports import write_pope_questions
 from tests.evaluation.likelihood.likelihood_oracle import PLAIN, Oracle, records
 from tests.tiny import write_tiny_llava
@@ -209,7 +209,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(folder: Path, tmp_path: Pa
         (tmp_path / name).symlink_to(folder / name)
     arguments = command(tmp_path, folder / "save", "tp1", "--batch-size", "1", name="killed")
     journal = tmp_path / "killed.preference.jsonl"
-    process = _context.Process(target=run_tool, args=("evaluate", *arguments))
+    process = context.Process(target=run_tool, args=("evaluate", *arguments))
     process.start()
     deadline = time.monotonic() + 300
     while not journal.is_file() or journal.read_bytes().count(b"\n") < 2:
