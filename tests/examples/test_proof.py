@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from scipy import stats
 
 from tests.distributed import run_distributed
 from tests.training.runs import metrics
+from tests.warm import run_warm
 
 ROOT = Path(__file__).parents[2]
 PROOF = ROOT / "examples" / "proof"
@@ -308,8 +308,8 @@ def test_the_report_reads_what_runs_leave(finished: Path) -> None:
         for stage in ("pretrain", "finetune"):
             path = folder_of(finished, "web", arm, 1) / f"{stage}.json"
             path.write_text(json.dumps({"scores": {name: factor * value for name, value in scores.items()}}))
-    command = [sys.executable, str(PROOF / "report_arms.py"), "--output", str(finished)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [str(PROOF / "report_arms.py"), "--output", str(finished)]
+    done = run_warm(command)
     assert done.returncode == 0, done.stderr
     assert "HACL own cuts +50%" in (finished / "results.md").read_text()
     assert (finished / "results-web.png").stat().st_size > 20_000
@@ -320,7 +320,8 @@ def test_the_report_reads_what_runs_leave(finished: Path) -> None:
     for path in with_six.glob("runs/web/HACL-own-6/*.json"):
         path.write_text(path.read_text().replace("0.05", "0.075"))  # of yes/no errors, half of 0.1
     command[-1] = str(with_six)
-    subprocess.run([*command, "--first-seed", "6"], check=True, capture_output=True)
+    done = run_warm([*command, "--first-seed", "6"])
+    assert done.returncode == 0, done.stderr
     said = (with_six / "results-from-6.md").read_text()
     assert "yes/no errors: HACL own cuts +25% of none's at one seed" in said and "CHAIR_i: HACL own cuts +50%" in said
     assert not (with_six / "results.md").exists()

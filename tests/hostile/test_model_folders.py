@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from hacl_megatron.data.tokenizer import load_tokenizer
 from tests.tiny import write_tiny_llava
 from tests.tiny_data import write_tiny_data
 from tests.tool_runs import run_tool, to_hf, to_megatron
+from tests.warm import run_warm
 
 SECONDS = 5
 
@@ -176,11 +175,11 @@ def test_a_run_that_could_not_be_exported_does_not_begin(folder, tmp_path):
     (folder / "generation_config.json").write_text('{"temperature": NaN}')
     data = tmp_path / "data"
     command = [
-        sys.executable, "-m", "hacl_megatron.train", "--device", "cpu", "--pretrained-checkpoint", str(folder),
+        "-m", "hacl_megatron.train", "--device", "cpu", "--pretrained-checkpoint", str(folder),
         "--data-path", str(next(data.glob("*.json"))), "--image-folder", str(data), "--model-max-length", "256",
         "--train-iters", "1", "--global-batch-size", "2", "--lr", "1e-4", "--save", str(tmp_path / "save"),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_warm(command)
     assert done.returncode == 2, done.stderr[-2000:]
     (line,) = [line for line in done.stderr.splitlines() if "generation_config" in line]
     assert "could not be exported" in line and "NaN" in line

@@ -17,6 +17,8 @@ from typing import Any
 from tests.measure.step_sides import TakeStep, Work, package_side, plain_side
 
 PLAIN = "plain"
+START = "spawn"
+"""How processes start; `fork` where torch has been imported with the threads that are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Process:
         before = dict(os.environ)
         os.environ["OMP_NUM_THREADS"] = str(work.threads)  # read when torch starts
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.get_context("spawn").Process(
+        self.process = multiprocessing.get_context(START).Process(
             target=serve, args=(theirs, work, name, variant), daemon=True
         )
         self.process.start()

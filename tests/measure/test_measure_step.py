@@ -1,8 +1,5 @@
 """The benchmark's FLOP counts against torch's own counter on both sides, and the command end to end."""
 
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
+from tests.warm import run_warm
 
-ROOT = Path(__file__).resolve().parents[2]
 # 384 rows of vocabulary: a multiple of 128 is not padded.
 SIZES = {
     "hidden": 48, "layers": 3, "heads": 4, "ffn": 88, "vocab": 384, "vision_hidden": 32, "vision_layers": 3,
@@ -72,14 +69,19 @@ def test_flops_are_those_that_torch_counts(counted, case):
     assert needed == pytest.approx(seen, rel=1e-2), (case, needed / seen)
 
 
+FORKED = """
+from tests.measure import measure_step, step_processes
+step_processes.START = "fork"
+measure_step.benchmark(measure_step.parse())
+"""
+"""The command, its processes forks of itself: what they would import is there, with one thread."""
+
+
 def test_the_command_prints_a_table(tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
     flags += ["--pairs=2", "--repetitions=1", "--contexts=prompt", "--threads=1", "--profile"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.measure.measure_step", *flags,
-         "--variant", "small loss=--contrastive-weight 1.0"],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)},
-    )  # fmt: skip
+    (tmp_path / "forked.py").write_text(FORKED)
+    done = run_warm([str(tmp_path / "forked.py"), *flags, "--variant", "small loss=--contrastive-weight 1.0"])
     assert done.returncode == 0, done.stderr
     rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| prompt")]
     assert [row[2].strip() for row in rows] == ["plain", "ours", "small loss"], done.stdout

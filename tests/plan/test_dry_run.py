@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -22,6 +20,7 @@ from hacl_megatron.train import run
 from tests.distributed import context
 from tests.model.hf_architecture import json_clean, tower
 from tests.plan.example_plans import EXAMPLES, seventy_billion
+from tests.warm import run_warm
 
 FINETUNE, PRETRAIN_13B = str(EXAMPLES / "finetune_7b.yaml"), str(EXAMPLES / "pretrain_13b.yaml")
 TP8_PP4 = ["--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4", "--sequence-parallel"]
@@ -147,9 +146,9 @@ def test_world_size_is_for_dry_runs_alone():
 
 
 def test_a_refused_dry_run_ends_with_one_line_and_a_status():
-    command = [sys.executable, "-m", "hacl_megatron.train", "--config", FINETUNE, "--dry-run", "--world-size", "3"]
+    command = ["-m", "hacl_megatron.train", "--config", FINETUNE, "--dry-run", "--world-size", "3"]
     command += ["--tensor-model-parallel-size", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_warm(command)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if "hacl_megatron: error: " in line]
     assert "3 processes cannot be divided" in line and "Traceback" not in done.stderr

@@ -1,9 +1,6 @@
 """The prepare tool as its users run it: every record kept as the JSON has it, duplicates, digests, mistakes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +15,7 @@ from hacl_megatron.data.templates import find_template, template_names
 from hacl_megatron.data.tokenizer import load_tokenizer
 from tests.data.prepare.prepare_runs import RECORDS, ROOT, settings, turns
 from tests.data.tiny_tokenizer import CHAT, write_tokenizer
+from tests.warm import run_warm
 
 
 def contents(manifest: Manifest) -> list[tuple]:
@@ -128,7 +126,7 @@ def test_a_fast_tokenizers_batch_is_its_single_texts(source):
 
 def tool(source: Path, *more: str) -> list[str]:
     return [
-        sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--input", str(source / "a.json"), "--output",
+        str(ROOT / "tools" / "prepare_data.py"), "--input", str(source / "a.json"), "--output",
         str(source / "out"), "--num-workers", "2", *more,
     ]  # fmt: skip
 
@@ -160,14 +158,13 @@ def test_mistakes_are_one_line(source, changes, complaint):
 
 
 def test_the_tool_prints_its_report_and_names_faults_in_one_line(source):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     more = ["--image-folder", str(source / "images"), "--verify-images", "--tokenizer", str(source / "tokenizer")]
-    done = subprocess.run(tool(source, *more), env=environment, capture_output=True, text=True, timeout=300)
+    done = run_warm(tool(source, *more))
     assert done.returncode == 0, done.stderr
     assert f"samples: {len(RECORDS)}\n" in done.stdout and "bad images: 1\n" in done.stdout
     assert f"train with --data-path {source / 'out'}" in done.stdout
     (source / "a.json").write_text('[{"id": 1}]')
-    done = subprocess.run(tool(source), env=environment, capture_output=True, text=True, timeout=300)
+    done = run_warm(tool(source))
     assert done.returncode == 2 and "key 'conversations' is missing" in done.stderr
     assert "Traceback" not in done.stderr
 
