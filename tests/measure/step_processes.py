@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.measure.step_sides import TakeStep, Work, package_side, plain_side
+from tests.measure.step_twins import passes_side
 
 PLAIN = "plain"
 START = "spawn"
@@ -37,7 +38,12 @@ def serve(pipe: Connection, work: Work, name: str, variant: Variant) -> None:
         import torch
 
         torch.set_num_threads(work.threads)
-        take_step = plain_side(work) if name == PLAIN else package_side(work, variant.flags, variant.without)
+        if name == PLAIN:
+            take_step = plain_side(work)
+        elif variant.flags[:1] == ("passes",):
+            take_step = passes_side(work, with_reference="reference" in variant.flags)
+        else:
+            take_step = package_side(work, variant.flags, variant.without)
         pipe.send(None)
         while (request := pipe.recv()) is not None:
             if request == "step":

@@ -200,6 +200,7 @@ def package_side(work: Work, flags: tuple[str, ...], without: tuple[str, ...] = 
             "lm loss": metrics.lm_loss,
             "contrastive loss i2t": metrics.contrastive_i2t,
             "contrastive loss t2i": metrics.contrastive_t2i,
+            **({"preference loss": metrics.preference_loss} if metrics.weights.preference else {}),
         }
 
     return take_step
@@ -214,6 +215,7 @@ def _packed(work: Work, config: Any, architecture: Any, without: tuple[str, ...]
     from hacl_megatron.batch import MicroBatch, Parts
     from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample, rows_key
     from hacl_megatron.data.packing import PackSlot, pack
+    from hacl_megatron.data.preferences import rejected_answer
     from hacl_megatron.training.packs import pack_plan
 
     visual = architecture.visual_tokens
@@ -223,9 +225,19 @@ def _packed(work: Work, config: Any, architecture: Any, without: tuple[str, ...]
         targets = [*text.caption, NEWLINE]
         before = text.prefix if config.objective.contrastive_image_context == "prompt" else []
         captions = [np.array([BOS, *words, EOS]) for words in (text.caption, *text.hallucinated)]
+        before_answer = [*text.prefix, *[IMAGE] * visual]
+        ignored = [IGNORE] * len(before_answer)
+        dialogue, labels = np.array([*before_answer, *targets]), np.array([*ignored, *targets])
+        rejected = []
+        for twin in text.hallucinated if config.preference.preference_loss != "none" else ():
+            answer = [*twin, NEWLINE]
+            whole = {"limit": 1 << 30, "whole": config.preference.has_reference}
+            rows, targets_of_twin = np.array([*before_answer, *answer]), np.array([*ignored, *answer])
+            rejected.append(rejected_answer(dialogue, labels, rows, targets_of_twin, **whole))
         encoded = EncodedSample(
-            dialogue=np.array([*text.prefix, *[IMAGE] * visual, *targets]),
-            labels=np.array([*[IGNORE] * (len(text.prefix) + visual), *targets]),
+            dialogue=dialogue,
+            labels=labels,
+            rejected=tuple(rejected),
             has_image=True,
             image_segment=np.array([*before, *[IMAGE] * visual, EOS]),
             caption_segment=captions[0],
@@ -235,10 +247,13 @@ def _packed(work: Work, config: Any, architecture: Any, without: tuple[str, ...]
             truncated=False,
             tokenization_mismatch=False,
         )
-        slots.append(PackSlot(sample_id=index, encoded=encoded, image_key=index))
+        references = np.full((len(rejected), 2), -300.0) if config.preference.has_reference else None
+        slots.append(PackSlot(sample_id=index, encoded=encoded, image_key=index, references=references))
     plan = pack_plan(config, 1, with_gradients=True)
     if "text without autograd" in without:
         plan = replace(plan, main=replace(plan.main, texts=True), ahead=None)
+    if "shared prompt of twins" in without:
+        plan = replace(plan, main=replace(plan.main, preferences="segment"))
     if "shared prefix" in without:
         plan = replace(plan, main=replace(plan.main, images="segment"))
 
