@@ -392,20 +392,18 @@ def build_loader(
     only: Sequence[int] | None = None,
     references: References | None = None,
 ) -> StepLoader:
-    """The loader of one data-parallel rank over LLaVA JSON files or prepared folders, going on from `data_state`.
+    """The loader of one data-parallel rank over JSON files or prepared folders, going on from `data_state`.
 
-    Mixture, groups and blocks hold where samples are shuffled: with `for_validation`, `--valid-data-path` is read in
-    the files' order, without pairs of `--contrastive-data-path`, and but once: slots beyond its end are empty.
-    `decode_device="mixed"` lets DALI, where it is the back end, decode on the current CUDA device; pixels come back to
-    the host all the same. `only`: these sample ids instead, once, in their order. `references`: see `StepMaker`.
+    Mixture, groups and blocks hold where samples are shuffled: with `for_validation`, `--valid-data-path` is read once
+    in the files' order, without `--contrastive-data-path`; slots beyond its end are empty. `decode_device="mixed"` lets
+    DALI, if it is the back end, decode on the CUDA device; pixels come back. `only`: these sample ids instead, once.
     Raises ValueError for whatever is wrong with files, folder, sizes, state or back end, before any thread starts.
     """
     data = config.data
     check_template(data.version, tokenizer)
     paths = (data.valid_data_path, []) if for_validation else (data.data_path, data.contrastive_data_path)
     manifests = [Manifest.read(some, version=data.version, cache_dir=data.data_cache_dir) for some in paths]
-    compares = config.preference.preference_loss != "none"
-    for line in (line for manifest in manifests for line in manifest.remarks(compares_rejected=compares)):
+    for line in (line for manifest in manifests for line in manifest.remarks(config.preference.preference_loss)):
         notify(f"note: {line}")
     ordering: dict[str, Any] = {}
     if not for_validation:

@@ -142,17 +142,17 @@ class Manifest(Sequence[Sample]):
         """How many samples each of the paths gave."""
         return tuple(map(len, self._parts))
 
-    def remarks(self, *, compares_rejected: bool = False) -> Iterator[str]:
+    def remarks(self, preference_loss: str = "none") -> Iterator[str]:
         """What to tell a user about the files before they are trained on, a line each.
 
         Args:
-            compares_rejected: whether rejected answers are trained on; else it is said that they are not.
+            preference_loss: of the run (`--preference-loss`); without one, rejected answers are said to be ignored.
 
         Raises ValueError where training would see no image of any of a file's records, or none of its hallucinated
         captions.
         """
         without = ("image in the dialogue",) if find_template(self._version).shows_untagged_image else ()
-        without += ("rejected answers",) if compares_rejected else ()
+        without += ("rejected answers",) if preference_loss != "none" else ()
         for part in self._parts:
             for path, findings in zip(part.files, part.findings, strict=True):
                 findings.refuse_if_all(path, without)

@@ -43,7 +43,12 @@ def whole_records() -> list[dict]:
         sample(1, "train", text="a red cat", **{"Hallucination caption": "a dog"}),
         sample(2, "train", **{"Hallucination caption": ["a dog", "a red dog"]}, conversations=turns + more),
         {"id": 3, "conversations": more},
-    ]
+        {"id": 4, "image": "0.jpg", "question": "what?", "chosen": "a cat", "rejected": ["a dog", "a cow"]},
+        {
+            "id": 5, "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}],
+            "images": ["0.jpg"], "chosen": [{"role": "assistant", "content": "a cat"}], "rejected": "a dog",
+        },
+    ]  # fmt: skip
     return json.loads(json.dumps(records))  # nothing shared
 
 
@@ -181,4 +186,4 @@ def test_the_undamaged_records_are_all_used(tokenizers, tmp_path):
     """What the damage is done to is sound, so that a refusal is the damage's doing."""
     path = tmp_path / "whole.json"
     path.write_text(json.dumps(whole_records()))
-    assert check_file(path, tokenizers) == {"file refused": 0, "sample refused": 2, "encoded": 18}
+    assert check_file(path, tokenizers) == {"file refused": 0, "sample refused": 2, "encoded": 28}

@@ -200,7 +200,8 @@ def _text(turns: Turns) -> str:
 
 
 def _roles(turns: Turns) -> str:
-    return ", ".join(role[:20] for role, _ in turns) if len(turns) <= 6 else f"{len(turns)} messages"
+    shown = (role if role in ROLES.values() else repr(role)[:20] for role, _ in turns)
+    return ", ".join(shown) if len(turns) <= 6 else f"{len(turns)} messages"
 
 
 def _did_you_mean(record: dict[str, Any], *keys: str) -> str:

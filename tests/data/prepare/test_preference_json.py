@@ -81,7 +81,7 @@ def test_every_form_says_the_same_and_nothing_is_remarked_upon(tmp_path, form, v
     assert list(sample.twin_conversations()) == [(TURNS[0], ("gpt", "A dog."))]
     assert sample.caption is None and sample.hallucinated_captions == ()
     assert sample.name == {"RLAIF-V": "7"}.get(form, "a/1.jpg")
-    lines = [line for line in manifest.remarks(compares_rejected=True) if "the picture in key 'image'" not in line]
+    lines = [line for line in manifest.remarks(preference_loss="phrase") if "the picture in key 'image'" not in line]
     assert lines == []
     (line,) = [line for line in manifest.remarks() if "the picture in key" not in line]
     assert line.endswith(f"records ({sample.name}): rejected answers are ignored, for --preference-loss is none")
@@ -155,6 +155,7 @@ REFUSED = {
     "a named image": (STRINGS | {"question": [user([IMAGE | {"url": "http://x"}, TEXT])]}, "the name under 'image'"),
     "a question as answer": (STRINGS | {"chosen": [user("A")]}, "key 'chosen' holds human where the prompt is human"),
     "prompt with answer": (STRINGS | {"question": [user("Q"), said("A")]}, "the prompt is human, gpt; expected a user"),
+    "a role of two lines": (STRINGS | {"question": [{"role": "a\nb", "content": "Q"}]}, r"the prompt is 'a\nb'"),
     "longer answers": (
         STRINGS | {"rejected": [said("A dog."), user("Sure?"), said("Yes.")]},
         "key 'rejected' holds gpt, human, gpt where the prompt is human; expected one answer",
@@ -185,7 +186,7 @@ def test_what_is_read_in_another_way_than_it_is_written_is_said(tmp_path):
         + json.dumps({"id": "p", "prompt": "Who?", "chosen": [user("Q"), said("A")], "rejected": "B"}) + "\n"
     )  # fmt: skip
     manifest = Manifest.read([str(tmp_path / "a.jsonl")], version="v1")
-    assert [line.split("records ")[1] for line in manifest.remarks(compares_rejected=True)] == [
+    assert [line.split("records ")[1] for line in manifest.remarks(preference_loss="phrase")] == [
         "(t): key 'content' stands there more than once: the last one is read",
         "(l): key 'rejected_response' is not read; did you mean 'rejected', an answer?",
         "(i): key 'images' is not read: 'image' names another image",
