@@ -206,7 +206,7 @@ def _efficiency(plan: Plan) -> str:
 
 
 def _pack(label: str, pack: PackShape) -> str:
-    names = {"dialogue": "dialogues", "image": "image + EOS", "text": "captions"}
+    names = {"dialogue": "dialogues", "image": "image + EOS", "text": "captions", "rejected": "twins"}
     parts = [f"{names[part.kind]} {part.rows / pack.rows:.0%}" for part in pack.segments]
     return f"{pack.rows:,.0f} rows {label} ({', '.join(parts)})"
 

@@ -44,7 +44,8 @@ def assumed_samples(config: RunConfig) -> Samples:
 
     plain: one short caption an image, every sample a pair. v1: dialogues of several turns, the first answer behind
     some 55 rows of system prompt and question, 40,688 of 665,298 without an image; pairs are what
-    `--contrastive-data-path` mixes in, taken to be as many.
+    `--contrastive-data-path` mixes in, taken to be as many. With a likelihood objective and without that flag, every
+    sample is taken to be one question about an image and an answer of 150 rows, with one twin as long.
     """
     names = [Path(path).name for path in config.data.data_path]
     known = [PUBLISHED_SAMPLES.get(name) for name in names]
@@ -55,6 +56,11 @@ def assumed_samples(config: RunConfig) -> Samples:
         return Samples(
             num_samples=total, image_share=1.0, text_tokens=20, target_tokens=19, question_tokens=0, pair_share=1.0,
             caption_tokens=20, hallucinated_per_pair=hallucinated,
+        )  # fmt: skip
+    if config.preference.preference_loss != "none" and not config.data.contrastive_data_path:
+        return Samples(
+            num_samples=total, image_share=1.0, text_tokens=205, target_tokens=150, question_tokens=55, pair_share=1.0,
+            caption_tokens=152, hallucinated_per_pair=hallucinated,
         )  # fmt: skip
     return Samples(
         num_samples=total, image_share=0.94, text_tokens=330, target_tokens=150, question_tokens=55,

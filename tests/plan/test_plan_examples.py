@@ -35,6 +35,16 @@ PUBLISHED = {
         global_batch_size=512, micro_batch_size=32, lr=1e-3, version="plain", freeze_LM=True, contrastive_weight=1.0,
         contrastive_negatives="queue", queue_size=16_384, initial_temperature=0.07,
     ),
+    "dpo_7b": dict(
+        preference_loss="dpo", preference_beta=0.1, generation_weight=0.0, contrastive_weight=0.0, lr=2e-6,
+        connector_lr=0.0, global_batch_size=128, micro_batch_size=16, version="v1", lora_rank=128, lora_alpha=256,
+        lora_dropout=0.0, lora_target_modules=[],
+    ),
+    "phrase_7b": dict(
+        preference_loss="phrase", generation_weight=1.0, contrastive_weight=0.0, lr=5e-6, connector_lr=0.0,
+        global_batch_size=64, micro_batch_size=4, version="v1", lora_rank=128, lora_alpha=256, lora_dropout=0.0,
+        lora_target_modules=[],
+    ),
 }  # fmt: skip
 ALWAYS = dict(
     num_train_epochs=1, lr_decay_style="cosine", lr_warmup_fraction=0.03, model_max_length=2048, bf16=True,
@@ -49,7 +59,9 @@ def test_every_example_is_held_against_what_was_published():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_examples_have_the_published_hyper_parameters_and_fit(name):
     config = example(name)
-    groups = (config.model, config.data, config.objective, config.optimizer, config.training)
+    groups = (
+        config.model, config.lora, config.data, config.objective, config.preference, config.optimizer, config.training
+    )  # fmt: skip
     flags = {key: value for group in groups for key, value in vars(group).items()}
     expected = {**ALWAYS, **PUBLISHED[name]}
     assert {key: flags[key] for key in expected} == expected
@@ -164,6 +176,21 @@ def test_estimates_are_near_what_was_measured_on_one_h200(stage, context, fp8, s
     assert (plan.memory - plan.cluster.reserve) / GIB == pytest.approx(gib, rel=0.06)
 
 
+@pytest.mark.parametrize("name", ["dpo_7b", "phrase_7b"])
+def test_twins_of_the_training_data_are_planned(name):
+    """Catches a plan of a likelihood objective that has no rows for its twins, because no pairs are mixed in."""
+    config = example(name)
+    plan = plan_of(config, 8)
+    (rejected,) = plan.micro_batch.main.of_kind("rejected")
+    assert rejected.count == config.training.micro_batch_size and rejected.length == 150
+    config.data.contrastive_data_path = ["twins.json"]  # beside LLaVA's own: as many
+    (mixed,) = plan_of(config, 8).micro_batch.main.of_kind("rejected")
+    assert mixed.count == config.training.micro_batch_size / 2 and mixed.length == 18
+    config.data.contrastive_data_path, config.preference.preference_loss = [], "none"
+    config.preference.generation_weight = 1.0
+    assert not plan_of(config, 8).micro_batch.main.of_kind("rejected")
+
+
 def test_what_the_step_does_shows_in_the_plan():
     """Captions of a frozen LLM cost memory nothing; negatives over several micro-batches cost a second forward pass."""
 
@@ -244,6 +271,13 @@ def test_tool_prints_every_part_of_a_plan(capsys):
         "checkpoint:", "55% of the peak", "run: 2,181 iterations",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_tool_prints_the_plan_of_a_likelihood_objective(capsys):
+    """Catches a report that has no word for the twins' rows."""
+    file = ["--config", str(EXAMPLES / "dpo_7b.yaml"), "--gpu", "a100-80g", "--num-samples", "12800"]
+    code, text = run_tool(capsys, *file)
+    assert code == 0 and "run: 100 iterations" in text and ", twins " in text and "published" not in text, text
 
 
 def test_fp8_is_planned_by_its_own_peak_and_only_where_a_gpu_has_it(tmp_path, capsys):
