@@ -129,6 +129,10 @@ def _check_script(path: Path, arguments: list[str]) -> None:
         _check_training(arguments, str, 1)
     elif path.name == "chain.sh":
         assert (path.parent / f"pretrain_{arguments[0]}.sbatch").is_file()
+        if "--preference" in arguments:
+            loss = arguments[arguments.index("--preference") + 1]
+            assert (path.parent / f"preference_{arguments[0]}.sbatch").is_file(), "no job of a likelihood objective"
+            assert (ROOT / f"examples/llava_1_5/{loss}_{arguments[0]}.yaml").is_file(), f"no recipe of {loss}"
         if "--" in arguments:
             _check_training(arguments[arguments.index("--") + 1 :], str, 1)
     else:

@@ -171,6 +171,8 @@ def test_the_door_is_short_and_lines_fit() -> None:
         ("torchrun --nproc-per-node 7 -m hacl_megatron.train --config shown.yaml", "7 processes"),
         ("bash examples/quickstart/run.sh --slow", "no flag --slow"),
         ("bash examples/slurm/chain.sh 7b -- --lrr 1", "unknown flag --lrr"),
+        ("bash examples/slurm/chain.sh 13b --preference dpo", "no job"),
+        ("bash examples/slurm/chain.sh 7b --preference dop", "no recipe of dop"),
         ("sbatch examples/slurm/pretrain_7b.sbatch --lrr 1", "unknown flag --lrr"),
         ("pip install -e '.[gpus]'", "no such extra"),
         ("make all", "knows no program 'make'"),

@@ -1,0 +1,143 @@
+"""What the Slurm scripts submit and hand to the trainer, without Slurm: `tests/slurm` runs them under a real one.
+
+A program called sbatch writes down how it was called, and a launch.sh in a copy of the scripts prints its arguments.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hacl_megatron.config.checks.flags import check_flags
+from hacl_megatron.config.run import RunConfig, parse_run_config
+from tests.examples.command_lines import ROOT
+
+_SBATCH = """#!{python}
+import json, os, sys
+with open({log!r}, "a+") as log:
+    log.seek(0)
+    number = 7 + len(log.readlines())
+    print(json.dumps([sys.argv[1:], {{name: os.environ.get(name) for name in ("RUN", "PREFERENCE")}}]), file=log)
+print(f"{{number}};cluster")
+"""
+_ALWAYS = ["--parsable", "--export=ALL", "--kill-on-invalid-dep=yes"]
+_SITE = {name: value for name, value in os.environ.items() if name not in ("RUN", "OUTPUT", "PREFERENCE")}
+
+
+def chain(folder: Path, *arguments: str, **env: str) -> tuple[subprocess.CompletedProcess, list]:
+    """chain.sh, and what it submits: [arguments of sbatch but those that every call has, variables] of each job."""
+    program, log = folder / "sbatch", folder / "log"
+    program.write_text(_SBATCH.format(python=sys.executable, log=str(log)))
+    program.chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "examples/slurm/chain.sh", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env={**_SITE, **env, "PATH": path}, capture_output=True, text=True)
+    jobs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    assert all(words[:3] == _ALWAYS for words, _ in jobs)
+    return done, [[words[3:], variables] for words, variables in jobs]
+
+
+def script(name: str) -> str:
+    return f"examples/slurm/{name}.sbatch"
+
+
+def test_chain_without_a_preference_is_both_stages_and_the_export(tmp_path: Path) -> None:
+    """Catches a job of a likelihood objective that nobody asked for, and options that do not reach the trainings."""
+    done, jobs = chain(tmp_path, "13b", "--nodes", "2", "--", "--train-iters", "3")
+    assert done.returncode == 0 and done.stdout == "7 8 9\n", done.stderr
+    variables = {"RUN": "llava-1.5-13b", "PREFERENCE": None}
+    assert jobs == [
+        [["--nodes", "2", script("pretrain_13b"), "--train-iters", "3"], variables],
+        [["--dependency=afterok:7", "--nodes", "2", script("finetune_13b"), "--train-iters", "3"], variables],
+        [["--dependency=afterok:8", script("convert")], variables],
+    ]
+
+
+@pytest.mark.parametrize("given", [["--preference", "phrase", "--nodes=2"], ["--nodes=2", "--preference=phrase"]])
+def test_chain_with_a_preference_trains_behind_stage_2_and_exports_that(tmp_path: Path, given: list[str]) -> None:
+    """Catches an export of stage 2 in the place of what came after it, a job that does not wait for stage 2, and
+    --preference handed on to sbatch."""
+    done, jobs = chain(tmp_path, "7b", *given, "--", "--lr", "1e-6", RUN="mine")
+    assert done.returncode == 0 and done.stdout == "7 8 9 10\n", done.stderr
+    assert [words for words, _ in jobs[2:]] == [
+        ["--dependency=afterok:8", "--nodes=2", script("preference_7b"), "--lr", "1e-6"],
+        ["--dependency=afterok:9", script("convert")],
+    ]
+    assert [variables["RUN"] for _, variables in jobs] == ["mine", "mine", "mine", "mine-phrase"]
+    assert jobs[2][1]["PREFERENCE"] == "phrase"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "usage: chain.sh"),
+        (["70b"], "usage: chain.sh"),
+        (["7b", "--preference"], "--preference: expected phrase or dpo"),
+        (["7b", "--preference", "pretrain"], "--preference 'pretrain': expected phrase or dpo"),
+        (["7b", "--preference="], "--preference '': expected phrase or dpo"),
+        (["7b", "--preference", "--", "--lr", "1"], "--preference '--': expected phrase or dpo"),
+        (["13b", "--preference", "dpo"], "--preference dpo: not with 13b; expected 7b"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused_in_a_line_before_anything_is_submitted(
+    tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    """Catches a first stage that trains for hours before the mistake in the last one is found."""
+    done, jobs = chain(tmp_path, *arguments)
+    assert done.returncode == 2 and done.stderr.startswith(says) and done.stderr.count("\n") == 1, done.stderr
+    assert not jobs and not done.stdout
+
+
+def launched(folder: Path, name: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
+    """A script of `examples/slurm`, which Slurm would run, in a copy whose launch.sh prints its arguments by line."""
+    scripts = folder / "examples" / "slurm"
+    scripts.mkdir(parents=True)
+    shutil.copy(ROOT / script(name), scripts)
+    (scripts / "launch.sh").write_text("printf '%s\\n' \"$@\"\n")
+    command = ["bash", str(scripts / f"{name}.sbatch"), *flags]
+    env = {**_SITE, "SLURM_SUBMIT_DIR": str(folder), **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def config_of(done: subprocess.CompletedProcess, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """The trainer's own reading of what it was started with."""
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(ROOT)
+    config = parse_run_config(done.stdout.splitlines())
+    check_flags(config, 8, files=False)
+    return config
+
+
+@pytest.mark.parametrize("loss", ["phrase", "dpo"])
+def test_the_preference_job_goes_on_from_stage_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+    """Catches another recipe than was asked for, another start than stage 2's output, and a SAVE that is not what
+    chain.sh exports; flags behind the script win."""
+    done = launched(tmp_path, "preference_7b", "--lr", "1e-6", PREFERENCE=loss, RUN="mine", OUTPUT="out")
+    config = config_of(done, monkeypatch)
+    assert config.preference.preference_loss == loss and config.lora.lora_rank == 128
+    assert config.preference.generation_weight == (0 if loss == "dpo" else 1)
+    assert config.model.pretrained_checkpoint == "out/mine" and config.optimizer.lr == 1e-6
+    assert config.checkpoint.save == config.checkpoint.load == f"out/mine-{loss}"
+
+
+def test_the_preference_job_trains_what_it_is_named_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a configuration of one's own that has no loss, or another, and trains that into this one's folder."""
+    stage_2 = "examples/llava_1_5/finetune_7b.yaml"
+    done = launched(tmp_path, "preference_7b", PREFERENCE="dpo", PREFERENCE_CONFIG=stage_2)
+    config = config_of(done, monkeypatch)
+    assert config.preference.preference_loss == "dpo" and config.checkpoint.save == "output/llava-1.5-7b-dpo"
+
+
+@pytest.mark.parametrize("env", [{}, {"PREFERENCE": "pretrain"}])
+def test_the_preference_job_needs_a_loss(tmp_path: Path, env: dict[str, str]) -> None:
+    """Catches a job that falls back on a loss of its own choice, or takes another stage's file for a recipe."""
+    done = launched(tmp_path, "preference_7b", **env)
+    assert done.returncode == 2 and not done.stdout
+    assert (
+        done.stderr
+        == f"PREFERENCE is '{env.get('PREFERENCE', '')}'; expected phrase or dpo: set it in front of sbatch\n"
+    )
