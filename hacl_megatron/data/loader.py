@@ -49,11 +49,10 @@ class _Drawn:
     file: "Future[tuple[bytes, int]] | None" = None
     """The image's bytes and key, being read; None for a text-only sample."""
     image_key: int | None = None
-    references: np.ndarray | None = None
-    """What the reference makes of its twins, float64 [P of the sample, 2]."""
+    references: np.ndarray | None = None  # `PackSlot.references`
     bad: BadSample | None = None
     left_out: bool = False
-    """An empty slot behind the end of the only epoch."""
+    """An empty slot behind the only epoch's end."""
 
     def refuse(self, source: str, error: object) -> None:
         """Makes it a bad sample: an empty slot, and a record of why."""

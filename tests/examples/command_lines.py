@@ -58,9 +58,12 @@ def check_command(words: list[str], find_config: Callable[[str], str], monkeypat
         return
     if program == "torchrun":
         launch = get_args_parser().parse_args(arguments)
-        assert launch.module, "torchrun without -m"
         processes = int(launch.nproc_per_node) * int(launch.nnodes.rpartition(":")[2])
-        _check_module(launch.training_script, launch.training_script_args, find_config, processes)
+        if launch.module:
+            _check_module(launch.training_script, launch.training_script_args, find_config, processes)
+        else:
+            script = ROOT / launch.training_script
+            _check_program(script, launch.training_script_args, find_config, monkeypatch, processes)
     elif program == "python" and arguments[0] == "-m":
         _check_module(arguments[1], arguments[2:], find_config, processes=1)
     elif program == "python":
@@ -97,9 +100,13 @@ def _check_training(arguments: list[str], find_config: Callable[[str], str], pro
 
 
 def _check_program(
-    path: Path, arguments: list[str], find_config: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+    path: Path,
+    arguments: list[str],
+    find_config: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int = 1,
 ) -> None:
-    """Its argparse parser, in this process; what plan_run.py leaves to the trainer goes there."""
+    """Its argparse parser, in this process; what a tool leaves to the trainer goes there."""
     parse_known_args = argparse.ArgumentParser.parse_known_args
 
     def known(parser, args=None, namespace=None):
@@ -119,7 +126,8 @@ def _check_program(
         runpy.run_path(str(path), run_name="__main__")
     namespace, rest = stopped.value.args
     if rest:
-        _check_training(rest, find_config, namespace.nodes * namespace.gpus_per_node)
+        planned = namespace.nodes * namespace.gpus_per_node if path.name == "plan_run.py" else processes
+        _check_training(rest, find_config, planned)
 
 
 def _check_script(path: Path, arguments: list[str]) -> None:

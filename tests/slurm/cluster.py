@@ -97,6 +97,7 @@ class Cluster:
             "RANKS_PER_NODE": str(ranks_per_node), "OMP_NUM_THREADS": "1",
             "PRETRAIN_CONFIG": str(self.folder / "pretrain.yaml"),
             "FINETUNE_CONFIG": str(self.folder / "finetune.yaml"),
+            "PREFERENCE_CONFIG": str(self.folder / "finetune.yaml"),
             "SBATCH_OUTPUT": str(self.folder / "%x-%j.log"), **env,
         }  # fmt: skip
 

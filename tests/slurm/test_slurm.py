@@ -44,20 +44,23 @@ def assert_uninterrupted(whole: Path, save: Path, iterations: int) -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_chain_trains_both_stages_on_two_nodes_and_exports(cluster: Cluster) -> None:
-    chain = ["bash", "examples/slurm/chain.sh", "7b", "--nodes=2", "--", *flags(3)]
+def test_chain_trains_all_stages_on_two_nodes_and_exports_the_last(cluster: Cluster) -> None:
+    chain = ["bash", "examples/slurm/chain.sh", "7b", "--preference", "phrase", "--nodes=2", "--", *flags(3)]
     numbers = cluster.run(*chain, **cluster.job_env("chain", 2)).split()
     out = cluster.folder / "out"
-    saves = (out / "chain-pretrain", out / "chain", out / "chain-hf")
+    saves = (out / "chain-pretrain", out / "chain", out / "chain-phrase", out / "chain-phrase-hf")
     jobs = [Job(cluster, number, save) for number, save in zip(numbers, saves, strict=True)]
-    assert [job.wait() for job in jobs] == ["COMPLETED"] * 3, "".join(job.log()[-3000:] for job in jobs)
-    for job in jobs[:2]:
+    assert [job.wait() for job in jobs] == ["COMPLETED"] * 4, "".join(job.log()[-3000:] for job in jobs)
+    for job in jobs[:3]:
         assert job.status()["state"] == "finished" and job.status()["iteration"] == 3
         assert "1 x 1 x 4 on cpu" in job.log() and "2 nodes (n[1-2]) x 2 processes" in job.log()
-    assert f"weights from {saves[0] / 'iter_0000003'}" in jobs[1].log()
-    temperature = weights(saves[1])["heads.temperature"]
-    assert temperature != weights(saves[0])["heads.temperature"]  # stage 2 goes on
-    with safe_open(saves[2] / "hacl_heads.safetensors", "pt") as heads:
+    for before, job in zip(saves[:2], jobs[1:3], strict=True):
+        assert f"weights from {before / 'iter_0000003'}" in job.log()
+    assert all("preference loss" in row for row in metrics(saves[2]))
+    temperatures = [weights(save)["heads.temperature"] for save in saves[:3]]
+    assert len({value.item() for value in temperatures}) == 3  # each stage goes on
+    temperature = temperatures[-1]
+    with safe_open(saves[3] / "hacl_heads.safetensors", "pt") as heads:
         assert heads.get_tensor("temperature").item() == temperature.item()
 
 
