@@ -38,6 +38,19 @@ def _records(file: Path) -> Iterator[Any]:
             whole = b""
 
 
+def test_only_a_run_that_goes_on_takes_up_an_id(tmp_path: Path) -> None:
+    """Catches a fresh run whose points land in an older one's curves, and a look for a file in no folder."""
+    from hacl_megatron.training.reporting.metrics import _open_wandb
+
+    note, runs = tmp_path / "new" / "wandb_run_id.txt", []
+    with mock.patch.dict("os.environ", WANDB_MODE="offline", WANDB_SILENT="true"), mock.patch("wandb.init") as init:
+        init.side_effect = lambda **given: runs.append(given) or mock.Mock(id=f"run{len(runs)}")
+        for folder, goes_on in ((note.parent, True), (note.parent, True), (note.parent, False), (None, True)):
+            _open_wandb("project", folder, {"a": 1}, goes_on=goes_on)
+    assert [(run["id"], run["resume"]) for run in runs] == [(None, None), ("run1", "allow"), (None, None), (None, None)]
+    assert note.read_text() == "run3\n" and [run["dir"] for run in runs] == [note.parent] * 3 + [None]
+
+
 def _train(commands: list[list[str]]) -> None:
     # What reaches the network would hang or fail: there is none where this runs.
     with mock.patch.dict("os.environ", WANDB_MODE="offline", WANDB_SILENT="true"):
