@@ -27,9 +27,11 @@ OBJECTIVES = (
 def cases(layout: str) -> list[Case]:
     counts = (1, 4, 8, 16) if layout == "tp1" else (1, 4)
     found = [Case(*objective, micro_batches=n) for objective in OBJECTIVES for n in counts]
+    if layout != "tp1" and not FULL:  # each objective once, and each number; how it is cut, tp1 has of all
+        found = [Case(*objective, micro_batches=n) for objective, n in zip(OBJECTIVES, (4, 1), strict=True)]
     # By tokens: an odd number of micro-batches of uneven sizes. And the queue, still empty, changes nothing.
     # Without hallucinated negatives those embeddings get no gradient.
-    found += [Case("none", "prompt", micro_batches=n) for n in (1, 4)]
+    found += [Case("none", "prompt", micro_batches=n) for n in (counts[:2] if layout == "tp1" or FULL else (4,))]
     found += [Case("own", "image", micro_batches=n, preference="phrase") for n in (1, 4)]
     cuts = (1, 4) if layout == "tp1" else (4,)
     found += [Case("own", "image", micro_batches=n, preference=loss) for n in cuts for loss in ("dpo", "mdpo")]
