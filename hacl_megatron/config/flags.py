@@ -227,7 +227,7 @@ class ObjectiveFlags:
 
 @dataclass
 class PreferenceFlags:
-    """A likelihood objective on the same twins: hallucinated captions in the place of the true answer."""
+    """A likelihood objective on twins: hallucinated captions in the place of the true answer, and rejected answers."""
 
     _argument_group_name = "likelihood objective"
 

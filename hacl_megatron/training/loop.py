@@ -270,7 +270,7 @@ class Trainer:
             raise TrainingStopped(
                 f"--preference-loss {objective} found no twin to compare in {without} steps "
                 f"({progress.uncompared_twins} twins of the run are listed in {BAD_SAMPLES_FILE}): expected "
-                "samples with hallucinated captions of one of their answers; mend the data, or leave the flag out"
+                "hallucinated captions of answers, or rejected answers; mend the data, or leave the flag out"
             )
         found = progress.targetless_steps
         if found and progress.untrained_samples and (found >= steps or progress.iteration >= self.train_iters):

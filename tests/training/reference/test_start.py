@@ -78,6 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             command("cut", *valid, "--exit-interval", "2", steps=4),
             command("cut", *valid, "--load", str(folder / "cut"), steps=4),
             command("given", *given, steps=1),
+            command("crops", "--preference-loss", "mdpo", steps=2),
+            command("adapters", "--lora-rank", "4", "--freeze-LM", "true", steps=1),
             partial(score, scored("killed.safetensors"), dies=True),
             partial(shutil.copyfile, folder / "killed.jsonl", folder / "killed_lines.jsonl"),
             partial(score, scored("killed.safetensors")),
@@ -104,12 +106,14 @@ def twins_scored(path: Path) -> int:
 
 def test_the_first_step_costs_log_2(folder: Path) -> None:
     """Scores of the very weights, or of the same at tensor parallel 2 with its sequence cut."""
-    for name in ("whole", "given", "lost"):
+    for name in ("whole", "given", "lost", "crops", "adapters"):
         row = metrics(folder / name)[0]
-        assert row["preference loss"] == pytest.approx(math.log(2), abs=1e-6), name
+        parts = 3 if name == "crops" else 1  # of mdpo's loss, whose image's part sees the very same crop again
+        assert row["preference loss"] == pytest.approx(parts * math.log(2), abs=parts * 1e-6), name
         assert row["rewards/chosen"] == pytest.approx(0, abs=2e-6), name
         assert row["logps/chosen"] < -10, name
     assert metrics(folder / "whole")[-1]["rewards/margins"] > 0.05
+    assert metrics(folder / "crops")[-1]["preference loss"] != pytest.approx(3 * math.log(2), abs=1e-3)
     assert metrics(folder / "whole")[-1]["rewards/accuracies"] > 0.5
 
 
