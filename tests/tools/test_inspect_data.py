@@ -84,7 +84,7 @@ def dataset(tmp_path_factory) -> Path:
         {"id": "cut", "image": "cut.jpg", "conversations": turns("What is it?", "a cat")},
         {"id": "gone", "image": "gone.jpg", "conversations": turns("What is it?", "a cat")},
         {"id": "half", "image": "wide.jpg", "conversations": turns("What is it?", "a \ud83d cat")},
-        {"id": "odd", "image": "../wide.jpg", "conversations": [{"from": "system", "value": "<i>x</i>"}]},
+        {"id": "odd", "image": "../wide.jpg", "conversations": [{"from": "tool", "value": "<i>x</i>"}]},
         *({"id": f"more-{n}", "conversations": turns("What?", "a dog")} for n in range(30)),
     ]
     (folder / "data.json").write_text(json.dumps(records))
@@ -195,7 +195,7 @@ def test_broken_samples_are_shown_with_their_reasons(dataset):
         reasons, ["", "cut off", "no such file", "does not tokenize", "leaves the image folder", ""], strict=True
     ):
         assert expected in found and bool(found) == bool(expected), (found, expected)
-    assert "turn 0 is from 'system'" in reasons[4] and "<i>x</i>" in page.sections[4]["text"]
+    assert "turn 0 is from 'tool'" in reasons[4] and "<i>x</i>" in page.sections[4]["text"]
     assert [section["image"] is None for section in page.sections] == [False, True, True, False, True, True]
     assert "a \\ud83d cat" in page.sections[3]["text"]
 

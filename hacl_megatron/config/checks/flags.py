@@ -59,8 +59,10 @@ LIMITS: dict[str, tuple[float, float]] = {
         (0, below(1)),
     ),
     **dict.fromkeys(
-        ("adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights", "lora_alpha"), (above(0), _FINITE)
+        ("adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights", "lora_alpha", "preference_beta"),
+        (above(0), _FINITE),
     ),
+    "preference_label_smoothing": (0, below(0.5)),
     "initial_temperature": TEMPERATURE_RANGE,
     "seed": (0, 2**32 - 1),
 }  # fmt: skip
@@ -211,12 +213,6 @@ def _check_losses(config: RunConfig) -> None:
         "nothing would train: --generation-weight and --contrastive-weight are 0, and there is no --preference-loss "
         "with a --preference-weight",
         "give one of the losses a weight",
-    )
-    _require(flags.preference_beta > 0, f"--preference-beta is {flags.preference_beta:g}", "expected more than 0")
-    _require(
-        0 <= flags.preference_label_smoothing < 0.5,
-        f"--preference-label-smoothing is {flags.preference_label_smoothing:g}",
-        "expected 0 or more, and less than 0.5",
     )
     _require(
         flags.reference_scores is None or flags.has_reference,
