@@ -19,7 +19,6 @@ from report import read_metrics
 from score import describe
 
 LOSSES = ("none", "hacl", "phrase")
-SEEDS = (1, 2, 3)
 _OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:s|es)?\b")
 
 
@@ -27,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("output/quickstart/data"))
     parser.add_argument("--runs", type=Path, default=Path("output/quickstart/losses"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
     samples = json.loads((args.data / "valid.json").read_text(encoding="utf-8"))
     lines = (args.data / "scenes.jsonl").read_text(encoding="utf-8").splitlines()
@@ -38,7 +38,7 @@ def main() -> None:
     print(f"\n{'loss':8}{'prefers its caption':>34}{'hallucinated':>34}{'named':>10}")
     for loss in LOSSES:
         prefers, wrong, named = [], [], []
-        for seed in SEEDS:
+        for seed in args.seeds:
             run = args.runs / f"{loss}-{seed}"
             prefers.append(read_metrics(run)[-1]["preference accuracy sum"])
             answers = describe(run / "export", samples, args.data / "images")

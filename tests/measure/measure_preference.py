@@ -18,7 +18,6 @@ run through the language model.
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 from tests.measure.step_processes import Process, Variant, measure_memory
@@ -38,6 +37,8 @@ SIDES = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("pretrain", "finetune"), default="finetune")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="without, dpo and more; those "
+                        "of 8 pairs together need 24 GB")  # fmt: skip
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=8)
@@ -60,16 +61,15 @@ def measure(args: argparse.Namespace) -> None:
             folder=folder, context="image", stage=args.stage, threads=args.threads, pairs=args.pairs, hallucinated=1,
             shortest=args.caption_tokens[0], longest=args.caption_tokens[1], seed=0,
         )  # fmt: skip
-        processes = {name: Process(work, name, variant) for name, variant in SIDES.items()}
+        processes = {name: Process(work, name, SIDES[name]) for name in args.sides}
         first = {name: process.ask("step")[2] for name, process in processes.items()}
         for name, losses in first.items():
             shown = ", ".join(f"{tag} {value:.6f}" for tag, value in losses.items() if value == value)
             print(f"{name:<20} {shown}", flush=True)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in SIDES}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in args.sides}
         for repetition in range(args.repetitions):
-            for name in list(SIDES)[:: 1 if repetition % 2 == 0 else -1]:
+            for name in args.sides[:: 1 if repetition % 2 == 0 else -1]:
                 times[name].append(processes[name].ask("step")[:2])
-                time.sleep(0)
         for process in processes.values():
             process.close()
         print(f"\n{'':<20} {'s':>7} {'CPU s':>7} {'/ without':>10} {'CPU':>6} {'dpo =':>8} {'CPU':>6} {'MiB':>7}")
