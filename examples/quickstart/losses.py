@@ -40,7 +40,7 @@ def main() -> None:
         prefers, wrong, named = [], [], []
         for seed in args.seeds:
             run = args.runs / f"{loss}-{seed}"
-            prefers.append(read_metrics(run)[-1]["preference accuracy sum"])
+            prefers.append(read_metrics(run)[-1]["preference accuracy sum validation"])
             answers = describe(run / "export", samples, args.data / "images")
             found = [set(_OBJECT.findall(answer)) for answer in answers]
             total = sum(map(len, found))
