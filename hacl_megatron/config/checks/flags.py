@@ -219,6 +219,11 @@ def _check_losses(config: RunConfig) -> None:
         f"--reference-scores is given with --preference-loss {flags.preference_loss}",
         "only dpo and mdpo have a reference: leave it out",
     )
+    _require(
+        flags.has_reference or not flags.preference_label_smoothing,
+        f"--preference-label-smoothing is given with --preference-loss {flags.preference_loss}",
+        "only dpo and mdpo have it: leave it out",
+    )
     if flags.preference_loss == "none" and flags.preference_weight not in (0, 1):
         notify(f"--preference-weight {flags.preference_weight:g} weighs nothing: --preference-loss is none.")
 

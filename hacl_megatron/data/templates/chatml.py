@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hacl_megatron.data.templates.template import MESSAGE, Dialogue, Piece, Template
+from hacl_megatron.data.templates.template import MESSAGE, TURNS, Dialogue, Piece, Template
 
 if TYPE_CHECKING:
     from hacl_megatron.data.tokenizer import Tokenizer
@@ -47,17 +47,11 @@ def trained_tokens(tokenizer: Tokenizer) -> frozenset[int]:
 CHAT_TEMPLATE = (
     MESSAGE
     + """
-{%- set turns = messages -%}
 {%- set system = '"""
     + SYSTEM
-    + """' -%}
-{%- if turns and turns[0]['role'] == 'system' -%}
-    {%- set system = words(turns[0]) -%}
-    {%- set turns = turns[1:] -%}
-{%- endif -%}
-{%- if turns and turns[0]['role'] == 'assistant' -%}
-    {%- set turns = turns[1:] -%}
-{%- endif -%}
+    + """' -%}"""
+    + TURNS
+    + """
 {{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' -}}
 {%- for message in turns -%}
     {%- if message['role'] != ('user', 'assistant')[loop.index0 % 2] -%}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hacl_megatron.data.templates.template import MESSAGE, Dialogue, Piece, Template, bos_piece
+from hacl_megatron.data.templates.template import MESSAGE, TURNS, Dialogue, Piece, Template, bos_piece
 
 if TYPE_CHECKING:
     from hacl_megatron.data.tokenizer import Tokenizer
@@ -51,17 +51,11 @@ def trained_tokens(tokenizer: Tokenizer) -> frozenset[int]:
 CHAT_TEMPLATE = (
     MESSAGE
     + """
-{%- set turns = messages -%}
 {%- set system = '"""
     + SYSTEM
-    + """' -%}
-{%- if turns and turns[0]['role'] == 'system' -%}
-    {%- set system = words(turns[0]) -%}
-    {%- set turns = turns[1:] -%}
-{%- endif -%}
-{%- if turns and turns[0]['role'] == 'assistant' -%}
-    {%- set turns = turns[1:] -%}
-{%- endif -%}
+    + """' -%}"""
+    + TURNS
+    + """
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\n' + system | trim + '<|eot_id|>' -}}
 {%- for message in turns -%}
     {%- if message['role'] != ('user', 'assistant')[loop.index0 % 2] -%}

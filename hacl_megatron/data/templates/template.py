@@ -44,6 +44,16 @@ MESSAGE = """
     {%- endif -%}
 {%- endmacro -%}"""
 """Jinja: `words(message)` is the text of a message, its images at the front, as `encoding.checked_dialogue` has it."""
+TURNS = """
+{%- set turns = messages -%}
+{%- if turns and turns[0]['role'] == 'system' -%}
+    {%- set system = words(turns[0]) -%}
+    {%- set turns = turns[1:] -%}
+{%- endif -%}
+{%- if turns and turns[0]['role'] == 'assistant' -%}
+    {%- set turns = turns[1:] -%}
+{%- endif -%}"""
+"""Jinja behind it and `system`: `turns` from the first question on, and the dialogue's own `system` if it has one."""
 
 
 class UnusableSample(ValueError):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hacl_megatron.data.templates.template import IGNORE, MESSAGE, Dialogue, Piece, Template, bos_piece
+from hacl_megatron.data.templates.template import IGNORE, MESSAGE, TURNS, Dialogue, Piece, Template, bos_piece
 
 if TYPE_CHECKING:
     from hacl_megatron.data.tokenizer import Tokenizer
@@ -121,15 +121,9 @@ CHAT_TEMPLATE = (
     + """
 {%- set system = '"""
     + SYSTEM.replace("'", "\\'")
-    + """' -%}
-{%- set turns = messages -%}
-{%- if turns and turns[0]['role'] == 'system' -%}
-    {%- set system = words(turns[0]) -%}
-    {%- set turns = turns[1:] -%}
-{%- endif -%}
-{%- if turns and turns[0]['role'] == 'assistant' -%}
-    {%- set turns = turns[1:] -%}
-{%- endif -%}
+    + """' -%}"""
+    + TURNS
+    + """
 {{- system + ' ' -}}
 {%- for message in turns -%}
     {%- set text = words(message) -%}

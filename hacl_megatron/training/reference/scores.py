@@ -75,6 +75,10 @@ class ReferenceScores:
             os.fsync(file.fileno())
             partial.replace(path)
 
+    def same_numbers(self, other: "ReferenceScores") -> bool:
+        """Whether all samples have the very same scores."""
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in _TENSORS)
+
     def difference(self, identity: Mapping[str, str]) -> str | None:
         """In words, in what the scores are of something else; None where they are not.
 

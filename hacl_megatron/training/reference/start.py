@@ -1,7 +1,6 @@
 """The reference's scores at a run's start: the file that is given, the one that the run keeps, or made now."""
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,24 +68,27 @@ def references_of(request: ReferenceRequest) -> tuple[References, list[str]]:
 
 
 def make_scores(request: ReferenceRequest, path: Path) -> list[str]:
-    """Score the training data's twins into `path`; lines to say, on rank 0."""
+    """Score the training data's twins into `path`; lines to say, on rank 0.
+
+    Raises:
+        ValueError: on every rank; `path` is something else.
+    """
     identity: dict[str, str] = {}
+    box: list[str | None] = [None, None]  # what is said, what is wrong
     if dist.get_rank() == 0:
         identity = identity_of(request.run.config, request.tokenizer, for_validation=False)
-        if path.exists() and ReferenceScores.read(path).difference(identity) is None:
-            found = f"{path} has these scores already"
-            return _all_agree(found)
-    if _all_agree(None):
-        return []
-    scores, lines = _made(request, identity, path, for_validation=False)
-    return lines if scores is not None else []
-
-
-def _all_agree(found: str | None) -> list[str]:
-    """What rank 0 found, on every rank."""
-    box = [found]
+        try:
+            if path.exists():
+                if (difference := ReferenceScores.read(path).difference(identity)) is not None:
+                    raise ValueError(f"{path} holds other scores: {difference}; name another file, or remove it")
+                box = [f"{path} has these scores already", None]
+        except ValueError as error:
+            box = [None, f"--output {error}"]
     dist.broadcast_object_list(box, src=0)
-    return [] if box[0] is None else box
+    said, mistake = box
+    if mistake is not None:
+        raise ValueError(mistake)
+    return [said] if said is not None else _made(request, identity, path, for_validation=False)[1]
 
 
 def _found_or_made(request: ReferenceRequest, *, for_validation: bool) -> tuple[ReferenceScores, list[str]]:
@@ -108,10 +110,10 @@ def _found_or_made(request: ReferenceRequest, *, for_validation: bool) -> tuple[
         raise ValueError(mistake)
     if scores is not None:
         return scores, lines
-    made, lines = _made(request, identity, save, for_validation=for_validation)
+    made, more = _made(request, identity, save, for_validation=for_validation)
     box = [made]
     dist.broadcast_object_list(box, src=0)
-    return box[0], lines
+    return box[0], [*lines, *more]
 
 
 def _found(
@@ -131,13 +133,12 @@ def _found(
                 f"--reference-scores {given} is of something else: {difference}; make it again with "
                 "tools/score_reference.py and this run's flags, or leave the flag out"
             )
-        if resumes and kept is not None and file_digest(kept) != file_digest(Path(given)):
+        if resumes and kept is not None and not scores.same_numbers(ReferenceScores.read(kept)):
             raise ValueError(
                 f"--reference-scores {given} is not what the run was begun with, {kept}; leave the flag out"
             )
         if checkpoint.save is not None and not resumes:
-            Path(checkpoint.save).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(given, Path(checkpoint.save) / name)
+            scores.write(Path(checkpoint.save) / name)
         return scores, [f"reference: {_told(scores)}, from {given}"]
     if kept is not None:
         scores = ReferenceScores.read(kept)
@@ -147,7 +148,7 @@ def _found(
             raise ValueError(
                 f"{kept} is of something else: {difference}; resume with the data and flags that the run was begun with"
             )
-        return None, []
+        return None, [f"reference: {kept} is of something else ({difference}), so it is made again"]
     if resumes:
         raise ValueError(
             f"the run that is resumed has no {name} in {' or '.join(map(str, folders))}, and the weights that it "

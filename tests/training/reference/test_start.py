@@ -44,6 +44,13 @@ def score(arguments: list[str], dies: bool = False) -> None:
         parallel_state.destroy_model_parallel()
 
 
+def overwrites(arguments: list[str]) -> None:
+    """It wrote over other scores without a word."""
+    with pytest.raises(ValueError, match=r"--output .*tp2\.safetensors holds other scores: --model-max-length was 256"):
+        score(arguments)
+    parallel_state.destroy_model_parallel()
+
+
 def refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         run(arguments)
@@ -91,6 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 command("r3", *given, "--pretrained-checkpoint", str(folder / "whole")),
                 "weights of --pretrained-checkpoint was .* and is ",
             ),
+            partial(overwrites, scored("tp2.safetensors", "--model-max-length", "200")),
             partial(shutil.copytree, folder / "cut", folder / "orphan"),
             partial(Path.unlink, folder / "orphan" / "reference_scores.safetensors"),
             partial(refused, command("r4", "--load", str(folder / "orphan"), steps=6), "has no reference_scores"),
@@ -154,3 +162,5 @@ def test_a_sample_that_could_not_be_scored_is_counted_where_its_twins_are_left_o
 def test_a_reference_without_dpo_is_refused_in_a_line() -> None:
     with pytest.raises(ValueError, match=re.escape("--reference-scores is given with --preference-loss phrase")):
         run(["--preference-loss", "phrase", "--reference-scores", "x", "--train-iters", "1"])
+    with pytest.raises(ValueError, match="--preference-label-smoothing is given with --preference-loss phrase"):
+        run(["--preference-loss", "phrase", "--preference-label-smoothing", "0.1", "--train-iters", "1"])
