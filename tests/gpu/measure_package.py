@@ -76,7 +76,8 @@ def measure(case: Case, data: Path, out: Path, *, tiny: bool, steps: int) -> dic
     result["lm losses"] = [round(row["lm loss"], 4) for row in rows]
     result |= kernels(traces, out / f"kernels-{case.name}.txt")
     result["seconds in all"] = round(time.perf_counter() - started, 1)
-    (out / f"lengths-{case.name}.json").write_text(json.dumps(lengths(seen["micro_batches"])))
+    if case.preference is None:
+        (out / f"lengths-{case.name}.json").write_text(json.dumps(lengths(seen["micro_batches"])))
     result |= planned(seen["step"].config, seen["micro_batches"], tiny=tiny)
     return result
 
@@ -165,6 +166,17 @@ def planned(config: Any, micro_batches: list[Any], *, tiny: bool) -> dict[str, A
     }  # fmt: skip
 
 
+def release_models() -> None:
+    """Free what the case before has left: hooks of megatron-core's DDP keep it, its weights, gradients and masters."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    gc.collect()
+    for model in [found for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]:
+        model.grad_accs.clear()
+        del model
+    gc.collect()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -195,7 +207,7 @@ def main() -> None:
             from megatron.core import parallel_state
 
             parallel_state.destroy_model_parallel()
-        gc.collect()
+        release_models()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -28,14 +28,16 @@ class Part:
 
 PARTS = {
     "platform": Part(60, ("-m", "hacl_megatron.platform")),
-    "tests-local": Part(240, (*PYTEST, *ON_LAYERS), HIDDEN),
-    "tests": Part(240, (*PYTEST, *ON_LAYERS)),
+    "tests-local": Part(300, (*PYTEST, *ON_LAYERS), HIDDEN),
+    "tests": Part(300, (*PYTEST, *ON_LAYERS)),
     "runs-local": Part(300, (*PYTEST, "-s", "tests/gpu/test_runs_gpu.py"), HIDDEN),
     "runs": Part(300, (*PYTEST, "-s", "tests/gpu/test_runs_gpu.py")),
     "images": Part(100, (*PYTEST, "tests/gpu/test_images_gpu.py")),
     "speed": Part(200, (*SPEED, "best", "--cases", *CASES, "pretrain-image-fp8")),
     "speed-dali": Part(100, (*SPEED, "DALI mixed", "--cases", "pretrain-prompt")),
     "speed-fp8": Part(120, (*SPEED, "best", "--cases", "pretrain-image-fp8", "finetune-image-fp8")),
+    "speed-preference": Part(150, (*SPEED, "best", "--cases", "finetune-twins", "finetune-dpo", "finetune-phrase")),
+    "speed-qwen": Part(80, (*SPEED, "best", "--cases", "pretrain-qwen")),
     "speed-local": Part(120, (*SPEED, "local", "--cases", "pretrain-image", "finetune-image"), HIDDEN),
     "plain": Part(120, ("-m", "tests.gpu.measure_plain", "--attention", "sdpa")),
     "plain-flash": Part(120, ("-m", "tests.gpu.measure_plain", "--attention", "flash_attention_2")),

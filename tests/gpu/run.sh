@@ -35,5 +35,5 @@ fi
 nvidia=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
 export LD_LIBRARY_PATH=$nvidia/cudnn/lib:$nvidia/nccl/lib:$nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export PYTHONPATH=$PWD/tests/gpu/without:$PWD${kit:+:$site}${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 exec "$PYTHON" -m tests.gpu.run ${args[@]+"${args[@]}"}

@@ -7,7 +7,7 @@ card's memory takes without recomputation; `tiny` shrinks everything, so that th
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from PIL import Image
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "llava_1_5"
 SAMPLES = 256
 SEVEN_B = dict(hidden=4096, ffn=11008, heads=32, vocab=32000, vision_hidden=1024, vision_layers=24, image=336)
+QWEN = dict(hidden=3584, ffn=18944, heads=28, groups=4, vocab=152064, vision_hidden=1024, vision_layers=24, image=336)
+"""Qwen2.5-7B's, 28 layers, with the same tower."""
 TINY = dict(hidden=128, ffn=256, heads=2, vocab=512, vision_hidden=64, vision_layers=3, image=56)
 
 
@@ -35,6 +37,11 @@ class Case:
     num_micro_batches: int = 1
     fp8: bool = False
     recompute: bool = False
+    sizes: str = "llama"
+    """`qwen2`: Qwen2.5-7B's."""
+    preference: str | None = None
+    """`--preference-loss`, on records of one answer and its twin, without contrast; without it, the data of the other
+    cases."""
 
     @property
     def global_batch(self) -> int:
@@ -59,17 +66,22 @@ def cases(memory: float, *, tiny: bool = False) -> dict[str, Case]:
                     name=name, stage=stage, context=context, layers=layers, micro_batch=size,
                     num_micro_batches=micro_batches, fp8=fp8,
                 )  # fmt: skip
+    for name, loss in (("finetune-twins", "none"), ("finetune-dpo", "dpo"), ("finetune-phrase", "phrase")):
+        found[name] = replace(found["finetune-image"], name=name, preference=loss)
+    qwen = replace(found["pretrain-image"], name="pretrain-qwen", sizes="qwen2")
+    found[qwen.name] = replace(qwen, layers=min(qwen.layers, 28))
     return found
 
 
 def model_section(case: Case, *, tiny: bool) -> dict[str, Any]:
     """The `model:` section of the example, with the case's layers."""
-    sizes = TINY if tiny else SEVEN_B
+    sizes = TINY if tiny else QWEN if case.sizes == "qwen2" else SEVEN_B
     return {
         "language": {
+            "family": case.sizes,
             "num-layers": case.layers, "hidden-size": sizes["hidden"], "ffn-hidden-size": sizes["ffn"],
-            "num-attention-heads": sizes["heads"], "num-query-groups": sizes["heads"], "vocab-size": sizes["vocab"],
-            "max-position-embeddings": 4096,
+            "num-attention-heads": sizes["heads"], "num-query-groups": sizes.get("groups", sizes["heads"]),
+            "vocab-size": sizes["vocab"], "max-position-embeddings": 4096,
         },
         "vision": {
             "num-layers": sizes["vision_layers"], "hidden-size": sizes["vision_hidden"],
@@ -97,7 +109,7 @@ def write_data(folder: Path) -> None:
     def text(count: int) -> str:
         return " ".join(rng.choice(words) for _ in range(count))
 
-    records: dict[str, list[dict[str, Any]]] = {"pretrain": [], "finetune": []}
+    records: dict[str, list[dict[str, Any]]] = {"pretrain": [], "finetune": [], "twins": []}
     for index in range(SAMPLES):
         caption = text(rng.randint(3, 8))
         common = {"id": str(index), "image": f"{index:04d}.jpg", "text": caption, "Hallucination caption": text(5)}
@@ -108,6 +120,9 @@ def write_data(folder: Path) -> None:
             question = ("<image>\n" if turn == 0 else "") + text(5)
             dialogue += [{"from": "human", "value": question}, {"from": "gpt", "value": text(rng.randint(5, 20))}]
         records["finetune"].append({**common, "conversations": dialogue})
+        true, wrong = text(rng.randint(15, 40)), text(rng.randint(15, 40))
+        turns = [turns[0], {"from": "gpt", "value": true}]
+        records["twins"].append({**common, "text": true, "Hallucination caption": wrong, "conversations": turns})
     tiny_tokenizer(331).save_pretrained(folder / "tokenizer")
     shutil.copy(sentencepiece_model(image_token_id(331)), folder / "tokenizer")
     for stage, entries in records.items():
@@ -128,13 +143,14 @@ def write_config(case: Case, data: Path, *, tiny: bool, steps: int) -> Path:
     values |= {
         "model": model_section(case, tiny=tiny),
         "tokenizer": str(data / "tokenizer"),
-        "data-path": [str(data / f"{case.stage}.json")],
+        "data-path": [str(data / f"{case.stage if case.preference is None else 'twins'}.json")],
         "image-folder": str(data / "images"),
         "model-max-length": 2048,
         "micro-batch-size": case.micro_batch,
         "global-batch-size": case.global_batch,
         "train-iters": steps,
-        "contrastive-weight": 1.0,
+        "contrastive-weight": 1.0 if case.preference is None else 0.0,
+        "preference-loss": case.preference or "none",
         "contrastive-negatives": "queue" if case.stage == "pretrain" else "micro-batch",
         "contrastive-image-context": case.context,
         "transformer": transformer,
