@@ -58,8 +58,16 @@ from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE
 from hacl_megatron.training.reporting.changes import nothing_left, what_differs
 from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
 from hacl_megatron.training.reporting.profiling import ProfileWindow
-from hacl_megatron.training.reporting.status import RunStatus, TrainingStopped, before_this_run, hold, tell_hang
+from hacl_megatron.training.reporting.status import (
+    RunStatus,
+    TrainingStopped,
+    before_this_run,
+    hold,
+    tell_hang,
+    write_status,
+)
 from hacl_megatron.training.saving import Saving
+from hacl_megatron.training.signals import StoppedEarly, StopRequests
 from hacl_megatron.training.state import Progress, StartingPoint, restore_run, saved_progress
 from hacl_megatron.training.trainee import Trainee, build_trainee, check_configurations
 from hacl_megatron.training.validation import Validation
@@ -75,6 +83,20 @@ def train(config: RunConfig, layout: Layout) -> None:
     device = start_platform(
         config.parallel.device, config.parallel.distributed_timeout_minutes, layout.tp, facts_of(config)
     )
+    try:
+        _run(config, layout, device)
+    except StoppedEarly as reason:
+        if dist.get_rank() == 0:
+            notify(f"stopped while the reference scored: {reason}; the next start goes on from there")
+            write_status(config.checkpoint.save, "stopped", reason=str(reason))
+    # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
+    parallel_state.destroy_model_parallel()
+    if not joined_already:
+        dist.destroy_process_group()
+
+
+def _run(config: RunConfig, layout: Layout, device: torch.device) -> None:
+    """From the lock of --save to the last state of its run_status.json."""
     resume_from = note = None
     with contextlib.ExitStack() as stack:
         save = config.checkpoint.save
@@ -110,10 +132,6 @@ def train(config: RunConfig, layout: Layout) -> None:
             raise
         if status is not None:
             status.write("finished" if stopped_for is None else "stopped", stopped_for)
-    # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
-    parallel_state.destroy_model_parallel()
-    if not joined_already:
-        dist.destroy_process_group()
 
 
 def _hold_save(config: RunConfig, stack: contextlib.ExitStack) -> FolderLock | None:
@@ -192,19 +210,24 @@ def build_trainer(
 
     said += exports
     references = References()
+    stop_requests = StopRequests(config.training.exit_duration_in_mins)  # heard while the reference scores, too
     if config.preference.has_reference:
         if loader is not None:
             loader.close()
-        references, lines = references_of(
-            ReferenceRequest(
-                run=run,
-                forward=ForwardOnly(trainee.module, trainee.model, device=device),
-                tokenizer=tokenizer,
-                open_loader=_twins_loader(run, tokenizer),
-                resume_from=resume_from,
-                beat=beat,
-            )
+        request = ReferenceRequest(
+            run=run,
+            forward=ForwardOnly(trainee.module, trainee.model, device=device),
+            tokenizer=tokenizer,
+            open_loader=_twins_loader(run, tokenizer),
+            resume_from=resume_from,
+            beat=beat,
+            why_stop=stop_requests.reason,
         )
+        try:
+            references, lines = references_of(request)
+        except StoppedEarly:
+            stop_requests.close()
+            raise
         said += lines
         if tokenizer is not None:
             loader = open_loader(run, tokenizer, data_state=data_state, references=references.training)
@@ -227,6 +250,7 @@ def build_trainer(
         ),
         log=log,
         profile=ProfileWindow.of(config.logging, _tensorboard_dir(config), dist.get_rank(), device),
+        stop_requests=stop_requests,
         beat=beat,
     )
 

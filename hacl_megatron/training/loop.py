@@ -65,6 +65,7 @@ class Trainer:
         validation: None to never validate.
         log: on one rank alone.
         profile: the iterations that are traced on this rank.
+        stop_requests: what has listened since before the trainer was built; ended by `close`.
         beat: called whenever something is done; the watchdog listens.
     """
 
@@ -79,6 +80,7 @@ class Trainer:
         saving: Saving,
         log: MetricsLog | None,
         profile: ProfileWindow,
+        stop_requests: StopRequests | None = None,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.config = run, run.config
@@ -89,7 +91,7 @@ class Trainer:
         self.log, self.profile, self.beat = log, profile, beat
         self._untrained = UntrainedSamples(self.progress.untrained_kinds, self.config.checkpoint.save, self._say)
         self._uncompared = UntrainedSamples({}, self.config.checkpoint.save, self._say, UNCOMPARED)
-        self.stop_requests = StopRequests(self.config.training.exit_duration_in_mins)
+        self.stop_requests = stop_requests or StopRequests(self.config.training.exit_duration_in_mins)
         self.step = Step(run, trainee)
         self._peak_flops = peak_flops(device_name(run.device), bf16=self.config.model.bf16)
         self._memory_tag = memory_in_use(run.device)[0]

@@ -16,6 +16,10 @@ _closed: set[int] = set()
 """Ignored by an earlier run of this process, not by whoever started it."""
 
 
+class StoppedEarly(Exception):
+    """All ranks stop before the first step, for the reason that is the message; what was done is kept."""
+
+
 class StopRequests:
     """Collects reasons to save and stop: SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP on any rank, or the time limit.
 

@@ -26,6 +26,7 @@ from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.generation import generation_losses
 from hacl_megatron.objective.preference import answer_likelihoods
 from hacl_megatron.training.reference.scores import ReferenceScores
+from hacl_megatron.training.signals import StoppedEarly
 
 PLAN = PackPlan(main=Parts(images="none", texts=False, preferences="branch"))
 """Dialogues and their rejected answers, as a step packs them."""
@@ -37,6 +38,7 @@ class ScoredTwins:
     Args:
         open_loader: gives a loader over the sample ids that it is given, packed by `PLAN`.
         beat: called behind each step.
+        why_stop: asked behind each step on every rank: what this one wants to stop for, if anything.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class ScoredTwins:
         forward: ForwardOnly,
         open_loader: Callable[[list[int]], StepLoader],
         beat: Callable[[], None] = lambda: None,
+        why_stop: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.run_, self.forward, self.open_loader, self.beat = run, forward, open_loader, beat
+        self.run_, self.forward, self.open_loader = run, forward, open_loader
+        self.beat, self.why_stop = beat, why_stop
         self.unusable: list[BadSample] = []
         """On rank 0: samples that gave no scores."""
 
@@ -65,6 +69,7 @@ class ScoredTwins:
 
         Raises:
             ValueError: the model's numbers are not finite.
+            StoppedEarly: a rank wants to stop; the next pass for `path` goes on behind what this one did.
         """
         first = dist.get_rank() == 0
         with _lines(path if first else None, identity) as (done, keep):
@@ -86,6 +91,7 @@ class ScoredTwins:
                         done[sample_id] = pairs
                         bar.update()
                     self.beat()
+                    self._stop_if_asked()
             finally:
                 bar.close()
                 if loader is not None:
@@ -98,6 +104,14 @@ class ScoredTwins:
         if path is not None:
             _remove_lines(path)
         return scores
+
+    def _stop_if_asked(self) -> None:
+        reason = self.why_stop()
+        (num_reasons,) = self.run_.groups.sums([reason is not None])
+        if num_reasons:
+            reasons: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(reasons, reason)
+            raise StoppedEarly(next(text for text in reasons if text is not None))
 
     def _step(self, step: StepBatches | None) -> dict[int, list[list[float]]]:
         """One global batch: each sample's pairs on rank 0, nothing elsewhere."""

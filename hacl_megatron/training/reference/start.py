@@ -50,6 +50,7 @@ class ReferenceRequest:
     open_loader: Callable[[list[int], bool], StepLoader]
     resume_from: Path | None
     beat: Callable[[], None] = lambda: None
+    why_stop: Callable[[], str | None] = lambda: None
 
 
 def references_of(request: ReferenceRequest) -> tuple[References, list[str]]:
@@ -57,6 +58,7 @@ def references_of(request: ReferenceRequest) -> tuple[References, list[str]]:
 
     Raises:
         ValueError: on every rank; a file is of something else, or a resumed run's scores are gone.
+        StoppedEarly: on every rank; `request.why_stop` gave a reason while scores were made.
     """
     config = request.run.config
     training, lines = _found_or_made(request, for_validation=False)
@@ -170,7 +172,11 @@ def _made(
             seen = config.training.eval_iters * request.run.layout.global_batch_size
             sample_ids = [sample_id for sample_id in sample_ids if sample_id < seen]
     pass_ = ScoredTwins(
-        request.run, request.forward, lambda ids: request.open_loader(ids, for_validation), request.beat
+        request.run,
+        request.forward,
+        lambda ids: request.open_loader(ids, for_validation),
+        request.beat,
+        request.why_stop,
     )
     scores = pass_.run(sample_ids, identity, path=path)
     if scores is None:

@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from megatron.core import parallel_state
 
 from hacl_megatron.train import run
@@ -42,6 +45,21 @@ def score(arguments: list[str], dies: bool = False) -> None:
             tool.score_reference(args.output, flags)
     except KeyboardInterrupt:
         parallel_state.destroy_model_parallel()
+
+
+def stopped_while_scoring(arguments: list[str]) -> None:
+    """A run whose last rank hears SIGUSR1 in the first step of its reference."""
+    from hacl_megatron.training.reference.scoring import ScoredTwins
+
+    step = ScoredTwins._step
+
+    def heard(self, batches):
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, batches)
+
+    with mock.patch.object(ScoredTwins, "_step", heard):
+        run(arguments)
 
 
 def overwrites(arguments: list[str]) -> None:
@@ -78,7 +96,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     valid = ["--valid-data-path", str(folder / "data" / "pretrain.json"), "--eval-interval", "2", "--eval-iters", "2"]
     given = ["--reference-scores", str(folder / "tp2.safetensors")]
     other = ["--data-path", str(folder / "data" / "other.json")]
-    train([partial(score, scored("tp2.safetensors", layout="tp2-pp1-sp"))], 2)
+    asked = command("asked", layout="tp2")
+    train(
+        [
+            partial(score, scored("tp2.safetensors", layout="tp2-pp1-sp")),
+            partial(stopped_while_scoring, asked),
+            partial(shutil.copytree, folder / "asked", folder / "asked_then", dirs_exist_ok=True),
+            asked,
+        ],
+        2,
+    )
     train(
         [
             command("whole", *valid, steps=4),
@@ -150,6 +177,18 @@ def test_a_killed_scoring_goes_on_where_it_stopped(folder: Path) -> None:
     assert all(whole(line["sample"]).tolist() == line["likelihoods"] for line in lines)
     assert not (folder / "killed.jsonl").exists() and not list(folder.glob("*.settings.json"))
     assert len(whole.likelihoods) == twins_scored(folder / "tp2.safetensors")
+
+
+def test_a_run_that_is_asked_to_stop_while_its_reference_scores_goes_on_behind_that(folder: Path) -> None:
+    """It heard nothing before its first step: a job whose scores took longer than Slurm's notice was killed."""
+    status = json.loads((folder / "asked_then" / "run_status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "received SIGUSR1")
+    kept = (folder / "asked_then" / "reference_scores.jsonl").read_text().splitlines()
+    whole = ReferenceScores.read(folder / "asked" / "reference_scores.safetensors")
+    assert 0 < len(kept) < len(whole.sample_ids)
+    assert not (folder / "asked" / "reference_scores.jsonl").exists()
+    assert json.loads((folder / "asked" / "run_status.json").read_text())["state"] == "finished"
+    assert len(metrics(folder / "asked")) == 2
 
 
 def test_a_sample_that_could_not_be_scored_is_counted_where_its_twins_are_left_out(folder: Path) -> None:
