@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", choices=("pretrain", "finetune"), default="finetune")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="without, dpo and more; those "
                         "of 8 pairs together need 24 GB")  # fmt: skip
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=7, help="0: memory alone, one side at a time")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--caption-tokens", type=int, nargs=2, default=(8, 40), metavar=("LEAST", "MOST"))
@@ -61,6 +61,10 @@ def measure(args: argparse.Namespace) -> None:
             folder=folder, context="image", stage=args.stage, threads=args.threads, pairs=args.pairs, hallucinated=1,
             shortest=args.caption_tokens[0], longest=args.caption_tokens[1], seed=0,
         )  # fmt: skip
+        if not args.repetitions:
+            for name in args.sides:
+                print(f"{name:<20} {measure_memory(work, name, SIDES[name]) / 2**20:7.0f} MiB", flush=True)
+            return
         processes = {name: Process(work, name, SIDES[name]) for name in args.sides}
         first = {name: process.ask("step")[2] for name, process in processes.items()}
         for name, losses in first.items():
