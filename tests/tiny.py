@@ -27,6 +27,8 @@ from transformers import (
     Blip2QFormerConfig,
     Blip2VisionConfig,
     CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
     GenerationConfig,
     LlamaTokenizer,
     LlavaConfig,
@@ -325,6 +327,19 @@ def tiny_siglip_config(*, image: int = 50, layers: int = 3) -> SiglipVisionConfi
         hidden_size=30, intermediate_size=50, num_hidden_layers=layers, num_attention_heads=3, image_size=image,
         patch_size=8,
     )  # fmt: skip
+
+
+def tiny_dinov2_config(
+    *, registers: int | None = None, image: int = 74, layers: int = 3, swiglu: bool = False
+) -> Dinov2Config | Dinov2WithRegistersConfig:
+    """A DINOv2 of 3 heads, with `registers` or without: 9 x 9 positions, of 74 pixels in patches of 8."""
+    sizes = {
+        "hidden_size": 30, "num_hidden_layers": layers, "num_attention_heads": 3, "mlp_ratio": 3, "image_size": image,
+        "patch_size": 8, "use_swiglu_ffn": swiglu, "drop_path_rate": 0.2,
+    }  # fmt: skip
+    if registers is None:
+        return Dinov2Config(**sizes)
+    return Dinov2WithRegistersConfig(**sizes, num_register_tokens=registers)
 
 
 def write_tiny_blip2(

@@ -66,6 +66,7 @@ class VisionConfig:
     ffn_hidden_size: int
     num_attention_heads: int
     image_size: int
+    """Pixels a side that the tower gets; `hf` may tell another size, of positions that transformers interpolates."""
     patch_size: int
     norm_epsilon: float = 1e-5
     activation: str = "quick_gelu"
@@ -86,14 +87,25 @@ class VisionConfig:
         return CLIP if self.hf is None else tower_kind(self.hf.get("model_type"))
 
     @property
+    def num_registers(self) -> int:
+        """Rows between the class token and the patches."""
+        return self.hf[self.kind.registers] if self.kind.registers else 0
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward part is a SwiGLU, of three products."""
+        return bool(self.kind.gated and self.hf.get(self.kind.gated))
+
+    @property
     def sequence_length(self) -> int:
-        """Rows an image inside the tower: patches and a class token."""
-        return self.num_patches + self.kind.has_class_token
+        """Rows an image inside the tower: patches, registers and a class token."""
+        return self.num_patches + self.num_registers + self.kind.has_class_token
 
     @property
     def num_features(self) -> int:
-        """Rows an image that the tower hands to the connector: patches, and the class token where it is kept."""
-        return self.num_patches + self.kind.keeps_class_token
+        """Rows an image that the tower hands to the connector: patches, registers, and the class token where it is
+        kept."""
+        return self.num_patches + self.num_registers + self.kind.keeps_class_token
 
     @property
     def letters(self) -> dict[str, int]:
@@ -145,6 +157,13 @@ class ImageConfig:
     std: tuple[float, float, float] = CLIP.std
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How it is resized; always with antialiasing."""
+    shortest_edge: int | None = None
+    """What `pad` and `square` resize to before they cut out the centre of `size`. Default: `size`."""
+
+    @property
+    def resized(self) -> int:
+        """Pixels of the shortest edge before the centre is cut out."""
+        return self.shortest_edge or self.size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,11 @@ def mixed_graph(
             of_height = {"roi_start": fn.cat(top, zero), "roi_end": fn.cat(bottom, zero + float(size))}
         else:
             of_width = of_height = {}
+            if config.resized > size:
+                start = (config.resized - size) // 2 / config.resized
+                end = start + size / config.resized
+                of_width = {"roi_start": [0.0, start], "roi_end": [1.0, end], "roi_relative": True}
+                of_height = {"roi_start": [start, 0.0], "roi_end": [end, 1.0], "roi_relative": True}
             window = fn.cast(frames, dtype=types.INT32)
             images = fn.slice(
                 images,

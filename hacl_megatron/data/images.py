@@ -6,8 +6,9 @@
 
 `pad` (`--image-aspect-ratio pad`) is `expand2square` of LLaVA's `llava/mm_utils.py`: the image is centred on a square
 of the mean colour, then CLIP's processor resizes it (bicubic) to S x S. `square` is CLIP's processor alone: the
-shortest edge is resized to S, then the centre S x S is cut out. Neither ever stretches an image. `stretch` resizes both
-edges to S whatever their ratio: the processors of BLIP-2, MiniGPT-4 and SigLIP. All end in
+shortest edge is resized to S, then the centre S x S is cut out. Neither ever stretches an image. Where the tower's
+processor resizes to more than it cuts out (DINOv2: 256 and 224), both do. `stretch` resizes both edges to S whatever
+their ratio: the processors of BLIP-2, MiniGPT-4 and SigLIP. All end in
 `(level / 255 - mean) / std`. As in LLaVA, which decodes by Pillow's `open` and `convert`, a picture's EXIF orientation
 is ignored and its transparency dropped, unless `--image-orientation` and `--image-transparency` say otherwise.
 
@@ -85,20 +86,19 @@ def square_window(width: int, height: int) -> tuple[int, int, int, int]:
     return -((side - height) // 2), -((side - width) // 2), side, side
 
 
-def centre_region(width: int, height: int, size: int) -> tuple[float, float, float, float]:
-    """The part of the image that "shortest edge to `size`, then centre crop" shows: (top, left, bottom, right).
+def centre_region(width: int, height: int, size: int, shortest: int) -> tuple[float, float, float, float]:
+    """The part of the image that "shortest edge to `shortest`, then centre crop to `size`" shows.
 
-    In pixels of the unresized image. Resizing this region alone gives the same pixels and never builds the rest:
-    a 1 x 4000 image is 1.3 million rows long once its shortest edge is 336.
+    (top, left, bottom, right) in pixels of the unresized image. Resizing this region alone gives the same pixels and
+    never builds the rest: a 1 x 4000 image is 1.3 million rows long once its shortest edge is 336.
     """
-    short, long = min(width, height), max(width, height)
-    resized = size * long // short  # rounded down, as CLIPImageProcessor does it
-    scale = long / resized
-    start = (resized - size) // 2
-    along = start * scale, (start + size) * scale
-    if width >= height:
-        return 0.0, along[0], float(height), along[1]
-    return along[0], 0.0, along[1], float(width)
+    edges = []
+    for edge in (height, width):
+        resized = shortest * edge // min(width, height)  # rounded down, as CLIPImageProcessor does it
+        start = (resized - size) // 2
+        edges.append((start * edge / resized, (start + size) * edge / resized))
+    (top, bottom), (left, right) = edges
+    return top, left, bottom, right
 
 
 class ImageDecoder:
@@ -272,24 +272,20 @@ class ImageDecoder:
         height, width = image.shape[:2]
         if self.aspect_ratio == "stretch":
             return resize(image, size, size)
-        if self.aspect_ratio == "pad":
-            if height != width:
-                top, left, side, _ = square_window(width, height)
-                square = np.empty((side, side, 3), dtype=np.uint8)
-                square[...] = self.fill
-                square[-top : height - top, -left : width - left] = image
-                image = square
-            return resize(image, size, size)
-        short, long = min(height, width), max(height, width)
-        resized = size * long // short
-        if size * resized > self.max_image_pixels:  # the same picture without its far ends, within 2 levels
-            top, left, bottom, right = centre_region(width, height, size)
+        if self.aspect_ratio == "pad" and height != width:
+            top, left, side, _ = square_window(width, height)
+            square = np.empty((side, side, 3), dtype=np.uint8)
+            square[...] = self.fill
+            square[-top : height - top, -left : width - left] = image
+            image, height, width = square, side, side
+        shortest = self.config.resized
+        resized = [shortest * edge // min(height, width) for edge in (height, width)]
+        if resized[0] * resized[1] > self.max_image_pixels:  # the same picture without its far ends, within 2 levels
+            top, left, bottom, right = centre_region(width, height, size, shortest)
             box = (left, top, right, bottom)
             return np.asarray(Image.fromarray(image).resize((size, size), self._resample, box=box))
-        start = (resized - size) // 2
-        if width >= height:
-            return resize(image, size, resized)[:, start : start + size]
-        return resize(image, resized, size)[start : start + size]
+        top, left = ((edge - size) // 2 for edge in resized)
+        return resize(image, *resized)[top : top + size, left : left + size]
 
     # ---- DALI
 
@@ -330,7 +326,8 @@ class ImageDecoder:
             return [square_window(file.width, file.height) for file in files]
         if self.aspect_ratio == "stretch":
             return [(0.0, 0.0, float(file.height), float(file.width), float(file.height)) for file in files]
-        return [(*centre_region(file.width, file.height, self.config.size), float(file.height)) for file in files]
+        sizes = self.config.size, self.config.resized
+        return [(*centre_region(file.width, file.height, *sizes), float(file.height)) for file in files]
 
 
 Resize = Callable[[np.ndarray, int, int], np.ndarray]

@@ -3,7 +3,8 @@
 They are replicated over tensor-parallel ranks, as the connector is and for its reasons: their input and the gradient of
 their output are the same on every rank, so the replicas of a trained one stay equal without a reduction.
 
-Dropout is 0 in all of them, trained or frozen (transformers' Q-Former has 0.1): its masks would depend on the layout.
+Dropout is 0 in all of them, trained or frozen (transformers' Q-Former has 0.1), and no layer is left out at random: the
+masks would depend on the layout.
 """
 
 from typing import Any
@@ -13,10 +14,11 @@ import transformers
 from torch import Tensor, nn
 
 from hacl_megatron.config.architecture import ModelConfig, QFormerConfig
+from hacl_megatron.config.towers.tower import BACKBONE_KEYS
 from hacl_megatron.model.init import cpu_generator, seeded_linear
 
 HOST = torch.device("cpu")
-_DROPOUT = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+_DROPOUT = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
 
 
 class HFVisionTower(nn.Module):
@@ -25,12 +27,12 @@ class HFVisionTower(nn.Module):
     def __init__(self, model: ModelConfig, *, seed: int, dtype: torch.dtype, device: torch.device = HOST) -> None:
         super().__init__()
         vision = model.vision
-        facts = {**vision.hf, vision.kind.sizes["num_layers"]: model.num_vision_layers_built}
+        facts = {key: value for key, value in vision.hf.items() if key not in BACKBONE_KEYS}
+        facts[vision.kind.sizes["num_layers"]] = model.num_vision_layers_built
         self.model = _built(vision.kind.model_class, facts, seed=seed, dtype=dtype, device=device)
         self._drops_class_token = vision.kind.has_class_token and not vision.kind.keeps_class_token
         for name in vision.kind.unused:
-            if hasattr(self.model, name):
-                setattr(self.model, name, nn.Identity())
+            _leave_out(self.model, name)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] -> features [I, F, vision hidden], F = `VisionConfig.num_features`."""
@@ -84,6 +86,16 @@ class QFormerConnector(nn.Module):
         that holds them is called.
         """
         return self.projection(states if from_queries else self.query_states(states))
+
+
+def _leave_out(module: nn.Module, name: str) -> None:
+    """Take a module or a parameter out of `module`, by its dotted name, where it has one of that name."""
+    *path, last = name.split(".")
+    parent = module.get_submodule(".".join(path))
+    if last in parent._parameters:
+        parent._parameters[last] = None
+    elif hasattr(parent, last):
+        setattr(parent, last, nn.Identity())
 
 
 def _built(class_name: str, facts: dict[str, Any], *, seed: int, dtype: torch.dtype, device: torch.device) -> nn.Module:

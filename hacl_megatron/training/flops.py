@@ -107,7 +107,7 @@ def tower_flops(model: ModelConfig) -> float:
     """Forward pass of the vision tower over one image."""
     vision = model.vision
     rows = vision.sequence_length
-    layer = 2 * rows * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size)
+    layer = 2 * rows * (4 * vision.hidden_size**2 + (2 + vision.is_gated) * vision.hidden_size * vision.ffn_hidden_size)
     attention = 4 * rows * rows * vision.hidden_size
     patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
     return float(model.num_vision_layers_built * (layer + attention) + patches)

@@ -196,7 +196,7 @@ CASES = {
         {"model": language(family="llama")},
     ),
     "unknown tower": (
-        {"model": siglip(hf={"model_type": "dinov2"})}, "'dinov2'", {"model": siglip()},
+        {"model": siglip(hf={"model_type": "vit_mae"})}, "'vit_mae'", {"model": siglip()},
     ),
     "tower without its configuration": ({"model": siglip(hf=None)}, "backend is hf", {"model": siglip()}),
     "megatron's tower of another kind": ({"model": siglip(backend="megatron")}, "not empty", {"model": siglip()}),

@@ -3,7 +3,16 @@
 import json
 from typing import Any
 
-from transformers import Blip2Config, LlamaConfig, LlavaConfig, PreTrainedConfig
+import torch
+from transformers import (
+    AutoModel,
+    Blip2Config,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedConfig,
+)
 
 from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, QFormerConfig, VisionConfig
 
@@ -13,10 +22,18 @@ def json_clean(config: PreTrainedConfig) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict(), default=str))
 
 
+def dinov2_ffn(config: Dinov2Config | Dinov2WithRegistersConfig) -> int:
+    """As transformers' own module has it."""
+    with torch.device("meta"):
+        mlp = AutoModel.from_config(config).encoder.layer[0].mlp
+    return (mlp.down_proj if config.use_swiglu_ffn else mlp.fc2).in_features
+
+
 def tower(config: PreTrainedConfig) -> VisionConfig:
     """A transformers vision model on the backend hf."""
+    ffn = getattr(config, "intermediate_size", None) or dinov2_ffn(config)
     return VisionConfig(
-        num_layers=config.num_hidden_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers, hidden_size=config.hidden_size, ffn_hidden_size=ffn,
         num_attention_heads=config.num_attention_heads, image_size=config.image_size, patch_size=config.patch_size,
         norm_epsilon=config.layer_norm_eps, activation=config.hidden_act, backend="hf", hf=json_clean(config),
     )  # fmt: skip

@@ -5,13 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import Blip2ForConditionalGeneration, Blip2VisionModel, CLIPVisionModel, SiglipVisionModel
+from transformers import (
+    Blip2ForConditionalGeneration,
+    Blip2VisionModel,
+    CLIPVisionModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    SiglipVisionModel,
+)
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.model.hf_parts import HFVisionTower, QFormerConnector
 from hacl_megatron.model.init import cpu_generator
 from tests.model.hf_architecture import architecture
-from tests.tiny import randomise, tiny_blip2_config, tiny_llava_config, tiny_siglip_config
+from tests.tiny import randomise, tiny_blip2_config, tiny_dinov2_config, tiny_llava_config, tiny_siglip_config
 
 # Sums in another order: transformers records hidden states, we stop at the layer. 1e-5 of values of order 1.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -19,14 +26,21 @@ TOWERS = {
     "clip": (CLIPVisionModel, tiny_llava_config().vision_config, (-2, -1, 1)),
     "siglip": (SiglipVisionModel, tiny_siglip_config(), (-2, -1, 3)),
     "blip2": (Blip2VisionModel, tiny_blip2_config().vision_config, (-1,)),
+    "dinov2": (Dinov2Model, tiny_dinov2_config(), (-2, -1, 1)),
+    "dinov2 swiglu": (Dinov2Model, tiny_dinov2_config(swiglu=True), (-2,)),
+    "registers": (Dinov2WithRegistersModel, tiny_dinov2_config(registers=3), (-2, -1)),
 }
+OTHER_SIZES = {"dinov2": 50, "registers": 50}
+"""Pixels that positions are interpolated to."""
 CASES = [(name, layer) for name, (_, _, layers) in TOWERS.items() for layer in layers]
 
 
 def model_of(name: str, select_layer: int) -> ModelConfig:
     config = tiny_blip2_config() if name == "blip2" else tiny_llava_config()
     config.vision_config = TOWERS[name][1]
-    return replace(architecture(config), vision_select_layer=select_layer)
+    model = replace(architecture(config), vision_select_layer=select_layer)
+    size = OTHER_SIZES.get(name, model.vision.image_size)
+    return replace(model, vision=replace(model.vision, image_size=size))
 
 
 def pixels(size: int, images: int = 3) -> torch.Tensor:
@@ -48,13 +62,12 @@ def test_features_and_gradients_are_those_of_transformers(name, select_layer):
     model = model_of(name, select_layer)
     ours = HFVisionTower(model, seed=1, dtype=torch.float32).train()
     copy_by_name(theirs, ours.model)
-    images = pixels(config.image_size)
+    images = pixels(model.vision.image_size)
     output = theirs(pixel_values=images, output_hidden_states=True)
-    expected = {  # LLaVA's `default` strategy; its `full`; BLIP-2's image_embeds
-        "clip": lambda: output.hidden_states[select_layer][:, 1:],
+    expected = {  # LLaVA's `full` strategy; BLIP-2's image_embeds; LLaVA's `default`
         "siglip": lambda: output.hidden_states[select_layer],
         "blip2": lambda: output.last_hidden_state,
-    }[name]()
+    }.get(name, lambda: output.hidden_states[select_layer][:, 1:])()
     found = ours(images)
     assert found.shape == (3, model.vision.num_features, model.vision.hidden_size)
     torch.testing.assert_close(found, expected, **TOLERANCE)

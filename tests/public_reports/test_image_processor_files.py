@@ -34,6 +34,7 @@ def write(folder: Path, own: dict | None, inside: dict | None = None) -> None:
 READ = {
     "size as a number": (CLIP | {"size": 48, "crop_size": 48}, None),
     "SigLIP without mean": (SIGLIP, None),
+    "no size": ({key: value for key, value in CLIP.items() if key != "size"}, None),
     "no type": ({key: CLIP[key] for key in ("size", "crop_size")}, None),
     "an older file of the same": (CLIP | {"size": 48, "crop_size": 48}, {"image_processor": CLIP}),
     "not inside": (SIGLIP, {"processor_class": "LlavaProcessor"}),
@@ -51,7 +52,7 @@ def test_pixels_are_those_of_transformers(tiny: Path, case: str) -> None:
 
 REFUSED = {
     "number without crop": CLIP | {"size": 48, "do_center_crop": False},
-    "no size": {key: value for key, value in CLIP.items() if key != "size"},
+    "no size and no crop": {key: value for key, value in CLIP.items() if key != "size"} | {"do_center_crop": False},
     "no crop": {key: value for key, value in CLIP.items() if key != "crop_size"},
     "longest edge": CLIP | {"size": {"shortest_edge": 48, "longest_edge": 96}},
     "SigLIP's shorter edge": SIGLIP | {"size": {"shortest_edge": 48}},

@@ -219,7 +219,7 @@ def to_preprocessor_json(config: ModelConfig, *, image_aspect_ratio: str | None 
         "processor_class": processor_class(config),
         **({"do_pad": True} if aspect == "pad" else {}),
         "do_resize": True,
-        "size": square if aspect == "stretch" else {"shortest_edge": image.size},
+        "size": square if aspect == "stretch" else {"shortest_edge": image.resized},
         "resample": RESAMPLE[image.interpolation],
         **(crops if aspect != "stretch" else {}),
         "do_rescale": True,
@@ -240,8 +240,8 @@ def to_processor_json(config: ModelConfig, image_text: str = "<image>") -> dict[
         "image_token": image_text,
         "patch_size": config.vision.patch_size,
         "vision_feature_select_strategy": config.vision.kind.select_strategy,
-        # the class token, which the strategy takes off again
-        "num_additional_image_tokens": int(config.vision.kind.has_class_token),
+        # the class token, which the strategy takes off again, and registers, which it leaves
+        "num_additional_image_tokens": config.vision.kind.has_class_token + config.vision.num_registers,
     }
 
 

@@ -226,12 +226,17 @@ class _Stream:
         return plan
 
     def _tensors(self, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        done = set()
+        done, parts = set(), {}
         for rule in self.table.rules.values():
             # A tied output layer has the embedding's source, which the embedding has written.
             if not rule.sources[0].startswith(prefixes) or rule.sources[0] in done:
                 continue
             for canonical, tensor in rule.to_sources(self.provider(rule.ours)):
+                if rule.parts > 1:  # the parts of a tensor follow one another, in the order of its rows
+                    parts[canonical] = [*parts.get(canonical, ()), tensor]
+                    if len(parts[canonical]) < rule.parts:
+                        continue
+                    tensor = torch.cat(parts.pop(canonical))
                 done.add(canonical)
                 yield canonical, tensor
         for canonical in self.table.carried:
@@ -307,7 +312,8 @@ def _complete_tower(
     """Make a whole tower of what there is.
 
     Without the carried layers the selected one becomes the tower's last (`vision_select_layer` -1); features are equal.
-    The post-norm is behind every feature, so an identity does. SigLIP's pooling head is left out.
+    The post-norm is behind every feature, so an identity does. SigLIP's pooling head and DINOv2's mask are left out;
+    where that has registers transformers builds a mask, which is zeros as it starts.
     """
     wanted = NameTable(config).carried
     if all(name in carried for name in wanted):
@@ -319,10 +325,10 @@ def _complete_tower(
     without = {key: value for key, value in kind.without_unused.items() if key in (vision.hf or {})}
     hf = vision.hf and {**vision.hf, kind.sizes["num_layers"]: built, **without}
     config = replace(config, vision=replace(vision, num_layers=built, hf=hf), vision_select_layer=-1)
-    norms = NameTable(config).carried
-    assert all(len(shape) == 1 for shape in norms.values()), norms
+    left = NameTable(config).carried
+    assert all(len(shape) == 1 or name.endswith("mask_token") for name, shape in left.items()), left
     return config, {
-        name: torch.ones(shape) if name.endswith("weight") else torch.zeros(shape) for name, shape in norms.items()
+        name: torch.ones(shape) if name.endswith("weight") else torch.zeros(shape) for name, shape in left.items()
     }
 
 

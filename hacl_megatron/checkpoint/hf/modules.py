@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.towers.tower import BACKBONE_KEYS
 
 Shapes = dict[str, tuple[int, ...]]
 """Name inside the module -> shape."""
@@ -27,7 +28,8 @@ def clean_config(values: dict[str, Any]) -> dict[str, Any]:
                                   | {"model_type": model_type})  # fmt: skip
     defaults = type(parsed)().to_dict()
     # What a file says beyond the fields of its model is of no use to it.
-    fields = {key: value for key, value in parsed.to_dict().items() if key in defaults and key not in common}
+    left_out = (*common, *BACKBONE_KEYS)
+    fields = {key: value for key, value in parsed.to_dict().items() if key in defaults and key not in left_out}
     return {"model_type": model_type, **json.loads(json.dumps(fields))}
 
 
@@ -56,7 +58,5 @@ def tower_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
     )
     unused = (*behind, *(f"{name}." for name in kind.unused))
     every = module_shapes(kind.model_class, config.vision.hf)
-    return (
-        {name: shape for name, shape in every.items() if not name.startswith(unused)},
-        {name: shape for name, shape in every.items() if name.startswith(unused)},
-    )
+    built = {name: shape for name, shape in every.items() if not f"{name}.".startswith(unused)}
+    return built, {name: shape for name, shape in every.items() if name not in built}

@@ -15,7 +15,7 @@ the fused tensors, as megatron-core's SelfAttention and MLP read them:
     vocabulary   rows padded with zeros to the same number on every rank
 
 transformers' own modules, a vision tower of the backend hf and the Q-Former, are replicated under their own names:
-`vision_tower.model.NAME` is `vision.NAME`, `connector.qformer.NAME` is `qformer.NAME`.
+`vision_tower.model.NAME` is `vision.NAME` (but for `TowerKind.file_names`), `connector.qformer.NAME` `qformer.NAME`.
 """
 
 import difflib
@@ -26,12 +26,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hacl_megatron.checkpoint.hf.modules import module_shapes, tower_shapes
+from hacl_megatron.checkpoint.hf.modules import Shapes, module_shapes, tower_shapes
 from hacl_megatron.checkpoint.hf.spellings import canonical_name, reason_to_ignore, spelled_name
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.config.families import language_family
 from hacl_megatron.config.tensor_rows import Partition, Row, row
+from hacl_megatron.config.towers import TowerKind
 
 ReadRows = Callable[[str, slice, slice], Tensor]
 """(canonical name, rows of dim 0, columns of dim 1 if there is one) -> that part of the tensor."""
@@ -69,10 +70,15 @@ class Rule:
     """qkv only: heads per query group of each source, (q heads of a group, 1, 1)."""
     head_dim: int = 0
     """qkv only: rows of a head."""
+    part: int = 0
+    """Replicated only: which of `parts` equal runs of its source's rows it is."""
+    parts: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of our unsharded tensor, the vocabulary without padding."""
+        if self.parts > 1:
+            return (self.source_shapes[0][0] // self.parts, *self.source_shapes[0][1:])
         if self.partition == "class_token":
             return (1, 1, *self.source_shapes[0])
         return (sum(shape[0] for shape in self.source_shapes), *self.source_shapes[0][1:])
@@ -101,7 +107,8 @@ class Rule:
         if self.partition == "class_token":
             return read(self.sources[0], every, every).reshape(local)
         if self.partition == "replicated":
-            return read(self.sources[0], every, every)
+            rows = slice(self.part * local[0], (self.part + 1) * local[0]) if self.parts > 1 else every
+            return read(self.sources[0], rows, every)
         if self.partition == "row":
             return read(self.sources[0], every, slice(tp_rank * local[1], (tp_rank + 1) * local[1]))
         if self.partition == "gate_up":
@@ -135,7 +142,10 @@ class Rule:
         return fused[first - offset : last - offset]
 
     def to_sources(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Our unsharded tensor -> (canonical name, tensor) of each source. Vocabulary padding may still be there."""
+        """Our unsharded tensor -> (canonical name, tensor) of each source, or what of it is here (`parts`).
+
+        Vocabulary padding may still be there.
+        """
         rows = self.shape[0]
         if self.partition == "vocab" and tensor.shape[0] > rows:
             tensor = tensor[:rows]
@@ -174,11 +184,15 @@ class NameTable:
     def carried(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of the tensors that no part of ours uses but a Hugging Face folder must have.
 
-        They are the vision layers behind the selected one, the tower's post-norm, and SigLIP's pooling head.
+        They are the vision layers behind the selected one, the tower's post-norm, SigLIP's pooling head, DINOv2's mask.
         """
         config, vision = self.config, self.config.vision
         if vision.backend == "hf":
-            return {f"vision.{name}": shape for name, shape in tower_shapes(config)[1].items()}
+            return {
+                source: shape
+                for rule in _tower_rules(vision.kind, tower_shapes(config)[1])
+                for source, shape in zip(rule.sources, rule.source_shapes, strict=True)
+            }
         kind, letters = vision.kind, vision.letters
         carried = {
             f"vision.{kind.layers}.{layer}.{source.name}": source.shape(letters)
@@ -213,6 +227,20 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------- building
 
 
+def _tower_rules(kind: TowerKind, shapes: Shapes) -> Iterator[Rule]:
+    """Of parameters of transformers' own tower, by their names in its module."""
+    for name, shape in shapes.items():
+        _, source, part, parts = kind.file_name(name)
+        yield Rule(
+            ours=f"vision_tower.model.{name}",
+            partition="replicated",
+            sources=(f"vision.{source}",),
+            source_shapes=((parts * shape[0], *shape[1:]),),
+            part=part,
+            parts=parts,
+        )
+
+
 def _build_rules(config: ModelConfig) -> Iterator[Rule]:
     language, vision = config.language, config.vision
     family, kind = language_family(language.family), vision.kind
@@ -237,8 +265,7 @@ def _build_rules(config: ModelConfig) -> Iterator[Rule]:
         return Rule(ours=ours, partition="replicated", sources=(canonical,), source_shapes=(shape,))
 
     if vision.backend == "hf":
-        for name, shape in tower_shapes(config)[0].items():
-            yield replicated(f"vision_tower.model.{name}", f"vision.{name}", shape)
+        yield from _tower_rules(kind, tower_shapes(config)[0])
     else:
         yield from rules(kind.megatron.outside, "vision_tower.", "vision.", vision.letters)
         for i in range(config.num_vision_layers_built):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from hacl_megatron.checkpoint.hf.json_files import one_line, parse, read_config, read_json, refuse_unless
 from hacl_megatron.checkpoint.hf.modules import clean_config
 from hacl_megatron.config.architecture import ImageConfig, QFormerConfig, VisionConfig
+from hacl_megatron.config.checks.sizes import LIMITS
 from hacl_megatron.config.families import family_of_model_type
 from hacl_megatron.config.towers import CLIP, TOWERS, TowerKind, tower_of_whole, tower_origins
 from hacl_megatron.config.towers.clip import LARGE_336
@@ -120,7 +121,10 @@ def find_vision_tower(folder: Path, config: dict[str, Any], given: str | Path | 
 
 
 def vision_config(facts: TowerFacts) -> VisionConfig:
-    """Sizes of the tower: where megatron-core has it, it runs it unless `--vision-backend` says hf."""
+    """Sizes of the tower: where megatron-core has it, it runs it unless `--vision-backend` says hf.
+
+    One that interpolates its positions takes images of the size that the processor beside it makes.
+    """
     kind, where, megatron = facts.kind, facts.where, facts.kind.megatron
     if megatron is None:
         values = _clean(facts.vision, where)
@@ -129,6 +133,7 @@ def vision_config(facts: TowerFacts) -> VisionConfig:
 
         values = parse(CONFIG_MAPPING[kind.model_type], facts.vision, where).to_dict()
     sizes = {ours: values[theirs] for ours, theirs in {**kind.sizes, **kind.traits}.items()}
+    sizes |= {ours: derive(values) for ours, derive in kind.derived.items()}
     if megatron is not None and sizes["activation"] not in megatron.activations:
         expected = " or ".join(map(repr, megatron.activations))
         raise ValueError(f"{where}: the vision tower's hidden_act is {sizes['activation']!r}; expected {expected}")
@@ -139,7 +144,10 @@ def vision_config(facts: TowerFacts) -> VisionConfig:
     if megatron is None:
         if not one_number:
             raise ValueError(f"{where}: image_size {image} and patch_size {patch} must be one number each")
-        return VisionConfig(**sizes, backend="hf", hf=values)
+        vision = VisionConfig(**sizes, backend="hf", hf=values)
+        if kind.interpolates_positions and facts.processor:
+            vision = replace(vision, image_size=_processed_size(facts, vision))
+        return vision
     if not one_number or image % patch:
         raise ValueError(f"{where}: image_size {image} must be a multiple of patch_size {patch}, both one number")
     return VisionConfig(**sizes)
@@ -268,7 +276,7 @@ def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
             f"{where}: do_pad is {processor['do_pad']!r} for a {kind}; expected LlavaImageProcessor, which pads to a "
             "square: name that, or leave do_pad out"
         )
-    size = _size_of_pixels(processor, vision, where)
+    size, shortest = _sizes_of_pixels(processor, vision, where)
     if size != vision.image_size:
         raise ValueError(
             f"{where}: the image processor gives images of {size} pixels, but the tower takes {vision.image_size}"
@@ -282,7 +290,18 @@ def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
             f"{where}: the image processor's mean {mean} and std {std} must have three values, std above 0"
         )
     mean, std = _of_levels_to_1(processor, mean, std, where)
-    return ImageConfig(size=size, mean=mean, std=std, interpolation=interpolation)
+    return ImageConfig(size=size, mean=mean, std=std, interpolation=interpolation, shortest_edge=shortest)
+
+
+def _processed_size(facts: TowerFacts, vision: VisionConfig) -> int:
+    where = _image_processor(facts.where.parent)[1] or facts.where
+    size, largest = _sizes_of_pixels(facts.processor, vision, where)[0], LIMITS["image_size"]
+    if isinstance(size, bool) or not isinstance(size, int) or not vision.patch_size <= size <= largest:
+        raise ValueError(
+            f"{where}: the image processor gives images of {one_line(repr(size))} pixels; expected a whole number of "
+            f"{vision.patch_size}, a patch of the tower, to {largest:,}"
+        )
+    return size
 
 
 def _pixel(value: Any, key: str, where: Path) -> Pixel:
@@ -311,10 +330,13 @@ def _of_levels_to_1(processor: dict[str, Any], mean: Pixel, std: Pixel, where: P
     return tuple(value / scale for value in mean), tuple(value / scale for value in std)
 
 
-def _size_of_pixels(processor: dict[str, Any], vision: VisionConfig, where: Path) -> Any:
-    """Side of the square that resizing and cropping leave; ValueError where it is no square, or the two differ.
+def _sizes_of_pixels(processor: dict[str, Any], vision: VisionConfig, where: Path) -> tuple[Any, int | None]:
+    """Side of the square that resizing and cropping leave, and the shortest edge before the crop where that is longer.
 
     A `shortest_edge`, and CLIP's old plain number, leave a picture its proportions until it is cropped.
+
+    Raises:
+        ValueError: what is left is no square, or a crop of a stretched picture, or of one that is too small for it.
     """
     usual = _usual(processor)[1]
     crops = processor.get("do_center_crop", usual is None or usual.crops)
@@ -325,23 +347,26 @@ def _size_of_pixels(processor: dict[str, Any], vision: VisionConfig, where: Path
     if isinstance(size, dict):
         keeps_proportions = "height" not in size
     else:
-        keeps_proportions = "size" in processor and usual is not None and not usual.is_square
+        keeps_proportions = usual is not None and (not usual.is_square if "size" in processor else usual.crops)
     resized, cropped = (_side(value, where) for value in (size, crop))
-    if crops is False:
+    if not crops:
         if keeps_proportions:
             raise ValueError(
                 f"{where}: do_center_crop is {processor.get('do_center_crop')} after resizing to {size}, which leaves "
                 f"pictures of different shapes; expected True, or a size with height and width {vision.image_size}"
             )
-        return resized
-    if crop is None:
-        return resized
-    if ("size" in processor or usual) and resized != cropped == vision.image_size:
+        return resized, None
+    if crop is None or resized == cropped:
+        return resized, None
+    if "size" not in processor and usual is None:
+        return cropped, None
+    numbers = all(isinstance(side, int) for side in (resized, cropped))
+    if not keeps_proportions or not numbers or resized < cropped:
         raise ValueError(
-            f"{where}: the image processor resizes to {size} and crops to {crop}; this trainer crops to the size that "
-            "it resizes to"
+            f"{where}: the image processor resizes to {size} and crops to {crop}; this trainer crops what a "
+            "shortest_edge of at least that size leaves"
         )
-    return cropped
+    return cropped, resized
 
 
 def _side(size: Any, where: Path) -> Any:
@@ -364,5 +389,5 @@ def aspect_ratio(processor: dict[str, Any], kind: TowerKind) -> str:
     if isinstance(size, dict):
         return "stretch" if "height" in size else "square"
     if usual := _usual(processor)[1]:
-        return "stretch" if usual.is_square else "square"
+        return "square" if usual.crops else "stretch"
     return kind.aspect_ratio

@@ -110,6 +110,11 @@ def _check_tower(model: ModelConfig) -> None:
         "make `image.size` and `vision.image_size` equal",
     )
     _require(
+        model.image.resized >= model.image.size,
+        f"images are resized to {model.image.resized} and cropped to {model.image.size}",
+        "`image.shortest_edge` must be at least `image.size`, or left out",
+    )
+    _require(
         1 <= model.num_vision_layers_built <= vision.num_layers,
         f"--mm-vision-select-layer {model.vision_select_layer} is outside the {vision.num_layers} layers of the tower",
         f"expected 1..{vision.num_layers} or -{vision.num_layers}..-1",
@@ -118,10 +123,25 @@ def _check_tower(model: ModelConfig) -> None:
     for ours, theirs in kind.sizes.items():
         found = getattr(vision, ours) if vision.hf is None else vision.hf.get(theirs, getattr(vision, ours))
         _require(
-            found == getattr(vision, ours),
+            found == getattr(vision, ours) or (ours == "image_size" and kind.interpolates_positions),
             f"the model's vision.hf.{theirs} is {found}, but vision.{ours} {getattr(vision, ours)}",
             "make them equal",
         )
+    for ours, derive in kind.derived.items():
+        try:
+            found = derive(vision.hf)
+        except (KeyError, TypeError):
+            found = None
+        _require(
+            found == getattr(vision, ours),
+            f"the model's vision.{ours} is {getattr(vision, ours)}, but by vision.hf {found}",
+            "`hf` holds the tower's whole transformers configuration: make them equal",
+        )
+    _require(
+        kind.registers is None or isinstance(vision.hf.get(kind.registers), int),
+        f"the model's vision.hf.{kind.registers} is missing",
+        "`hf` holds the tower's whole transformers configuration",
+    )
     fixed = kind.fixed_select_layer
     _require(
         fixed in (None, model.vision_select_layer),

@@ -1,8 +1,9 @@
 """`TowerKind`, all that differs between kinds of vision towers, and the registry of them."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from hacl_megatron.config.tensor_rows import Row, Source
 
@@ -31,6 +32,23 @@ SIZES = {
 """Sizes among the fields of `VisionConfig`, and what most of transformers' configurations call them."""
 TRAITS = {"norm_epsilon": "layer_norm_eps", "activation": "hidden_act"}
 """The other fields that a configuration holds, likewise."""
+
+
+BACKBONE_KEYS = ("out_features", "out_indices", "stage_names")
+"""JSON of what transformers' backbones hand on: no tower is asked for it here, and it speaks of all layers."""
+
+
+class FileName(NamedTuple):
+    """A parameter that files of models call otherwise than transformers' module does.
+
+    With `parts` above 1 it is the `part`-th of as many equal runs of the file's rows: a SwiGLU's gate, of gate and up.
+    """
+
+    pattern: str
+    """Of its name in the module."""
+    in_files: str
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,19 +92,29 @@ class TowerKind:
     """The tower puts a class token in front of the patches."""
     keeps_class_token: bool = False
     """The connector gets it too."""
+    registers: str | None = None
+    """Its configuration's number of tokens between class token and patches, which the connector gets too."""
     final_norm: bool = False
     """Features are `last_hidden_state` behind the tower's last norm; else hidden states as the layers leave them."""
     num_outer_norms: int
     """Norms outside of layers that features pass through."""
+    layer_scales: int = 0
+    """Learned factors of a whole row in each layer (layer scale)."""
+    gated: str | None = None
+    """Its configuration's switch for SwiGLU: three products in the feed-forward part in place of two."""
+    interpolates_positions: bool = False
+    """It takes images of any size; that in its configuration is of its positions alone."""
     layers: str = "encoder.layers"
     """Its list of layers, as a module's name."""
     unused: tuple[str, ...] = ()
-    """Modules of the tower that no feature passes through; they are not built."""
+    """Modules and parameters of the tower that no feature passes through; they are not built."""
     without_unused: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values of a tower that lacks them, but for norms."""
+    """JSON values of a tower that lacks them, where it has such; an export without them says so."""
 
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
     """Sizes among the fields of `VisionConfig`, and what its configuration calls them."""
+    derived: Mapping[str, Callable[[Mapping[str, Any]], int]] = field(default_factory=dict)
+    """The other sizes, which follow from its configuration."""
     traits: Mapping[str, str] = field(default_factory=lambda: TRAITS)
     """The other fields that its configuration holds, likewise."""
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -107,6 +135,8 @@ class TowerKind:
     """Patterns of names in the files of its own folder, and how the name table spells what they match."""
     ignored: tuple[tuple[str, str], ...] = ()
     """Patterns of names there that belong to other parts, and in words to which."""
+    file_names: tuple[FileName, ...] = ()
+    """Where files and transformers' module differ in a name, whatever version of transformers wrote them."""
     wrapper: str = "vision_model."
     """What stands before its names where other models hold it; transformers 5 reads without it too."""
 
@@ -114,6 +144,13 @@ class TowerKind:
     def fixed_select_layer(self) -> int | None:
         """The only `--mm-vision-select-layer` that there is; None: any."""
         return -1 if self.final_norm else None
+
+    def file_name(self, parameter: str) -> FileName:
+        """What files call a parameter of transformers' module; its own name where they do not differ."""
+        for name in self.file_names:
+            if match := re.fullmatch(name.pattern, parameter):
+                return name._replace(in_files=match.expand(name.in_files))
+        return FileName(parameter, parameter)
 
     @property
     def select_strategy(self) -> str:
@@ -152,5 +189,5 @@ def tower_of_whole(model_type: str | None) -> TowerKind | None:
 
 def tower_origins() -> str:
     """`CLIP, SigLIP or BLIP-2`, for errors."""
-    *others, last = (kind.origin for kind in TOWERS.values())
+    *others, last = dict.fromkeys(kind.origin for kind in TOWERS.values())
     return f"{', '.join(others)} or {last}"

@@ -21,6 +21,7 @@ SETTINGS = {
     "rescaling": {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
     "levels": {"do_normalize": False, "do_rescale": False},
     "old-class": {"image_processor_type": "CLIPFeatureExtractor"},
+    "larger-than-the-crop": {"size": {"shortest_edge": 55}, "image_processor_type": "BitImageProcessor"},
 }  # fmt: skip
 REFUSED = {
     "nearest": ({"resample": 0}, "resample is 0; this trainer supports 3 or 2 only"),
@@ -35,7 +36,8 @@ REFUSED = {
     ),
     "no-resizing": ({"do_resize": False}, "do_resize is False"),
     "no-cropping": ({"do_center_crop": False}, "do_center_crop is False after resizing to {'shortest_edge': 48}"),
-    "two-sizes": ({"size": {"shortest_edge": 60}}, "resizes to {'shortest_edge': 60} and crops to"),
+    "crop-beyond": ({"size": {"shortest_edge": 40}}, "resizes to {'shortest_edge': 40} and crops to"),
+    "crop-of-stretched": ({"size": {"height": 60, "width": 60}}, "resizes to {'height': 60, 'width': 60} and crops to"),
     "padding": ({"do_pad": True}, "do_pad is True for a CLIPImageProcessor; expected LlavaImageProcessor"),
 }
 

@@ -206,8 +206,8 @@ def test_towers_that_do_not_fit_are_refused_by_name(tmp_path):
         export_hf(provider, config, tmp_path / "out", layout="llava")
     with pytest.raises(ValueError, match="megatron-core has CLIP's alone"):
         config.vision.on("megatron")
-    edit(source, vision_config={"model_type": "dinov2"})
-    with pytest.raises(ValueError, match=r"model_type is 'dinov2'; this trainer supports 'clip_vision_model'"):
+    edit(source, vision_config={"model_type": "vit_mae"})
+    with pytest.raises(ValueError, match=r"model_type is 'vit_mae'; this trainer supports 'clip_vision_model'"):
         read_model_config(source)
 
     original, _ = write_tiny_original_llava(tmp_path / "original", vision_tower_inside=False)
