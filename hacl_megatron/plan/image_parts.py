@@ -72,6 +72,9 @@ def kept_by_tower(model: ModelConfig, bytes_each: int, tp: int) -> float:
     width, ffn = vision.hidden_size, vision.ffn_hidden_size / tp
     norm = e * width + 2 * FP32
     of_ffn = 3 if activation == "quick_gelu" or vision.hf is None else 2  # quick GELU keeps its sigmoid too
-    layer = 2 * norm + 2 * e * width + (4 * e * width + FP32 * vision.num_attention_heads) / tp + of_ffn * e * ffn
+    if vision.is_gated:
+        of_ffn = 4  # gate, its SiLU, what that is multiplied with, the product
+    layer = 2 * norm + (2 + vision.kind.layer_scales) * e * width + of_ffn * e * ffn
+    layer += (4 * e * width + FP32 * vision.num_attention_heads) / tp
     rows = vision.sequence_length * (vision.kind.num_outer_norms * norm + model.num_vision_layers_built * layer)
     return rows + 3 * vision.image_size**2 * e

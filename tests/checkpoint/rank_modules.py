@@ -16,6 +16,10 @@ from transformers import (
     Blip2VisionModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -90,10 +94,15 @@ def transformers_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, .
         "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig),
         "siglip_vision_model": (SiglipVisionModel, SiglipVisionConfig),
         "blip_2_vision_model": (Blip2VisionModel, Blip2VisionConfig),
+        "dinov2": (Dinov2Model, Dinov2Config),
+        "dinov2_with_registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig),
     }  # fmt: skip
     model, sizes = tower[vision.hf["model_type"]]
     module = model(sizes(**vision.hf))
-    if vision.hf["model_type"] != "blip_2_vision_model":
+    if vision.hf["model_type"].startswith("dinov2"):
+        module.encoder.layer = module.encoder.layer[: vision.num_layers + 1 + config.vision_select_layer]
+        del module.layernorm, module.embeddings.mask_token
+    elif vision.hf["model_type"] != "blip_2_vision_model":
         module.encoder.layers = module.encoder.layers[: vision.num_layers + 1 + config.vision_select_layer]
         del module.post_layernorm
         if hasattr(module, "head"):

@@ -67,6 +67,34 @@ def test_bilinear_pixels_are_pillows(monkeypatch, backend, aspect_ratio):
     item.close()
 
 
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square", "stretch"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_crop_of_more_is_pillows(backend, aspect_ratio):
+    """DINOv2's processor: catches a picture resized to what is cropped, or cut at another place than its middle, the
+    far ends cut off included. `stretch` crops nothing."""
+    shortest = SIZE + 37
+    item = ImageDecoder(replace(CONFIG, shortest_edge=shortest), aspect_ratio=aspect_ratio, backend=backend)
+    extreme = [(1, 4000), (4000, 1)] if aspect_ratio == "square" else []
+    files = [jpeg(*size) for size in [*SIZES, *extreme]]
+    for ours, file in zip(levels(decode(item, *files)), files, strict=True):
+        expected = ORACLES[aspect_ratio](file) if aspect_ratio == "stretch" else cropped(file, shortest, aspect_ratio)
+        difference = np.abs(ours - expected)
+        assert difference.max() <= 2.001 and difference.mean() < 0.01
+    item.close()
+
+
+def cropped(file: bytes, shortest: int, aspect_ratio: str) -> np.ndarray:
+    """By Pillow: uint8 [S, S, 3], the middle of what a resized shortest edge leaves."""
+    image = Image.open(io.BytesIO(file)).convert("RGB")
+    if aspect_ratio == "pad":
+        picture, side = image, max(image.size)
+        image = Image.new("RGB", (side, side), (122, 116, 104))
+        image.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    size = [int(shortest * edge / min(image.size)) for edge in image.size]
+    left, top = ((edge - SIZE) // 2 for edge in size)
+    return np.asarray(image.resize(size, Image.BICUBIC).crop((left, top, left + SIZE, top + SIZE)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square", "stretch"])
 def test_images_of_the_right_size_keep_their_levels(decoders, backend, aspect_ratio):

@@ -11,7 +11,7 @@ from hacl_megatron.data.images import ImageDecoder
 from tests.data.drawn_images import KINDS, SIZES, drawing, inner_levels, jpeg, needs_dali
 
 pytestmark = needs_dali
-CONFIG = ImageConfig(size=336)
+CONFIG, CROPPED = ImageConfig(size=336), ImageConfig(size=336, shortest_edge=384)
 BLACK_AND_WHITE = "black and white png"
 FILES = {
     **{f"jpeg {width} x {height}": jpeg(width, height) for width, height in SIZES},
@@ -24,9 +24,11 @@ def graph_on_the_host(config: ImageConfig, **options) -> dali.Graph:
     return dali.mixed_graph(config, **{**options, "device_id": None, "decoder": "cpu"})
 
 
-@pytest.fixture(scope="module", params=["pad", "square", "stretch"])
+@pytest.fixture(scope="module", params=["pad", "square", "stretch", "pad, cropped", "square, cropped"])
 def decoded(request) -> Iterator[dict[str, np.ndarray]]:
     """Levels [files, 3, S, S] by the graph, by the host and by Pillow."""
+    aspect_ratio, *cropped = request.param.split(", ")
+    config = CROPPED if cropped else CONFIG
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "mixed_graph", graph_on_the_host)
         options = {
@@ -36,7 +38,7 @@ def decoded(request) -> Iterator[dict[str, np.ndarray]]:
         }
         found = {}
         for name, option in options.items():
-            decoder = ImageDecoder(CONFIG, aspect_ratio=request.param, **option)
+            decoder = ImageDecoder(config, aspect_ratio=aspect_ratio, **option)
             result = decoder.decode(list(FILES.values()))
             assert result.reasons == [None] * len(FILES)
             mean, std = (np.array(values).reshape(3, 1, 1) for values in (CONFIG.mean, CONFIG.std))

@@ -31,6 +31,7 @@ from tests.model.parity_batches import (
 from tests.tiny import (
     image_token_id,
     randomise,
+    tiny_dinov2_config,
     tiny_llava_config,
     tiny_siglip_config,
     write_tiny_blip2,
@@ -62,11 +63,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Variant:
-    """A tiny model: arguments of `write_tiny_llava` or `write_tiny_blip2`, and what is trained beside the rest."""
+    """A tiny model: arguments of `write_tiny_llava`, `write_tiny_blip2` or a tower, and what is trained beside the
+    rest."""
 
     sizes: dict[str, Any] = field(default_factory=dict)
     trains_vision: bool = False
-    family: Literal["llava", "siglip", "blip2"] = "llava"
+    family: Literal["llava", "siglip", "dinov2", "blip2"] = "llava"
     trains_qformer: bool = False
 
     @property
@@ -140,9 +142,12 @@ def _write_model(folder: Path, variant: Variant) -> Path:
         return write_tiny_llava(folder, **variant.sizes)
     if variant.family == "blip2":
         return write_tiny_blip2(folder, **variant.sizes)
-    config = tiny_llava_config(**variant.sizes)
-    config.vision_config = tiny_siglip_config(image=IMAGE_SIZE)
-    config.vision_feature_select_strategy = "full"
+    config = tiny_llava_config()
+    if variant.family == "siglip":
+        config.vision_config = tiny_siglip_config(image=IMAGE_SIZE, **variant.sizes)
+        config.vision_feature_select_strategy = "full"
+    else:  # of 9 x 9 positions, which transformers interpolates to those of the batch's images
+        config.vision_config = tiny_dinov2_config(**variant.sizes)
     model = LlavaForConditionalGeneration(config)
     randomise(model, 0)
     model.save_pretrained(folder)
@@ -158,7 +163,8 @@ def _reference_model(folder: Path):
 
 
 def _visual_tokens(model) -> int:
-    return getattr(model.config, "num_query_tokens", VISUAL)
+    registers = getattr(model.config.vision_config, "num_register_tokens", 0)
+    return getattr(model.config, "num_query_tokens", VISUAL + registers)
 
 
 def _segment_hidden(model, batch: PackedBatch, segment: int) -> Tensor:
@@ -209,6 +215,7 @@ def build(folder: Path, layout: Layout, device: torch.device, *, dtype: torch.dt
     config = transformers.AutoConfig.from_pretrained(folder)
     plain = config.vision_config.model_type == "clip_vision_model"
     architecture = read_model_config(folder) if plain else hf_architecture(config)
+    architecture = replace(architecture, vision=replace(architecture.vision, image_size=IMAGE_SIZE))
     parallel = ParallelFlags(
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, sequence_parallel=layout.sp,
         decoder_first_pipeline_num_layers=layout.first,
@@ -227,7 +234,7 @@ def load(module, folder: Path, architecture, layout: Layout, groups) -> None:
 
     from hacl_megatron.checkpoint.hf.import_weights import load_hf_weights
 
-    if architecture.vision.backend == "hf":
+    if architecture.vision.backend == "hf" and not architecture.vision.kind.file_names:
         _load_by_name(module, folder, architecture, groups)
         return
     report = load_hf_weights(

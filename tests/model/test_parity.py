@@ -19,6 +19,8 @@ VARIANTS = {
     **{name: Variant(sizes) for name, sizes in FAMILY_SIZES.items()},
     "last vision layer": Variant({"select_layer": -1}, trains_vision=True),
     "siglip": Variant(trains_vision=True, family="siglip"),
+    "dinov2": Variant(trains_vision=True, family="dinov2"),
+    "registers": Variant({"registers": 3, "swiglu": True}, trains_vision=True, family="dinov2"),
     "blip2": Variant(family="blip2"),
     "blip2 trained": Variant(trains_vision=True, family="blip2", trains_qformer=True),
 }
@@ -33,7 +35,8 @@ CASES = [
     ("last vision layer", PP2),
     ("llama3 rope", TP2_PP2),
     *[(variant, layout) for variant in ("blip2", "blip2 trained") for layout in (TP2, TP2_SP, PP2)],
-    ("siglip", TP2_SP),
+    *[(tower, TP2_SP) for tower in ("siglip", "dinov2")],
+    *[("registers", layout) for layout in (TP2, PP2)],
     *[(family, layout) for family in ("qwen2", "qwen3") for layout in (TP2, TP2_SP, PP2)],
     *[(family, TP2_SP_PP2) for family in ("qwen2", "qwen3")],
 ]

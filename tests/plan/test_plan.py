@@ -18,8 +18,13 @@ from tests.distributed import run_distributed
 from tests.model.hf_architecture import architecture as hf_architecture
 from tests.plan.example_plans import plan_of
 from tests.plan.plan_cases import RECOMPUTE, activations_on_this_rank, make_micro_batch, shape_of, state_on_this_rank
-from tests.tiny import FAMILY_SIZES, tiny_blip2_config, tiny_llava_config, tiny_siglip_config
+from tests.tiny import FAMILY_SIZES, tiny_blip2_config, tiny_dinov2_config, tiny_llava_config, tiny_siglip_config
 from tests.training.runs import latest_checkpoint, layout_flags, make_inputs, tensors, train, write_hf_stages
+
+DINOV2 = {
+    "dinov2": tiny_dinov2_config(image=42),
+    "registers": tiny_dinov2_config(image=42, registers=3, swiglu=True),
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     siglip = tiny_llava_config(groups=6)
     siglip.vision_config = tiny_siglip_config()
     write_hf_stages(inputs / "siglip", siglip)
+    for name, tower in DINOV2.items():
+        dinov2 = tiny_llava_config(groups=6)
+        dinov2.vision_config = tower
+        write_hf_stages(inputs / name, dinov2)
     write_hf_stages(inputs / "minigpt4", tiny_blip2_config(groups=6))
     ddp = {"grad_reduce_in_fp32": False, "bucket_size": 9_000, "pad_buckets_for_high_nccl_busbw": True}
     lean = {**yaml.safe_load((inputs / "finetune.yaml").read_text()), "ddp": ddp}
@@ -78,6 +87,7 @@ def states(folder: Path) -> dict[str, list[dict]]:
             cases += [(family, "finetune", "tp2", ["--bf16"]) for family in ("qwen2", "qwen3")]
             cases += [("qwen3", "finetune", "pp2", []), ("qwen2", "finetune", "dp2-dist", ["--lora-rank", "3"])]
             cases += [("siglip", "finetune", "tp2", ALL_TRAIN), ("siglip", "pretrain", "dp2-dist", [])]
+            cases += [("dinov2", "pretrain", "pp2", ALL_TRAIN), ("registers", "finetune", "tp2", ALL_TRAIN)]
         commands = [command(folder / where, stage, layout, *extra) for where, stage, layout, extra in cases]
         ranks = run_distributed(state_on_this_rank, world_size, commands)
         for number, (where, stage, layout, extra) in enumerate(cases):
@@ -86,7 +96,7 @@ def states(folder: Path) -> dict[str, list[dict]]:
 
 
 def test_planned_parameters_are_the_models(states):
-    assert len(states) == 42
+    assert len(states) == 44
     for run, ranks in states.items():
         for rank in ranks:
             assert rank["planned parameters"] == rank["parameters"], run
@@ -135,7 +145,7 @@ ACTIVATION_RUNS = {
             ("minigpt4 pretrain", ALL_TRAIN, ["full"], ["images"], [1, 3]),
             ("minigpt4 pretrain", ALL_TRAIN[:2], ["full"], ["images"], [1]),
             ("minigpt4 pretrain", ALL_TRAIN[2:], ["full"], ["images"], [1]),
-            ("siglip pretrain", ALL_TRAIN, ["full"], ["images"], [1]),
+            *((f"{tower} pretrain", ALL_TRAIN, ["full"], ["images"], [1]) for tower in ("siglip", *DINOV2)),
             ("qwen2 finetune", [], ["none"], ["pairs"], [1]),
             ("qwen3 finetune", [], ["none", "full", "attention"], ["pairs"], [1]),
             ("qwen3 pretrain", ["--bf16"], ["none", "attention"], ["pairs"], [1]),
@@ -165,7 +175,7 @@ def test_activations_are_near_what_autograd_keeps(folder: Path):
         ]  # fmt: skip
         for rank in run_distributed(activations_on_this_rank, world_size, cases):
             seen += list(zip(runs, rank, strict=True))
-    assert len(seen) == 72 + 2 * 26
+    assert len(seen) == 74 + 2 * 26
     for run, found in seen:
         assert found["planned"] == pytest.approx(found["kept"], rel=0.05), run
         assert found["planned loss"] == pytest.approx(found["loss"], rel=0.05), run
@@ -243,6 +253,26 @@ def test_flops_of_transformers_parts_are_those_that_torch_counts(trains_tower: b
     if trains_tower and not trains_qformer:  # of the first layer's self-attention, and queries behind the image's
         excess += 3 * (2 * 5 * 5 * 24 * 24 + 2 * 4 * 5 * 5 * 24 + 2 * 5 * 37 * 24)
     assert found - excess == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", DINOV2)
+def test_flops_of_dinov2_are_those_that_torch_counts(name: str, trained: bool):
+    """Catches registers that are no rows, a SwiGLU counted as two products, and the size of the positions, 42, taken
+    for that of the images."""
+    config = tiny_llava_config()
+    config.vision_config = DINOV2[name]
+    model = hf_architecture(config)
+    model = replace(model, vision=replace(model.vision, image_size=50))
+    tower = HFVisionTower(model, seed=1, dtype=torch.float32).requires_grad_(trained)
+    tower.model.config._attn_implementation = "eager"
+    pixels = torch.randn(3, 3, 50, 50)
+    with FlopCounterMode(display=False) as counter:
+        features = tower(pixels)
+        if trained:
+            features.sum().backward()
+    excess = 3 * 2 * 36 * 3 * 64 * 30 if trained else 0  # a gradient of the pixels
+    assert 3 * tower_flops(model) * (3 if trained else 1) - excess == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -1,6 +1,6 @@
-"""A tiny MiniGPT-4-like model and a SigLIP tower in training: the same losses at every layout, resuming, files.
+"""A tiny MiniGPT-4-like model, SigLIP and DINOv2 towers in training: the same losses at every layout, resuming, files.
 
-Both run parts of transformers (`model.hf_parts`), replicated over tensor-parallel ranks.
+All run parts of transformers (`model.hf_parts`), replicated over tensor-parallel ranks.
 """
 
 import math
@@ -12,10 +12,11 @@ import torch
 
 from hacl_megatron.assemble.start_from import resolve_architecture
 from hacl_megatron.checkpoint.run.integrity import FROZEN_FOLDER
+from hacl_megatron.config.lora import is_lora
 from hacl_megatron.config.run import RunConfig, parse_run_config, to_yaml
 from tests.distributed import run_distributed
 from tests.model.hf_architecture import architecture
-from tests.tiny import tiny_blip2_config, tiny_llava_config, tiny_siglip_config
+from tests.tiny import tiny_blip2_config, tiny_dinov2_config, tiny_llava_config, tiny_siglip_config
 from tests.training.gradient_cases import SAMPLES, Case, read, record
 from tests.training.runs import (
     LOSSES,
@@ -34,12 +35,13 @@ RUNS = {
     "all trained": ("minigpt4", "finetune", TRAINED),
     "q-former alone": ("minigpt4", "pretrain", ["--freeze-qformer", "false"]),
     "siglip": ("siglip", "finetune", TRAINED[:2]),
+    "dinov2": ("dinov2", "finetune", [*TRAINED[:2], "--lora-rank", "2"]),
 }
 LAYOUTS = {"tp2-sp": [], "pp2-first1": [], "dp2": ["--use-distributed-optimizer", "--overlap-grad-reduce"]}
-STEPS = ("stage 1", "all trained", "siglip")
+STEPS = ("stage 1", "all trained", "siglip", "dinov2")
 COMPARED = (*LOSSES, "temperature", "hallucination margin", "grad-norm")
 CASES = [Case("own", "image", micro_batches=4), Case("all", "prompt", micro_batches=4)]
-RESUMED = (("tp2-sp", "pp2-first1"), ("pp2-first1", "tp2-sp"))
+RESUMED = (("stage 1", "tp2-sp", "pp2-first1"), ("dinov2", "pp2-first1", "tp2-sp"))
 
 
 def command(folder: Path, run: str, layout: str, save: str, *extra: str) -> list[str]:
@@ -63,9 +65,10 @@ def record_all(folder: str, layouts: Iterable[str]) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hf-parts")
-    siglip = tiny_llava_config()
+    siglip, dinov2 = tiny_llava_config(), tiny_llava_config()
     siglip.vision_config = tiny_siglip_config()
-    for name, config in (("minigpt4", tiny_blip2_config()), ("siglip", siglip)):
+    dinov2.vision_config = tiny_dinov2_config(image=42, registers=3, swiglu=True)
+    for name, config in (("minigpt4", tiny_blip2_config()), ("siglip", siglip), ("dinov2", dinov2)):
         make_hf_inputs(root / name, config)
     return root
 
@@ -75,10 +78,10 @@ def finished(folder: Path) -> Path:
     """Every run of this file."""
     train([command(folder, run, "tp1", f"{run}-tp1") for run in STEPS], 1)
     many = [command(folder, run, layout, f"{run}-{layout}") for run in STEPS for layout in LAYOUTS]
-    for source, target in RESUMED:
+    for run, source, target in RESUMED:
         cut = str(folder / f"cut-{source}")
-        many.append(command(folder, "stage 1", source, f"cut-{source}", "--exit-interval", "2"))
-        many.append(command(folder, "stage 1", target, f"resumed-{target}", "--load", cut))
+        many.append(command(folder, run, source, f"cut-{source}", "--exit-interval", "2"))
+        many.append(command(folder, run, target, f"resumed-{target}", "--load", cut))
     train(many, 2)
     return folder
 
@@ -91,20 +94,21 @@ def test_same_losses_and_weights_as_one_process(finished: Path, run: str, layout
 
 def test_what_trains_moves_and_nothing_else(finished: Path) -> None:
     parts = {
-        "vision_tower.": ("all trained", "siglip"), "connector.query_tokens": ("all trained",),
+        "vision_tower.": ("all trained", "siglip", "dinov2"), "connector.query_tokens": ("all trained",),
         "connector.qformer.": ("all trained",), "connector.projection.": ("stage 1", "all trained"),
-        "connector.0.": ("siglip",), "language_model.": ("all trained", "siglip"), "heads.": STEPS,
+        "connector.0.": ("siglip", "dinov2"), "language_model.": ("all trained", "siglip"), "heads.": STEPS,
     }  # fmt: skip
     for run in STEPS:
         before, after = weights(finished / RUNS[run][0] / "start"), weights(finished / f"{run}-tp1")
-        assert before.keys() == after.keys()
+        added = [name for name in after if name not in before]
+        assert before.keys() <= after.keys() and all(map(is_lora, added)) and bool(added) == (run == "dinov2")
         for part, moving in parts.items():
             names = [name for name in before if name.startswith(part)]
             moved = [name for name in names if not torch.equal(before[name], after[name])]
             assert bool(moved) == (run in moving and bool(names)), (run, part, moved)
             if moved and part != "language_model.":  # some of its rows are never seen
                 still = set(names) - set(moved)
-                assert all(name.endswith("key.bias") for name in still), still
+                assert all(name.endswith(("key.bias", "k_proj.bias")) for name in still), still
 
 
 def test_frozen_parts_are_written_once(finished: Path) -> None:
@@ -122,9 +126,9 @@ def test_frozen_parts_are_written_once(finished: Path) -> None:
     assert 3 * trained <= size["iteration"] < 3 * trained + 200_000, "weights and two moments"
 
 
-@pytest.mark.parametrize(("source", "target"), RESUMED)
-def test_resumed_at_another_layout(finished: Path, source: str, target: str) -> None:
-    whole, found = metrics(finished / "stage 1-tp1"), metrics(finished / f"resumed-{target}")
+@pytest.mark.parametrize(("run", "source", "target"), RESUMED)
+def test_resumed_at_another_layout(finished: Path, run: str, source: str, target: str) -> None:
+    whole, found = metrics(finished / f"{run}-tp1"), metrics(finished / f"resumed-{target}")
     assert [row["iteration"] for row in found] == [3, 4, 5]
     for expected, row in zip(whole[2:], found, strict=True):
         for tag in COMPARED:

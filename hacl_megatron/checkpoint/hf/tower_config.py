@@ -15,7 +15,7 @@ from hacl_megatron.checkpoint.hf.modules import clean_config
 from hacl_megatron.config.architecture import ImageConfig, QFormerConfig, VisionConfig
 from hacl_megatron.config.checks.sizes import LIMITS
 from hacl_megatron.config.families import family_of_model_type
-from hacl_megatron.config.towers import CLIP, TOWERS, TowerKind, tower_of_whole, tower_origins
+from hacl_megatron.config.towers import CLIP, TOWERS, TowerKind, instead_of, tower_of_whole, tower_origins
 from hacl_megatron.config.towers.clip import LARGE_336
 
 TOWER_FOLDER = "vision_tower"
@@ -46,7 +46,7 @@ class TowerFacts:
             *others, last = map(repr, TOWERS)
             raise ValueError(
                 f"{self.where}: vision_config.model_type is {found!r}; this trainer supports {', '.join(others)} or "
-                f"{last} only"
+                f"{last} only{instead_of(str(found))}"
             )
         return TOWERS[found]
 
@@ -142,8 +142,10 @@ def vision_config(facts: TowerFacts) -> VisionConfig:
     image, patch = sizes["image_size"], sizes["patch_size"]
     one_number = isinstance(image, int) and isinstance(patch, int)
     if megatron is None:
-        if not one_number:
-            raise ValueError(f"{where}: image_size {image} and patch_size {patch} must be one number each")
+        if not one_number or patch > image:
+            raise ValueError(
+                f"{where}: image_size {image} and patch_size {patch} must be one number each, the patch no larger"
+            )
         vision = VisionConfig(**sizes, backend="hf", hf=values)
         if kind.interpolates_positions and facts.processor:
             vision = replace(vision, image_size=_processed_size(facts, vision))
@@ -268,6 +270,7 @@ def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
     if kind and usual is None:
         raise ValueError(
             f"{where}: image_processor_type is {kind!r}; this trainer has what {', '.join(_USUAL)} do only"
+            + instead_of(_PROCESSOR_SUFFIX.sub("ImageProcessor", kind))
         )
     resample = processor.get("resample", usual.resample if usual else RESAMPLE["bicubic"])
     interpolation = next(name for name, number in RESAMPLE.items() if number == resample)

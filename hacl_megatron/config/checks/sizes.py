@@ -7,6 +7,7 @@ LARGEST = {
     16_384: (
         "num_attention_heads", "num_key_value_heads", "num_query_groups", "num_query_tokens", "image_size",
         "patch_size", "num_channels", "cross_attention_frequency", "num_labels", "shortest_edge",
+        "num_register_tokens",
     ),
     1 << 20: ("hidden_size", "mm_hidden_size", "encoder_hidden_size", "projection_dim", "head_dim", "kv_channels"),
     1 << 24: ("intermediate_size", "ffn_hidden_size", "vocab_size", "image_seq_length"),

@@ -15,6 +15,7 @@ from hacl_megatron.config.towers.tower import (
     TOWERS,
     MegatronTower,
     TowerKind,
+    instead_of,
     register_tower,
     tower_kind,
     tower_of_whole,
@@ -23,7 +24,7 @@ from hacl_megatron.config.towers.tower import (
 
 __all__ = [
     "BLIP2", "CLIP", "DINOV2", "DINOV2_WITH_REGISTERS", "SIGLIP", "TOWERS", "MegatronTower", "TowerKind",
-    "register_tower", "tower_kind", "tower_of_whole", "tower_origins",
+    "instead_of", "register_tower", "tower_kind", "tower_of_whole", "tower_origins",
 ]  # fmt: skip
 
 register_tower(CLIP)

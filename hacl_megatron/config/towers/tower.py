@@ -131,6 +131,8 @@ class TowerKind:
     resizing_processor: str = "SiglipImageProcessor"
     """transformers' image processor that resizes both sides of an image (`stretch`) as this tower has it."""
 
+    taken_for: Mapping[str, str] = field(default_factory=dict)
+    """`model_type`s and image processors that are taken for its own and are not: what to do instead."""
     spellings: tuple[tuple[str, str], ...]
     """Patterns of names in the files of its own folder, and how the name table spells what they match."""
     ignored: tuple[tuple[str, str], ...] = ()
@@ -185,6 +187,11 @@ def tower_kind(model_type: str | None) -> TowerKind:
 def tower_of_whole(model_type: str | None) -> TowerKind | None:
     """The kind of the tower inside a whole model of transformers, a CLIP or BLIP-2; None for other models."""
     return next((kind for kind in TOWERS.values() if model_type in kind.part_of), None)
+
+
+def instead_of(name: str) -> str:
+    """`: …`, what to do where a file names a `model_type` or an image processor that is taken for a known one."""
+    return next((f": {kind.taken_for[name]}" for kind in TOWERS.values() if name in kind.taken_for), "")
 
 
 def tower_origins() -> str:
