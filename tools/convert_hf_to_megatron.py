@@ -8,9 +8,9 @@
 DIR is a `LlavaForConditionalGeneration`, a `Blip2ForConditionalGeneration` with a LLaMA, or a folder in the original
 LLaVA layout. LORA is a LoRA folder of LLaVA's or of `peft`, or one with LLaVA's mm_projector.bin, to be read over the
 model that it was trained on; adapters are merged into the weights, or kept to be trained further. From a LLaMA and a
-CLIP, SigLIP or BLIP-2 (of which vision tower and Q-Former are taken), connector and heads are drawn by --seed; a run
-that starts from OUT draws them anew, by its own --seed and flags. The model is never held: memory does not grow with
-it. OUT appears when it is complete; OUT/converted_from.json says what became of every tensor.
+vision tower's folder (of a BLIP-2, tower and Q-Former are taken), connector and heads are drawn by --seed; a run that
+starts from OUT draws them anew, by its own --seed and flags. The model is never held: memory does not grow with it. OUT
+appears when it is complete; OUT/converted_from.json says what became of every tensor.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hacl_megatron.checkpoint.convert.prefetch import prefetch
 from hacl_megatron.config.console import exit_with_error, say, streams_that_may_fail
+from hacl_megatron.config.towers import tower_origins
 
 
 def parse() -> argparse.Namespace:
@@ -36,7 +37,7 @@ def parse() -> argparse.Namespace:
     )
     source.add_argument("--language-model", type=Path, help="LLaMA folder; needs --vision-tower")
     parser.add_argument(
-        "--vision-tower", type=Path, help="CLIP, SigLIP or BLIP-2 folder, where the weights above hold no tower"
+        "--vision-tower", type=Path, help=f"{tower_origins()} folder, where the weights above hold no tower"
     )
     parser.add_argument(
         "--vision-backend", choices=("megatron", "hf"), help="what will run the tower; default: megatron for CLIP"
@@ -60,7 +61,7 @@ def parse() -> argparse.Namespace:
     if args.language_model and args.model_base:
         parser.error("--model-base goes with --hf-path, the folder of the adapters")
     if args.language_model and not args.vision_tower:
-        parser.error("--language-model needs --vision-tower, the folder of a CLIP, SigLIP or BLIP-2 model")
+        parser.error(f"--language-model needs --vision-tower, the folder of a {tower_origins()} model")
     return args
 
 

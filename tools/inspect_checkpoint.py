@@ -8,6 +8,7 @@ With two folders the exit status is 1 if sizes, names, dtypes or values differ.
 import argparse
 
 from hacl_megatron.config.console import exit_with_error, say
+from hacl_megatron.config.towers import tower_origins
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -34,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="one folder, or two to compare")
     parser.add_argument(
-        "--vision-tower", help="CLIP, SigLIP or BLIP-2 folder, for a Hugging Face folder that holds no tower"
+        "--vision-tower", help=f"{tower_origins()} folder, for a Hugging Face folder that holds no tower"
     )
     parser.add_argument("--max-lines", type=int, default=40, help="differences to print")
     args = parser.parse_args()

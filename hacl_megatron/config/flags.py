@@ -8,6 +8,8 @@ thing and LLaVA's where LLaVA has it.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hacl_megatron.config.towers import tower_origins
+
 # ruff: noqa: RUF009 -- `flag` returns a dataclass field
 
 MANIFEST_FILE = "manifest.arrow"
@@ -47,7 +49,7 @@ class ModelFlags:
         "--pretrained-checkpoint.", metavar="FILE"
     )  # fmt: skip
     vision_tower: str | None = flag(
-        None, "Folder of the vision tower: CLIP, SigLIP, or a BLIP-2, whose Q-Former is taken too. For a "
+        None, f"Folder of the vision tower: {tower_origins()}, whose Q-Former is taken too. For a "
         "--pretrained-checkpoint without one: a LLaMA, whose connector then starts fresh, or LLaVA's original layout.",
         metavar="DIR"
     )  # fmt: skip
@@ -64,7 +66,7 @@ class ModelFlags:
     )  # fmt: skip
     vision_backend: Literal["megatron", "hf"] | None = flag(
         None, "megatron: megatron-core's CLIP, tensor parallel. hf: transformers' own model, replicated on the first "
-        "stage (CLIP, SigLIP, BLIP-2's ViT-g). Default: the checkpoint's; megatron for CLIP."
+        "stage; any tower. Default: the checkpoint's; megatron for CLIP."
     )  # fmt: skip
     freeze_LM: bool = flag(False, "Freeze the language model (stage 1, pretrain).")
     freeze_ViT: bool = flag(True, "Freeze the vision tower.")

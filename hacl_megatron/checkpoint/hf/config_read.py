@@ -54,7 +54,7 @@ def read_model_config(
 
     Args:
         folder: a folder of one of the three layouts above.
-        vision_tower: folder of the tower, for `llava` (CLIP alone) and `parts` (CLIP, SigLIP, BLIP-2). Default: where
+        vision_tower: folder of the tower, for `llava` (CLIP alone) and `parts` (`config.towers`). Default: where
             `mm_vision_tower` points, if that is a folder, or the sizes of the tower that it names.
         weights: folder of the weights, where `folder` holds adapters beside its config.json.
 

@@ -195,6 +195,6 @@ def instead_of(name: str) -> str:
 
 
 def tower_origins() -> str:
-    """`CLIP, SigLIP or BLIP-2`, for errors."""
+    """`CLIP, SigLIP, DINOv2 or BLIP-2`, for errors and `--help`."""
     *others, last = dict.fromkeys(kind.origin for kind in TOWERS.values())
     return f"{', '.join(others)} or {last}"
