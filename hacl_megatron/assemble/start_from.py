@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hacl_megatron.checkpoint.convert.export_check import check_export
 from hacl_megatron.checkpoint.hf.assets.write import ChatTemplate
 from hacl_megatron.checkpoint.hf.config_read import data_flags, read_model_config
+from hacl_megatron.checkpoint.hf.modules import clean_config
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
 from hacl_megatron.checkpoint.run.folder import assets_of, find_checkpoint, read_run_config
 from hacl_megatron.config.architecture import ModelConfig
@@ -155,8 +157,19 @@ def _refuse_other_parts(flags: ModelFlags, found: ModelConfig, checkpoint: Path)
 def _refuse_other_sizes(config: RunConfig, found: ModelConfig, source: Path) -> None:
     asked, found = config.architecture, with_architecture(config, found).architecture
     for part in ("language", "vision", "image", "qformer"):
-        if asked is not None and getattr(asked, part) != getattr(found, part):
+        if asked is not None and _stated(getattr(asked, part)) != _stated(getattr(found, part)):
             raise ValueError(
                 f"the YAML's model.{part} is {getattr(asked, part)}, but --pretrained-checkpoint {source} holds "
                 f"{getattr(found, part)}; leave the `model:` section out"
             )
+
+
+def _stated(part: Any) -> Any:
+    """`part` with every field of its transformers configuration: a YAML may leave those out that are the defaults."""
+    hf = getattr(part, "hf", None)
+    if not hf or "model_type" not in hf:
+        return part
+    try:
+        return replace(part, hf=clean_config(hf))
+    except Exception:  # transformers 5 validates with exceptions of several libraries; the comparison says the rest
+        return part
