@@ -93,12 +93,16 @@ def test_a_chain_that_cannot_be_is_refused_in_a_line_before_anything_is_submitte
 
 
 def launched(folder: Path, name: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
-    """A script of `examples/slurm`, which Slurm would run, in a copy whose launch.sh prints its arguments by line."""
-    scripts = folder / "examples" / "slurm"
-    scripts.mkdir(parents=True)
-    shutil.copy(ROOT / script(name), scripts)
-    (scripts / "launch.sh").write_text("printf '%s\\n' \"$@\"\n")
-    command = ["bash", str(scripts / f"{name}.sbatch"), *flags]
+    """A script of `examples`, which Slurm would run, in a copy whose launch.sh prints its arguments by line.
+
+    `name`: with its folder where that is not `slurm`.
+    """
+    path = Path(script(name) if "/" not in name else f"examples/{name}.sbatch")
+    for made in ("examples/slurm", path.parent):
+        (folder / made).mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / path, folder / path)
+    (folder / "examples/slurm/launch.sh").write_text("printf '%s\\n' \"$@\"\n")
+    command = ["bash", str(folder / path), *flags]
     env = {**_SITE, "SLURM_SUBMIT_DIR": str(folder), **env}
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
@@ -141,3 +145,27 @@ def test_the_preference_job_needs_a_loss(tmp_path: Path, env: dict[str, str]) ->
         done.stderr
         == f"PREFERENCE is '{env.get('PREFERENCE', '')}'; expected phrase or dpo: set it in front of sbatch\n"
     )
+
+
+@pytest.mark.parametrize(("model", "run"), [("qwen2_5_7b", "llava-qwen2.5-7b"), ("llama3_1_8b", "llava-llama-3.1-8b")])
+def test_the_stages_of_a_backbone_follow_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, run: str
+) -> None:
+    """Catches a second stage that starts from another folder than the first one saves to, or is another model's; and
+    folders of the scripts that are not those of the files."""
+    first = config_of(launched(tmp_path, "backbones/pretrain", MODEL=model), monkeypatch)
+    second = config_of(launched(tmp_path, "backbones/finetune", "--lr", "1e-6", MODEL=model), monkeypatch)
+    assert first.model.freeze_LM and not second.model.freeze_LM and second.optimizer.lr == 1e-6
+    assert first.architecture == second.architecture
+    assert first.checkpoint.save == second.model.pretrained_checkpoint == f"output/{run}-pretrain"
+    assert second.checkpoint.save == second.checkpoint.load == f"output/{run}"
+    for name, found in ((f"pretrain_{model}", first), (model, second)):
+        alone = parse_run_config(["--config", f"examples/backbones/{name}.yaml"])
+        assert (alone.checkpoint, alone.model) == (found.checkpoint, found.model)
+
+
+def test_a_backbone_needs_its_name(tmp_path: Path) -> None:
+    """Catches a job that trains a model of its own choice."""
+    done = launched(tmp_path, "backbones/pretrain", MODEL="qwen3")
+    line = "MODEL is 'qwen3'; expected qwen2_5_7b or llama3_1_8b: set it in front of sbatch"
+    assert done.returncode == 2 and not done.stdout and done.stderr == f"{line}\n"

@@ -22,6 +22,7 @@ from tests.model.hf_architecture import json_clean, tower
 from tests.plan.example_plans import EXAMPLES, seventy_billion
 from tests.warm import run_warm
 
+BACKBONES = EXAMPLES.with_name("backbones")
 FINETUNE, PRETRAIN_13B = str(EXAMPLES / "finetune_7b.yaml"), str(EXAMPLES / "pretrain_13b.yaml")
 TP8_PP4 = ["--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4", "--sequence-parallel"]
 TP4_PP4 = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "4", "--sequence-parallel"]
@@ -100,6 +101,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "MiniGPT-4": (  # tower and Q-Former as many as transformers counts, and 768 x 4096 + 4096 of the projection
         ["--config", "FOLDER/minigpt4.yaml", "--world-size", "8", "--pipeline-model-parallel-size", "2"],
         ["985,952,256", "108,312,064", "3,149,824 ", "would train: connector, heads", "fits"],
+    ),
+    "Qwen2.5 7B": (  # a quarter of 28 layers, split over 4 ranks behind 152,064 rows; SigLIP whole on each
+        ["--config", str(BACKBONES / "qwen2_5_7b.yaml"), "--world-size", "1024", *TP4_PP4, "--micro-batch-size", "1"],
+        ["4 x 4 x 64 = 1024", "397,745,440", "544,138,112", "407,888,768", "would train: connector, LLM, heads"],
+    ),
+    "Llama 3.1 8B": (
+        ["--config", str(BACKBONES / "llama3_1_8b.yaml"), "--world-size", "1024", *TP4_PP4, "--micro-batch-size", "1"],
+        ["4 x 4 x 64 = 1024", "73,730,304", "567,607,296", "436,273,152", "would train: connector, LLM, heads", "fits"],
     ),
     "heads": (
         ["--config", FINETUNE, "--world-size", "48", "--tensor-model-parallel-size", "3", "--micro-batch-size", "8"],
