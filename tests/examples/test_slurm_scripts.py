@@ -76,10 +76,10 @@ def test_chain_with_a_preference_trains_behind_stage_2_and_exports_that(tmp_path
     [
         ([], "usage: chain.sh"),
         (["70b"], "usage: chain.sh"),
-        (["7b", "--preference"], "--preference: expected phrase or dpo"),
-        (["7b", "--preference", "pretrain"], "--preference 'pretrain': expected phrase or dpo"),
-        (["7b", "--preference="], "--preference '': expected phrase or dpo"),
-        (["7b", "--preference", "--", "--lr", "1"], "--preference '--': expected phrase or dpo"),
+        (["7b", "--preference"], "--preference: expected phrase, dpo or mdpo"),
+        (["7b", "--preference", "pretrain"], "--preference 'pretrain': expected phrase, dpo or mdpo"),
+        (["7b", "--preference="], "--preference '': expected phrase, dpo or mdpo"),
+        (["7b", "--preference", "--", "--lr", "1"], "--preference '--': expected phrase, dpo or mdpo"),
         (["13b", "--preference", "dpo"], "--preference dpo: not with 13b; expected 7b"),
     ],
 )
@@ -116,14 +116,14 @@ def config_of(done: subprocess.CompletedProcess, monkeypatch: pytest.MonkeyPatch
     return config
 
 
-@pytest.mark.parametrize("loss", ["phrase", "dpo"])
+@pytest.mark.parametrize("loss", ["phrase", "dpo", "mdpo"])
 def test_the_preference_job_goes_on_from_stage_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
     """Catches another recipe than was asked for, another start than stage 2's output, and a SAVE that is not what
     chain.sh exports; flags behind the script win."""
     done = launched(tmp_path, "preference_7b", "--lr", "1e-6", PREFERENCE=loss, RUN="mine", OUTPUT="out")
     config = config_of(done, monkeypatch)
-    assert config.preference.preference_loss == loss and config.lora.lora_rank == 128
-    assert config.preference.generation_weight == (0 if loss == "dpo" else 1)
+    assert config.preference.preference_loss == loss and config.lora.lora_rank == (64 if loss == "mdpo" else 128)
+    assert config.preference.generation_weight == (1 if loss == "phrase" else 0)
     assert config.model.pretrained_checkpoint == "out/mine" and config.optimizer.lr == 1e-6
     assert config.checkpoint.save == config.checkpoint.load == f"out/mine-{loss}"
 
@@ -143,7 +143,7 @@ def test_the_preference_job_needs_a_loss(tmp_path: Path, env: dict[str, str]) ->
     assert done.returncode == 2 and not done.stdout
     assert (
         done.stderr
-        == f"PREFERENCE is '{env.get('PREFERENCE', '')}'; expected phrase or dpo: set it in front of sbatch\n"
+        == f"PREFERENCE is '{env.get('PREFERENCE', '')}'; expected phrase, dpo or mdpo: set it in front of sbatch\n"
     )
 
 

@@ -40,6 +40,12 @@ PUBLISHED = {
         connector_lr=0.0, global_batch_size=128, micro_batch_size=16, version="v1", lora_rank=128, lora_alpha=256,
         lora_dropout=0.0, lora_target_modules=[],
     ),
+    "mdpo_7b": dict(
+        preference_loss="mdpo", preference_beta=0.1, generation_weight=0.0, contrastive_weight=0.0, lr=1e-5,
+        connector_lr=0.0, global_batch_size=32, micro_batch_size=4, version="v1", lora_rank=64, lora_alpha=128,
+        lora_dropout=0.0, lora_target_modules=[], num_train_epochs=3, lr_warmup_fraction=0.1, weight_decay=0.05,
+        adam_beta2=0.98,
+    ),
     "phrase_7b": dict(
         preference_loss="phrase", generation_weight=1.0, contrastive_weight=0.0, lr=5e-6, connector_lr=0.0,
         global_batch_size=64, micro_batch_size=4, version="v1", lora_rank=128, lora_alpha=256, lora_dropout=0.0,
@@ -176,15 +182,17 @@ def test_estimates_are_near_what_was_measured_on_one_h200(stage, context, fp8, s
     assert (plan.memory - plan.cluster.reserve) / GIB == pytest.approx(gib, rel=0.06)
 
 
-@pytest.mark.parametrize("name", ["dpo_7b", "phrase_7b"])
+@pytest.mark.parametrize("name", ["dpo_7b", "mdpo_7b", "phrase_7b"])
 def test_twins_of_the_training_data_are_planned(name):
-    """Catches a plan of a likelihood objective that has no rows for its twins, because no pairs are mixed in."""
+    """Catches a plan of a likelihood objective that has no rows for its twins, because no pairs are mixed in; and one
+    of mdpo without the answers behind crops, which are whole dialogues."""
     config = example(name)
     plan = plan_of(config, 8)
-    (rejected,) = plan.micro_batch.main.of_kind("rejected")
+    rejected, *crops = plan.micro_batch.main.of_kind("rejected")
+    assert [crop.length for crop in crops] == [576 + 205] * (name == "mdpo_7b")
     assert rejected.count == config.training.micro_batch_size and rejected.length == 150
     config.data.contrastive_data_path = ["twins.json"]  # beside LLaVA's own: as many
-    (mixed,) = plan_of(config, 8).micro_batch.main.of_kind("rejected")
+    mixed, *_ = plan_of(config, 8).micro_batch.main.of_kind("rejected")
     assert mixed.count == config.training.micro_batch_size / 2 and mixed.length == 18
     config.data.contrastive_data_path, config.preference.preference_loss = [], "none"
     config.preference.generation_weight = 1.0
