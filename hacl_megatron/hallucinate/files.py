@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from hacl_megatron.config.files.partial import hold, remove_leftovers
+from hacl_megatron.data.prepare.dialogue_json import turns_of
 from hacl_megatron.data.prepare.json_text import DEEPEST, is_deep, is_text
 from hacl_megatron.data.prepare.llava_json import decoded_records, text_or_first_answer, value_of
 from hacl_megatron.data.prepare.preference_json import is_preference
+from hacl_megatron.data.prepare.record_values import Wrong, describe
 
 EDITS_KEY = "Hallucination edits"
 """Beside the released key: for each hallucinated caption a list of {"kind", "before", "after"}."""
@@ -26,7 +28,7 @@ def caption_of(record: dict[str, Any]) -> str | None:
 
     Of a preference record `text` alone: its answers answer any question.
     """
-    turns = () if is_preference(record) else ((turn["from"], turn["value"]) for turn in record["conversations"])
+    turns = () if is_preference(record) else turns_of(record, "", _wrong_in(""))
     return text_or_first_answer(value_of(record, "text"), turns)
 
 
@@ -50,13 +52,13 @@ def _check(record: Any, path: Path, index: int, line: int) -> None:
     text = value_of(record, "text")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{where}: key 'text' is a {type(text).__name__}; expected a string, the caption")
-    turns = record.get("conversations")
-    if is_preference(record):
-        return
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and "from" in t and "value" in t for t in turns):
-        raise ValueError(
-            f"{where}: key 'conversations' is missing or no list of turns with 'from' and 'value': is it a LLaVA file?"
-        )
+    if not is_preference(record):
+        turns_of(record, where, _wrong_in(where))
+
+
+def _wrong_in(where: str) -> Wrong:
+    """The error for a key of the record there that holds something else than was expected."""
+    return lambda key, found, expected: ValueError(f"{where}: key {key!r} is {describe(found)}; expected {expected}")
 
 
 class RecordWriter:

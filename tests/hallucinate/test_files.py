@@ -71,6 +71,27 @@ def test_captions_are_the_manifests(tmp_path):
     assert [sample.caption for sample in manifest] == [caption_of(record) for record in records]
 
 
+def test_messages_of_openais_users_are_read(tmp_path, capfd):
+    """Catches a tool that refuses, or finds no caption in, what training reads: turns under `messages`, with `role` and
+    `content`, the content in parts or not."""
+    caption = "A man in a red shirt rides a brown horse."
+    parts = [{"type": "image"}, {"type": "text", "text": "Describe it."}]
+    spoken = [
+        [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": caption}]}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>\nDescribe it."},
+         {"role": "assistant", "content": caption}],
+    ]  # fmt: skip
+    records = [{"id": str(n), "image": f"{n}.jpg", "messages": turns} for n, turns in enumerate(spoken)]
+    records.append({"id": "2", "image": "2.jpg", "conversations": spoken[1]})
+    source, target = save(tmp_path / "in.json", records), tmp_path / "out.json"
+    assert run(source, target) == 0, capfd.readouterr().err
+    written = json.loads(target.read_text())
+    assert [{key: record[key] for key in before} for record, before in zip(written, records, strict=True)] == records
+    manifest = Manifest.read([str(target)], version="chatml")
+    assert [sample.caption for sample in manifest] == [caption] * 3
+    assert all(len(sample.hallucinated_captions) == 1 for sample in manifest)
+
+
 def test_workers_order_and_format_change_nothing(tmp_path):
     records = some(280)
     source = save(tmp_path / "in.json", records, indent=1)
