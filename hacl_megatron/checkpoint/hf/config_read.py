@@ -265,7 +265,8 @@ def _extra_facts(
         facts[VERSION_KEY] = config[VERSION_KEY]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(key) if text.get(key) is None else text[key]
-        if value is not None:
+        # A null is no silence: of that the family's class has a default.
+        if value is not None or (key in text and key != "pad_token_id"):
             facts[key] = value
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     if dtype is not None:

@@ -127,6 +127,25 @@ def test_what_a_family_says_where_its_file_is_silent(tmp_path, family, window):
     assert differing <= {"architectures", "dtype", "_name_or_path"}, differing
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_a_token_that_is_none_stays_none(tmp_path, family):
+    """Catches BOS 1 and EOS 2 in the export of a model whose file says null: the family's defaults are for files that
+    are silent."""
+    folder = hf_folder(tmp_path / "null", family=family)
+    silent = hf_folder(tmp_path / "silent", family=family)
+    edited(folder, "text_config", bos_token_id=None, eos_token_id=None)
+    content = json.loads((silent / "config.json").read_text())
+    for key in ("bos_token_id", "eos_token_id"):
+        content["text_config"].pop(key, None)
+    write_config(silent, content)
+    for source in (folder, silent):
+        theirs = LlavaConfig.from_pretrained(source).text_config
+        written = to_config_json(read_model_config(source), "hf", dtype="float32")
+        found = LlavaConfig.from_dict(written).text_config
+        assert (found.bos_token_id, found.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert LlavaConfig.from_pretrained(folder).text_config.bos_token_id is None
+
+
 def test_processor_settings_in_both_files(tmp_path):
     folder = hf_folder(tmp_path)
     processor = tiny_processor()
