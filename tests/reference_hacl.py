@@ -81,6 +81,7 @@ class ReferenceHacl(nn.Module):
         freeze_language_model: True in pretrain (connector, heads and temperature train), False in finetune.
         image_context: what precedes the image's EOS: `image` alone, or `prompt`, the rows before it in the dialogue.
         hallucination_negatives: `own`, `all` or `none`.
+        hallucination_weight: how often a hallucinated caption counts.
         mask_duplicates: leave out negatives whose caption or image equals the pair's own.
     """
 
@@ -91,6 +92,7 @@ class ReferenceHacl(nn.Module):
         freeze_language_model: bool,
         image_context: Literal["image", "prompt"] = "image",
         hallucination_negatives: Literal["own", "all", "none"] = "all",
+        hallucination_weight: float = 1.0,
         mask_duplicates: bool = True,
         contrastive_weight: float = 1.0,
         temperature: float = 0.07,
@@ -107,6 +109,7 @@ class ReferenceHacl(nn.Module):
         self.llava = llava
         self.image_context = image_context
         self.hallucination_negatives = hallucination_negatives
+        self.hallucination_weight = hallucination_weight
         self.mask_duplicates = mask_duplicates
         self.contrastive_weight = contrastive_weight
         hidden = llava.config.text_config.hidden_size
@@ -274,7 +277,8 @@ class ReferenceHacl(nn.Module):
                 )
         target = torch.arange(len(pairs))
         to_captions = (images @ captions.T / self.temperature).masked_fill(is_masked, -math.inf)
-        to_wrong = (images @ wrong.T / self.temperature).masked_fill(is_wrong_masked, -math.inf)
+        to_wrong = images @ wrong.T / self.temperature + math.log(self.hallucination_weight)
+        to_wrong = to_wrong.masked_fill(is_wrong_masked, -math.inf)
         to_images = (captions @ images.T / self.temperature).masked_fill(is_masked, -math.inf)
         return (
             F.cross_entropy(torch.cat([to_captions, to_wrong], 1), target, reduction="sum"),

@@ -215,6 +215,10 @@ class ObjectiveFlags:
         "all", "Hallucinated captions in a pair's denominator: its own (the paper), every one in the pool (the "
         "released code), or none (plain contrastive)."
     )  # fmt: skip
+    hallucination_weight: float = flag(
+        1.0, "Hallucinated captions count this many times in a denominator. One among the captions of a large batch "
+        "hardly weighs; as many times as there are captions, it is half of what a pair is compared with."
+    )  # fmt: skip
     mask_duplicates: bool = flag(True, "Do not take another pair with the same caption or image as a negative.")
     contrastive_image_context: Literal["image", "prompt"] = flag(
         "image", "What precedes the image's EOS. image: the image alone (as released). prompt: the prefix of the "

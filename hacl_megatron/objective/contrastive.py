@@ -2,12 +2,13 @@
 
 With v, t, u the L2-normalised embeddings of images, captions and hallucinated captions, s(a, b) = a·b / τ:
 
-    L_v = -1/N Σ_i log  e^{s(v_i,t_i)} / ( Σ_k e^{s(v_i,t_k)} + Σ_{(j,m) ∈ H_i} e^{s(v_i,u_jm)} )
+    L_v = -1/N Σ_i log  e^{s(v_i,t_i)} / ( Σ_k e^{s(v_i,t_k)} + w Σ_{(j,m) ∈ H_i} e^{s(v_i,u_jm)} )
     L_t = -1/N Σ_i log  e^{s(t_i,v_i)} /   Σ_k e^{s(t_i,v_k)}
 
 i runs over this rank's pairs, k and (j, m) over the pool: what `gather_pairs` gave and, if there is one, the queue of
 earlier pairs. H_i by `hallucination_negatives`: `own`, pair i's own (the paper's equation); `all`, every one in the
-pool (the released code); `none`, plain contrastive. `row_blocks` computes both sums in bounded memory.
+pool (the released code); `none`, plain contrastive. w, 1 in both, is `hallucination_weight`. `row_blocks` computes both
+sums in bounded memory.
 
 How a trainer combines them. With N_global the pairs of the global batch, over all ranks and micro-batches, known
 before the first one runs, a rank's share of λ (L_v + L_t) / 2 is
@@ -69,6 +70,7 @@ def contrastive_loss(
     temperature: Tensor,
     *,
     hallucination_negatives: HallucinationNegatives,
+    hallucination_weight: float = 1.0,
     mask_duplicates: bool,
     queue: PairEmbeddings | None = None,
     block_bytes: int = BLOCK_BYTES,
@@ -81,6 +83,7 @@ def contrastive_loss(
         first_pair: `local`'s pair i is the pool's pair `first_pair + i`.
         temperature: τ, [1], same dtype as the embeddings. Its gradient is this rank's share.
         hallucination_negatives: `own`, `all` or `none`.
+        hallucination_weight: w, above 0: each hallucinated caption counts as this many.
         mask_duplicates: another pair whose caption key or image key equals pair i's is no negative in L_v or L_t; a
             hallucinated caption (of any pair) whose key equals caption i's is none either. The positive stays.
         queue: pairs of earlier steps, over which k, and with `all` (j, m), run too (`NegativeQueue.pairs`). They
@@ -112,7 +115,10 @@ def contrastive_loss(
         ]:
             owner = others.hallucinated_owner - first_pair if hallucination_negatives == "own" else None
             equal_keys = ((keys.caption, their.hallucinated),) if mask_duplicates else ()
-            hallucinated.append(Columns(embeddings=others.hallucinated, equal_keys=equal_keys, owner=owner))
+            columns = Columns(
+                embeddings=others.hallucinated, equal_keys=equal_keys, owner=owner, weight=hallucination_weight
+            )
+            hallucinated.append(columns)
 
     image_to_text_sum, nearest = softmax_loss_sum(
         local.image, captions + hallucinated, first_pair, temperature,

@@ -1,11 +1,11 @@
 """A softmax loss over more columns than fit at once: block of rows by block of rows, with gradients made on the way.
 
-    sum of losses = Σ_i ( log Σ_c e^{s(i,c)} - s(i, own(i)) ),    s(i, c) = row_i · column_c / τ
+    sum of losses = Σ_i ( log Σ_c w_c e^{s(i,c)} - s(i, own(i)) ),    s(i, c) = row_i · column_c / τ
 
 The plain form keeps all [R, C] similarities and their softmax until backward has read them, several copies of what may
 be gigabytes. The loss is a scalar, so its gradients can be made in the forward, up to the scalar that will arrive:
 
-    for each block of B rows:   E = e^{s - max},  z = Σ_c E          one buffer [B, C], overwritten in place
+    for each block of B rows:   E = w e^{s - max},  z = Σ_c E        one buffer [B, C], overwritten in place
                                 d row    = (E @ columns / z - own column) / τ
                                 d column += Eᵀ @ (row / (τ z)),  own column -= row / τ
                                 d τ      -= Σ row · d row / τ
@@ -16,6 +16,7 @@ inputs it holds one block.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,8 @@ class Columns:
     owner: Tensor | None = None
     """int64 [C], on the host: the only row that each column is a candidate of; below 0 or at R and above, none. None:
     all rows."""
+    weight: float = 1.0
+    """w: each candidate counts as this many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ def softmax_loss_sum(
         `columns`; None without ranked ones. Only the sum carries gradients, to all embeddings and τ. Without
         `torch.is_grad_enabled()` none are made. Backward may run through it once: it overwrites what it returns.
     """
-    assert columns[0].owner is None, "the positives are candidates of their rows"
+    assert columns[0].owner is None and columns[0].weight == 1, "the positives are candidates of their rows"
     assert 0 <= first_positive <= columns[0].embeddings.shape[0] - rows.shape[0], (first_positive, rows.shape)
     assert all(group.owner is None for group in columns[:num_ranked])
     plan = _Plan(
@@ -229,7 +232,9 @@ def _owned_by_block(owner: Tensor | None, slices: Sequence[slice]) -> list[Tenso
 
 
 def _mask_(similarities: Tensor, group: Columns, rows: slice, index: Tensor | None, owner: Tensor | None) -> None:
-    """-inf, in place, where a column is no candidate of the row. similarities: [B, C of the block]."""
+    """The weight, and -inf where a column is no candidate of the row, in place. similarities: [B, C of the block]."""
+    if group.weight != 1:
+        similarities.add_(math.log(group.weight))
     if owner is not None:
         numbers = torch.arange(rows.start, rows.stop, device=similarities.device)
         similarities.masked_fill_(owner != numbers[:, None], float("-inf"))

@@ -77,6 +77,7 @@ class Contrast:
             gathered.first_pair,
             temperature,
             hallucination_negatives=self.objective.hallucination_negatives,
+            hallucination_weight=self.objective.hallucination_weight,
             mask_duplicates=self.objective.mask_duplicates,
             queue=None if queue is None else queue.pairs,
         )

@@ -52,8 +52,10 @@ def _local(pool: PairEmbeddings, first_pair: int, count: int) -> PairEmbeddings:
 
 @pytest.mark.parametrize("block_bytes", (1, 2000, BLOCK_BYTES))
 @pytest.mark.parametrize("first_pair", (0, 8, 16))
-def test_every_tensors_gradient_is_open_clips(first_pair: int, block_bytes: int) -> None:
-    """Rows and columns apart, hallucinated captions and an earlier step's pairs among the columns."""
+@pytest.mark.parametrize("weight", (1, 3))
+def test_every_tensors_gradient_is_open_clips(weight: int, first_pair: int, block_bytes: int) -> None:
+    """Rows and columns apart, hallucinated captions and an earlier step's pairs among the columns; with a weight of 3
+    open_clip sees each hallucinated caption three times."""
     pool, queue = _pairs(24, 30, 12, 1, torch.float64), _pairs(9, 5, 12, 2, torch.float64)
     local = _local(pool, first_pair, 8)
     temperature = torch.tensor([0.07], dtype=torch.float64, requires_grad=True)
@@ -61,13 +63,14 @@ def test_every_tensors_gradient_is_open_clips(first_pair: int, block_bytes: int)
     leaves = [getattr(record, kind) for record, kind in names] + [temperature]
     expected = clip_loss(
         local.image, local.caption, torch.cat([pool.image, queue.image]),
-        torch.cat([pool.caption, queue.caption, pool.hallucinated, queue.hallucinated]), first_pair, temperature,
+        torch.cat([pool.caption, queue.caption, *[pool.hallucinated, queue.hallucinated] * weight]), first_pair,
+        temperature,
     )  # fmt: skip
     expected_gradients = torch.autograd.grad(3 * expected, leaves)
 
     terms = contrastive_loss(
-        local, pool, first_pair, temperature, hallucination_negatives="all", mask_duplicates=True,
-        queue=queue, block_bytes=block_bytes,
+        local, pool, first_pair, temperature, hallucination_negatives="all", hallucination_weight=weight,
+        mask_duplicates=True, queue=queue, block_bytes=block_bytes,
     )  # fmt: skip
     loss = (terms.image_to_text_sum + terms.text_to_image_sum) / (2 * 8)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)

@@ -22,7 +22,10 @@ COMPARED = ("lm loss", "contrastive loss i2t", "contrastive loss t2i", "temperat
 # name: stage, and flags beside those of `make_inputs`
 CASES: dict[str, tuple[str, dict]] = {
     "pretrain": ("pretrain", {}),
-    "pretrain-prompt": ("pretrain", {"contrastive-image-context": "prompt", "hallucination-negatives": "own"}),
+    "pretrain-prompt": (
+        "pretrain",
+        {"contrastive-image-context": "prompt", "hallucination-negatives": "own", "hallucination-weight": 4.0},
+    ),
     "finetune": ("finetune", {"weight-decay": 1.0}),
     "finetune-prompt": ("finetune", {"contrastive-image-context": "prompt"}),
     "pretrain-accumulated": (
@@ -116,6 +119,7 @@ def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]])
         freeze_language_model=config.get("freeze-LM", False),
         image_context=config.get("contrastive-image-context", "image"),
         hallucination_negatives=config.get("hallucination-negatives", "all"),
+        hallucination_weight=config.get("hallucination-weight", 1.0),
         mask_duplicates=config.get("mask-duplicates", True),
         contrastive_weight=config.get("contrastive-weight", 1.0),
         preference_weight=config.get("preference-weight", 1.0) if "preference-loss" in config else 0.0,

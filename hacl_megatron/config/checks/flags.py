@@ -59,7 +59,10 @@ LIMITS: dict[str, tuple[float, float]] = {
         (0, below(1)),
     ),
     **dict.fromkeys(
-        ("adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights", "lora_alpha", "preference_beta"),
+        (
+            "adam_eps", "num_train_epochs", "exit_duration_in_mins", "data_weights", "lora_alpha", "preference_beta",
+            "hallucination_weight",
+        ),
         (above(0), _FINITE),
     ),
     "preference_label_smoothing": (0, below(0.5)),
@@ -199,6 +202,11 @@ def _check_contrast(config: RunConfig) -> None:
                 f"{_dashed(name)} is given with --contrastive-negatives micro-batch",
                 "it would change which pairs are negatives of each other: leave it out, or use global-batch",
             )
+    _require(
+        config.objective.hallucination_weight == 1 or config.objective.hallucination_negatives != "none",
+        "--hallucination-weight is given with --hallucination-negatives none",
+        "there is nothing to weigh: leave it out, or use own or all",
+    )
     _require(
         training.micro_batch_tokens is None or training.micro_batch_size == 1,
         f"both --micro-batch-size {training.micro_batch_size} and --micro-batch-tokens are given",
