@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, streams_that_may_fail
 from hacl_megatron.data.templates import template_names
 
 IMAGE_SIZE, PATCH_SIZE = 336, 14
@@ -313,7 +313,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    with streams_that_may_fail():
+        try:
+            main(parse())
+        except (ValueError, OSError) as error:
+            exit_with_error(error)

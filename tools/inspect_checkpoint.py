@@ -7,7 +7,7 @@ With two folders the exit status is 1 if sizes, names, dtypes or values differ.
 
 import argparse
 
-from hacl_megatron.config.console import exit_with_error, say
+from hacl_megatron.config.console import exit_with_error, say, streams_that_may_fail
 from hacl_megatron.config.towers import tower_origins
 
 
@@ -45,7 +45,8 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(inspect(parse()))
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    with streams_that_may_fail():
+        try:
+            raise SystemExit(inspect(parse()))
+        except (ValueError, OSError) as error:
+            exit_with_error(error)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from hacl_megatron.config.console import exit_with_error, say
+from hacl_megatron.config.console import exit_with_error, say, streams_that_may_fail
 from hacl_megatron.config.flags import MAX_IMAGE_PIXELS
 from hacl_megatron.data.templates import check_template, template_names
 
@@ -157,7 +157,8 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        inspect(parse())
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    with streams_that_may_fail():
+        try:
+            inspect(parse())
+        except (ValueError, OSError) as error:
+            exit_with_error(error)

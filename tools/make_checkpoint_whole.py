@@ -9,7 +9,7 @@ OUT is then given wherever an iter_* folder is: --load, --pretrained-checkpoint,
 import argparse
 from pathlib import Path
 
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, streams_that_may_fail
 
 
 def parse() -> argparse.Namespace:
@@ -29,7 +29,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    with streams_that_may_fail():
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            exit_with_error(error)

@@ -10,7 +10,7 @@ that are printed and can be changed. The exit status is 1 if the run does not fi
 import argparse
 from dataclasses import replace
 
-from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.console import exit_with_error, streams_that_may_fail
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -105,7 +105,8 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(plan_run(*parse()))
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    with streams_that_may_fail():
+        try:
+            raise SystemExit(plan_run(*parse()))
+        except (ValueError, OSError) as error:
+            exit_with_error(error)

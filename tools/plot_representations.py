@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpoint_arguments import add_data_arguments, add_layout_arguments, load_settings
 
-from hacl_megatron.config.console import exit_with_error, say
+from hacl_megatron.config.console import exit_with_error, say, streams_that_may_fail
 
 
 def parse() -> argparse.Namespace:
@@ -126,7 +126,8 @@ def write(records: dict[str, list[dict[str, Any]]], checkpoints: dict[str, str],
 
 
 if __name__ == "__main__":
-    try:
-        plot(parse())
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    with streams_that_may_fail():
+        try:
+            plot(parse())
+        except (ValueError, OSError) as error:
+            exit_with_error(error)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hacl_megatron.config.console import _Stream
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys
 from hacl_megatron.config.console import lost_lines, streams_that_may_fail
@@ -65,3 +66,19 @@ def test_a_stream_that_was_closed_has_lost_nothing() -> None:
 def test_nothing_is_lost_where_all_is_well(tmp_path: Path) -> None:
     code, said, _, lost = run(tmp_path / "result", "{}")
     assert (code, lost, said.count("\n")) == (0, 0, 4000)
+
+
+def test_every_tool_lets_its_streams_fail() -> None:
+    """Catches one that ends with `Broken pipe` under `| head`, after the work or before."""
+    tools = [path for path in (ROOT / "tools").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert len(tools) > 10
+    assert [path.name for path in tools if "with streams_that_may_fail():" not in path.read_text()] == []
+
+
+def test_a_plan_on_a_full_disk() -> None:
+    plan = "tools/plan_run.py --config examples/llava_1_5/finetune_7b.yaml --gpu a100-80g --num-samples 1000"
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {plan} > /dev/full"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("standard output cannot be written (No space left") == 1
