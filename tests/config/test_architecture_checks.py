@@ -122,7 +122,7 @@ CASES = {
         {"model": language(ffn_hidden_size=11006), "tp": 2},
     ),
     "tower's heads over ranks": (
-        {"tp": 32}, "vision tower's num_attention_heads 16 cannot be shared by 32", {"tp": 16},
+        {"tp": 32}, "that divides 16, or take --vision-backend hf", {"tp": 16},
     ),
     "tower's feed-forward over ranks": (
         {"model": vision(ffn_hidden_size=4098), "tp": 4}, "vision tower's ffn_hidden_size 4098",

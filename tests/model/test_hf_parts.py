@@ -9,8 +9,10 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Blip2VisionModel,
     CLIPVisionModel,
+    Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersModel,
+    SiglipVisionConfig,
     SiglipVisionModel,
 )
 
@@ -22,6 +24,7 @@ from tests.tiny import randomise, tiny_blip2_config, tiny_dinov2_config, tiny_ll
 
 # Sums in another order: transformers records hidden states, we stop at the layer. 1e-5 of values of order 1.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+ODD = {"hidden_size": 35, "num_hidden_layers": 3, "num_attention_heads": 5, "image_size": 51, "patch_size": 7}
 TOWERS = {
     "clip": (CLIPVisionModel, tiny_llava_config().vision_config, (-2, -1, 1)),
     "siglip": (SiglipVisionModel, tiny_siglip_config(), (-2, -1, 3)),
@@ -29,6 +32,9 @@ TOWERS = {
     "dinov2": (Dinov2Model, tiny_dinov2_config(), (-2, -1, 1)),
     "dinov2 swiglu": (Dinov2Model, tiny_dinov2_config(swiglu=True), (-2,)),
     "registers": (Dinov2WithRegistersModel, tiny_dinov2_config(registers=3), (-2, -1)),
+    "odd siglip": (SiglipVisionModel, SiglipVisionConfig(**ODD, intermediate_size=37), (-2,)),
+    "odd dinov2": (Dinov2Model, Dinov2Config(**ODD, mlp_ratio=3), (-2,)),
+    "odd dinov2 swiglu": (Dinov2Model, Dinov2Config(**ODD, mlp_ratio=3, use_swiglu_ffn=True, qkv_bias=False), (-2,)),
 }
 OTHER_SIZES = {"dinov2": 50, "registers": 50}
 """Pixels that positions are interpolated to."""
@@ -66,6 +72,7 @@ def test_features_and_gradients_are_those_of_transformers(name, select_layer):
     output = theirs(pixel_values=images, output_hidden_states=True)
     expected = {  # LLaVA's `full` strategy; BLIP-2's image_embeds; LLaVA's `default`
         "siglip": lambda: output.hidden_states[select_layer],
+        "odd siglip": lambda: output.hidden_states[select_layer],
         "blip2": lambda: output.last_hidden_state,
     }.get(name, lambda: output.hidden_states[select_layer][:, 1:])()
     found = ours(images)

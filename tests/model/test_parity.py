@@ -18,6 +18,7 @@ VARIANTS = {
     "yarn": Variant({"rope_scaling": YARN}),
     **{name: Variant(sizes) for name, sizes in FAMILY_SIZES.items()},
     "last vision layer": Variant({"select_layer": -1}, trains_vision=True),
+    "odd clip": Variant({"vision_hidden": 21, "vision_heads": 3}, trains_vision=True),
     "siglip": Variant(trains_vision=True, family="siglip"),
     "dinov2": Variant(trains_vision=True, family="dinov2"),
     "registers": Variant({"registers": 3, "swiglu": True}, trains_vision=True, family="dinov2"),

@@ -191,14 +191,14 @@ def _check_qformer(model: ModelConfig) -> None:
 
 
 def _check_tensor_parallel(model: ModelConfig, tp: int) -> None:
-    parts = [("language model", model.language), ("vision tower", model.vision)]
-    for part, record in parts[: 1 if model.vision.backend == "hf" else 2]:  # transformers' tower is replicated
+    parts = [("language model", model.language, ""), ("vision tower", model.vision, ", or take --vision-backend hf")]
+    for part, record, instead in parts[: 1 if model.vision.backend == "hf" else 2]:  # transformers' is replicated
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             size = getattr(record, name, tp)
             _require(
                 size % tp == 0,
                 f"the {part}'s {name} {size} cannot be shared by {tp} tensor-parallel ranks",
-                f"choose a --tensor-model-parallel-size that divides {size}",
+                f"choose a --tensor-model-parallel-size that divides {size}{instead}",
             )
 
 
