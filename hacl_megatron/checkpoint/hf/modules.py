@@ -20,9 +20,9 @@ def clean_config(values: dict[str, Any]) -> dict[str, Any]:
     Args:
         values: with `model_type`.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig, PretrainedConfig  # of 4.57 too
 
-    common = PreTrainedConfig().to_dict()
+    common = PretrainedConfig().to_dict()
     model_type = values["model_type"]
     parsed = AutoConfig.for_model(**{key: value for key, value in values.items() if key not in common}
                                   | {"model_type": model_type})  # fmt: skip
