@@ -50,6 +50,8 @@ class Answer:
     """The model's answer without surrounding blanks; empty where there is an error."""
     error: str | None
     """Why the question could not be put, in one line."""
+    cut: str | None = None
+    """Why the answer ends before the model had ended it, in one line, where that is not `max_new_tokens`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +144,18 @@ class Answerer:
         self, prepared: Sequence[tuple[np.ndarray, Tensor] | str], settings: GenerationSettings
     ) -> Iterator[Answer]:
         good = [item for item in prepared if not isinstance(item, str)]
-        texts = iter(self._generate(good, settings) if good else ())
+        answers = iter(self._generate(good, settings) if good else ())
         for item in prepared:
-            yield Answer(text="", error=item) if isinstance(item, str) else Answer(text=next(texts), error=None)
+            yield Answer(text="", error=item) if isinstance(item, str) else next(answers)
 
     @torch.inference_mode()
-    def _generate(self, batch: Sequence[tuple[np.ndarray, Tensor]], settings: GenerationSettings) -> list[str]:
+    def _generate(self, batch: Sequence[tuple[np.ndarray, Tensor]], settings: GenerationSettings) -> list[Answer]:
         from transformers import GenerationConfig
 
         ids, mask = left_padded([rows for rows, _ in batch], self.tokenizer.pad_id)
+        # How many tokens each answer has until the model would no longer see its own prompt.
+        limit, what = context_of(self.config)
+        room = [limit - len(rows) for rows, _ in batch]
         # Made anew: an export's own generation settings may ask for sampling.
         generation = GenerationConfig(
             do_sample=False,
@@ -165,7 +170,7 @@ class Answerer:
                 attention_mask=mask.to(self.device),
                 pixel_values=torch.stack([pixels for _, pixels in batch]).to(self.device, self.dtype),
                 generation_config=generation,
-                stopping_criteria=self._stopping_criteria(ids.shape[1]),
+                stopping_criteria=self._stopping_criteria(ids.shape[1], room),
                 logits_processor=[self._refuse_not_finite],
             )
         except torch.OutOfMemoryError:
@@ -173,7 +178,12 @@ class Answerer:
                 f"out of GPU memory with --batch-size {settings.batch_size}: repeat the command with a smaller one, it "
                 "goes on where this one stopped"
             ) from None
-        return [self._text(row) for row in output[:, ids.shape[1] :].tolist()]
+        answers = []
+        for row, left in zip(output[:, ids.shape[1] :].tolist(), room, strict=True):
+            text, ended = self._text(row[:left])
+            cut = None if ended or left >= settings.max_new_tokens else f"the answer ends at {what}"
+            answers.append(Answer(text=text, error=None, cut=cut))
+        return answers
 
     def _refuse_not_finite(self, ids: Tensor, scores: Tensor) -> Tensor:
         # -inf is legitimate: what generation rules out.
@@ -184,10 +194,13 @@ class Answerer:
             )
         return scores
 
-    def _stopping_criteria(self, prompt_length: int) -> list[Callable[..., Tensor]]:
-        """Stops where a template ends its answers by a text, in EOS's place.
+    def _stopping_criteria(self, prompt_length: int, room: list[int]) -> list[Callable[..., Tensor]]:
+        """Stops where a template ends its answers by a text, in EOS's place, and where the model's context ends.
 
-        transformers' `stop_strings` would not see it where a tokenizer spells it in bytes.
+        transformers' `stop_strings` would not see a text where a tokenizer spells it in bytes.
+
+        Args:
+            room: tokens that there are for each answer.
         """
         end = self.template.end
 
@@ -195,19 +208,33 @@ class Answerer:
             texts = [self.tokenizer.decode(row) for row in ids[:, prompt_length:].tolist()]
             return torch.tensor([end in text for text in texts], device=ids.device)
 
-        return [] if end is None else [ended]
+        def full(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            said, rows = ids.shape[1] - prompt_length, ids.shape[0] // len(room)  # several of each for beams
+            return torch.tensor([said >= left for left in room for _ in range(rows)], device=ids.device)
 
-    def _text(self, row: list[int]) -> str:
-        end = next((at for at, token in enumerate(row) if token in self.stop_ids), len(row))
-        text = self.tokenizer.decode(row[:end])
-        return (text if self.template.end is None else text.partition(self.template.end)[0]).strip()
+        return [full] if end is None else [ended, full]
+
+    def _text(self, row: list[int]) -> tuple[str, bool]:
+        """The answer in so many tokens, and whether the model has ended it."""
+        stop = next((at for at, token in enumerate(row) if token in self.stop_ids), None)
+        text, mark = self.tokenizer.decode(row[:stop]), self.template.end
+        text, found, _ = text.partition(mark) if mark is not None else (text, "", "")
+        return text.strip(), stop is not None or bool(found)
+
+
+def context_of(config: ModelConfig) -> tuple[int, str]:
+    """How many rows a prompt and its answer may have together, and what that is in words."""
+    window, positions = config.language.sliding_window, config.language.max_position_embeddings
+    if window is not None and window < positions:
+        return window, f"the model's sliding window of {window} tokens"
+    return positions, f"the model's context of {positions} tokens"
 
 
 def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.ndarray:
     """int64 [L] rows of the prompt up to the answer in the model's own template, exactly as a training dialogue begins.
 
     An image tag in the prompt is taken out, since the image stands at the front. Raises UnusableSample for a text that
-    does not tokenize, or is longer than the model's context.
+    does not tokenize, or leaves no room for an answer in what the model sees.
     """
     message = f"{IMAGE_TAG}\n{prompt.replace(IMAGE_TAG, '')}"
     sample = Sample(
@@ -219,13 +246,13 @@ def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.nd
         hallucinated_captions=(),
         source="",
     )
-    limit = config.language.max_position_embeddings
+    limit, what = context_of(config)
     settings = EncodingSettings(
         version=data_flags(config).version, model_max_length=limit, visual_tokens=config.visual_tokens
     )
     encoded = encode(sample, tokenizer, settings)
-    if encoded.truncated:
-        raise UnusableSample(f"the prompt is longer than the model's context of {limit} tokens")
+    if encoded.truncated or len(encoded.dialogue) == limit:
+        raise UnusableSample(f"the prompt leaves no room for an answer in {what}")
     return np.where(encoded.dialogue == IMAGE, config.extra["image_token_index"], encoded.dialogue)
 
 

@@ -180,8 +180,8 @@ def _generate(
         print(f"{num_done} answers are in {journal.path} already; {len(items)} to go", flush=True)
     with tqdm(total=num_done + len(items), initial=num_done, desc=benchmark.name, unit="answer") as bar:
         for item, answer in zip(items, answerer.answer(questions, generation), strict=True):
-            error = {} if answer.error is None else {"error": answer.error}
-            journal.append({**benchmark.record(item, answer.text), **error})
+            said = {name: text for name in ("error", "cut") if (text := getattr(answer, name)) is not None}
+            journal.append({**benchmark.record(item, answer.text), **said})
             bar.update()
     answerer.close()
 
@@ -216,7 +216,7 @@ def finish(
     settings: dict[str, Any],
     files: dict[str, Path],
 ) -> Scores:
-    """Add what an answers file says of unusable images, write the results, print the table."""
+    """Add what an answers file says of unusable images and cut answers, write the results, print the table."""
     bad = [answer for answer in answers if answer.get("error")]
     if bad:
         listed = [{"key": benchmark.key(answer), "reason": answer["error"]} for answer in bad]
@@ -227,6 +227,12 @@ def finish(
                    + (" ..." if len(bad) > 1 else "")),
             details={**scores.details, "unusable_items": listed},
         )  # fmt: skip
+    if cut := [answer["cut"] for answer in answers if answer.get("cut")]:
+        scores = replace(
+            scores,
+            counts={**scores.counts, "cut answers": len(cut)},
+            notes=(*scores.notes, f"{len(cut)} answers were cut: {cut[0]}"),
+        )
     write_scores(output, scores, settings=settings, files={**benchmark.used_files(), **files})
     say(format_table(scores))
     print(f"results: {output}")

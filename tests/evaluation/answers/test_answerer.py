@@ -115,6 +115,38 @@ def test_beams_of_one_question_do_not_mix_with_anothers(answerer: Answerer, imag
     assert together != greedy
 
 
+@pytest.mark.parametrize(
+    ("key", "what"), [("max_position_embeddings", "context"), ("sliding_window", "sliding window")]
+)
+def test_an_answer_ends_where_the_model_would_see_no_more(answerer, exports, images, tmp_path, key, what) -> None:
+    """Catches answers that run past positions that the model has never had, or past a window beyond which it no longer
+    sees the image; and one that is cut without a word, or cuts its neighbours in the batch."""
+    name = sorted(path.name for path in images.iterdir())[0]
+    questions = [Question(image=name, prompt=prompt) for prompt in (PROMPTS[3], PROMPTS[1])]
+    longest, other = (len(answerer.rows(question.prompt)) for question in questions)
+    assert longest > other + 6
+    folder = shutil.copytree(exports["square"], tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][key] = longest + 2
+    if key == "sliding_window":
+        config["text_config"] |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    short = Answerer(folder, images, device="cpu")
+    settings = GenerationSettings(max_new_tokens=6, batch_size=2)
+    whole, unhurt = answerer.answer(questions, settings)
+    cut, beside = short.answer(questions, settings)
+    assert whole.cut is None and beside == unhurt
+    assert cut.text != whole.text
+    assert cut.text == next(answerer.answer(questions[:1], GenerationSettings(max_new_tokens=2))).text
+    assert cut.cut == f"the answer ends at the model's {what} of {longest + 2} tokens"
+    beams = GenerationSettings(max_new_tokens=6, num_beams=3, batch_size=2)
+    assert [answer.cut for answer in short.answer(questions, beams)] == [cut.cut, None]
+    config["text_config"][key] = longest
+    (folder / "config.json").write_text(json.dumps(config))
+    (refused,) = Answerer(folder, images, device="cpu").answer(questions[:1], settings)
+    assert refused.error == f"the prompt leaves no room for an answer in the model's {what} of {longest} tokens"
+
+
 def test_generation_settings_of_the_export_do_not_make_it_sample(exports, images: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exports["square"], tmp_path / "samples")
     settings = json.loads((folder / "generation_config.json").read_text())
@@ -145,7 +177,7 @@ def test_an_unusable_image_or_prompt_costs_its_own_item_alone(answerer: Answerer
     assert [answer.text for answer in answers] == ["", *expected[:2], "", "", expected[2], ""]
     reasons = [answer.error for answer in answers if answer.error]
     assert "missing.jpg: no such file" in reasons[0] and "leaves the image folder" in reasons[1]
-    assert "longer than the model's context of 512" in reasons[2] and "does not tokenize" in reasons[3]
+    assert "no room for an answer in the model's context of 512" in reasons[2] and "does not tokenize" in reasons[3]
 
 
 def test_models_that_cannot_answer_are_refused(exports: dict[str, Path], images: Path, tmp_path: Path) -> None:
