@@ -28,7 +28,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", help="LLaVA JSON file; default: draws one")
     parser.add_argument("--image-folder", help="folder that the image names are relative to")
-    parser.add_argument("--tokenizer", help="folder of the LLaMA tokenizer; default: one trained on the drawn captions")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer; default: one trained on the drawn captions")
     parser.add_argument("--version", choices=template_names(), default="v1", help="conversation template")
     parser.add_argument("--image-backend", choices=("auto", "dali", "pillow"), default="auto", help="ours")
     parser.add_argument("--num-workers", type=int, default=2, help="threads of ours, processes of the DataLoader")

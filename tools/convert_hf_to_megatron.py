@@ -5,12 +5,13 @@
     python tools/convert_hf_to_megatron.py --language-model VICUNA --vision-tower BLIP2 --save OUT
     python tools/convert_hf_to_megatron.py --hf-path LORA --model-base BASE --save OUT [--lora keep]
 
-DIR is a `LlavaForConditionalGeneration`, a `Blip2ForConditionalGeneration` with a LLaMA, or a folder in the original
-LLaVA layout. LORA is a LoRA folder of LLaVA's or of `peft`, or one with LLaVA's mm_projector.bin, to be read over the
-model that it was trained on; adapters are merged into the weights, or kept to be trained further. From a LLaMA and a
-vision tower's folder (of a BLIP-2, tower and Q-Former are taken), connector and heads are drawn by --seed; a run that
-starts from OUT draws them anew, by its own --seed and flags. The model is never held: memory does not grow with it. OUT
-appears when it is complete; OUT/converted_from.json says what became of every tensor.
+DIR is a `LlavaForConditionalGeneration`, a `Blip2ForConditionalGeneration`, or a folder in the original LLaVA layout,
+around a language model of any family that the trainer has. LORA is a LoRA folder of LLaVA's or of `peft`, or one with
+LLaVA's mm_projector.bin, to be read over the model that it was trained on; adapters are merged into the weights, or
+kept to be trained further. From a language model and a vision tower's folder (of a BLIP-2, tower and Q-Former are
+taken), connector and heads are drawn by --seed; a run that starts from OUT draws them anew, by its own --seed and
+flags. The model is never held: memory does not grow with it. OUT appears when it is complete; OUT/converted_from.json
+says what became of every tensor.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--lora", choices=("merge", "keep"), help="what becomes of the adapters in --hf-path (default: merge)"
     )
-    source.add_argument("--language-model", type=Path, help="LLaMA folder; needs --vision-tower")
+    source.add_argument("--language-model", type=Path, help="folder of a language model; needs --vision-tower")
     parser.add_argument(
         "--vision-tower", type=Path, help=f"{tower_origins()} folder, where the weights above hold no tower"
     )

@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", nargs="+", required=True, help="LLaVA JSON file(s)")
     parser.add_argument("--image-folder", default=".", help="folder that the image names are relative to")
-    parser.add_argument("--tokenizer", help="folder of the LLaMA tokenizer; default: --pretrained-checkpoint's")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer; default: --pretrained-checkpoint's")
     parser.add_argument(
         "--pretrained-checkpoint",
         help="Hugging Face LLaVA or checkpoint of the trainer, whose image size counts; default: LLaVA-1.5's 336 / 14",

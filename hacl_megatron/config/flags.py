@@ -41,8 +41,9 @@ class ModelFlags:
     _argument_group_name = "model"
 
     pretrained_checkpoint: str | None = flag(
-        None, "Weights to start from: a Hugging Face LLaVA, BLIP-2 or LLaMA folder or a checkpoint of this trainer. "
-        "Takes weights, connector, heads and temperature; optimiser, iteration and queue start fresh.", metavar="DIR"
+        None, "Weights to start from: a Hugging Face folder of a LLaVA, a BLIP-2 or a language model, or a checkpoint "
+        "of this trainer. Takes weights, connector, heads and temperature; optimiser, iteration and queue start fresh.",
+        metavar="DIR"
     )  # fmt: skip
     pretrain_mm_mlp_adapter: str | None = flag(
         None, "LLaVA's mm_projector.bin or MiniGPT-4's llama_proj, or a folder with one, laid over the connector of "
@@ -50,11 +51,11 @@ class ModelFlags:
     )  # fmt: skip
     vision_tower: str | None = flag(
         None, f"Folder of the vision tower: {tower_origins()}, whose Q-Former is taken too. For a "
-        "--pretrained-checkpoint without one: a LLaMA, whose connector then starts fresh, or LLaVA's original layout.",
-        metavar="DIR"
+        "--pretrained-checkpoint without one: a language model, whose connector then starts fresh, or LLaVA's original "
+        "layout.", metavar="DIR"
     )  # fmt: skip
     tokenizer: str | None = flag(
-        None, "Folder of the LLaMA tokenizer. Default: the one inside --pretrained-checkpoint.", metavar="DIR"
+        None, "Folder of the tokenizer. Default: the one inside --pretrained-checkpoint.", metavar="DIR"
     )  # fmt: skip
     mm_projector_type: str | None = flag(
         None, "Connector: linear, mlp2x_gelu or mlpNx_gelu; qformer where the checkpoint holds one (BLIP-2), which "
@@ -111,10 +112,12 @@ class ParallelFlags:
         False, "Between tensor-parallel layers, split activations by rows over the same ranks: less memory."
     )  # fmt: skip
     decoder_first_pipeline_num_layers: int | None = flag(
-        None, "LLaMA layers on the first pipeline stage, which also carries the vision tower. Default: an even split."
+        None, "Layers of the language model on the first pipeline stage, which also carries the vision tower. Default: "
+        "an even split."
     )  # fmt: skip
     decoder_last_pipeline_num_layers: int | None = flag(
-        None, "LLaMA layers on the last pipeline stage, which also carries the LM head. Default: an even split."
+        None, "Layers of the language model on the last pipeline stage, which also carries the LM head. Default: an "
+        "even split."
     )  # fmt: skip
     make_vocab_size_divisible_by: int = flag(
         128, "The vocabulary is padded to a multiple of this and of the tensor-parallel size."

@@ -64,6 +64,13 @@ def test_help_shows_every_flag_once_with_dashes(capsys, monkeypatch):
     assert sorted(entries) == sorted([*expected, "--config", "-h,"])
 
 
+def test_help_names_no_family_where_any_is_taken(capsys, monkeypatch):
+    """Catches a flag that says LLaMA where Qwen and Mistral go too. (`--help` of the tools: a look at their text.)"""
+    assert "LLaMA" not in help_text(capsys, monkeypatch)
+    for path in (Path(__file__).parents[2] / "tools").glob("*.py"):
+        assert not re.search(r"LLaMA(?!-Factory)", path.read_text()), path
+
+
 def test_help_tells_every_default_once(capsys, monkeypatch):
     """`(default: None)`, a default beside the text's own, or none where the value is not plain from the text."""
     entries = help_entries(help_text(capsys, monkeypatch))
