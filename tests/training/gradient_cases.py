@@ -14,10 +14,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.optimizer import MegatronOptimizer
 
-from hacl_megatron.assemble.start_from import resolve_architecture
+from hacl_megatron.assemble.start_from import assets_folder, resolve
 from hacl_megatron.batch import PackPlan
 from hacl_megatron.config.checks.flags import check_flags
-from hacl_megatron.config.run import RunConfig, parse_run_config, with_architecture
+from hacl_megatron.config.run import RunConfig, parse_run_config
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.platform.processes import start_platform
@@ -29,7 +29,7 @@ from hacl_megatron.training.packs import pack_plan
 from tests.memory import peak_bytes
 
 SAMPLES = 16
-"""Of the global batch."""
+"""Of the global batch, if `record` is not told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ class Case:
         return f"{name}-{self.preference}{'-separate' * self.separate}"
 
 
-def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[Case]) -> None:
+def record(
+    folder: str, layout: str, flags: list[str], stage: str, cases: list[Case], *, samples: int = SAMPLES
+) -> None:
     """Each case's step on this rank; its losses and this rank's shards of the gradients into a file.
 
-    The model is built once and every case starts from its first weights.
+    The model is built once and every case starts from its first weights. `layout` is only what the file is named by.
     """
     root = Path(folder)
     trainer, tokenizer = _trainer(root, stage, flags)
@@ -65,7 +67,7 @@ def record(folder: str, layout: str, flags: list[str], stage: str, cases: list[C
         config.objective.contrastive_negatives = case.negatives
         config.training.micro_batch_tokens = case.tokens
         config.preference.preference_loss = case.preference
-        size = SAMPLES // (checked.dp * case.micro_batches)
+        size = samples // (checked.dp * case.micro_batches)
         cut = replace(checked, micro_batch_size=size, num_micro_batches=case.micro_batches)
         loader = None
         if tokenizer is not None:
@@ -114,12 +116,12 @@ def _trainer(folder: Path, stage: str, flags: list[str]) -> tuple[Trainer, Any]:
     """A trainer without a loader, and the tokenizer where data is read."""
     config = parse_run_config(["--config", str(folder / f"{stage}.yaml"), "--train-iters", "1", *flags])
     layout = check_flags(config, dist.get_world_size())
-    config = with_architecture(config, resolve_architecture(config, None))
+    config = resolve(config)
     trainer = build_trainer(config, layout, None, start_platform("cpu"))
     if trainer.loader is None:
         return trainer, None
     trainer.loader.close()
-    return trainer, load_tokenizer(config.model.tokenizer or config.model.pretrained_checkpoint)
+    return trainer, load_tokenizer(str(config.model.tokenizer or assets_folder(config, None)))
 
 
 def peaks(folder: str, stage: str, counts: list[int], samples: int) -> dict[int, int]:
