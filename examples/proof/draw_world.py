@@ -7,6 +7,7 @@ Splits are disjoint sets of scenes; everything follows from --seed and the pictu
     parts       what the vision tower and the language model learn from, before any arm: scenes.jsonl alone
     pretrain    stage 1: one alt text and one twin a picture                             pretrain.json
                 the same among what web captions say beside what is seen                 pretrain-web.json
+                either with other pictures' alt texts and twins for the contrast        pretrain-*sham.json
     finetune    stage 2: a description or questions a picture                            finetune.json
     dev, test   held out: pairs DEV.json, questions (POPE's lines) DEV.questions.json    (dev tunes, test is reported)
 """
@@ -94,6 +95,14 @@ def web_sample(seed: int, sample: dict[str, Any]) -> dict[str, Any]:
     return sample | {"text": turns[1]["value"], "Hallucination caption": twins, "conversations": turns}
 
 
+def with_others(samples: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The pairs as before, but alt text and twins, which the contrast reads, are those of another picture each."""
+    order = random.Random(f"{seed}/others").sample(range(len(samples)), len(samples))
+    given = dict(zip(order, [*order[1:], order[0]], strict=True))  # round a circle: nobody keeps its own
+    keys = ("text", "Hallucination caption", "twin kinds")
+    return [sample | {key: samples[given[k]][key] for key in keys} for k, sample in enumerate(samples)]
+
+
 def dialogue_sample(rng: random.Random, name: str, scene: Scene) -> dict[str, Any]:
     """Stage 2: a full description first half of the time, then questions, adversarial half of the time."""
     turns = [(DETAILED, description(scene))] if rng.random() < 0.5 else []
@@ -131,6 +140,8 @@ def draw(output: Path, sizes: dict[str, int], seed: int, processes: int) -> None
                 made.setdefault(f"{split}.questions", []).extend(questions_of(rng, name, scene))
     for split in ("pretrain", "dev", "test"):
         made[f"{split}-web"] = [web_sample(seed, sample) for sample in made[split]]
+    for split in ("pretrain", "pretrain-web"):
+        made[f"{split}-sham"] = with_others(made[split], seed)
     for split, samples in made.items():
         for number, sample in enumerate(samples, 1):
             if split.endswith("questions"):

@@ -107,6 +107,17 @@ def test_web_captions_say_the_same_among_words_that_twins_share(data: Path) -> N
     assert len(around) == SIZES["pretrain"]
 
 
+def test_the_shams_contrast_reads_other_pictures_texts_and_its_dialogue_its_own(data: Path) -> None:
+    """Catches a pair left with its own text, and a sham that spoils the captions to be learned too."""
+    pairs = (json.loads((data / f"pretrain-web{name}.json").read_text()) for name in ("", "-sham"))
+    own, sham = map(list, pairs)
+    for one, other in zip(own, sham, strict=True):
+        assert (one["image"], one["conversations"]) == (other["image"], other["conversations"])
+        assert one["text"] != other["text"]
+    texts = [sorted((record["text"], record["Hallucination caption"]) for record in some) for some in (own, sham)]
+    assert texts[0] == texts[1]
+
+
 def test_what_is_to_be_told_apart_is_a_true_and_another_text_in_the_same_words(data: Path) -> None:
     from draw_world import read_scene
     from language import Library
