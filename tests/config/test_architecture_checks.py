@@ -82,6 +82,17 @@ def vision(**fields) -> ModelConfig:
     return replace(LLAVA_7B, vision=changed, image=ImageConfig(size=changed.image_size))
 
 
+def dinov2(*, size: int = 224, ffn: int = 3072, shortest: int | None = 256, **changes) -> ModelConfig:
+    """DINOv2 base with registers, of 518 pixels' positions; `changes` None: a field that its `hf` lacks."""
+    hf = {"model_type": "dinov2_with_registers", "hidden_size": 768, "mlp_ratio": 4, "image_size": 518,
+          "num_register_tokens": 4, **changes}  # fmt: skip
+    vision = VisionConfig(
+        num_layers=12, hidden_size=768, ffn_hidden_size=ffn, num_attention_heads=12, image_size=size, patch_size=14,
+        backend="hf", hf={key: value for key, value in hf.items() if value is not None},
+    )  # fmt: skip
+    return replace(LLAVA_7B, vision=vision, image=ImageConfig(size=size, shortest_edge=shortest))
+
+
 def siglip(**fields) -> ModelConfig:
     facts = dict(
         image_size=384, patch_size=14, hidden_size=1152, ffn_hidden_size=4304, activation="gelu_pytorch_tanh",
@@ -198,6 +209,14 @@ CASES = {
     "unknown tower": (
         {"model": siglip(hf={"model_type": "vit_mae"})}, "'vit_mae'", {"model": siglip()},
     ),
+    "gated or not": ({"model": dinov2(use_swiglu_ffn=True)}, "ffn_hidden_size is 3072, but by vision.hf 2048",
+                     {"model": dinov2(use_swiglu_ffn=True, ffn=2048)}),
+    "no ratio": ({"model": dinov2(mlp_ratio=None)}, "ffn_hidden_size is 3072, but by vision.hf None",
+                 {"model": dinov2()}),
+    "no registers": ({"model": dinov2(num_register_tokens=None)}, "vision.hf.num_register_tokens is missing",
+                     {"model": dinov2(num_register_tokens=1)}),
+    "crop beyond": ({"model": dinov2(shortest=200)}, "resized to 200 and cropped to 224",
+                    {"model": dinov2(shortest=None)}),
     "tower without its configuration": ({"model": siglip(hf=None)}, "backend is hf", {"model": siglip()}),
     "megatron's tower of another kind": ({"model": siglip(backend="megatron")}, "not empty", {"model": siglip()}),
     "selected layer of BLIP-2": (
@@ -301,7 +320,7 @@ def test_a_tower_of_transformers_is_replicated():
 
 @pytest.mark.parametrize(
     ("model", "inside", "features", "visual"),
-    [(LLAVA_7B, 577, 576, 576), (siglip(), 729, 729, 729), (BLIP2, 257, 257, 32)],
+    [(LLAVA_7B, 577, 576, 576), (siglip(), 729, 729, 729), (dinov2(), 261, 260, 260), (BLIP2, 257, 257, 32)],
 )
 def test_rows_of_an_image(model, inside, features, visual):
     """The published models' counts: LLaVA-1.5's, LLaVA-OneVision's SigLIP so400m/384, BLIP-2's."""
