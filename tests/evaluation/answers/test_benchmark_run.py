@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hacl_megatron.evaluation.answers.benchmarks import Amber, BenchmarkFiles, Item
+from hacl_megatron.data.tokenizer import load_tokenizer
+from hacl_megatron.evaluation.answers.answerer import prompt_rows, read_export
+from hacl_megatron.evaluation.answers.benchmarks import Amber, BenchmarkFiles, Item, Pope
 from hacl_megatron.evaluation.journal import Journal, settings_path
 from tests.distributed import context
 from tests.evaluation.exports import write_pope_questions
@@ -45,6 +47,25 @@ def whole(made_whole: Path, tmp_path: Path) -> dict:
     """Results of a run that nothing stopped, with its files, whole.answers.jsonl among them, in tmp_path."""
     shutil.copytree(made_whole, tmp_path, dirs_exist_ok=True)
     return json.loads((tmp_path / "whole.json").read_text())
+
+
+def test_answers_that_the_context_cuts_are_counted(pope: list[str], tmp_path: Path, capsys) -> None:
+    """Catches scores of answers that the model could not finish, without a word beside them."""
+    export = shutil.copytree(pope[pope.index("--hf") + 1], tmp_path / "short")
+    config = json.loads((export / "config.json").read_text())
+    questions = records(Path(pope[pope.index("--questions") + 1]))
+    tokenizer, sizes = load_tokenizer(str(export)), read_export(export)
+    suffix = Pope.suffix
+    longest = max(len(prompt_rows(question["text"] + suffix, tokenizer, sizes)) for question in questions)
+    config["text_config"]["max_position_embeddings"] = longest + 4
+    (export / "config.json").write_text(json.dumps(config))
+    short = [str(export) if word == pope[1] else word for word in pope]
+    assert run_tool("evaluate", *short, "--output", tmp_path / "short.json") == 0
+    result, answers = json.loads((tmp_path / "short.json").read_text()), records(tmp_path / "short.answers.jsonl")
+    cut = [answer for answer in answers if "cut" in answer]
+    assert 0 < len(cut) < NUM_QUESTIONS and result["counts"]["cut answers"] == len(cut)
+    line = f"{len(cut)} answers were cut: the answer ends at the model's context of {longest + 4} tokens"
+    assert line in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_where_it_stopped(pope: list[str], whole: dict, tmp_path: Path) -> None:
