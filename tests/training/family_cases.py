@@ -51,9 +51,8 @@ class Model:
     def flags(self, root: Path, stage: str) -> list[str]:
         """Beside the YAML of `tests.training.runs.make_inputs` in `root`."""
         version = [] if stage == "pretrain" else ["--version", VERSIONS[self.family]]
-        by = ["--make-vocab-size-divisible-by", "12"] if self.by_three else []
         start = ["--pretrained-checkpoint", str(root / self.name), "--model-max-length", "400"]
-        return [*start, *version, *by, *(LORA if self.lora else [])]
+        return [*start, *version, *(LORA if self.lora else [])]
 
 
 def write_models(root: Path, models: list[Model]) -> None:

@@ -70,7 +70,9 @@ REFERENCES = [Case("all", "prompt"), *([Case("own", "image"), Case("own", "image
 
 CHAIN = ("tp2-sp-dist", "pp2-first1-dist", "tp2-pp2-sp-first1-dist", *(["tp1-dist"] * FULL))
 """Layouts of a run that is stopped after a step, and goes on at the next; at the last to its end."""
-RESUMED = [start for start in EVERY if not start.by_three] if FULL else [Start("qwen3", True, False, "finetune")]
+CHAIN_BY_THREE = ("tp3-sp-dist", "tp1-dist")
+"""Of which the first pads embedding and head to other sizes than the whole run's."""
+RESUMED = [*EVERY] if FULL else [Start("qwen3", True, False, "finetune")]
 
 
 def cases() -> list[Case]:
@@ -86,6 +88,7 @@ def record_all(folder: str, wanted: list[tuple[Start, str]]) -> None:
     for start, layout in wanted:
         _, flags = layout_flags(layout, samples=SAMPLES)
         flags += ["--global-batch-size", str(SAMPLES), *start.model.flags(Path(folder), start.stage)]
+        flags += ["--make-vocab-size-divisible-by", "12"]  # whole gradients are compared: tables of one size
         asked = list(dict.fromkeys([*REFERENCES, *(cases() * FULL)])) if layout == "tp1" else cases()
         record(folder, f"{start}-{layout}", flags, start.stage, asked, samples=SAMPLES)
 
@@ -128,14 +131,16 @@ def finished(request: pytest.FixtureRequest, root: Path) -> Path:
 
     for some in _few(starts):
         train([command(start, "whole", "tp1-dist") for start in some], 1)
-    for size, layouts in groupby(CHAIN, lambda layout: layout_flags(layout)[0]):
-        commands = []
-        for layout, start in product(list(layouts), starts):
-            stops = [] if layout == CHAIN[-1] else ["--exit-interval", "1"]
-            load = ["--load", str(root / f"{start}-chain")]
-            commands.append(command(start, "chain", layout, "--micro-batch-size", "2", *load, *stops))
-        for some in _few(commands):
-            train(some, size)
+    for chain in (CHAIN, CHAIN_BY_THREE):
+        for size, layouts in groupby(enumerate(chain, start=1), lambda at: layout_flags(at[1])[0]):
+            commands = []
+            for (number, layout), start in product(list(layouts), starts):
+                if start.by_three == (chain is CHAIN_BY_THREE):
+                    stops = [] if number == len(chain) else ["--exit-interval", "1"]
+                    load = ["--load", str(root / f"{start}-chain")]
+                    commands.append(command(start, "chain", layout, "--micro-batch-size", "2", *load, *stops))
+            for some in _few(commands):
+                train(some, size)
     return root
 
 
