@@ -81,8 +81,8 @@ def write_dinov2_llava(folder: Path, *, select_layer: int = -2, **tower) -> Path
 
 @pytest.mark.parametrize(("name", "tp_size", "stages"), [*((name, 1, 1) for name in TOWERS), ("swiglu", 2, 2)])
 def test_llava_with_a_dinov2_round_trips_bitwise(tmp_path: Path, name: str, tp_size: int, stages: int):
-    """Catches names of transformers' module in the files, where the hub has others, halves of a SwiGLU put together the
-    wrong way round, and registers that its processor counts and the checkpoint does not."""
+    """Catches names of transformers' module in the files, where the hub has others, and registers that the model makes
+    features of and its processor does not count."""
     source = write_dinov2_llava(tmp_path / "in", **TOWERS[name])
     names = load_file(source / "model.safetensors")
     assert "vision_tower.encoder.layer.0.attention.attention.query.weight" in names, "as on the hub"
@@ -135,10 +135,11 @@ def test_without_the_carried_layers_features_stay_the_same(tmp_path: Path, name:
 @pytest.mark.parametrize("registers", [None, 3])
 @pytest.mark.parametrize("classifier", [False, True])
 def test_a_llama_beside_a_dinov2(tmp_path: Path, registers: int | None, classifier: bool):
-    """In the folder of the tower alone, or of transformers' classifier, whose names have a prefix."""
+    """In the folder of the tower alone, or of transformers' classifier, whose names have a prefix. Catches the halves
+    of a SwiGLU taken for one another, which a round trip does not see."""
     write_llama(tmp_path / "llama")
     classes = {None: Dinov2ForImageClassification, 3: Dinov2WithRegistersForImageClassification}
-    model = classes[registers](tiny_dinov2_config(registers=registers))
+    model = classes[registers](tiny_dinov2_config(registers=registers, swiglu=registers is not None))
     randomise(model, 2)
     tower = getattr(model, model.base_model_prefix)
     (model if classifier else tower).save_pretrained(tmp_path / "tower")
