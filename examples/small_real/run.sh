@@ -56,26 +56,27 @@ if [ ! -f $data/ten.json ]; then
   "$VENV/bin/python" examples/small_real/pictures.py --debian $out/debian --output $data
 fi
 
-finished() { [ -f "$1/latest_checkpointed_iteration.txt" ]; }
+train_once() {  # SAVE, flags; a run that was stopped goes on
+  [ -f "$1/trained" ] || { train --save "$1" --load "$1" "${@:2}" && touch "$1/trained"; }
+}
 step 3/5 "Stage 1, the common start: the connector and HACL's heads learn"
-finished $run/pretrain || train --config examples/small_real/pretrain.yaml --save $run/pretrain \
-  --exit-duration-in-mins "$(share 0.4)"
+train_once $run/pretrain --config examples/small_real/pretrain.yaml --exit-duration-in-mins "$(share 0.4)"
 step 4/5 "Stage 2 with no loss on twins, as many steps with HACL's, and with phrase"
 for loss in none hacl phrase; do
   long=(--exit-duration-in-mins "$(share 0.18)") flags=()
   [ $loss = none ] || long=(--train-iters "$(<$run/none/latest_checkpointed_iteration.txt)")
   [ $loss != hacl ] || flags=(--contrastive-weight 0.2)
   [ $loss != phrase ] || flags=(--preference-loss phrase)
-  finished $run/$loss || train --config examples/small_real/finetune.yaml --pretrained-checkpoint $run/pretrain \
-    --save $run/$loss "${long[@]}" ${flags[@]+"${flags[@]}"}
+  train_once $run/$loss --config examples/small_real/finetune.yaml --pretrained-checkpoint $run/pretrain "${long[@]}" \
+    ${flags[@]+"${flags[@]}"}
 done
 
 step 5/5 "What they reached on held-out pictures"
 for loss in none hacl phrase; do
   for pictures in valid valid_other; do
-    [ -f $run/$loss/$pictures.json ] || "$VENV/bin/python" tools/evaluate.py --load $run/$loss --output \
-      $run/$loss/$pictures.json --tasks preference retrieval --pool-size 64 --data-path $data/$pictures.json \
-      --image-folder $data/images --batch-size 16
+    [ -f $run/$loss/$pictures.json ] || "$VENV/bin/torchrun" --standalone --nproc-per-node $processes tools/evaluate.py \
+      --load $run/$loss --output $run/$loss/$pictures.json --tasks preference retrieval --pool-size 64 \
+      --data-path $data/$pictures.json --image-folder $data/images --batch-size 16
   done
   [ -f $run/$loss/export/config.json ] ||
     "$VENV/bin/python" tools/convert_megatron_to_hf.py --load $run/$loss --hf-path $run/$loss/export
