@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with streams_that_may_fail():
+    with streams_that_may_fail(output_is_all=True):
         try:
             raise SystemExit(inspect(parse()))
         except (ValueError, OSError) as error:

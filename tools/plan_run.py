@@ -105,7 +105,7 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with streams_that_may_fail():
+    with streams_that_may_fail(output_is_all=True):
         try:
             raise SystemExit(plan_run(*parse()))
         except (ValueError, OSError) as error:

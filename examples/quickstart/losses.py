@@ -6,6 +6,8 @@ prefers its caption   share of held-out pictures whose caption is likelier than 
 hallucinated          of the objects (a colour and a shape) that the exported model names when it is asked to
                       describe a picture, the share that the picture does not show; CHAIR_i on drawings
 named                 such objects a description
+lm loss               of the language model on the held-out pictures
+gradient              median over a run's steps of its norm
 """
 
 import argparse
@@ -35,12 +37,15 @@ def main() -> None:
         for scene in map(json.loads, lines)
     }
 
-    print(f"\n{'loss':8}{'prefers its caption':>34}{'hallucinated':>34}{'named':>10}")
+    print(f"\n{'loss':8}{'prefers its caption':>34}{'hallucinated':>34}{'named':>10}{'lm loss':>10}{'gradient':>10}")
     for loss in LOSSES:
-        prefers, wrong, named = [], [], []
+        prefers, wrong, named, losses, gradients = [], [], [], [], []
         for seed in args.seeds:
             run = args.runs / f"{loss}-{seed}"
-            prefers.append(read_metrics(run)[-1]["preference accuracy sum validation"])
+            rows = read_metrics(run)
+            prefers.append(rows[-1]["preference accuracy sum validation"])
+            losses.append(rows[-1]["lm loss validation"])
+            gradients.append(statistics.median(row["grad-norm"] for row in rows))
             answers = describe(run / "export", samples, args.data / "images")
             found = [set(_OBJECT.findall(answer)) for answer in answers]
             total = sum(map(len, found))
@@ -49,7 +54,8 @@ def main() -> None:
             )
             wrong.append(hallucinated / max(total, 1))
             named.append(total / len(samples))
-        print(f"{loss:8}{_shown(prefers):>34}{_shown(wrong):>34}{statistics.mean(named):10.2f}", flush=True)
+        means = f"{statistics.mean(named):10.2f}{statistics.mean(losses):10.3f}{statistics.mean(gradients):10.2f}"
+        print(f"{loss:8}{_shown(prefers):>34}{_shown(wrong):>34}{means}", flush=True)
     print(f"{len(samples)} held-out pictures; each seed's, and their mean.")
 
 

@@ -15,7 +15,8 @@ OUTPUT/ten.json         ten of the held-out pictures, as questions (in the form 
 Kept is what says in English words what one picture shows. A title that many pictures share names a collection, titles
 in other languages and authors' notes have words that are none; all that is left out is counted. A twin that only adds
 something (`An onion and a bicycle.`) is dropped, for it is told from the caption without a look at the picture. Held
-out are whole captions, so that a drawing and its copy in grey are never on both sides.
+out are whole captions, so that a drawing and a copy of the same title are never on both sides; one with a longer or
+shorter title may be.
 """
 
 import argparse

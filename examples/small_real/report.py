@@ -38,6 +38,8 @@ def main() -> None:
     print(
         f"\nStage 1: {first} steps of 16 pictures; stage 2: {', '.join(map(str, others))}. {pairs} held-out pictures.\n"
     )
+    if int(others[0]) < 100:
+        print("So few steps of stage 2 cannot tell the losses apart.\n")
     print(table(["loss in stage 2", "prefers its caption", "... with another's", "finds its caption"], rows))
     truth = [answer["gt_answer"] for answer in read("none/ten.json")]
     print(table(["what is true", *LOSSES], [list(row) for row in zip(truth, *descriptions, strict=True)]))

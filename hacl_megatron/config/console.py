@@ -120,15 +120,17 @@ def quiet_imports() -> Iterator[None]:
 class _Stream:
     """A text stream whose failures cost lines, not the program: a reader that left (`| head`), a log on a full disk."""
 
-    def __init__(self, stream: Any, name: str) -> None:
+    def __init__(self, stream: Any, name: str, *, may_be_left: bool = False) -> None:
         self._stream, self._name = stream, name
+        self._may_be_left = may_be_left
+        """A reader that leaves is not worth a word."""
         self.num_lost, self.fails = 0, False
         """Lines that were not written when they should have been; whether the last attempt failed."""
-        self._pending, self._is_dead = 0, False
+        self._pending, self.is_dead = 0, False
 
     def write(self, text: str) -> int:
         lines = text.count("\n")
-        if self._is_dead or not self._tried(self._stream.write, text):
+        if self.is_dead or not self._tried(self._stream.write, text):
             self.num_lost += lines
         else:
             self._pending += lines
@@ -153,16 +155,17 @@ class _Stream:
                 return True  # which wrote all of it; at a program's end things are closed in any order
             if not self.fails:
                 self.fails = True
-                self._say_elsewhere(getattr(error, "strerror", None) or str(error))
+                if not (self._may_be_left and isinstance(error, BrokenPipeError)):
+                    self._say_elsewhere(getattr(error, "strerror", None) or str(error))
             if isinstance(error, BrokenPipeError):
-                self._is_dead = True  # its reader does not come back
+                self.is_dead = True  # its reader does not come back
                 _to_nowhere(self._stream)
             return False
         self.fails = self.fails and not arguments  # what was kept in a buffer may have gone out, or not
         return True
 
     def _say_elsewhere(self, why: str) -> None:
-        line = f"hacl_megatron: {self._name} cannot be written ({why}): its lines are lost, the run goes on\n"
+        line = f"hacl_megatron: {self._name} cannot be written ({why}): its lines are lost, the work goes on\n"
         other = sys.stdout if self._name == "standard error" else sys.stderr
         with suppress(OSError, ValueError):
             if not getattr(other, "fails", False):
@@ -181,8 +184,11 @@ class _Stream:
 
 
 @contextmanager
-def streams_that_may_fail() -> Iterator[None]:
+def streams_that_may_fail(*, output_is_all: bool = False) -> Iterator[None]:
     """Standard output and error as streams that lose lines where they cannot be written, as long as the context lasts.
+
+    With `output_is_all`, the program has done nothing where its standard output is not written: status 1, except for a
+    reader that has left (`| head`), which had what it wanted.
 
     Descriptors that are closed are opened on nothing: the next file that is opened would get the number, and with it
     whatever a library prints.
@@ -195,14 +201,20 @@ def streams_that_may_fail() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # lives as long as the process
     for name, words in (("stdout", "standard output"), ("stderr", "standard error")):
-        setattr(sys, name, _Stream(getattr(sys, name) or nowhere, words))
+        may_be_left = output_is_all and name == "stdout"
+        setattr(sys, name, _Stream(getattr(sys, name) or nowhere, words, may_be_left=may_be_left))
     _open_streams[:] = [sys.stdout, sys.stderr]
     try:
         yield
     finally:
+        output = _open_streams[0]
+        output.flush()
+        failed = output_is_all and output.num_lost and not output.is_dead
         for stream in _open_streams:
             stream.settle()
         sys.stdout, sys.stderr = before
+        if failed:
+            raise SystemExit(1)
 
 
 _open_streams: list[Any] = []

@@ -219,8 +219,8 @@ class ObjectiveFlags:
         "released code), or none (plain contrastive)."
     )  # fmt: skip
     hallucination_weight: float = flag(
-        1.0, "Hallucinated captions count this many times in a denominator. One among the captions of a large batch "
-        "hardly weighs; as many times as there are captions, it is half of what a pair is compared with."
+        1.0, "Hallucinated captions count this many times in a denominator. A pair's own (own) hardly weighs among the "
+        "captions of a large batch; as many times as there are captions, it is half of what the pair is compared with."
     )  # fmt: skip
     mask_duplicates: bool = flag(True, "Do not take another pair with the same caption or image as a negative.")
     contrastive_image_context: Literal["image", "prompt"] = flag(

@@ -19,6 +19,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import exit_with_error
 from hacl_megatron.config.parser import COMMAND_LINE_ONLY, GROUPS, FlagParser
 from hacl_megatron.config.sections import check_section
+from hacl_megatron.config.towers import TOWERS
 from hacl_megatron.config.typed_yaml import build_record
 from hacl_megatron.config.yaml_text import Document, dump_yaml, load_yaml, read_yaml_text
 
@@ -137,10 +138,14 @@ def _assemble(argv: Sequence[str], document: Document | None) -> RunConfig:
 
 
 def _read_architecture(values: Any, where: str) -> ModelConfig:
-    """The `model:` section; `image` defaults to the tower's size."""
-    if isinstance(values, dict) and "image" not in values and isinstance(values.get("vision"), dict):
-        size = values["vision"].get("image_size", values["vision"].get("image-size"))
-        values = {**values, "image": {"size": size}}
+    """The `model:` section; `image` defaults to the tower's size, and its colours to what such towers have."""
+    vision = values.get("vision") if isinstance(values, dict) else None
+    if isinstance(vision, dict) and isinstance(image := values.get("image", {}), dict):
+        default = {"size": vision.get("image_size", vision.get("image-size"))} if not image else {}
+        module = vision.get("hf")
+        if isinstance(module, dict) and (kind := TOWERS.get(str(module.get("model_type")))) is not None:
+            default |= {"mean": list(kind.mean), "std": list(kind.std)}
+        values = {**values, "image": {**default, **image}}
     return build_record(ModelConfig, values, where)
 
 

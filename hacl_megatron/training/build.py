@@ -87,7 +87,8 @@ def train(config: RunConfig, layout: Layout) -> None:
         _run(config, layout, device)
     except StoppedEarly as reason:
         if dist.get_rank() == 0:
-            notify(f"stopped while the reference scored: {reason}; the next start goes on from there")
+            then = "goes on from there" if config.checkpoint.save is not None else "begins anew, for there is no --save"
+            notify(f"stopped while the reference scored: {reason}; the next start {then}")
             write_status(config.checkpoint.save, "stopped", reason=str(reason))
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.
     parallel_state.destroy_model_parallel()
@@ -211,6 +212,8 @@ def build_trainer(
     said += exports
     references = References()
     stop_requests = StopRequests(config.training.exit_duration_in_mins)  # heard while the reference scores, too
+    if dist.get_rank() == 0:
+        stop_requests.on_leaving = partial(write_status, config.checkpoint.save, "killed")
     if config.preference.has_reference:
         if loader is not None:
             loader.close()

@@ -294,6 +294,14 @@ COMBINATIONS = {
         {"pretrained_checkpoint": "liuhaotian/llava-v1.5-7b"}, "no such folder",
         {"pretrained_checkpoint": "liuhaotian/llava-v1.5-7b", "load": "{}/resumable"},
     ),
+    "no hallucinated captions to weigh": (
+        {"hallucination_weight": 4.0, "hallucination_negatives": "none"}, "--hallucination-negatives none; there is",
+        {"hallucination_weight": 4.0, "hallucination_negatives": "own"},
+    ),
+    "no contrast to weigh them in": (
+        {"hallucination_weight": 4.0, "contrastive_weight": 0.0}, "--contrastive-weight 0; there is",
+        {"hallucination_weight": 1.0, "contrastive_weight": 0.0},
+    ),
     "missing tokenizer": ({"tokenizer": "{}/gone"}, "--tokenizer", {"tokenizer": "{}/llava"}),
     "missing adapter": (
         {"pretrain_mm_mlp_adapter": "{}/gone.bin"}, "--pretrain-mm-mlp-adapter",

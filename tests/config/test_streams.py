@@ -72,13 +72,23 @@ def test_every_tool_lets_its_streams_fail() -> None:
     """Catches one that ends with `Broken pipe` under `| head`, after the work or before."""
     tools = [path for path in (ROOT / "tools").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
     assert len(tools) > 10
-    assert [path.name for path in tools if "with streams_that_may_fail():" not in path.read_text()] == []
+    assert [path.name for path in tools if "with streams_that_may_fail(" not in path.read_text()] == []
 
 
-def test_a_plan_on_a_full_disk() -> None:
-    plan = "tools/plan_run.py --config examples/llava_1_5/finetune_7b.yaml --gpu a100-80g --num-samples 1000"
-    done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} {plan} > /dev/full"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def plan(shell: str) -> subprocess.CompletedProcess[str]:
+    flags = "--config examples/llava_1_5/finetune_7b.yaml --gpu a100-80g --num-samples 1000"
+    command = f"set -o pipefail; {sys.executable} tools/plan_run.py {flags} {shell}"
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+def test_a_plan_that_nobody_can_read_is_no_plan() -> None:
+    """Catches `plan_run.py > plan.txt && sbatch ...` that goes on with an empty file."""
+    done = plan("> /dev/full")
+    assert done.returncode == 1
     assert done.stderr.count("standard output cannot be written (No space left") == 1
+
+
+def test_whoever_reads_the_head_of_a_plan_has_it() -> None:
+    done = plan("| head -1")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+    assert "cannot be written" not in done.stderr

@@ -168,3 +168,16 @@ def test_model_sections_are_what_the_weights_say(name: str, tmp_path: Path) -> N
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
     with pytest.raises(ValueError, match=r"the YAML's model.vision is"):
         resolve(parse_run_config(["--config", str(tmp_path / "other.yaml"), *start]))
+
+
+@pytest.mark.parametrize("image", [None, {"size": 384}])
+def test_images_are_as_the_tower_has_them_where_nobody_says(tmp_path: Path, image: dict | None) -> None:
+    """Catches CLIP's mean and deviation before a SigLIP."""
+    file = REPOSITORY / "examples" / "backbones" / "qwen2_5_7b.yaml"
+    values = yaml.safe_load(file.read_text())
+    said = parse_run_config(["--config", str(file)]).architecture.image
+    assert said.mean == said.std == (0.5, 0.5, 0.5)
+    values["model"] = {key: value for key, value in values["model"].items() if key != "image"}
+    values["model"] |= {} if image is None else {"image": image}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert parse_run_config(["--config", str(tmp_path / "run.yaml")]).architecture.image == said

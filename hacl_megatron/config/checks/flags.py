@@ -202,11 +202,17 @@ def _check_contrast(config: RunConfig) -> None:
                 f"{_dashed(name)} is given with --contrastive-negatives micro-batch",
                 "it would change which pairs are negatives of each other: leave it out, or use global-batch",
             )
-    _require(
-        config.objective.hallucination_weight == 1 or config.objective.hallucination_negatives != "none",
-        "--hallucination-weight is given with --hallucination-negatives none",
-        "there is nothing to weigh: leave it out, or use own or all",
-    )
+    if config.objective.hallucination_weight != 1:
+        _require(
+            config.objective.hallucination_negatives != "none",
+            "--hallucination-weight is given with --hallucination-negatives none",
+            "there is nothing to weigh: leave it out, or use own or all",
+        )
+        _require(
+            config.objective.contrastive_weight > 0,
+            "--hallucination-weight is given with --contrastive-weight 0",
+            "there is nothing to weigh: leave it out, or give the contrast a weight",
+        )
     _require(
         training.micro_batch_tokens is None or training.micro_batch_size == 1,
         f"both --micro-batch-size {training.micro_batch_size} and --micro-batch-tokens are given",

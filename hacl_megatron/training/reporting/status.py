@@ -4,7 +4,7 @@ torchrun turns every exit code of a trainer into 0 or 1, so a batch script decid
 be started again:
 
     running     or killed without a word: then `updated` grows no more
-    stopped     on request, saved, not finished              finished
+    stopped     on request, not finished; saved, or the reference's scores so far are kept    finished
     failed      by a user's mistake or because training is hopeless; the same start would fail again
     crashed     by an error that nobody expected             hung       ended by --hang-timeout
     killed      by a second Ctrl-C, without a save
