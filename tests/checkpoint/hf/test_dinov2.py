@@ -16,16 +16,15 @@ from transformers import (
     AutoProcessor,
     Dinov2ForImageClassification,
     Dinov2WithRegistersForImageClassification,
-    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
 )
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.hf.export import export_hf
 from tests.checkpoint.hf.round_trip_files import assert_same, carried_of, load_exactly, write_heads
 from tests.checkpoint.hf.test_blip2 import edit, write_llama
+from tests.checkpoint.hf.test_towers import save_llava
 from tests.checkpoint.rank_modules import import_everywhere
 from tests.tiny import (
     image_token_id,
@@ -33,7 +32,6 @@ from tests.tiny import (
     sentencepiece_model,
     tiny_dinov2_config,
     tiny_llama_config,
-    tiny_tokenizer,
 )
 from tests.tool_runs import apart, to_hf, to_megatron
 
@@ -67,13 +65,7 @@ def write_dinov2_llava(folder: Path, *, select_layer: int = -2, **tower) -> Path
             vision_feature_select_strategy="default",
         )
     )  # fmt: skip
-    randomise(model, 0)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=image_token_id() + 1)
-    model.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=processor(), tokenizer=tiny_tokenizer(), patch_size=8,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1 + registers,
-    ).save_pretrained(folder)  # fmt: skip
+    save_llava(model, folder, processor(), strategy="default", additional_tokens=1 + registers)
     shutil.copy(sentencepiece_model(image_token_id()), folder / "tokenizer.model")
     write_heads(folder)
     return folder

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,12 +52,19 @@ def siglip_processor(image: int = 50) -> SiglipImageProcessor:
 
 def save_with_siglip_processor(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """A LLaVA of random weights whose processor hands every patch to the model."""
+    save_llava(model, folder, siglip_processor(), strategy="full", additional_tokens=0)
+
+
+def save_llava(
+    model: LlavaForConditionalGeneration, folder: Path, processor: Any, *, strategy: str, additional_tokens: int
+) -> None:
+    """A LLaVA of random weights with this image processor, for patches of 8 pixels."""
     randomise(model, 0)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=image_token_id() + 1)
     model.save_pretrained(folder)
     LlavaProcessor(
-        image_processor=siglip_processor(), tokenizer=tiny_tokenizer(), patch_size=8,
-        vision_feature_select_strategy="full", num_additional_image_tokens=0,
+        image_processor=processor, tokenizer=tiny_tokenizer(), patch_size=8,
+        vision_feature_select_strategy=strategy, num_additional_image_tokens=additional_tokens,
     ).save_pretrained(folder)  # fmt: skip
 
 
