@@ -7,7 +7,7 @@ rows; nothing in it looks for a special token.
 Shape legend, used throughout the package:
 
     T  packed rows (tokens of all segments, then padding)     S  segments, the padding segment included
-    I  images          V  visual tokens an image              R  rows that take an image feature
+    I  views of images V  visual tokens a view                R  rows that take an image feature
     K  target rows     N  image-caption pairs                 M  hallucinated captions of those pairs
     Q  rows that are read                                     B  branches (segments that share a prefix)
     P  twins that a likelihood objective compares             J  rows that predict tokens of rejected answers alone
@@ -50,6 +50,10 @@ A rejected answer is a branch of the rows that it does not share with the true o
 "a dog.", the rows `dog` and `.` hang on the prefix `[BOS, img, img, a]`. The row of `a` predicts `cat` and, as one of
 `rejected_rows`, `dog` too.
 
+A picture of any resolution becomes several views (`config.tiles`), a base view and tiles; else an image is one view.
+Its rows then take features of its views, a learned newline row, or pooled features, each a weighted mean of four. The
+model lays them in one table, whose rows `feature_rows` name: all features of the I views, the newline, the pooled ones.
+
 A micro-batch may be cut into two packs (`MicroBatch`): one that runs ahead, forward only, and the main one.
 """
 
@@ -69,6 +73,14 @@ def _no_integers() -> Tensor:
 
 def _no_numbers() -> Tensor:
     return torch.empty(0, dtype=torch.float64)
+
+
+def _nothing_pooled() -> Tensor:
+    return torch.empty(0, 4, dtype=torch.int64)
+
+
+def _no_weights() -> Tensor:
+    return torch.empty(0, 4, dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +105,13 @@ class PackedBatch:
     """Length of the longest segment."""
 
     pixel_values: Tensor
-    """float32 [I, 3, H, W]: normalised images, the samples' own and then crops of some. Of the same shape but on the
+    """float32 [I, 3, H, W]: normalised views, the samples' own and then crops of some. Of the same shape but on the
     meta device where no vision tower is."""
     image_rows: Tensor
     """int64 [R]: packed rows that take an image feature. An image may stand in two segments (dialogue, EOS)."""
     feature_rows: Tensor
-    """int64 [R]: for each of `image_rows`, the row of the flattened features [I * V, hidden] it takes."""
+    """int64 [R]: for each of `image_rows`, the row of the table of features that it takes: below I * V one of the
+    flattened features [I * V, hidden]; I * V the newline; from I * V + 1 on the pooled features."""
 
     target_rows: Tensor
     """int64 [K]: rows whose logits enter the language-model loss, ascending."""
@@ -136,6 +149,11 @@ class PackedBatch:
     """int32 [B]: how many rows each branch's last row attends to: its prefix and the branch."""
     branch_context_rows: Tensor
     """int64 [sum of branch_lengths]: those rows, branch after branch, each branch's own rows last."""
+
+    pooled_rows: Tensor = field(default_factory=_nothing_pooled)
+    """int64 [pooled features, 4]: flattened features that each is a mean of."""
+    pooled_weights: Tensor = field(default_factory=_no_weights)
+    """float32 [pooled features, 4]: with these weights."""
 
     rejected_rows: Tensor = field(default_factory=_no_integers)
     """int64 [J]: rows whose logits enter the likelihood objective alone, for tokens that the true answers lack."""

@@ -8,6 +8,7 @@ train from random weights.
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from hacl_megatron.config.tiles import ImageLayout, TilesConfig
 from hacl_megatron.config.towers import CLIP, TowerKind, tower_kind
 
 
@@ -179,13 +180,20 @@ class ModelConfig:
     """Index into the tower's hidden states as transformers counts them (0 is the embedding output)."""
     qformer: QFormerConfig | None = None
     """There exactly when `projector_type` is `qformer`."""
+    tiles: TilesConfig | None = None
+    """How pictures of any resolution are cut (LLaVA-NeXT, LLaVA-OneVision); None: each is one view."""
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
     """Facts a round trip to Hugging Face needs and the model does not (token ids, layout of origin)."""
 
     @property
     def visual_tokens(self) -> int:
-        """V, rows an image takes in the language model: query tokens of a Q-Former, else features of the tower."""
+        """V, rows a view takes in the language model: query tokens of a Q-Former, else features of the tower."""
         return self.vision.num_features if self.qformer is None else self.qformer.num_query_tokens
+
+    @property
+    def image_layout(self) -> ImageLayout:
+        """What decides the rows of images."""
+        return ImageLayout(visual_tokens=self.visual_tokens, view_size=self.vision.image_size, tiles=self.tiles)
 
     @property
     def num_vision_layers_built(self) -> int:
