@@ -215,7 +215,8 @@ def our_steps(args: argparse.Namespace, tokenizer) -> Iterator:
     """`PackedBatch`es by our StepLoader, endless."""
     from hacl_megatron.config.flags import DataFlags, TrainingFlags
     from hacl_megatron.config.run import RunConfig
-    from hacl_megatron.data.loader import MicroBatching, build_loader
+    from hacl_megatron.data.loader import build_loader
+    from hacl_megatron.data.step_maker import MicroBatching
 
     flags = DataFlags(
         data_path=[args.data_path],

@@ -1,11 +1,9 @@
-"""Reads optimiser steps ahead in a background thread: from sample ids to packed micro-batches.
+"""Reads optimiser steps ahead in a background thread.
 
-    Sampler ─ids→ Manifest ─→ encode ─→ assignment ─┬ ReadAhead ─bytes→ ImageDecoder ─┬→ pack ─→ StepBatches
-                                                    └─────────── this rank's ─────────┘       ─queue→ next(loader)
-             (threads: `io_threads` read files, `num_workers` decode; one draws, encodes and packs)
+    StepMaker ─→ StepBatches ─queue→ next(loader)
+    (threads: `io_threads` read files, `num_workers` decode; one draws, encodes and packs)
 
-A sample that cannot be used leaves an empty slot in its micro-batch and a `BadSample` with the step; nothing else
-of the step changes. The sampler's state travels with its step, so a checkpoint never sees what was read ahead.
+The sampler's state travels with its step, so a checkpoint never sees what was read ahead.
 """
 
 import queue
@@ -13,265 +11,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
-from hacl_megatron.batch import BadSample, MicroBatch, PackedBatch, PackPlan, Parts, StepBatches
+from hacl_megatron.batch import StepBatches
 from hacl_megatron.config.console import notify
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.data.assignment import balanced, in_order, within_tokens
-from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample, encode
+from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
-from hacl_megatron.data.manifest import Manifest, Sample
-from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
-from hacl_megatron.data.read_ahead import ReadAhead
+from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.sampler import OnceThrough, Sampler
-from hacl_megatron.data.store import ImageStore, UnusableImage
+from hacl_megatron.data.step_maker import MicroBatching, References, StepMaker
+from hacl_megatron.data.store import ImageStore
 from hacl_megatron.data.templates import check_template
 from hacl_megatron.data.tokenizer import Tokenizer
 
-References = Callable[[int], "np.ndarray | None"]
 CLOSE_TIMEOUT_S = 30
 """How long `close` waits for a read or decode; a thread that hangs longer dies with the process."""
-
-
-@dataclass
-class _Drawn:
-    """One sample of a step on its way into a slot."""
-
-    sample_id: int
-    sample: Sample
-    encoded: EncodedSample | None = None
-    file: "Future[tuple[bytes, int]] | None" = None
-    """The image's bytes and key, being read; None for a text-only sample."""
-    image_key: int | None = None
-    references: np.ndarray | None = None  # `PackSlot.references`
-    bad: BadSample | None = None
-    left_out: bool = False
-    """An empty slot behind the only epoch's end."""
-
-    def refuse(self, source: str, error: object) -> None:
-        """Makes it a bad sample: an empty slot, and a record of why."""
-        self.encoded = self.image_key = None
-        self.bad = BadSample(sample_id=self.sample_id, name=self.sample.name, source=source, reason=str(error))
-
-    def record(self, reason: str) -> BadSample:
-        """Of a sample that was used, and of which something trains nothing."""
-        return BadSample(sample_id=self.sample_id, name=self.sample.name, source=self.sample.source, reason=reason)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatching:
-    """How a global batch becomes the micro-batches of each data-parallel rank, and those become packs."""
-
-    micro_batch_size: int
-    micro_batch_tokens: int | None = None
-    """Rows of a micro-batch at most; decides the number of micro-batches, and `micro_batch_size` then plays no part."""
-    balance: bool = False
-    """Even out the rows of micro-batches; never with negatives of one micro-batch, whose pool it would change."""
-    plan: Callable[[int], PackPlan] = field(default=lambda num_micro_batches: PackPlan())
-    """The packs of each micro-batch, by the number of micro-batches in the step."""
-
-
-class StepMaker:
-    """Makes one `StepBatches` after another, for one data-parallel rank; `StepLoader` runs it in its thread.
-
-    Args:
-        manifests: the ordinary samples, then the contrastive ones; the sampler's ids count through both.
-        sampler: what is drawn, at which global batch size.
-        pad_multiple: every pack's number of rows is a multiple of it.
-        io_threads: threads that read files, this step's and the next one's.
-        one_epoch: slots beyond the first epoch stay empty.
-        references: by sample id, float64 [P, 2], what the reference of a likelihood objective makes of the sample's
-            twins, or None; default: the objective has no reference.
-
-    Raises ValueError when the global batch does not divide into the ranks' micro-batches.
-    """
-
-    def __init__(
-        self,
-        *,
-        manifests: Sequence[Manifest],
-        sampler: Sampler | OnceThrough,
-        store: ImageStore,
-        decoder: ImageDecoder,
-        tokenizer: Tokenizer,
-        settings: EncodingSettings,
-        micro_batching: MicroBatching,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        pad_multiple: int,
-        io_threads: int,
-        one_epoch: bool = False,
-        references: References | None = None,
-    ) -> None:
-        self.sampler = sampler
-        self.references = references
-        self.store = store
-        self.decoder = decoder
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.pad_multiple = pad_multiple
-        self.one_epoch = one_epoch
-        self.micro_batching = micro_batching
-        self.data_parallel_rank = data_parallel_rank
-        self.data_parallel_size = data_parallel_size
-        if micro_batching.micro_batch_tokens is None:
-            self._assign([1] * sampler.global_batch_size)  # complain now, not in the thread
-        self._files = ReadAhead(manifests, store, io_threads)
-        self._planned: tuple[list[tuple[int, int]], list[list[_Drawn]]] = ([], [])
-
-    def make(self) -> StepBatches:
-        """The next step's micro-batches on this rank."""
-        global_batch = self.sampler.next_batch()
-        data_state = self.sampler.state_dict()
-        planned_for, micro_batches = self._planned
-        if planned_for != global_batch:
-            micro_batches = self._share(global_batch)
-        # The next step's files are read while this one's images are decoded.
-        upcoming = self.sampler.peek(len(global_batch))
-        self._planned = (upcoming, self._share(upcoming))
-        step = [drawn for micro_batch in micro_batches for drawn in micro_batch]
-        plan = self.micro_batching.plan(len(micro_batches))
-        pixels = self._decode(step)
-        return StepBatches(
-            micro_batches=[self._pack(micro_batch, plan, *pixels) for micro_batch in micro_batches],
-            data_state=data_state,
-            bad_samples=[drawn.bad for drawn in step if drawn.bad],
-            untrained_samples=[
-                drawn.record(drawn.encoded.untrained) for drawn in step if drawn.encoded and drawn.encoded.untrained
-            ],
-            uncompared_twins=[
-                drawn.record(reason) for drawn in step if drawn.encoded for reason in drawn.encoded.uncompared
-            ],
-            num_tokenization_mismatches=sum(drawn.encoded.tokenization_mismatch for drawn in step if drawn.encoded),
-            num_truncated=sum(drawn.encoded.truncated for drawn in step if drawn.encoded),
-        )
-
-    def close(self) -> None:
-        """Ends the threads. No `make` may be under way."""
-        self.cancel()
-        self.decoder.close()
-
-    def cancel(self) -> None:
-        """Makes a `make` that is under way in another thread fail soon."""
-        self._files.cancel()
-
-    def _share(self, global_batch: list[tuple[int, int]]) -> list[list[_Drawn]]:
-        """This rank's samples of the global batch by micro-batch, encoded, their files being read."""
-        settings = self.micro_batching
-        several = len(global_batch) > settings.micro_batch_size
-        if settings.micro_batch_tokens is not None or (settings.balance and several):
-            # Every rank needs every sample's length, so it encodes them all; it reads the images of its own alone.
-            drawn = [self._drawn(*draw) for draw in global_batch]
-            for item in drawn:
-                self._encode(item)
-            main = settings.plan(1).main
-            parts = replace(main, texts=main.has_pairs)  # whichever of the two packs texts are in
-            shares = self._assign([num_packed_rows(item.encoded, parts) for item in drawn])
-            micro_batches = [[drawn[at] for at in micro_batch] for micro_batch in shares]
-            for micro_batch in micro_batches:
-                for item in micro_batch:
-                    self._read(item)
-            return micro_batches
-        shares = self._assign([1] * len(global_batch))
-        micro_batches = [[self._drawn(*global_batch[at]) for at in micro_batch] for micro_batch in shares]
-        own = [item for micro_batch in micro_batches for item in micro_batch]
-        for item in own:
-            self._read(item)
-        for item in own:  # while the readers read
-            self._encode(item)
-        return micro_batches
-
-    def _assign(self, costs: list[int]) -> list[list[int]]:
-        """Positions in the global batch of this rank's micro-batches."""
-        settings, size = self.micro_batching, self.data_parallel_size
-        if settings.micro_batch_tokens is not None:
-            ranks = within_tokens(costs, micro_batch_tokens=settings.micro_batch_tokens, data_parallel_size=size)
-        elif settings.balance:
-            ranks = balanced(costs, micro_batch_size=settings.micro_batch_size, data_parallel_size=size)
-        else:
-            ranks = in_order(len(costs), micro_batch_size=settings.micro_batch_size, data_parallel_size=size)
-        return ranks[self.data_parallel_rank]
-
-    def _drawn(self, epoch: int, sample_id: int) -> _Drawn:
-        left_out = self.one_epoch and epoch > 0
-        return _Drawn(sample_id, self._files.sample(sample_id), left_out=left_out)
-
-    def _read(self, drawn: _Drawn) -> None:
-        if not drawn.left_out:
-            drawn.file = self._files.read(drawn.sample)
-
-    def _encode(self, drawn: _Drawn) -> None:
-        if drawn.left_out:
-            return
-        try:
-            drawn.encoded = encode(drawn.sample, self.tokenizer, self.settings)
-        except UnusableSample as error:
-            drawn.refuse(drawn.sample.source, error)
-            return
-        if self.references is not None and (twins := len(drawn.encoded.rejected)):
-            drawn.references = self.references(drawn.sample_id)
-            if drawn.references is None:  # it could not be used when the reference was scored
-                uncompared = (*drawn.encoded.uncompared, *["the reference has no score of it"] * twins)
-                drawn.encoded = replace(drawn.encoded, rejected=(), uncompared=uncompared)
-            assert drawn.references is None or len(drawn.references) == twins, "bound to data and template"
-
-    def _decode(self, step: list[_Drawn]) -> tuple[torch.Tensor, dict[int, int]]:
-        """float32 [I, 3, S, S], each distinct image of the step once, and the place of each image's key in it."""
-        files: dict[int, bytes] = {}
-        users: dict[int, list[_Drawn]] = {}
-        for drawn in step:
-            if drawn.file is None or drawn.bad:
-                continue
-            try:
-                data, drawn.image_key = drawn.file.result()
-            except UnusableImage as error:
-                drawn.refuse(self._source(drawn), error)
-                continue
-            files[drawn.image_key] = data
-            users.setdefault(drawn.image_key, []).append(drawn)
-        decoded = self.decoder.decode(list(files.values()))
-        for key, reason in zip(files, decoded.reasons, strict=True):
-            if reason is not None:
-                for drawn in users[key]:
-                    drawn.refuse(self._source(drawn), reason)
-        return decoded.pixel_values, {key: place for place, key in enumerate(files)}
-
-    def _source(self, drawn: _Drawn) -> str:
-        return self.store.source(drawn.sample.image, drawn.sample.stored)
-
-    def _pack(
-        self, micro_batch: list[_Drawn], plan: PackPlan, pixel_values: torch.Tensor, places: dict[int, int]
-    ) -> MicroBatch:
-        slots = [
-            PackSlot(
-                sample_id=drawn.sample_id,
-                encoded=drawn.encoded,
-                image_key=drawn.image_key,
-                references=drawn.references,
-            )
-            for drawn in micro_batch
-        ]
-        chosen = torch.tensor([places[s.image_key] for s in slots if s.image_key is not None], dtype=torch.int64)
-
-        def packed(parts: Parts, pixels: torch.Tensor) -> PackedBatch:
-            return pack(
-                slots,
-                pixels,
-                visual_tokens=self.settings.visual_tokens,
-                pad_multiple=self.pad_multiple,
-                parts=parts,
-            )
-
-        return MicroBatch(
-            main=packed(plan.main, pixel_values[chosen]),
-            ahead=None if plan.ahead is None else packed(plan.ahead, pixel_values[:0]),
-        )
 
 
 class StepLoader(Iterator[StepBatches]):

@@ -3,18 +3,20 @@
     dialogue 0 | image 0 + EOS | dialogue 1 | image 1 + EOS | ... | captions | hallucinated captions | padding
 
 or whichever of these kinds `Parts` asks for. Where an image shares its dialogue's prefix, "image + EOS" is one row.
-Rejected answers, where a likelihood objective asks for them, stand behind their dialogue.
+Rejected answers, where a likelihood objective asks for them, stand behind their dialogue. Which features an image's
+rows take, its `ImageRows` say.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hacl_megatron.batch import PackedBatch, Parts, rows_to_read
-from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample
+from hacl_megatron.config.tiles import NEWLINE, ImageRows
+from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedPair, EncodedSample
 from hacl_megatron.data.preferences import RejectedAnswer, little_left
 
 
@@ -26,8 +28,8 @@ class PackSlot:
     """Manifest index."""
     encoded: EncodedSample | None
     """None for a bad sample: its slot contributes nothing."""
-    image_key: int | None
-    """64-bit hash of the image's bytes as a signed integer; None without an image."""
+    image_keys: tuple[int, ...] = ()
+    """64-bit hash of each of its images' bytes as a signed integer."""
     references: np.ndarray | None = None
     """float64 [P of the sample, 2]: `PackedBatch.reference_likelihoods`, where the objective has a reference."""
 
@@ -44,56 +46,59 @@ def pack(
 
     Args:
         slots: the micro-batch's samples in order, bad ones included.
-        pixel_values: float32 [I, 3, H, W], the images of the good slots that have one, in slot order; [0, 3, H, W]
-            on a rank that holds no vision tower.
+        pixel_values: float32 [I, 3, H, W], the views of the good slots' images, in slot order; [0, 3, H, W] on a rank
+            that holds no vision tower.
         visual_tokens: V.
         pad_multiple: T is a multiple of it, and at least that even if nothing else is in the pack.
         parts: the kinds of segments that go in. A `branch` needs its dialogue: an image whose dialogue does not start
             with its context, or is not in the pack, gets a segment of its own.
     """
     good = [(slot, slot.encoded) for slot in slots if slot.encoded is not None]
-    num_images = sum(encoded.has_image for _, encoded in good)
+    images = _Images([rows for _, encoded in good for rows in encoded.images], visual_tokens)
     assert pixel_values.dtype == torch.float32 and pixel_values.dim() == 4, (pixel_values.dtype, pixel_values.shape)
-    assert pixel_values.shape[0] in (0, num_images), f"{pixel_values.shape[0]} images for {num_images} slots with one"
+    assert pixel_values.shape[0] in (0, images.num_views), f"{pixel_values.shape[0]} views of {images.num_views}"
 
-    rows = _Rows(visual_tokens)
+    rows = _Rows(images)
     targets = _Targets()
     image_eos, image_keys = [], []
     twin_sample_ids, references = [], []
     crops: list[tuple[int, int]] = []  # of the images of these numbers, with their keys
-    image = 0
+    first_image = 0
     for slot, encoded in good:
-        assert encoded.has_image == (slot.image_key is not None), f"sample {slot.sample_id}: image without key"
+        assert len(encoded.images) == len(slot.image_keys), f"sample {slot.sample_id}: images without keys"
+        own_images = range(first_image, first_image + len(encoded.images))
         begin = None
         if parts.dialogues:
-            begin = rows.append(encoded.dialogue, image)
+            begin = rows.append(encoded.dialogue, own_images)
             places = targets.append(encoded.labels, begin)
             behind_crop: dict[bytes, np.ndarray] = {}
             if parts.preferences != "none" and encoded.rejected and encoded.answers_per_twin == 3:
+                crops.append((own_images[0], slot.image_keys[0]))
+                crop = images.add_crop()
                 for chosen in _distinct_answers(encoded):
-                    own = rows.append(encoded.dialogue[: chosen[-1]], num_images + len(crops))
+                    own = rows.append(encoded.dialogue[: chosen[-1]], [crop])
                     behind_crop[chosen.tobytes()] = targets.append_alone(chosen, encoded.dialogue[chosen], own)
-                crops.append((image, slot.image_key))
             for answer in encoded.rejected if parts.preferences != "none" else ():
                 shared = answer.shared if parts.preferences == "branch" else 0
-                own = rows.append_behind(answer.rows, shared, begin, image)
+                own = rows.append_behind(answer.rows, shared, begin, own_images)
                 targets.append_rejected(answer, shared, begin, own, places)
                 if behind_crop:
                     targets.answers.append(behind_crop[answer.chosen.tobytes()])
                 twin_sample_ids.append(slot.sample_id)
             if slot.references is not None and parts.preferences != "none":
                 references.append(slot.references.reshape(-1))
-        if encoded.image_segment is not None and parts.has_pairs:
-            image_keys.append(slot.image_key)
-            if parts.images == "branch" and begin is not None and _starts_with_context(encoded):
-                image_eos.append(rows.append_branch(encoded.image_segment, begin))
+        for pair in encoded.pairs if parts.has_pairs else ():
+            image_keys.append(slot.image_keys[pair.image])
+            if parts.images == "branch" and begin is not None and _starts_with_context(encoded, pair):
+                image_eos.append(rows.append_branch(pair.image_segment, begin))
             elif parts.images != "none":
-                image_eos.append(rows.append(encoded.image_segment, image) + len(encoded.image_segment) - 1)
-        image += encoded.has_image
+                own = rows.append(pair.image_segment, own_images[pair.image :])
+                image_eos.append(own + len(pair.image_segment) - 1)
+        first_image += len(encoded.images)
 
     if crops and len(pixel_values):
         pixel_values = torch.cat([pixel_values, *(little_left(pixel_values[at], key)[None] for at, key in crops)])
-    pairs = [encoded for _, encoded in good if encoded.image_segment is not None] if parts.has_pairs else []
+    pairs = [pair for _, encoded in good for pair in encoded.pairs] if parts.has_pairs else []
     hallucinated = [(owner, segment) for owner, pair in enumerate(pairs) for segment in pair.hallucinated_segments]
     caption_eos, hallucinated_eos, texts_at = [], [], rows.length
     if parts.texts:
@@ -119,6 +124,8 @@ def pack(
         pixel_values=pixel_values.contiguous(),
         image_rows=_joined(rows.image_rows),
         feature_rows=_joined(rows.feature_rows),
+        pooled_rows=torch.from_numpy(images.pooled),
+        pooled_weights=torch.from_numpy(images.weights),
         target_rows=target_rows,
         target_ids=_joined(targets.ids),
         image_eos_rows=eos[0],
@@ -155,14 +162,36 @@ def num_packed_rows(encoded: EncodedSample | None, parts: Parts = Parts()) -> in
         rows += sum(len(a.rows) - (a.shared if parts.preferences == "branch" else 0) for a in encoded.rejected)
         if encoded.answers_per_twin == 3:
             rows += sum(int(chosen[-1]) for chosen in _distinct_answers(encoded))
-    if encoded.image_segment is not None:
-        if parts.images == "branch" and parts.dialogues and _starts_with_context(encoded):
+    for pair in encoded.pairs:
+        if parts.images == "branch" and parts.dialogues and _starts_with_context(encoded, pair):
             rows += 1
         elif parts.images != "none":
-            rows += len(encoded.image_segment)
+            rows += len(pair.image_segment)
         if parts.texts:
-            rows += len(encoded.caption_segment) + sum(map(len, encoded.hallucinated_segments))
+            rows += len(pair.caption_segment) + sum(map(len, pair.hallucinated_segments))
     return rows
+
+
+def with_views(batch: PackedBatch, pixel_values: Tensor, views: Tensor, *, visual_tokens: int) -> PackedBatch:
+    """The batch with other pixels, for views that several of its images share.
+
+    Args:
+        pixel_values: float32 [I', 3, H, W].
+        views: int64 [I], which of these each view of the batch is.
+    """
+    num_features, moved = len(views) * visual_tokens, (len(pixel_values) - len(views)) * visual_tokens
+
+    def of_table(rows: Tensor) -> Tensor:
+        # Behind the features of views stand newline and pooled features.
+        view = views[(rows // visual_tokens).clamp(max=len(views) - 1)] if len(views) else rows
+        return torch.where(rows < num_features, view * visual_tokens + rows % visual_tokens, rows + moved)
+
+    return replace(
+        batch,
+        pixel_values=pixel_values,
+        feature_rows=of_table(batch.feature_rows),
+        pooled_rows=of_table(batch.pooled_rows),
+    )
 
 
 def _distinct_answers(encoded: EncodedSample) -> list[np.ndarray]:
@@ -170,17 +199,57 @@ def _distinct_answers(encoded: EncodedSample) -> list[np.ndarray]:
     return list({answer.chosen.tobytes(): answer.chosen for answer in encoded.rejected}.values())
 
 
-def _starts_with_context(encoded: EncodedSample) -> bool:
+def _starts_with_context(encoded: EncodedSample, pair: EncodedPair) -> bool:
     """Whether the dialogue begins with all that the image's EOS sees. Not so if it never mentions its image."""
-    context = encoded.image_segment[:-1]
-    return np.array_equal(encoded.dialogue[: len(context)], context)
+    context = pair.image_segment[:-1]
+    return pair.image == 0 and np.array_equal(encoded.dialogue[: len(context)], context)
+
+
+class _Images:
+    """The images of the pack, and where their features lie in the table that `PackedBatch.feature_rows` counts in."""
+
+    def __init__(self, images: Sequence[ImageRows], visual_tokens: int) -> None:
+        self.num_views = sum(image.num_views for image in images)
+        self._visual_tokens, self._num_crops = visual_tokens, 0
+        self._features: list[np.ndarray] = []
+        pooled, weights = [np.empty((0, 4), dtype=np.int64)], [np.empty((0, 4), dtype=np.float32)]
+        newline, num_pooled, first = self.num_views * visual_tokens, 0, 0
+        for image in images:
+            end = image.num_views * visual_tokens
+            of_views = image.sources + first
+            of_pooled = image.sources - end + newline + 1 + num_pooled
+            features = np.where(image.sources < end, of_views, of_pooled)
+            self._features.append(np.where(image.sources == NEWLINE, newline, features))
+            pooled.append(image.pooled + first)
+            weights.append(image.weights)
+            first, num_pooled = first + end, num_pooled + len(image.pooled)
+        self.pooled, self.weights = np.concatenate(pooled), np.concatenate(weights)
+
+    def add_crop(self) -> int:
+        """The number of one more image, of one view behind all others."""
+        at = self.num_views + self._num_crops
+        self._num_crops += 1
+        self._features.append(np.arange(self._visual_tokens, dtype=np.int64) + at * self._visual_tokens)
+        return len(self._features) - 1
+
+    def features(self, numbers: Sequence[int], count: int, skipped: int = 0) -> np.ndarray:
+        """int64 [count]: rows of the table that the rows of these images take, one after another, the first `skipped`
+        left out. Images never break off: what is asked for ends with one."""
+        found, length = [], 0
+        for number in numbers:
+            if length >= skipped + count:
+                break
+            found.append(self._features[number])
+            length += len(found[-1])
+        assert length == skipped + count, f"{count} rows behind {skipped} for images of {length}"
+        return np.concatenate(found)[skipped:]
 
 
 class _Rows:
     """The rows of the pack, segment after segment."""
 
-    def __init__(self, visual_tokens: int):
-        self.visual_tokens = visual_tokens
+    def __init__(self, images: _Images):
+        self._images = images
         self.borders = [0]
         self.token_ids: list[np.ndarray] = []
         self.position_ids: list[np.ndarray] = []
@@ -193,30 +262,35 @@ class _Rows:
     def length(self) -> int:
         return self.borders[-1]
 
-    def append(self, segment: np.ndarray, image: int | None = None, first_position: int = 0) -> int:
-        """Adds a segment, whose image rows take the features of the `image`-th image; returns its first row."""
+    def append(self, segment: np.ndarray, images: Sequence[int] = (), shared: int = 0) -> int:
+        """Adds a segment's rows behind its first `shared`; returns the first one added.
+
+        Args:
+            images: numbers of the images whose features its image rows take, in their order; those behind its last
+                image row are not used.
+        """
         begin = self.length
-        is_image = segment == IMAGE
+        is_image = segment[shared:] == IMAGE
         (positions,) = np.nonzero(is_image)
         if len(positions):
-            assert image is not None and len(positions) == self.visual_tokens, (image, len(positions))
             self.image_rows.append(positions + begin)
-            self.feature_rows.append(np.arange(self.visual_tokens, dtype=np.int64) + image * self.visual_tokens)
-        self.token_ids.append(np.where(is_image, 0, segment))
-        self.position_ids.append(np.arange(first_position, first_position + len(segment), dtype=np.int64))
-        self.borders.append(begin + len(segment))
+            skipped = int(np.count_nonzero(segment[:shared] == IMAGE)) if shared else 0
+            self.feature_rows.append(self._images.features(images, len(positions), skipped))
+        self.token_ids.append(np.where(is_image, 0, segment[shared:]))
+        self.position_ids.append(np.arange(shared, len(segment), dtype=np.int64))
+        self.borders.append(begin + len(segment) - shared)
         return begin
 
     def append_branch(self, image_segment: np.ndarray, dialogue: int) -> int:
         """Adds the EOS of an image segment whose other rows are the first of the segment at row `dialogue`."""
         return self.append_behind(image_segment, len(image_segment) - 1, dialogue)
 
-    def append_behind(self, segment: np.ndarray, shared: int, dialogue: int, image: int | None = None) -> int:
+    def append_behind(self, segment: np.ndarray, shared: int, dialogue: int, images: Sequence[int] = ()) -> int:
         """Adds a segment's rows behind its first `shared`, which are those of the segment at row `dialogue`, as a
         branch of these; without any, as a segment of its own. Returns the first row added."""
         if shared == len(segment):  # all that is read is the dialogue's
             return self.length
-        begin = self.append(segment[shared:], image, first_position=shared)
+        begin = self.append(segment, images, shared)
         if shared:
             own = np.arange(begin, self.length, dtype=np.int64)
             self.branch_rows.append(own)

@@ -7,11 +7,16 @@ While one step is decoded and packed the files of the next are read: a slow read
 `num_threads` of them at a time keep up with the steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import BinaryIO
 
 from hacl_megatron.data.manifest import Manifest, Sample
-from hacl_megatron.data.store import ImageStore, image_key
+from hacl_megatron.data.store import ImageStore, StoredImage, image_key
+
+KEPT_SIZES = 200_000
+"""Images whose sizes are remembered: some 30 MB."""
 
 
 class ReadAhead:
@@ -20,10 +25,18 @@ class ReadAhead:
     Args:
         manifests: the ordinary samples, then the contrastive ones; ids count through both.
         num_threads: files that are read at a time.
+        size_of: (width, height) of an open image file, from its head.
     """
 
-    def __init__(self, manifests: Sequence[Manifest], store: ImageStore, num_threads: int) -> None:
+    def __init__(
+        self,
+        manifests: Sequence[Manifest],
+        store: ImageStore,
+        num_threads: int,
+        size_of: Callable[[BinaryIO], tuple[int, int]],
+    ) -> None:
         self._manifests, self._store = list(manifests), store
+        self._size = lru_cache(KEPT_SIZES)(partial(_size, store, size_of))
         self._threads = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="image-reader")
 
     def sample(self, sample_id: int) -> Sample:
@@ -35,15 +48,25 @@ class ReadAhead:
             index -= len(manifest)
         return manifest[index]
 
-    def read(self, sample: Sample) -> "Future[tuple[bytes, int]] | None":
-        """Starts to read a sample's image: its bytes and key to come, or None for a text-only sample."""
-        return None if sample.image is None else self._threads.submit(self._read, sample)
+    def read(self, sample: Sample) -> "list[Future[tuple[bytes, int]]]":
+        """Starts to read a sample's images: bytes and key to come of each."""
+        return [self._threads.submit(self._read, *place) for place in zip(sample.images, sample.stored, strict=True)]
+
+    def sizes(self, sample: Sample) -> "list[Future[tuple[int, int]]]":
+        """Starts to read the heads of a sample's images: (width, height) to come of each, as it is shown."""
+        return [self._threads.submit(self._size, *place) for place in zip(sample.images, sample.stored, strict=True)]
 
     def cancel(self) -> None:
         """Ends the threads as soon as their reads return; whoever waits for another read gets CancelledError."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, sample: Sample) -> tuple[bytes, int]:
-        assert sample.image is not None
-        data = self._store.fetch(sample.image, sample.stored)
+    def _read(self, image: str, stored: StoredImage | None) -> tuple[bytes, int]:
+        data = self._store.fetch(image, stored)
         return data, image_key(data)
+
+
+def _size(
+    store: ImageStore, size_of: Callable[[BinaryIO], tuple[int, int]], image: str, stored: StoredImage | None
+) -> tuple[int, int]:
+    with store.open(image, stored) as file:
+        return size_of(file)

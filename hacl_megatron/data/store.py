@@ -8,11 +8,13 @@ are read where the manifest says, and whatever its member headers name is not lo
 """
 
 import hashlib
+import io
 import os
 import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from hacl_megatron.config.files.checksum import checksum
 from hacl_megatron.config.files.regular import NotRegular, only_regular
@@ -60,21 +62,33 @@ class FolderStore:
 
     def read(self, name: str) -> bytes:
         """All bytes of the file `name`. Raises UnusableImage when there is none to read."""
-        path = self.path(name)
         try:
-            with open(path, "rb", opener=only_regular) as file:
-                _check_size(os.fstat(file.fileno()).st_size)
+            with self.open(name) as file:
                 data = file.read(MAX_IMAGE_BYTES + 1)
-        except NotRegular as error:
-            raise UnusableImage(f"{error.strerror}, expected an image") from None
-        except FileNotFoundError:
-            raise UnusableImage(f"no such file in the image folder {self.root}") from None
         except OSError as error:
             raise UnusableImage(f"cannot be read: {error.strerror or error}") from None
         if not data:
             raise UnusableImage("the file is empty")
         _check_size(len(data))
         return data
+
+    def open(self, name: str) -> BinaryIO:
+        """The file `name`, open. Raises UnusableImage when there is none to read."""
+        path = self.path(name)
+        try:
+            file = open(path, "rb", opener=only_regular)
+        except NotRegular as error:
+            raise UnusableImage(f"{error.strerror}, expected an image") from None
+        except FileNotFoundError:
+            raise UnusableImage(f"no such file in the image folder {self.root}") from None
+        except OSError as error:
+            raise UnusableImage(f"cannot be read: {error.strerror or error}") from None
+        try:
+            _check_size(os.fstat(file.fileno()).st_size)
+        except UnusableImage:
+            file.close()
+            raise
+        return file
 
 
 def _check_size(num_bytes: int) -> None:
@@ -183,6 +197,10 @@ class ImageStore:
     def fetch(self, image: str, stored: StoredImage | None) -> bytes:
         """All bytes of an image file. Raises UnusableImage when there is none to read."""
         return self.folder.read(image) if stored is None else self._shards.read(stored)
+
+    def open(self, image: str, stored: StoredImage | None) -> BinaryIO:
+        """An image file, open: for its head alone. Raises UnusableImage when there is none to read."""
+        return self.folder.open(image) if stored is None else io.BytesIO(self._shards.read(stored))
 
     def source(self, image: str, stored: StoredImage | None) -> str:
         """What to name in a complaint about the image."""

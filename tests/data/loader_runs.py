@@ -12,7 +12,8 @@ from hacl_megatron.batch import PackedBatch, StepBatches
 from hacl_megatron.config.architecture import ImageConfig, LanguageConfig, ModelConfig, VisionConfig
 from hacl_megatron.config.flags import DataFlags, TrainingFlags
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.data.loader import MicroBatching, StepLoader, build_loader
+from hacl_megatron.data.loader import StepLoader, build_loader
+from hacl_megatron.data.step_maker import MicroBatching
 from hacl_megatron.data.tokenizer import load_tokenizer
 
 SIZE, PATCH = 32, 16

@@ -17,7 +17,7 @@ from PIL import Image
 
 from hacl_megatron.data.image_levels import MAX_JPEG_SCANS
 from hacl_megatron.data.images import ImageDecoder
-from hacl_megatron.data.loader import MicroBatching
+from hacl_megatron.data.step_maker import MicroBatching
 from tests.data import drawn_images
 from tests.data.drawn_images import BACKENDS, CONFIG, drawing, encode, jpeg, png16, with_alpha, with_thumbnail
 from tests.data.loader_runs import draw, image_bytes, sample

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hacl_megatron.data.images import ImageDecoder
-from hacl_megatron.data.loader import MicroBatching
+from hacl_megatron.data.step_maker import MicroBatching
 from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
 from hacl_megatron.data.store import ImageStore
 from tests.data.loader_runs import (

@@ -105,7 +105,8 @@ def anon(): return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status"
 from tests.data.loader_runs import MODEL
 from hacl_megatron.config.flags import DataFlags
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.data.loader import MicroBatching, build_loader
+from hacl_megatron.data.loader import build_loader
+from hacl_megatron.data.step_maker import MicroBatching
 from hacl_megatron.data.tokenizer import load_tokenizer
 folder, prepared = sys.argv[1:]
 tokenizer = load_tokenizer(f"{folder}/tokenizer")

@@ -7,7 +7,7 @@ key → ItemOutput  ←──────────────── split at
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch.distributed import ProcessGroup
 from hacl_megatron.assemble.module import pad_multiple
 from hacl_megatron.batch import PackedBatch
 from hacl_megatron.config.run import RunConfig
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodedSample, UnusableSample
 from hacl_megatron.data.images import ImageDecoder
-from hacl_megatron.data.packing import PackSlot, pack
+from hacl_megatron.data.packing import PackSlot, pack, with_views
 from hacl_megatron.data.store import FolderStore
 from hacl_megatron.evaluation.image_files import read_images
 from hacl_megatron.evaluation.likelihood.task import AnswerLikelihood, ItemOutput, Task
@@ -68,14 +69,14 @@ class ItemReader:
     """Reads, decodes and packs items. One thread at a time may call it.
 
     Args:
-        visual_tokens: V.
+        layout: what decides the rows that an image takes.
         pad_multiple: every pack's number of rows is a multiple of it.
     """
 
-    def __init__(self, store: FolderStore, decoder: ImageDecoder, *, visual_tokens: int, pad_multiple: int = 1) -> None:
+    def __init__(self, store: FolderStore, decoder: ImageDecoder, *, layout: ImageLayout, pad_multiple: int = 1) -> None:
         self.store = store
         self.decoder = decoder
-        self.visual_tokens = visual_tokens
+        self.layout = layout
         self.pad_multiple = pad_multiple
 
     @classmethod
@@ -84,7 +85,7 @@ class ItemReader:
         return cls(
             FolderStore(config.data.image_folder),
             ImageDecoder.of(config),
-            visual_tokens=config.architecture.visual_tokens,
+            layout=config.architecture.image_layout,
             pad_multiple=pad_multiple(config),
         )
 
@@ -92,34 +93,31 @@ class ItemReader:
         """The pack of the items `keys`; without any it is a pack of padding."""
         errors: dict[int, str] = {}
         encoded: dict[int, list[EncodedSample]] = {}
-        for key in keys:
-            try:
-                encoded[key] = task.encode(key)
-            except UnusableSample as error:
-                errors[key] = str(error)
-        names = {key: task.image(key) for key in encoded}
+        names = {key: task.image(key) for key in keys}
         images = read_images(names.values(), self.store, self.decoder)
         for key, name in names.items():
             if name in images.reasons:
                 errors[key] = f"{name}: {images.reasons[name]}"
-                del encoded[key]
+                continue
+            try:
+                encoded[key] = task.encode(key, images.sizes[name])
+            except UnusableSample as error:
+                errors[key] = str(error)
         slots = [
-            PackSlot(sample_id=key, encoded=sequence, image_key=images.keys[names[key]])
+            PackSlot(sample_id=key, encoded=sequence, image_keys=(images.keys[names[key]],))
             for key, sequences in encoded.items()
             for sequence in sequences
         ]
         batch = pack(
             slots,
             images.pixel_values[:0],
-            visual_tokens=self.visual_tokens,
+            visual_tokens=self.layout.visual_tokens,
             pad_multiple=self.pad_multiple,
             parts=task.parts,
         )
         # `pack` gives every sequence an image of its own; here those of an item, and items, share theirs.
-        place = torch.tensor([images.places[names[slot.sample_id]] for slot in slots], dtype=torch.int64)
-        image, offset = batch.feature_rows // self.visual_tokens, batch.feature_rows % self.visual_tokens
-        feature_rows = place[image] * self.visual_tokens + offset
-        batch = replace(batch, pixel_values=images.pixel_values, feature_rows=feature_rows)
+        views = torch.tensor([view for slot in slots for view in images.places[names[slot.sample_id]]], dtype=torch.int64)
+        batch = with_views(batch, images.pixel_values, views, visual_tokens=self.layout.visual_tokens)
         return PackedItems(
             pack=batch, sequences={key: len(sequences) for key, sequences in encoded.items()}, errors=errors
         )

@@ -51,13 +51,14 @@ class Preference(ManifestTask):
         super().__init__(manifest, tokenizer, settings, limit=limit)
 
     def takes(self, sample: Sample) -> bool:
-        return sample.image is not None and sample.caption is not None and len(twins(sample)) > 0
+        return len(sample.images) == len(sample.pairs) == 1 and len(twins(sample)) > 0
 
-    def encode(self, key: int) -> list[EncodedSample]:
+    def encode(self, key: int, size: tuple[int, int]) -> list[EncodedSample]:
         sample = self.manifest[key]
         question = _own_question(sample) or self.question
         caption, *others = [
-            with_answer(question, text, self.tokenizer, self.settings) for text in (sample.caption, *twins(sample))
+            with_answer(question, text, size, self.tokenizer, self.settings)
+            for text in (sample.caption, *twins(sample))
         ]
         different = [twin for twin in others if not np.array_equal(twin.dialogue, caption.dialogue)]
         if not different:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from hacl_megatron.batch import PackedBatch, Parts
-from hacl_megatron.data.encoding import EncodedSample, UnusableSample, encode
+from hacl_megatron.data.encoding import EncodedSample, UnusableSample, encode, text_keys
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.evaluation.likelihood.item_packs import PackResult, result_of_pack
 from hacl_megatron.evaluation.likelihood.task import ItemOutput, ManifestTask, twins
@@ -33,19 +33,21 @@ class Representations(ManifestTask):
     needs = "an image, a caption and a hallucinated caption"
 
     def takes(self, sample: Sample) -> bool:
-        return sample.image is not None and sample.caption is not None and len(twins(sample)) > 0
+        return len(sample.images) == len(sample.pairs) == 1 and len(twins(sample)) > 0
 
-    def encode(self, key: int) -> list[EncodedSample]:
-        encoded = encode(self.manifest[key], self.tokenizer, self.settings)
-        if all(twin == encoded.caption_key for twin in encoded.hallucinated_keys):
+    def encode(self, key: int, size: tuple[int, int]) -> list[EncodedSample]:
+        encoded = encode(self.manifest[key], self.tokenizer, self.settings, [size])
+        (pair,) = encoded.pairs
+        if all(twin == pair.caption_key for twin in pair.hallucinated_keys):
             raise UnusableSample("each of its hallucinated captions is its caption, token for token")
         return [encoded]
 
     def measured(self, key: int, output: ItemOutput) -> dict[str, Any]:
         embeddings = output.image, output.caption, output.hallucinated
-        encoded = self.encode(key)[0]
+        (pair,) = self.manifest[key].pairs
+        caption_key, *hallucinated_keys = text_keys(pair, self.tokenizer, self.settings)
         # One that is the caption itself, token for token, is at its very place: it says nothing.
-        differs = [twin != encoded.caption_key for twin in encoded.hallucinated_keys]
+        differs = [twin != caption_key for twin in hallucinated_keys]
         return {
             space: [to_text(image), to_text(caption), *map(to_text, hallucinated[differs])]
             for space, (image, caption, hallucinated) in zip(SPACES, (output.states, embeddings), strict=True)

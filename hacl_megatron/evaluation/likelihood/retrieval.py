@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hacl_megatron.batch import Parts
-from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, encode
+from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, encode, text_keys
 from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.tokenizer import Tokenizer
 from hacl_megatron.evaluation.likelihood.task import ItemOutput, ManifestTask, with_unusable
@@ -49,19 +49,20 @@ class Retrieval(ManifestTask):
         super().__init__(manifest, tokenizer, settings, limit=limit)
 
     def takes(self, sample: Sample) -> bool:
-        return sample.image is not None and sample.caption is not None
+        return len(sample.images) == len(sample.pairs) == 1
 
-    def encode(self, key: int) -> list[EncodedSample]:
-        return [encode(self.manifest[key], self.tokenizer, self.settings)]
+    def encode(self, key: int, size: tuple[int, int]) -> list[EncodedSample]:
+        return [encode(self.manifest[key], self.tokenizer, self.settings, [size])]
 
     def measured(self, key: int, output: ItemOutput) -> dict[str, Any]:
-        encoded = self.encode(key)[0]
+        (pair,) = self.manifest[key].pairs
+        caption_key, *hallucinated_keys = text_keys(pair, self.tokenizer, self.settings)
         return {
             "image_embedding": to_text(output.image),
             "caption_embedding": to_text(output.caption),
             "hallucinated_embeddings": [to_text(row) for row in output.hallucinated],
-            "caption_key": encoded.caption_key,
-            "hallucinated_keys": list(encoded.hallucinated_keys),
+            "caption_key": caption_key,
+            "hallucinated_keys": hallucinated_keys,
         }
 
     def score(self, records: Sequence[dict[str, Any]]) -> Scores:

@@ -69,8 +69,12 @@ class Task:
         """The item's image, relative to the image folder."""
         raise NotImplementedError
 
-    def encode(self, key: int) -> list[EncodedSample]:
-        """Its sequences. Raises UnusableSample with the reason if it cannot be evaluated."""
+    def encode(self, key: int, size: tuple[int, int]) -> list[EncodedSample]:
+        """Its sequences. Raises UnusableSample with the reason if it cannot be evaluated.
+
+        Args:
+            size: (width, height) of its image in pixels, as it is shown.
+        """
         raise NotImplementedError
 
     def about(self, key: int) -> dict[str, Any]:
@@ -133,7 +137,9 @@ def twins(sample: Sample) -> tuple[str, ...]:
     return tuple(text for text in sample.hallucinated_captions if text != sample.caption)
 
 
-def with_answer(question: str, answer: str, tokenizer: Tokenizer, settings: EncodingSettings) -> EncodedSample:
+def with_answer(
+    question: str, answer: str, size: tuple[int, int], tokenizer: Tokenizer, settings: EncodingSettings
+) -> EncodedSample:
     """The dialogue of one question about an image and its answer, in the training's template, the answer for target.
 
     `plain` leaves the question out. Raises UnusableSample where no likelihood of the whole answer could be had.
@@ -141,13 +147,14 @@ def with_answer(question: str, answer: str, tokenizer: Tokenizer, settings: Enco
     sample = Sample(
         sample_id=0,
         name="",
-        image="image",
+        images=("image",),
+        stored=(None,),
         conversations=(("human", f"{IMAGE_TAG}\n{question.replace(IMAGE_TAG, '').strip()}"), ("gpt", answer)),
         caption=None,
         hallucinated_captions=(),
         source="",
     )
-    encoded = encode(sample, tokenizer, settings)
+    encoded = encode(sample, tokenizer, settings, [size])
     if encoded.truncated:
         raise UnusableSample(f"question and answer are longer than --model-max-length {settings.model_max_length}")
     if encoded.tokenization_mismatch or (encoded.labels == IGNORE).all():

@@ -54,9 +54,9 @@ class YesNo(Task):
     def image(self, key: int) -> str:
         return self.questions[key]["image"]
 
-    def encode(self, key: int) -> list[EncodedSample]:
+    def encode(self, key: int, size: tuple[int, int]) -> list[EncodedSample]:
         question = self.questions[key]["text"] + self.suffix
-        return [with_answer(question, answer, self.tokenizer, self.settings) for answer in (YES, NO)]
+        return [with_answer(question, answer, size, self.tokenizer, self.settings) for answer in (YES, NO)]
 
     def about(self, key: int) -> dict[str, Any]:
         question = self.questions[key]

@@ -14,7 +14,8 @@ from hacl_megatron.batch import PackedBatch
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE
 from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, locate_checkpoint, read_run_config
-from hacl_megatron.data.loader import MicroBatching, build_loader
+from hacl_megatron.data.loader import build_loader
+from hacl_megatron.data.step_maker import MicroBatching
 from hacl_megatron.data.tokenizer import load_tokenizer
 from hacl_megatron.model.fresh import fresh_parts
 from hacl_megatron.training.state import saved_progress
