@@ -140,7 +140,7 @@ class PillowDataset:
         image = model_config().image
         self.folder, self.tokenizer = Path(args.image_folder), load_tokenizer(args.tokenizer)
         manifest = Manifest.read([args.data_path], version=args.version)
-        self.samples = [sample for sample in manifest if sample.image is not None]
+        self.samples = [sample for sample in manifest if len(sample.images) == 1]
         self.settings = EncodingSettings(
             version=args.version, model_max_length=2048, visual_tokens=(IMAGE_SIZE // PATCH_SIZE) ** 2
         )

@@ -20,11 +20,12 @@ import numpy as np
 
 from hacl_megatron.data.prepare.cache import open_data
 from hacl_megatron.data.prepare.llava_json import Record, clean_caption, text_or_first_answer
+from hacl_megatron.data.prepare.record_captions import Pair
 from hacl_megatron.data.prepare.record_keys import CAPTION_KEYS, IMAGE_TAG
 from hacl_megatron.data.store import StoredImage
 from hacl_megatron.data.templates import Template, find_template
 
-__all__ = ["CAPTION_KEYS", "IMAGE_TAG", "Manifest", "Sample", "sample_of"]
+__all__ = ["CAPTION_KEYS", "IMAGE_TAG", "Manifest", "Pair", "Sample", "sample_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,59 +35,86 @@ class Sample:
     sample_id: int
     """Index in the manifest."""
     name: str
-    """The record's own `id`; its image's name or its index if it has none."""
-    image: str | None
-    """Image name relative to the image folder; None for a text-only sample."""
+    """The record's own `id`; its first image's name or its index if it has none."""
+    images: tuple[str, ...]
+    """Image names relative to the image folder, in the order of their tags; empty for a text-only sample."""
     conversations: tuple[tuple[str, str], ...]
     """Turns as (from, value), as the file has them: not yet checked to be strings or in order."""
     caption: str | None
-    """Text of the image-caption pair, without surrounding blanks or image tags; None if there is none."""
+    """Text of the image-caption pair, without surrounding blanks or image tags; None if there is none, and with several
+    images, of which `listed_pairs` says."""
     hallucinated_captions: tuple[str, ...]
-    """The caption with hallucinations written in, cleaned like it; empty ones are left out."""
+    """The caption with hallucinations written in, cleaned like it; empty ones are left out. Empty with several images.
+    """
+    listed_pairs: tuple[Pair, ...] = ()
+    """Of several images, those whose captions the record lists."""
     rejected_answers: tuple[str, ...] = ()
     """Of a preference record, what was rejected in the place of the last turn, the chosen answer."""
     source: str
     """The JSON file."""
-    stored: StoredImage | None = None
-    """Where the image lies in a tar shard; None: it is a file of the image folder."""
+    stored: tuple[StoredImage | None, ...] = ()
+    """Where each image lies in a tar shard; None: it is a file of the image folder, as all are where nothing is given.
+    """
+
+    def __post_init__(self) -> None:
+        if not self.stored:
+            object.__setattr__(self, "stored", (None,) * len(self.images))
+        assert len(self.stored) == len(self.images), (self.stored, self.images)
+
+    @property
+    def image(self) -> str | None:
+        """The only image's name, of several the first one's; None for a text-only sample."""
+        return self.images[0] if self.images else None
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The image-caption pairs, in the order of their images."""
+        if len(self.images) == 1 and self.caption is not None:
+            return (Pair(0, self.caption, self.hallucinated_captions),)
+        return self.listed_pairs
 
     def twin_conversations(self) -> Iterator[tuple[tuple[str, str], ...] | None]:
         """The turns with another answer in a true one's place: what a likelihood objective rejects, whichever it is.
 
-        Of each hallucinated caption, with it in the place of the first answer that is the caption; None where no answer
+        Of each hallucinated caption, with it in the place of the first answer that is its caption; None where no answer
         is. Before the first question nothing is an answer: templates leave it out. Then of each rejected answer, with
         it in the place of the last turn.
         """
         turns = self.conversations
-        numbers = (
-            number
-            for number, (role, value) in enumerate(turns)
-            if number and role == "gpt" and isinstance(value, str) and clean_caption(value) == self.caption
-        )
-        place = next(numbers, None) if self.caption else None
-        for twin in self.hallucinated_captions:
-            if place is None:
-                yield None
-                continue
-            role, value = turns[place]
-            # With the blanks around the caption, which are no difference of the two.
-            with_twin = value.replace(self.caption, twin, 1) if self.caption in value else twin
-            yield (*turns[:place], (role, with_twin), *turns[place + 1 :])
+        captions = [(pair.caption, pair.hallucinated) for pair in self.listed_pairs]
+        for caption, twins in captions or [(self.caption, self.hallucinated_captions)]:
+            place = self._answer_that_is(caption) if caption and twins else None
+            for twin in twins:
+                if place is None:
+                    yield None
+                    continue
+                role, value = turns[place]
+                # With the blanks around the caption, which are no difference of the two.
+                with_twin = value.replace(caption, twin, 1) if caption in value else twin
+                yield (*turns[:place], (role, with_twin), *turns[place + 1 :])
         for rejected in self.rejected_answers:
             yield (*turns[:-1], ("gpt", rejected))
 
+    def _answer_that_is(self, caption: str) -> int | None:
+        """Number of the first answer behind a question that is this caption."""
+        for number, (role, value) in enumerate(self.conversations):
+            if number and role == "gpt" and isinstance(value, str) and clean_caption(value) == caption:
+                return number
+        return None
+
 
 def sample_of(
-    record: Record, *, sample_id: int, version: str, source: str, stored: StoredImage | None = None
+    record: Record, *, sample_id: int, version: str, source: str, stored: tuple[StoredImage | None, ...] = ()
 ) -> Sample:
     """A record as the conversation template `version` sees it: the template decides which answers are captions."""
     return Sample(
         sample_id=sample_id,
         name=record.name,
-        image=record.image,
+        images=record.images,
         conversations=record.turns,
-        caption=_caption_of(record, find_template(version)),
-        hallucinated_captions=record.hallucinated,
+        caption=None if len(record.images) > 1 else _caption_of(record, find_template(version)),
+        hallucinated_captions=() if len(record.images) > 1 else record.hallucinated,
+        listed_pairs=record.pairs,
         rejected_answers=record.rejected or (),
         source=source,
         stored=stored,

@@ -88,7 +88,7 @@ def show(
     shown = ShownSample(sample=sample)
     if sample.image is not None:
         try:
-            _show_image(shown, store.fetch(sample.image, sample.stored), decoder)
+            _show_image(shown, store.fetch(sample.images[0], sample.stored[0]), decoder)
         except UnusableImage as error:
             shown.reasons.append(str(error))
     try:

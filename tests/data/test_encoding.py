@@ -30,7 +30,7 @@ def sample(*turns: str, image: str | None = "7.jpg", caption: str | None = None,
     return Sample(
         sample_id=0,
         name="7",
-        image=image,
+        images=() if image is None else (image,),
         conversations=tuple((roles[n % 2], turn) for n, turn in enumerate(turns)),
         caption=caption,
         hallucinated_captions=tuple(hallucinated),

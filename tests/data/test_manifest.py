@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.manifest import Manifest, Pair, Sample
 from hacl_megatron.data.prepare.llava_json import read_records
 from hacl_megatron.data.prepare.record_keys import HALLUCINATED_KEY as HALLUCINATED
 
@@ -204,3 +204,26 @@ def test_an_empty_image_is_none_and_a_list_of_one_is_that_one(tmp_path, image, m
         assert len(said) == 1 and said[0].startswith(f"{path}: 2 of 3 records (b, c): key 'image' is ")
     else:
         assert not said
+
+
+def of_images(*images: str, **keys) -> Sample:
+    turns = (("human", "<image>\n<image>\nOne?"), ("gpt", " A cat. "), ("human", "Two?"), ("gpt", "A dog."))
+    given = {"caption": None, "hallucinated_captions": (), "conversations": turns, **keys}
+    return Sample(sample_id=0, name="0", images=images, source="a.json", **given)
+
+
+def test_pairs_and_twins_are_of_one_image_as_they_were_and_of_several_as_they_are_listed():
+    one = of_images("a.jpg", caption="A cat.", hallucinated_captions=("A cow.",))
+    assert one.image == "a.jpg" and one.stored == (None,) and one.pairs == ((0, "A cat.", ("A cow.",)),)
+    assert [turns[1] for turns in one.twin_conversations()] == [("gpt", " A cow. ")]
+    none = of_images(caption="A cat.", hallucinated_captions=("A cow.",))
+    assert none.image is None and none.stored == () and none.pairs == ()
+    assert [turns[1] for turns in none.twin_conversations()] == [("gpt", " A cow. ")]
+    listed = (Pair(0, "A cat.", ("A cow.",)), Pair(1, "A bird.", ("A fly.",)), Pair(2, "A dog.", ("A cow.", "A ox.")))
+    several = of_images("a.jpg", "b.jpg", "c.jpg", listed_pairs=listed, rejected_answers=("No.",))
+    assert several.image == "a.jpg" and several.pairs == listed and several.caption is None
+    turns = several.conversations
+    assert list(several.twin_conversations()) == [
+        (turns[0], ("gpt", " A cow. "), *turns[2:]), None,
+        (*turns[:3], ("gpt", "A cow.")), (*turns[:3], ("gpt", "A ox.")), (*turns[:3], ("gpt", "No.")),
+    ]  # fmt: skip

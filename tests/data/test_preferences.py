@@ -83,7 +83,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 def sample(*turns: tuple[str, str], twins: tuple[str, ...], caption: str | None = "A red cat.") -> Sample:
     return Sample(
-        sample_id=0, name="0", image="0.jpg", conversations=turns, caption=caption, hallucinated_captions=twins,
+        sample_id=0, name="0", images=("0.jpg",), conversations=turns, caption=caption, hallucinated_captions=twins,
         source="data.json",
     )  # fmt: skip
 

@@ -144,7 +144,7 @@ def test_a_prompt_is_the_beginning_of_a_training_dialogue(folder: Path, oracle: 
     tokenizer, config = load_tokenizer(str(folder / "export")), read_export(folder / "export")
     rows = prompt_rows("Is there a circle?", tokenizer, config)
     sample = Sample(
-        sample_id=0, name="", image="a.jpg", caption=None, hallucinated_captions=(), source="",
+        sample_id=0, name="", images=("a.jpg",), caption=None, hallucinated_captions=(), source="",
         conversations=(("human", "<image>\nIs there a circle?"), ("gpt", "yes")),
     )  # fmt: skip
     settings = EncodingSettings(version="minigpt4", model_max_length=512, visual_tokens=QUERIES)

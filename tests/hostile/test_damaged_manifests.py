@@ -96,7 +96,7 @@ def test_a_changed_byte_of_a_shards_image_is_that_sample_alone(out):
     """It may decode to another picture: only a checksum of the image's bytes tells. The rest of a shard is not read."""
     shard, rng = out / "shards" / "images-000000.tar", random.Random(1)
     data, samples = shard.read_bytes(), read(out)
-    images = [(sample.stored.offset, sample.stored.offset + sample.stored.size) for sample in samples]
+    images = [(place.offset, place.offset + place.size) for sample in samples for place in sample.stored]
     store = ImageStore(out)
     hit = [begin + rng.randrange(end - begin) for begin, end in images[:6]]
     harmless = [place for place in (rng.randrange(len(data)) for _ in range(60))
@@ -110,9 +110,9 @@ def test_a_changed_byte_of_a_shards_image_is_that_sample_alone(out):
         for sample, (begin, end) in zip(samples, images, strict=True):
             if begin <= place < end:
                 with pytest.raises(UnusableImage, match=r"is damaged in the shard: .*prepare again"):
-                    store.fetch(sample.image, sample.stored)
+                    store.fetch(sample.images[0], sample.stored[0])
             else:
-                assert store.fetch(sample.image, sample.stored) == data[begin:end]
+                assert store.fetch(sample.images[0], sample.stored[0]) == data[begin:end]
     store.close()
 
 

@@ -74,7 +74,7 @@ def contents(out: Path) -> dict[str, Any]:
     images: list[Any] = []
     for sample in samples:
         try:
-            images.append(None if sample.image is None else store.fetch(sample.image, sample.stored))
+            images.append([*map(store.fetch, sample.images, sample.stored)])
         except UnusableImage as error:
             images.append(error)
     store.close()

@@ -95,7 +95,7 @@ def prompt_of(version: str, turns: list[tuple[str, str]], tokenizer: Tokenizer) 
     """What training tokenizes, but for the BOS at its beginning; no target where the answer is empty."""
     has_image = any("<image>" in text for _, text in turns)
     sample = Sample(
-        sample_id=0, name="", image="x.png" if has_image else None, conversations=tuple(turns), caption=None,
+        sample_id=0, name="", images=("x.png",) * has_image, conversations=tuple(turns), caption=None,
         hallucinated_captions=(), source="",
     )  # fmt: skip
     others = find_template(version).pieces(checked_dialogue(sample), tokenizer)

@@ -176,7 +176,7 @@ def test_a_token_without_a_row_costs_its_sample(tmp_path):
     def sample(answer: str, caption: str | None = None) -> Sample:
         turns = (("human", "<image>\nWhat?"), ("gpt", answer))
         return Sample(
-            sample_id=0, name="", image="x.png", conversations=turns, caption=caption, hallucinated_captions=(),
+            sample_id=0, name="", images=("x.png",), conversations=turns, caption=caption, hallucinated_captions=(),
             source="",
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -94,7 +94,7 @@ class Measures:
 
 def make_entry(record: Record, file: int, name: str | None = None) -> Entry:
     """Hashes a record; `name` takes the place of its own."""
-    seen = [record.image, record.turns, record.text, record.first_answer_is_caption, record.hallucinated]
+    seen = [_first(record), record.turns, record.text, record.first_answer_is_caption, record.hallucinated]
     if record.rejected is not None:  # others' hashes are as they were before there were such records
         seen.append(record.rejected)
     text = json.dumps(seen, ensure_ascii=False, separators=(",", ":"))
@@ -113,7 +113,8 @@ def make_entry(record: Record, file: int, name: str | None = None) -> Entry:
 def astuple_but_name(record: Record) -> tuple[Any, ...]:
     """The fields of a record behind its name, in order."""
     return (
-        record.image, record.turns, record.text, record.first_answer_is_caption, record.hallucinated, record.rejected
+        record.images, record.turns, record.text, record.first_answer_is_caption, record.hallucinated, record.rejected,
+        record.pairs,
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def build_batch(entries: Sequence[Entry], measures: Measures) -> pa.RecordBatch:
     count = len(entries)
     columns = [
         [record.name for record in records],
-        [record.image for record in records],
+        [_first(record) for record in records],
         pa.ListArray.from_arrays(
             _offsets([len(record.turns) for record in records]),
             pa.StructArray.from_arrays(
@@ -145,7 +146,7 @@ def build_batch(entries: Sequence[Entry], measures: Measures) -> pa.RecordBatch:
             _offsets([len(record.hallucinated) for record in records]), pa.array(hallucinated, pa.string())
         ),
         [None if record.rejected is None else list(record.rejected) for record in records],
-        [None if entry.fits else json.dumps(astuple(entry.record)) for entry in entries],
+        [None if entry.fits else json.dumps(_exact(entry.record)) for entry in entries],
         [entry.file for entry in entries],
         [entry.content for entry in entries],
         [num_words(entry.record) for entry in entries],
@@ -172,9 +173,21 @@ def _without_text(record: Record) -> Record:
     def replaced(text: str) -> str:
         return text.encode("utf-8", "replace").decode()
 
-    image = None if record.image is None else replaced(record.image)
+    images = tuple(map(replaced, record.images))
     rejected = None if record.rejected is None else tuple(map(replaced, record.rejected))
-    return Record(replaced(record.name), image, (), None, record.first_answer_is_caption, (), rejected)
+    return Record(replaced(record.name), images, (), None, record.first_answer_is_caption, (), rejected)
+
+
+def _first(record: Record) -> str | None:
+    """The name of a record's first image; None without any."""
+    return record.images[0] if record.images else None
+
+
+def _exact(record: Record) -> list[Any]:
+    return [
+        record.name, _first(record), record.turns, record.text, record.first_answer_is_caption, record.hallucinated,
+        record.rejected,
+    ]  # fmt: skip
 
 
 def _offsets(lengths: list[int]) -> pa.Array:
@@ -249,8 +262,8 @@ class ArrowManifest:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def record(self, index: int) -> tuple[Record, str, StoredImage | None]:
-        """A record, the JSON file it came from, and its image's place where the image is in a shard."""
+    def record(self, index: int) -> tuple[Record, str, tuple[StoredImage | None, ...]]:
+        """A record, the JSON file it came from, and each image's place where the image is in a shard."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         row, columns = index - int(self._starts[number]), self._checked(number)
 
@@ -273,8 +286,9 @@ class ArrowManifest:
         if shard is not None:
             stored = StoredImage(self._shards[shard], *map(value, ("offset", "size", "checksum")))
         rejected = None if rejected is None else tuple(rejected)
-        record = Record(name, image, turns, text, is_caption, tuple(hallucinated), rejected)
-        return record, self.files[value("file")], stored
+        images = () if image is None else (image,)
+        record = Record(name, images, turns, text, is_caption, tuple(hallucinated), rejected)
+        return record, self.files[value("file")], (stored,) * len(images)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column, without a copy."""

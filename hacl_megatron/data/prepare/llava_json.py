@@ -19,6 +19,7 @@ from hacl_megatron.config.files.regular import check_regular, only_regular
 from hacl_megatron.data.prepare.dialogue_json import key_of_turns, turns_of
 from hacl_megatron.data.prepare.findings import IGNORED_REJECTED, Findings, find_unseen, find_untrained
 from hacl_megatron.data.prepare.preference_json import IMAGE_KEYS, is_preference, messages_in, read_preference
+from hacl_megatron.data.prepare.record_captions import Pair
 from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG
 from hacl_megatron.data.prepare.record_values import describe, image_name, is_gap, value_of
 
@@ -39,9 +40,9 @@ class Record:
     """One checked record of a LLaVA JSON file; nothing in it depends on the conversation template."""
 
     name: str
-    """The record's own `id`; its image's name or its index if it has none."""
-    image: str | None
-    """Image name relative to the image folder; None for a text-only sample."""
+    """The record's own `id`; its first image's name or its index if it has none."""
+    images: tuple[str, ...]
+    """Image names relative to the image folder; empty for a text-only sample."""
     turns: tuple[tuple[Any, Any], ...]
     """(from, value), as the file has them: not yet checked to be strings or in order."""
     text: str | None
@@ -52,6 +53,8 @@ class Record:
     """The caption with hallucinations written in, cleaned; empty ones are left out."""
     rejected: tuple[str, ...] | None = None
     """Of a preference record, what was rejected in the last turn's place, without surrounding blanks; else None."""
+    pairs: tuple[Pair, ...] = ()
+    """Of a record with several images, those whose captions `text` lists."""
 
 
 def clean_caption(caption: str) -> str:
@@ -384,7 +387,7 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
         findings.count(f"{kind}; leave the key out", name, "hallucinated captions" if captions else None)
     return Record(
         name,
-        image,
+        () if image is None else (image,),
         turns,
         text,
         any(key in record and not is_gap(record[key]) for key in CAPTION_KEYS),

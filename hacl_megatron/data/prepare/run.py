@@ -241,7 +241,7 @@ def _measure(
             )
             measures = replace(measures, untrained=untrained_kinds(samples, tokens, tokenizer, encoding))
     if images is not None:
-        measures = replace(measures, images=[images.measure(record.image) for record in records])
+        measures = replace(measures, images=[images.measure(next(iter(record.images), None)) for record in records])
     return measures
 
 

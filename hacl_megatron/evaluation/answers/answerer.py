@@ -240,7 +240,7 @@ def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.nd
     sample = Sample(
         sample_id=0,
         name="question",
-        image="image",
+        images=("image",),
         conversations=(("human", message), ("gpt", "")),
         caption=None,
         hallucinated_captions=(),

@@ -55,7 +55,7 @@ def test_every_window_reads_what_json_reads(tmp_path_factory, items, window, ind
             assert record.turns == tuple((turn["from"], turn["value"]) for turn in item["conversations"])
             image = item.get("image")
             shown = None if image is not None and image.isspace() else image  # a blank name is none
-            assert (record.image, record.text) == (shown, item.get("text"))
+            assert (record.images, record.text) == ((shown,) if shown else (), item.get("text"))
             assert record.name == str(item.get("id", item.get("image", f"record {index}")))
             assert record.first_answer_is_caption == ("caption" in item)
 

@@ -44,7 +44,7 @@ def test_samples_are_the_records_of_the_json(source, monkeypatch, chunk):
             assert sample.caption == ((text or "").replace("<image>", "").strip() or None)
             expected = [c.strip() for c in ([wrong] if isinstance(wrong, str) else wrong)]
             assert sample.hallucinated_captions == tuple(c for c in expected if c)
-            assert (sample.source, sample.stored) == (str(source / "a.json"), None)
+            assert (sample.source, sample.stored) == (str(source / "a.json"), (None,) * len(sample.images))
     words = [sum(len(t["value"].split()) for t in r["conversations"] if isinstance(t["value"], str)) for r in RECORDS]
     signs = [1 if "image" in record else -1 for record in RECORDS]
     assert manifest.modality_lengths().tolist() == [s * max(w, 1) for s, w in zip(signs, words, strict=True)]

@@ -35,7 +35,7 @@ def test_a_prompt_is_the_beginning_of_a_training_dialogue(prompt: str, exports: 
     tokenizer, config = load_tokenizer(str(exports["square"])), read_export(exports["square"])
     rows = prompt_rows(prompt, tokenizer, config)
     sample = Sample(
-        sample_id=0, name="", image="a.jpg", caption=None, hallucinated_captions=(), source="",
+        sample_id=0, name="", images=("a.jpg",), caption=None, hallucinated_captions=(), source="",
         conversations=(("human", f"<image>\n{prompt}"), ("gpt", "yes, red")),
     )  # fmt: skip
     settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=config.vision.num_patches)
