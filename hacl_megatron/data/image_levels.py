@@ -8,11 +8,13 @@ of 32 bits and floats are taken to fill the smallest of these ranges that holds 
 (floats), 0 to 255, 0 to 65535; else the one from its least level to its greatest.
 """
 
+import contextlib
 import io
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
@@ -92,7 +94,8 @@ class ImageReader:
 
     Args:
         max_image_pixels: images with more pixels are refused undecoded.
-        padded: whether images will be padded to squares, which then have to keep to that number too.
+        padded: whether images will be padded to squares, which then have to keep to that number too; those in tiles
+            never are.
         transparency: `drop` shows the colours that a file has below its transparency, `fill` lays it on `fill`.
         orientation: `exif` turns pictures as their EXIF says, or XMP in its place.
         fill: levels of red, green and blue.
@@ -119,36 +122,28 @@ class ImageReader:
         Image.init()
         self._formats = [name for name in (*DALI_MODES, *_OTHER_FORMATS) if name in Image.OPEN and name != "MPO"]
 
-    def inspect(self, data: bytes) -> ImageFile:
-        """Format and size from the header. Raises UnusableImage for what is no image, or too large a one."""
-        if not data:
-            raise UnusableImage("the file is empty")
-        try:
-            with self._open(data) as image:
-                width, height, format, mode = *image.size, image.format, image.mode
-                for_gpu = gpu_decoder_is_right(image, data)
-                see_through = self.transparency == "fill" and image.has_transparency_data
-                orientation = self._orientation(image)
-        except Image.DecompressionBombError:
-            raise UnusableImage(
-                f"its declared pixels are more than twice Pillow's limit and --max-image-pixels {self.max_image_pixels}"
-            ) from None
-        except Image.UnidentifiedImageError:
-            raise UnusableImage(f"not an image in a known format: it starts with {data[:12]!r}") from None
-        except Exception as error:  # Pillow's readers raise many kinds on broken headers
-            raise UnusableImage(one_line(f"not a readable image: {error}")) from None
-        if orientation >= 5:
-            width, height = height, width
-        if width < 1 or height < 1:
-            raise UnusableImage(f"an image of {width} x {height} pixels")
-        if width * height > self.max_image_pixels:
-            raise UnusableImage(f"{width} x {height} pixels are more than --max-image-pixels {self.max_image_pixels}")
-        side = max(width, height)
-        if self.padded and side * side > self.max_image_pixels:
-            raise UnusableImage(
-                f"{width} x {height} pixels, padded to a square, are more than --max-image-pixels "
-                f"{self.max_image_pixels}"
-            )
+    def size_of(self, file: BinaryIO, *, in_tiles: bool = False) -> tuple[int, int]:
+        """(width, height) as the picture will be shown, by the header alone, of an open file at its start.
+
+        Args:
+            in_tiles: see `inspect`.
+
+        Raises:
+            UnusableImage: see `inspect`, which looks at more of the file.
+        """
+        with self._header(file, in_tiles) as (_, size, _):
+            return size
+
+    def inspect(self, data: bytes, *, in_tiles: bool = False) -> ImageFile:
+        """Format and size from the header. Raises UnusableImage for what is no image, or too large a one.
+
+        Args:
+            in_tiles: whether the picture will be cut into tiles.
+        """
+        with self._header(io.BytesIO(data), in_tiles) as (image, (width, height), orientation):
+            format, mode = image.format, image.mode
+            for_gpu = gpu_decoder_is_right(image, data)
+            see_through = self.transparency == "fill" and image.has_transparency_data
         for_dali = mode in DALI_MODES.get(format, ()) and not see_through and orientation == 1
         for_dali = for_dali and width * height <= MAX_DALI_PIXELS
         if format in ("JPEG", "MPO"):
@@ -176,7 +171,7 @@ class ImageReader:
             with self._open(file.data) as image:
                 image.load()
                 levels = self._rgb(image, file.data)
-        except Exception as error:  # as in inspect
+        except Exception as error:  # as in _header
             what = "does not decode" if file.ends else "is cut off, its end marker is missing"
             raise UnusableImage(one_line(f"the {file.format} file {what}: {error}")) from None
         turn = _TURNS.get(file.orientation)
@@ -198,13 +193,59 @@ class ImageReader:
         # A picture of RGB would be copied once more.
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
-    def _orientation(self, image: Image.Image) -> int:
-        """1 to 8. A picture whose EXIF cannot be read is left as it is, as one without EXIF."""
-        if self.orientation == "ignore":
+    @contextlib.contextmanager
+    def _header(self, file: BinaryIO, in_tiles: bool) -> Iterator[tuple[Image.Image, tuple[int, int], int]]:
+        """Pillow's image, of which only the header has been read, (width, height) as shown, and EXIF's orientation.
+
+        What goes wrong while it is looked at is an UnusableImage.
+        """
+        try:
+            start = file.read(12)
+            if not start:
+                raise UnusableImage("the file is empty")
+            file.seek(0)
+            with Image.open(file, formats=self._formats) as image:
+                is_small = image.width * image.height <= self.max_image_pixels  # else refused below, still undecoded
+                orientation = self._orientation(image, file) if is_small else 1
+                size = image.size if orientation < 5 else image.size[::-1]
+                self._check_size(*size, in_tiles)
+                yield image, size, orientation
+        except UnusableImage:
+            raise
+        except Image.DecompressionBombError:
+            raise UnusableImage(
+                f"its declared pixels are more than twice Pillow's limit and --max-image-pixels {self.max_image_pixels}"
+            ) from None
+        except Image.UnidentifiedImageError:
+            raise UnusableImage(f"not an image in a known format: it starts with {start!r}") from None
+        except Exception as error:  # Pillow's readers raise many kinds on broken headers
+            raise UnusableImage(one_line(f"not a readable image: {error}")) from None
+
+    def _check_size(self, width: int, height: int, in_tiles: bool) -> None:
+        if width < 1 or height < 1:
+            raise UnusableImage(f"an image of {width} x {height} pixels")
+        if width * height > self.max_image_pixels:
+            raise UnusableImage(f"{width} x {height} pixels are more than --max-image-pixels {self.max_image_pixels}")
+        side = max(width, height)
+        if self.padded and not in_tiles and side * side > self.max_image_pixels:
+            raise UnusableImage(
+                f"{width} x {height} pixels, padded to a square, are more than --max-image-pixels "
+                f"{self.max_image_pixels}"
+            )
+
+    def _orientation(self, image: Image.Image, file: BinaryIO) -> int:
+        """1 to 8. A picture whose EXIF cannot be read is left as it is, as one without EXIF.
+
+        Pillow turns TIFFs by itself, whatever is asked for.
+        """
+        if self.orientation == "ignore" or image.format == "TIFF":
             return 1
         try:
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-        except Exception:  # as in inspect
+            # PNG's own `getexif` decodes the picture, since facts may stand behind it.
+            early = image.format == "PNG" and not png_has_late_facts(file)
+            exif = Image.Image.getexif(image) if early else image.getexif()
+            orientation = exif.get(_ORIENTATION_TAG, 1)
+        except Exception:  # as in _header
             return 1
         return orientation if orientation in _TURNS else 1
 
@@ -212,7 +253,7 @@ class ImageReader:
         """Raises UnusableImage when a chunk's checksum is wrong: decoding, Pillow does not look at those of pixels."""
         try:
             self._open(data).verify()
-        except Exception as error:  # as in inspect
+        except Exception as error:  # as in _header
             raise UnusableImage(one_line(f"the PNG file is damaged: {error}")) from None
 
     def _open(self, data: bytes) -> Image.Image:
@@ -271,6 +312,25 @@ def gpu_decoder_is_right(image: Image.Image, data: bytes) -> bool:
     transform = image.info.get("adobe_transform")
     names = [component[0] for component in image.layer]
     return "jfif" in image.info or transform == 1 or (transform is None and names == [1, 2, 3])
+
+
+def png_has_late_facts(file: BinaryIO) -> bool:
+    """Whether chunks that may tell a PNG's orientation stand behind its pixels. Leaves the file where it is."""
+    place, chunk, seen = file.tell(), 8, False  # behind the signature
+    try:
+        while len(head := _bytes_at(file, chunk, 8)) == 8:
+            if seen and head[4:] in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            seen = seen or head[4:] == b"IDAT"
+            chunk += 12 + int.from_bytes(head[:4], "big")
+        return False
+    finally:
+        file.seek(place)
+
+
+def _bytes_at(file: BinaryIO, place: int, number: int) -> bytes:
+    file.seek(place)
+    return file.read(number)
 
 
 def jpeg_scans(data: bytes) -> tuple[int, bool]:

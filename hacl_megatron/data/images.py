@@ -8,9 +8,12 @@
 of the mean colour, then CLIP's processor resizes it (bicubic) to S x S. `square` is CLIP's processor alone: the
 shortest edge is resized to S, then the centre S x S is cut out. Neither ever stretches an image. Where the tower's
 processor resizes to more than it cuts out (DINOv2: 256 and 224), both do. `stretch` resizes both edges to S whatever
-their ratio: the processors of BLIP-2, MiniGPT-4 and SigLIP. All end in
-`(level / 255 - mean) / std`. As in LLaVA, which decodes by Pillow's `open` and `convert`, a picture's EXIF orientation
-is ignored and its transparency dropped, unless `--image-orientation` and `--image-transparency` say otherwise.
+their ratio: the processors of BLIP-2, MiniGPT-4 and SigLIP. A picture in tiles (`config.tiles`) gives several squares:
+itself, stretched, and those of S x S that a grid cuts it into when it is resized into the grid that fits it best, the
+rest black: the processors of LLaVA-NeXT and of LLaVA-OneVision, which pads an image among several as `pad` does. All
+end in `(level / 255 - mean) / std`. As in LLaVA, which decodes by Pillow's `open` and `convert`, a picture's EXIF
+orientation is ignored and its transparency dropped, unless `--image-orientation` and `--image-transparency` say
+otherwise.
 
 DALI and Pillow decode to the same levels. The back end `pillow` resizes by Pillow too, as LLaVA did; `dali` by torch's
 kernel for uint8, which takes a quarter of the time and differs from Pillow's by 2 of 255 levels at most. Decoding on
@@ -27,13 +30,15 @@ An image's pixels depend on its bytes alone, not on the batch it comes in, its p
 """
 
 import contextlib
+import io
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from itertools import accumulate
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -43,6 +48,7 @@ from torch import Tensor
 from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.config.flags import MAX_IMAGE_PIXELS
 from hacl_megatron.config.run import RunConfig
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.dali import HOST_BATCH, Frame, Graph, dali_is_installed, host_graph, mixed_graph
 from hacl_megatron.data.image_levels import ImageFile, ImageReader, Orientation, Transparency, is_nearly_constant
 from hacl_megatron.data.store import UnusableImage
@@ -72,7 +78,11 @@ class DecodedImages:
     """Pixels of n image files, in their order."""
 
     pixel_values: Tensor
-    """float32 [n, 3, S, S]: normalised pixels on the host; zeros for an unusable image."""
+    """float32 [views of all images, 3, S, S]: normalised pixels on the host; zeros for an unusable image. An image in
+    tiles has the view of the whole picture first, then its tiles, row by row; any other has one view."""
+    first_views: list[int]
+    """[n + 1]: where each image's views begin, and the number of all views. An unusable image has as many as its size
+    asks for, or one where its header tells no usable size."""
     reasons: list[str | None]
     """[n]: why an image is unusable, in one line, or None."""
 
@@ -113,6 +123,7 @@ class ImageDecoder:
         max_image_pixels: images with more pixels, or more when padded to a square, are refused undecoded.
         transparency, orientation: see `ImageReader`; what is seen through shows `pad`'s colour.
         device_id: CUDA device of `mixed`.
+        layout: of a model whose images become tiles. `aspect_ratio` then has no meaning.
 
     One thread at a time may call `decode`.
     """
@@ -129,6 +140,7 @@ class ImageDecoder:
         transparency: Transparency = "drop",
         orientation: Orientation = "ignore",
         device_id: int | None = None,
+        layout: ImageLayout | None = None,
     ) -> None:
         if aspect_ratio not in ("pad", "square", "stretch"):
             raise ValueError(f"--image-aspect-ratio {aspect_ratio!r} is unknown; it is pad, square or stretch")
@@ -138,6 +150,10 @@ class ImageDecoder:
             raise ValueError("decoding images on the GPU needs the number of the CUDA device")
         resolve_backend(backend)
         self.config = config
+        self.layout = layout if layout is not None and layout.tiles is not None else None
+        if self.layout is not None:
+            assert config.size == config.resized == self.layout.view_size, "tiles are cut without a margin"
+            aspect_ratio = "pad"  # of what is not cut
         self.aspect_ratio = aspect_ratio
         self.backend = backend
         self.device = device
@@ -187,6 +203,7 @@ class ImageDecoder:
             transparency=data.image_transparency,
             orientation=data.image_orientation,
             device_id=torch.cuda.current_device() if device == "mixed" else None,
+            layout=config.architecture.image_layout,
         )
 
     def _make_graphs(self) -> list[Graph]:
@@ -198,22 +215,46 @@ class ImageDecoder:
             return [host_graph() for _ in range(self.num_threads)]
         return [mixed_graph(self.config, fill=fill, num_threads=self.num_threads, device_id=self.device_id)]
 
-    def decode(self, images: Sequence[bytes]) -> DecodedImages:
-        """Normalised pixels of each of `images` (whole files), and a reason where there are none."""
-        size = self.config.size
-        pixel_values = torch.empty(len(images), 3, size, size)
-        outputs = pixel_values.numpy()
-        at_once = self._graphs[0].batch_size if self._graphs else HOST_BATCH
-        parts = [slice(start, start + at_once) for start in range(0, len(images), at_once)]
-        reasons = self._threads.map(lambda part: self._decode_part(images[part], outputs[part]), parts)
-        return DecodedImages(pixel_values=pixel_values, reasons=[reason for part in reasons for reason in part])
+    def decode(self, images: Sequence[bytes], alone: Sequence[bool] | None = None) -> DecodedImages:
+        """Normalised pixels of each of `images` (whole files), and a reason where there are none.
 
-    def measure(self, data: bytes, *, decode: bool) -> tuple[int, int, bool | None]:
+        Args:
+            alone: of each, whether it is the only image of its record; default: all are.
+        """
+        in_tiles = [self._in_tiles(only) for only in (alone if alone is not None else [True] * len(images))]
+        num_views = [self._num_views(data) if cut else 1 for data, cut in zip(images, in_tiles, strict=True)]
+        first_views = [0, *accumulate(num_views)]
+        size = self.config.size
+        pixel_values = torch.empty(first_views[-1], 3, size, size)
+        views = pixel_values.numpy()
+        work = [
+            _Work(data, cut, views[start:end])
+            for data, cut, start, end in zip(images, in_tiles, first_views, first_views[1:], strict=False)
+        ]
+        at_once = self._graphs[0].batch_size if self._graphs else HOST_BATCH
+        parts = [work[start : start + at_once] for start in range(0, len(work), at_once)]
+        reasons = [reason for part in self._threads.map(self._decode_part, parts) for reason in part]
+        return DecodedImages(pixel_values=pixel_values, first_views=first_views, reasons=reasons)
+
+    def size_of(self, file: bytes | BinaryIO, *, alone: bool = True) -> tuple[int, int]:
+        """(width, height) of an image as `decode` will show it, by its header alone. Any thread may call it.
+
+        Args:
+            file: the whole of it, or an open one at its start.
+            alone: whether it is the only image of its record.
+
+        Raises:
+            UnusableImage: where the header shows what `decode` would give as a reason; the image then has one view.
+        """
+        opened = io.BytesIO(file) if isinstance(file, bytes) else file
+        return self.reader.size_of(opened, in_tiles=self._in_tiles(alone))
+
+    def measure(self, data: bytes, *, decode: bool, alone: bool = True) -> tuple[int, int, bool | None]:
         """Width and height of an image file, and with `decode` whether it is nearly of one colour, else None.
 
         Any thread may call it. Raises UnusableImage where `decode` would give a reason.
         """
-        file = self.reader.inspect(data)
+        file = self.reader.inspect(data, in_tiles=self._in_tiles(alone))
         if not decode:
             return file.width, file.height, None
         with self._room_for(file):
@@ -224,47 +265,78 @@ class ImageDecoder:
         self._threads.shutdown(cancel_futures=True)
         self._graphs, self._free_graphs = [], queue.SimpleQueue()
 
-    def _decode_part(self, images: Sequence[bytes], outputs: np.ndarray) -> list[str | None]:
-        """One thread's work: fills `outputs`, float32 [n, 3, S, S]; returns the reasons of unusable images."""
-        reasons: list[str | None] = [None] * len(images)
-        for_dali: dict[int, ImageFile] = {}
-        for index, data in enumerate(images):
+    def _in_tiles(self, alone: bool) -> bool:
+        return self.layout is not None and self.layout.has_tiles(alone=alone)
+
+    def _num_views(self, data: bytes) -> int:
+        """Of an image in tiles."""
+        try:
+            tall, wide = self.layout.cut(*self.size_of(data)).grid
+        except UnusableImage:
+            return 1
+        return 1 + tall * wide
+
+    def _decode_part(self, part: "Sequence[_Work]") -> list[str | None]:
+        """One thread's work: fills the outputs; returns the reasons of unusable images."""
+        reasons: list[str | None] = [None] * len(part)
+        for_dali: dict[int, tuple[ImageFile, _Work]] = {}
+        for index, work in enumerate(part):
             try:
-                file = self.reader.inspect(data)
-                if self._graphs and self._is_for_dali(file):
-                    for_dali[index] = file
+                file = self.reader.inspect(work.data, in_tiles=work.in_tiles)
+                if self._graphs and self._is_for_dali(file) and not (work.in_tiles and self.device == "mixed"):
+                    for_dali[index] = file, work
                 else:
-                    self._decode_by_pillow(file, outputs[index])
+                    self._decode_by_pillow(file, work)
             except UnusableImage as error:
-                reasons[index], outputs[index] = str(error), 0
+                reasons[index], work.output[...] = str(error), 0
         if for_dali:
             graph = self._free_graphs.get()
             try:
-                failed = self._run_graph(graph, {i: (file, outputs[i]) for i, file in for_dali.items()})
+                failed = self._run_graph(graph, for_dali)
             finally:
                 self._free_graphs.put(graph)
             for index, error in failed.items():
-                reasons[index], outputs[index] = str(error), 0
+                reasons[index], part[index].output[...] = str(error), 0
         return reasons
 
     # ---- what both ways share
 
-    def _decode_by_pillow(self, file: ImageFile, output: np.ndarray) -> None:
-        """`output`, float32 [3, S, S], from a file. Raises UnusableImage when it does not decode."""
+    def _decode_by_pillow(self, file: ImageFile, work: "_Work") -> None:
+        """Fills the output from a file. Raises UnusableImage when it does not decode."""
         with self._room_for(file):
-            self._finish(self.reader.levels(file), output)
+            levels = self.reader.levels(file)
+            if work.in_tiles and levels.shape[:2] != (file.height, file.width):  # the packer counts by the header
+                raise UnusableImage(
+                    f"it decodes to {levels.shape[1]} x {levels.shape[0]} pixels, but its header tells "
+                    f"{file.width} x {file.height}"
+                )
+            self._finish(levels, work)
 
     def _room_for(self, file: ImageFile) -> contextlib.AbstractContextManager[object]:
         """Held while a file is decoded: one large image at a time, whatever the number of threads."""
         return self._one_large if file.is_large else contextlib.nullcontext()
 
-    def _finish(self, image: np.ndarray, output: np.ndarray) -> None:
-        """`output`, float32 [3, S, S], from levels, uint8 [H, W, 3]: resized, cropped with `square`, normalised."""
-        resize = _resize_by_pillow if self.backend == "pillow" else _resize_by_torch
-        levels = self._resized(image, partial(resize, interpolation=self.config.interpolation))
-        # numpy, since torch would start threads of its own for this in each of ours
-        np.multiply(levels.transpose(2, 0, 1), self._scale, out=output)
-        np.add(output, self._shift, out=output)
+    def _finish(self, image: np.ndarray, work: "_Work") -> None:
+        """Fills the output from levels, uint8 [H, W, 3]: resized, cut as the image is to be, normalised."""
+        resize = partial(
+            _resize_by_pillow if self.backend == "pillow" else _resize_by_torch, interpolation=self.config.interpolation
+        )
+        views = self._views(image, resize) if work.in_tiles else [self._resized(image, resize)]
+        for levels, output in zip(views, work.output, strict=True):
+            # numpy, since torch would start threads of its own for this in each of ours
+            np.multiply(levels.transpose(2, 0, 1), self._scale, out=output)
+            np.add(output, self._shift, out=output)
+
+    def _views(self, image: np.ndarray, resize: "Resize") -> list[np.ndarray]:
+        """uint8 [S, S, 3] of each view of a picture in tiles."""
+        size = self.config.size
+        height, width = image.shape[:2]
+        cut = self.layout.cut(width, height)
+        (tall, wide), (top, left), resized = cut.grid, cut.offset, cut.resized
+        plane = np.zeros((tall * size, wide * size, 3), dtype=np.uint8)
+        plane[top : top + resized[0], left : left + resized[1]] = resize(image, *resized)
+        tiles = plane.reshape(tall, size, wide, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+        return [resize(image, size, size), *tiles]
 
     def _resized(self, image: np.ndarray, resize: "Resize") -> np.ndarray:
         """uint8 [S, S, 3], padded, cropped or stretched."""
@@ -289,7 +361,7 @@ class ImageDecoder:
 
     # ---- DALI
 
-    def _run_graph(self, graph: Graph, files: dict[int, tuple[ImageFile, np.ndarray]]) -> dict[int, UnusableImage]:
+    def _run_graph(self, graph: Graph, files: "dict[int, tuple[ImageFile, _Work]]") -> dict[int, UnusableImage]:
         """Decodes files into their outputs, by their numbers; returns those that failed.
 
         DALI does not say which image of a batch it failed on: the batch is then repeated one by one, and what fails
@@ -300,17 +372,17 @@ class ImageDecoder:
         except RuntimeError:
             if len(files) > 1:
                 return {k: e for i, f in files.items() for k, e in self._run_graph(graph, {i: f}).items()}
-            ((index, (file, output)),) = files.items()
+            ((index, (file, work)),) = files.items()
             try:
-                self._decode_by_pillow(file, output)
+                self._decode_by_pillow(file, work)
             except UnusableImage as error:
                 return {index: error}
             return {}
-        for (_, output), array in zip(files.values(), arrays, strict=True):
+        for (_, work), array in zip(files.values(), arrays, strict=True):
             if array.dtype == np.float32:  # finished on the GPU
-                output[...] = array
+                work.output[...] = array
             else:
-                self._finish(array, output)
+                self._finish(array, work)
         return {}
 
     def _is_for_dali(self, file: ImageFile) -> bool:
@@ -328,6 +400,16 @@ class ImageDecoder:
             return [(0.0, 0.0, float(file.height), float(file.width), float(file.height)) for file in files]
         sizes = self.config.size, self.config.resized
         return [(*centre_region(file.width, file.height, *sizes), float(file.height)) for file in files]
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """An image to decode."""
+
+    data: bytes
+    in_tiles: bool
+    output: np.ndarray
+    """float32 [views, 3, S, S] to fill."""
 
 
 Resize = Callable[[np.ndarray, int, int], np.ndarray]
