@@ -137,13 +137,11 @@ class PillowDataset:
         from hacl_megatron.data.manifest import Manifest
         from hacl_megatron.data.tokenizer import load_tokenizer
 
-        image = model_config().image
+        image, layout = model_config().image, model_config().image_layout
         self.folder, self.tokenizer = Path(args.image_folder), load_tokenizer(args.tokenizer)
         manifest = Manifest.read([args.data_path], version=args.version)
         self.samples = [sample for sample in manifest if len(sample.images) == 1]
-        self.settings = EncodingSettings(
-            version=args.version, model_max_length=2048, visual_tokens=(IMAGE_SIZE // PATCH_SIZE) ** 2
-        )
+        self.settings = EncodingSettings(version=args.version, model_max_length=2048, image_layout=layout)
         self.fill = tuple(int(mean * 255) for mean in image.mean)
         self.mean = torch.tensor(image.mean).mul(255).view(3, 1, 1)
         self.std = torch.tensor(image.std).mul(255).view(3, 1, 1)
@@ -183,9 +181,9 @@ class PillowDataset:
 
         from hacl_megatron.data.packing import PackSlot, pack
 
-        slots = [PackSlot(sample_id=s.sample_id, encoded=encoded, image_key=key) for s, encoded, key, _ in items]
+        slots = [PackSlot(sample_id=s.sample_id, encoded=encoded, image_keys=(key,)) for s, encoded, key, _ in items]
         pixels = torch.stack([pixels for *_, pixels in items])
-        return pack(slots, pixels, visual_tokens=self.settings.visual_tokens, pad_multiple=1)
+        return pack(slots, pixels, visual_tokens=self.settings.image_layout.visual_tokens, pad_multiple=1)
 
 
 def one_thread(worker: int) -> None:

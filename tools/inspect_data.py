@@ -78,18 +78,19 @@ def choose(manifest: Sequence, ids: Sequence[str] | None, number: int, seed: int
 
 
 def sizes_and_tokenizer(args: argparse.Namespace):
-    """(ImageConfig, visual tokens an image, tokenizer folder)."""
+    """(ImageConfig, ImageLayout, tokenizer folder)."""
     from hacl_megatron.checkpoint.hf.config_read import read_model_config
     from hacl_megatron.checkpoint.run.folder import assets_of, find_checkpoint, read_run_config
     from hacl_megatron.config.architecture import ImageConfig
+    from hacl_megatron.config.tiles import ImageLayout
 
     if args.pretrained_checkpoint is None:
         tokens = (LLAVA_IMAGE_SIZE // LLAVA_PATCH_SIZE) ** 2
-        return ImageConfig(size=LLAVA_IMAGE_SIZE), tokens, args.tokenizer
+        return ImageConfig(size=LLAVA_IMAGE_SIZE), ImageLayout(visual_tokens=tokens), args.tokenizer
     folder = Path(args.pretrained_checkpoint)
     own = find_checkpoint(folder)
     config = read_run_config(own).architecture if own is not None else read_model_config(folder)
-    return config.image, config.visual_tokens, args.tokenizer or str(assets_of(folder))
+    return config.image, config.image_layout, args.tokenizer or str(assets_of(folder))
 
 
 def visible(value: object) -> object:
@@ -109,7 +110,7 @@ def inspect(args: argparse.Namespace) -> None:
 
     manifest = Manifest.read(args.data_path, version=args.version)
     chosen = choose(manifest, args.ids, args.random, args.seed)
-    image, visual_tokens, folder = sizes_and_tokenizer(args)
+    image, layout, folder = sizes_and_tokenizer(args)
     tokenizer, store, backend = (
         load_tokenizer(folder),
         ImageStore(args.image_folder),
@@ -119,7 +120,7 @@ def inspect(args: argparse.Namespace) -> None:
     settings = EncodingSettings(
         version=args.version,
         model_max_length=args.model_max_length,
-        visual_tokens=visual_tokens,
+        image_layout=layout,
         image_context=args.contrastive_image_context,
         preference_loss=args.preference_loss,
     )
@@ -130,17 +131,19 @@ def inspect(args: argparse.Namespace) -> None:
         max_image_pixels=args.max_image_pixels,
         transparency=args.image_transparency,
         orientation=args.image_orientation,
+        layout=layout,
     )
     samples = [
         show(manifest[index], store=store, decoder=decoder, tokenizer=tokenizer, settings=settings) for index in chosen
     ]
     decoder.close()
     bad = sum(bool(shown.reasons) for shown in samples)
+    shape = args.image_aspect_ratio if layout.tiles is None else "in tiles"
     facts = {
         "template": args.version,
         "tokenizer": folder,
-        "images": f"{image.size} x {image.size}, {args.image_aspect_ratio}, by {backend}",
-        "rows an image": visual_tokens,
+        "images": f"{image.size} x {image.size}, {shape}, by {backend}",
+        "rows an image": layout.visual_tokens if layout.tiles is None else "by its size",
         "shown": f"{len(samples)} of {len(manifest):,} samples, {bad} unusable",
     }
     environment = jinja2.Environment(

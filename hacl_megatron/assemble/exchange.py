@@ -22,8 +22,10 @@ from hacl_megatron.platform.device import to_device
 from hacl_megatron.platform.host_groups import broadcast_integers
 
 _INT32_FIELDS = ("cu_seqlens", "read_lengths", "branch_lengths", "branch_sizes")
-_FLOAT64_FIELDS = ("reference_likelihoods",)
+_FLOAT_FIELDS = {"reference_likelihoods": torch.float64, "pooled_weights": torch.float32}
 """They travel among the integers, bit for bit."""
+_BY_FOUR = ("pooled_rows", "pooled_weights")
+"""Fields of two dimensions, [n, 4]."""
 _SCALAR_FIELDS = tuple(item.name for item in fields(PackedBatch) if item.type is int)
 _DEVICE_FIELDS = tuple(
     item.name
@@ -137,14 +139,16 @@ def _send_integers(
 
 
 def _as_integers(pack: PackedBatch, name: str) -> Tensor:
-    values = getattr(pack, name)
-    return values.view(torch.int64) if name in _FLOAT64_FIELDS else values.long()
+    values = getattr(pack, name).flatten()
+    return values.double().view(torch.int64) if name in _FLOAT_FIELDS else values.long()
 
 
 def _from_integers(name: str, part: Tensor) -> Tensor:
-    if name in _FLOAT64_FIELDS:
-        return part.view(torch.float64)
-    return part.int() if name in _INT32_FIELDS else part
+    if name in _FLOAT_FIELDS:
+        part = part.view(torch.float64).to(_FLOAT_FIELDS[name])
+    elif name in _INT32_FIELDS:
+        part = part.int()
+    return part.view(-1, 4) if name in _BY_FOUR else part
 
 
 def _send_pixels(pixels: Tensor | None, facts: _PackFacts, module: HaclModel, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from hacl_megatron.config import flags
 from hacl_megatron.config.help import FlagHelp
 from hacl_megatron.config.names import did_you_mean
 from hacl_megatron.config.sections import SECTIONS, sections_with
-from hacl_megatron.config.yaml_text import NOTHING, Document
+from hacl_megatron.config.yaml_files.text import NOTHING, Document
 
 GROUPS: dict[str, type] = {
     "model": flags.ModelFlags,

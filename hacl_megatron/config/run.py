@@ -20,8 +20,8 @@ from hacl_megatron.config.console import exit_with_error
 from hacl_megatron.config.parser import COMMAND_LINE_ONLY, GROUPS, FlagParser
 from hacl_megatron.config.sections import check_section
 from hacl_megatron.config.towers import TOWERS
-from hacl_megatron.config.typed_yaml import build_record
-from hacl_megatron.config.yaml_text import Document, dump_yaml, load_yaml, read_yaml_text
+from hacl_megatron.config.yaml_files.text import Document, dump_yaml, load_yaml, read_yaml_text
+from hacl_megatron.config.yaml_files.typed import build_record
 
 LOSSES = ("generation", "contrastive", "preference")
 """The three parts of a run's loss."""

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 from hacl_megatron.config.console import quiet_imports
 from hacl_megatron.config.field_tables import REFUSED, TAKEN
 from hacl_megatron.config.names import did_you_mean
-from hacl_megatron.config.typed_yaml import convert, underscored
+from hacl_megatron.config.yaml_files.typed import convert, underscored
 
 SECTIONS = {
     "transformer": "megatron.core.transformer.transformer_config.TransformerConfig",

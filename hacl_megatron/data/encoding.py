@@ -276,8 +276,6 @@ def checked_dialogue(sample: Sample) -> Dialogue:
         return Dialogue(turns=said, has_image=False, system=system)
     if system is not None and IMAGE_TAG in system:
         raise UnusableSample(f"the {IMAGE_TAG} tag is in the system prompt; expected it in a question")
-    if len(sample.images) > 1:
-        raise UnusableSample(f"{len(sample.images)} images; several images a sample are not supported yet")
     turns = list(said)
     num_tags = sum(value.count(IMAGE_TAG) for _, value in turns)
     if num_tags != len(sample.images) and (num_tags or len(sample.images) > 1):

@@ -19,7 +19,7 @@ from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import Manifest
-from hacl_megatron.data.sampler import OnceThrough, Sampler
+from hacl_megatron.data.order.sampler import OnceThrough, Sampler
 from hacl_megatron.data.step_maker import MicroBatching, References, StepMaker
 from hacl_megatron.data.store import ImageStore
 from hacl_megatron.data.templates import check_template

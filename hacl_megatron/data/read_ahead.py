@@ -10,11 +10,11 @@ While one step is decoded and packed the files of the next are read: a slow read
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import BinaryIO
 
 from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.store import ImageStore, StoredImage, image_key
 
+SizeOf = Callable[..., tuple[int, int]]
 KEPT_SIZES = 200_000
 """Images whose sizes are remembered: some 30 MB."""
 
@@ -25,7 +25,7 @@ class ReadAhead:
     Args:
         manifests: the ordinary samples, then the contrastive ones; ids count through both.
         num_threads: files that are read at a time.
-        size_of: (width, height) of an open image file, from its head.
+        size_of: `ImageDecoder.size_of`.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ReadAhead:
         manifests: Sequence[Manifest],
         store: ImageStore,
         num_threads: int,
-        size_of: Callable[[BinaryIO], tuple[int, int]],
+        size_of: SizeOf,
     ) -> None:
         self._manifests, self._store = list(manifests), store
         self._size = lru_cache(KEPT_SIZES)(partial(_size, store, size_of))
@@ -54,7 +54,9 @@ class ReadAhead:
 
     def sizes(self, sample: Sample) -> "list[Future[tuple[int, int]]]":
         """Starts to read the heads of a sample's images: (width, height) to come of each, as it is shown."""
-        return [self._threads.submit(self._size, *place) for place in zip(sample.images, sample.stored, strict=True)]
+        alone = len(sample.images) == 1
+        places = zip(sample.images, sample.stored, strict=True)
+        return [self._threads.submit(self._size, *place, alone) for place in places]
 
     def cancel(self) -> None:
         """Ends the threads as soon as their reads return; whoever waits for another read gets CancelledError."""
@@ -65,8 +67,6 @@ class ReadAhead:
         return data, image_key(data)
 
 
-def _size(
-    store: ImageStore, size_of: Callable[[BinaryIO], tuple[int, int]], image: str, stored: StoredImage | None
-) -> tuple[int, int]:
+def _size(store: ImageStore, size_of: SizeOf, image: str, stored: StoredImage | None, alone: bool) -> tuple[int, int]:
     with store.open(image, stored) as file:
-        return size_of(file)
+        return size_of(file, alone=alone)

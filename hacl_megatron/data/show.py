@@ -86,16 +86,21 @@ def show(
 ) -> ShownSample:
     """The sample as the loader would take it, with the reasons if it would not."""
     shown = ShownSample(sample=sample)
-    if sample.image is not None:
+    sizes, alone = [], len(sample.images) == 1
+    for image, stored in zip(sample.images, sample.stored, strict=True):
         try:
-            _show_image(shown, store.fetch(sample.images[0], sample.stored[0]), decoder)
+            data = store.fetch(image, stored)
+            sizes.append(decoder.size_of(data, alone=alone))
+            _show_image(shown, data, decoder)
         except UnusableImage as error:
             shown.reasons.append(str(error))
-    try:
-        encoded = encode(sample, tokenizer, settings)
-    except UnusableSample as error:
-        shown.reasons.append(str(error))
-    else:
+    encoded = None
+    if len(sizes) == len(sample.images) or not settings.image_layout.needs_sizes:
+        try:
+            encoded = encode(sample, tokenizer, settings, sizes)
+        except UnusableSample as error:
+            shown.reasons.append(str(error))
+    if encoded is not None:
         shown.segments = list(_segments(encoded, tokenizer))
         if encoded.truncated:
             shown.notes.append(f"The dialogue is cut at --model-max-length {settings.model_max_length}.")
@@ -154,9 +159,10 @@ def png_url(pixels: Tensor, config: ImageConfig) -> str:
 
 def _segments(encoded: EncodedSample, tokenizer: Tokenizer) -> Iterator[Segment]:
     yield _segment("dialogue", encoded.dialogue, encoded.labels, tokenizer)
-    if encoded.image_segment is not None:
-        yield _segment("image + EOS", encoded.image_segment, None, tokenizer)
-        yield _segment("caption + EOS", encoded.caption_segment, None, tokenizer)
+    for pair in encoded.pairs:
+        of_image = f" of image {pair.image + 1}" if len(encoded.images) > 1 else ""
+        yield _segment(f"image + EOS{of_image}", pair.image_segment, None, tokenizer)
+        yield _segment(f"caption + EOS{of_image}", pair.caption_segment, None, tokenizer)
     for number, answer in enumerate(encoded.rejected, start=1):
         first = min([*answer.chosen.tolist(), *answer.rejected.tolist()])
         twin = np.concatenate([answer.rows, answer.rejected_ids[-1:]])
@@ -165,7 +171,8 @@ def _segments(encoded: EncodedSample, tokenizer: Tokenizer) -> Iterator[Segment]
             (f"rejected answer {number}: compared tokens", twin, answer.rejected),
         ):
             yield _compared_tokens(title, rows, compared, first, tokenizer)
-    for number, rows in enumerate(encoded.hallucinated_segments, start=1):
+    hallucinated = [segment for pair in encoded.pairs for segment in pair.hallucinated_segments]
+    for number, rows in enumerate(hallucinated, start=1):
         yield _segment(f"hallucinated caption {number} + EOS", rows, None, tokenizer)
 
 

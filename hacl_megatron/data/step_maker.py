@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from hacl_megatron.batch import BadSample, MicroBatch, PackedBatch, PackPlan, Parts, StepBatches
-from hacl_megatron.data.assignment import balanced, in_order, within_tokens
 from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import Manifest, Sample
+from hacl_megatron.data.order.assignment import balanced, in_order, within_tokens
+from hacl_megatron.data.order.sampler import OnceThrough, Sampler
 from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
 from hacl_megatron.data.read_ahead import ReadAhead
-from hacl_megatron.data.sampler import OnceThrough, Sampler
 from hacl_megatron.data.store import ImageStore, UnusableImage
 from hacl_megatron.data.tokenizer import Tokenizer
 
@@ -115,7 +115,7 @@ class StepMaker:
         self.data_parallel_size = data_parallel_size
         if micro_batching.micro_batch_tokens is None:
             self._assign([1] * sampler.global_batch_size)  # complain now, not in the thread
-        self._files = ReadAhead(manifests, store, io_threads, decoder.reader.size_of)
+        self._files = ReadAhead(manifests, store, io_threads, decoder.size_of)
         self._planned: tuple[list[tuple[int, int]], list[list[_Drawn]]] = ([], [])
 
     def make(self) -> StepBatches:
@@ -211,7 +211,7 @@ class StepMaker:
         for file in drawn.files:
             sizes.append(size := Future())
             try:
-                size.set_result(self.decoder.size_of(file.result()[0]))
+                size.set_result(self.decoder.size_of(file.result()[0], alone=len(drawn.files) == 1))
             except UnusableImage as error:
                 size.set_exception(error)
         self._encode(drawn, sizes)

@@ -38,8 +38,8 @@ from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.loader import StepLoader, build_loader
-from hacl_megatron.data.step_maker import MicroBatching
 from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.step_maker import MicroBatching
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.evaluation.likelihood.item_packs import ItemReader
 from hacl_megatron.evaluation.likelihood.task_run import TaskRunner

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.prepare.token_lengths import count_tokens
@@ -16,7 +17,7 @@ from tests.data.test_encoding import check, sample, shown
 from tests.data.tiny_bpe import LLAMA_3, QWEN, THINKING, marked, write_bpe
 from tests.data.tiny_tokenizer import CHAT, write_tokenizer
 
-SETTINGS = EncodingSettings(version="chat", model_max_length=512, visual_tokens=3)
+SETTINGS = EncodingSettings(version="chat", model_max_length=512, image_layout=ImageLayout(visual_tokens=3))
 KINDS = {
     "qwen": ("qwen", QWEN), "qwen, marked": ("qwen", marked(QWEN)), "llama_3": ("llama_3", LLAMA_3),
     "llama_3, marked": ("llama_3", marked(LLAMA_3)), "thinking": ("qwen", THINKING),
@@ -176,13 +177,13 @@ def test_without_bos_nothing_stands_in_its_place(tokenizers, version):
     encoded = encode(said, tokenizer, settings)
     caption = [tokenizer.token_id(piece) for piece in ("a", "Ġred", "Ġcat")]
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    assert encoded.caption_segment.tolist() == [*begin, *caption, tokenizer.eos_id]
+    assert encoded.pairs[0].caption_segment.tolist() == [*begin, *caption, tokenizer.eos_id]
     first = int((encoded.dialogue == IMAGE).argmax())
-    assert encoded.image_segment.tolist() == [*encoded.dialogue[:first], IMAGE, IMAGE, IMAGE, tokenizer.eos_id]
+    assert encoded.pairs[0].image_segment.tolist() == [*encoded.dialogue[:first], IMAGE, IMAGE, IMAGE, tokenizer.eos_id]
     assert (first == 0) == (version == "plain") and (encoded.dialogue[:first] >= 0).all()
     assert encoded.labels[0] == IGNORE and (encoded.labels != IGNORE).any() and not encoded.tokenization_mismatch
     length = len(encoded.dialogue) - 2  # an image counts as one
-    lengths = length, len(encoded.caption_segment), len(encoded.hallucinated_segments[0])
+    lengths = length, len(encoded.pairs[0].caption_segment), len(encoded.pairs[0].hallucinated_segments[0])
     assert count_tokens([said], tokenizer, version) == [lengths]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample
 from hacl_megatron.data.encoding import encode as encode_sample
 from hacl_megatron.data.manifest import Manifest
@@ -24,7 +25,7 @@ from tests.data.tiny_tokenizer import CHAT, write_tokenizer
 SEED = 2024
 NUM_RECORDS = 500
 SETTINGS = {
-    version: EncodingSettings(version=version, model_max_length=64, visual_tokens=4)
+    version: EncodingSettings(version=version, model_max_length=64, image_layout=ImageLayout(visual_tokens=4))
     for version in template_names()
     if not find_template(version).needed_tokens
 }
@@ -123,9 +124,8 @@ def check_encoded(encoded: EncodedSample, settings: EncodingSettings) -> None:
     """What the packer relies on."""
     assert len(encoded.dialogue) == len(encoded.labels) <= settings.model_max_length
     images = int((encoded.dialogue < 0).sum())
-    assert images in ((0, settings.visual_tokens) if encoded.has_image else (0,))
-    assert (encoded.image_segment is None) == (encoded.caption_segment is None)
-    assert len(encoded.hallucinated_keys) == len(encoded.hallucinated_segments)
+    assert images in (0, sum(map(len, encoded.images)))
+    assert all(0 <= pair.image < len(encoded.images) for pair in encoded.pairs)
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodingSettings, UnusableSample, encode, rows_key
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.tiny_tokenizer import write_tokenizer
 
-V1 = EncodingSettings(version="v1", model_max_length=512, visual_tokens=3)
-MINIGPT4 = EncodingSettings(version="minigpt4", model_max_length=512, visual_tokens=3)
-PLAIN = EncodingSettings(version="plain", model_max_length=512, visual_tokens=3)
+V1 = EncodingSettings(version="v1", model_max_length=512, image_layout=ImageLayout(visual_tokens=3))
+MINIGPT4 = EncodingSettings(version="minigpt4", model_max_length=512, image_layout=ImageLayout(visual_tokens=3))
+PLAIN = EncodingSettings(version="plain", model_max_length=512, image_layout=ImageLayout(visual_tokens=3))
 
 SYSTEM_ROWS = (
     "<s> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant . ▁The ▁assistant ▁gives "
@@ -87,7 +88,7 @@ def test_v1_text_only_and_a_literal_image_tag(tokenizer):
     tag = "▁ <0x3C> i m a g e <0x3E>"
     expected = [(SYSTEM_ROWS, "-"), (f"▁US ER : ▁is {tag} ▁red ? ▁ASSISTANT :", "-"), ("▁yes </s>", "target")]
     check(tokenizer, encoded, expected)
-    assert not encoded.has_image and encoded.image_segment is None
+    assert not encoded.images and not encoded.pairs
 
 
 def test_v1_image_in_the_second_round(tokenizer):
@@ -261,9 +262,9 @@ def test_a_written_unk_is_padding_to_llava(tokenizer):
 def test_pair_segments(tokenizer):
     pair = sample("<image>\nis it?", "yes", caption="a red cat", hallucinated=["a red dog", "a cat"])
     encoded = encode(pair, tokenizer, V1)
-    assert shown(tokenizer, encoded.image_segment) == ["IMG", "IMG", "IMG", "</s>"]
-    assert shown(tokenizer, encoded.caption_segment) == ["<s>", "▁a", "▁red", "▁cat", "</s>"]
-    assert [shown(tokenizer, segment) for segment in encoded.hallucinated_segments] == [
+    assert shown(tokenizer, encoded.pairs[0].image_segment) == ["IMG", "IMG", "IMG", "</s>"]
+    assert shown(tokenizer, encoded.pairs[0].caption_segment) == ["<s>", "▁a", "▁red", "▁cat", "</s>"]
+    assert [shown(tokenizer, segment) for segment in encoded.pairs[0].hallucinated_segments] == [
         ["<s>", "▁a", "▁red", "▁dog", "</s>"],
         ["<s>", "▁a", "▁cat", "</s>"],
     ]
@@ -273,32 +274,32 @@ def test_prompt_context_is_the_dialogues_prefix(tokenizer):
     settings = dataclasses.replace(V1, image_context="prompt")
     encoded = encode(sample("<image>\nis it?", "yes", caption="a cat"), tokenizer, settings)
     expected = [*SYSTEM, "▁US", "ER", ":", "▁", "IMG", "IMG", "IMG", "</s>"]
-    assert shown(tokenizer, encoded.image_segment) == expected
-    assert encoded.image_segment[:-1].tolist() == encoded.dialogue[: len(expected) - 1].tolist()
+    assert shown(tokenizer, encoded.pairs[0].image_segment) == expected
+    assert encoded.pairs[0].image_segment[:-1].tolist() == encoded.dialogue[: len(expected) - 1].tolist()
     # A conversation that never mentions its image: the same prefix.
     unmentioned = encode(sample("is it?", "yes", caption="a cat"), tokenizer, settings)
-    assert shown(tokenizer, unmentioned.image_segment) == expected
+    assert shown(tokenizer, unmentioned.pairs[0].image_segment) == expected
     assert IMAGE not in unmentioned.dialogue
     plain = dataclasses.replace(PLAIN, image_context="prompt")
     encoded = encode(sample("<image>", "a cat", caption="a cat"), tokenizer, plain)
-    assert shown(tokenizer, encoded.image_segment) == ["<s>", "IMG", "IMG", "IMG", "</s>"]
+    assert shown(tokenizer, encoded.pairs[0].image_segment) == ["<s>", "IMG", "IMG", "IMG", "</s>"]
 
 
 def test_captions_are_cut_between_bos_and_eos(tokenizer):
     settings = dataclasses.replace(PLAIN, model_max_length=5)
     encoded = encode(sample("<image>", "a", caption="a " * 9, hallucinated=["a cat " * 9]), tokenizer, settings)
-    assert shown(tokenizer, encoded.caption_segment) == ["<s>", "▁a", "▁a", "▁a", "</s>"]
-    assert shown(tokenizer, encoded.hallucinated_segments[0]) == ["<s>", "▁a", "▁cat", "▁a", "</s>"]
+    assert shown(tokenizer, encoded.pairs[0].caption_segment) == ["<s>", "▁a", "▁a", "▁a", "</s>"]
+    assert shown(tokenizer, encoded.pairs[0].hallucinated_segments[0]) == ["<s>", "▁a", "▁cat", "▁a", "</s>"]
     assert encoded.truncated
 
 
 def test_equal_token_ids_have_equal_keys(tokenizer):
     first = encode(sample("<image>", "x", caption="a cat", hallucinated=["a dog", "a cat"]), tokenizer, PLAIN)
     second = encode(sample("<image>", "a dog", caption="a dog"), tokenizer, PLAIN)
-    assert first.hallucinated_keys == (second.caption_key, first.caption_key)
-    assert first.caption_key != second.caption_key
-    assert first.caption_key == rows_key(first.caption_segment)
-    assert all(-(2**63) <= key < 2**63 for key in (*first.hallucinated_keys, first.caption_key))
+    assert first.pairs[0].hallucinated_keys == (second.pairs[0].caption_key, first.pairs[0].caption_key)
+    assert first.pairs[0].caption_key != second.pairs[0].caption_key
+    assert first.pairs[0].caption_key == rows_key(first.pairs[0].caption_segment)
+    assert all(-(2**63) <= key < 2**63 for key in (*first.pairs[0].hallucinated_keys, first.pairs[0].caption_key))
 
 
 @pytest.mark.parametrize(
@@ -306,8 +307,7 @@ def test_equal_token_ids_have_equal_keys(tokenizer):
 )
 def test_without_image_or_caption_there_is_no_pair(tokenizer, kwargs):
     encoded = encode(sample("is it?", "yes", **kwargs), tokenizer, V1)
-    assert encoded.image_segment is None and encoded.caption_segment is None and encoded.caption_key is None
-    assert encoded.hallucinated_segments == () and encoded.hallucinated_keys == ()
+    assert not encoded.pairs
     assert len(encoded.dialogue) > 0
 
 
@@ -366,7 +366,7 @@ def test_minigpt4s_first_stage_is_plain(tokenizer):
     pair = sample("<image>", "a red cat", caption="a red cat", hallucinated=["a dog"])
     first, plain = encode(pair, tokenizer, MINIGPT4), encode(pair, tokenizer, PLAIN)
     assert first.dialogue.tolist() == plain.dialogue.tolist() and first.labels.tolist() == plain.labels.tolist()
-    assert first.image_segment.tolist() == plain.image_segment.tolist()
+    assert first.pairs[0].image_segment.tolist() == plain.pairs[0].image_segment.tolist()
 
 
 def test_minigpt4_without_an_image_and_without_an_answer(tokenizer):
@@ -380,7 +380,7 @@ def test_minigpt4_without_an_image_and_without_an_answer(tokenizer):
 def test_minigpt4_image_context_is_its_prompts_beginning(tokenizer):
     settings = dataclasses.replace(MINIGPT4, image_context="prompt")
     for turns in (["<image>\nis it?", "yes"], ["is it?", "yes"]):  # the second does not mention its image
-        rows = encode(sample(*turns, caption="a cat"), tokenizer, settings).image_segment
+        rows = encode(sample(*turns, caption="a cat"), tokenizer, settings).pairs[0].image_segment
         beginning = tokenizer.encode("###Human: <Img>", bos=True)
         assert rows.tolist() == [*beginning, IMAGE, IMAGE, IMAGE, tokenizer.eos_id]
 

@@ -63,9 +63,9 @@ def test_equal_images_of_a_step_are_decoded_once_and_stand_in_every_slot(dataset
     counts = []
     decode = ImageDecoder.decode
 
-    def counted(self, files):
+    def counted(self, files, alone):
         counts.append(len(files))
-        return decode(self, files)
+        return decode(self, files, alone)
 
     monkeypatch.setattr(ImageDecoder, "decode", counted)
     (step,) = draw(1, dataset, shuffle=False, contrastive_paths=[], flags={"prefetch_steps": 1})

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hacl_megatron.data.images import ImageDecoder
-from hacl_megatron.data.step_maker import MicroBatching
 from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
+from hacl_megatron.data.step_maker import MicroBatching
 from hacl_megatron.data.store import ImageStore
 from tests.data.loader_runs import (
     NUM_CONTRASTIVE,
@@ -116,13 +116,13 @@ def test_files_of_the_next_step_are_read_while_this_one_is_decoded(dataset, monk
             began.notify_all()
         return fetch(self, image, stored)
 
-    def decode_when_more_are_read(self, files):
+    def decode_when_more_are_read(self, files, alone):
         of_this_step = len(fetched_before) + len(files)
         with began:
             if not began.wait_for(lambda: len(fetched) > of_this_step, timeout=60):
                 missing.append(len(fetched))
         fetched_before.extend(files)
-        return decode(self, files)
+        return decode(self, files, alone)
 
     fetched_before: list[bytes] = []
     monkeypatch.setattr(ImageStore, "fetch", noted)

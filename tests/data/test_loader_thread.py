@@ -86,7 +86,7 @@ def test_an_exception_of_the_thread_comes_after_the_steps_before_it_with_its_tra
 
 def test_a_fault_in_the_real_thread_reaches_the_consumer(dataset, monkeypatch):
     """A full disk or a bug is no bad sample."""
-    monkeypatch.setattr("hacl_megatron.data.loader.encode", lambda *args: 1 / 0)
+    monkeypatch.setattr("hacl_megatron.data.step_maker.encode", lambda *args: 1 / 0)
     with loader_of(dataset) as loader, pytest.raises(ZeroDivisionError):
         next(loader)
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hacl_megatron.batch import Parts
-from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample, rows_key
+from hacl_megatron.config.tiles import ImageLayout
+from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedPair, EncodedSample, rows_key
 from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
 from hacl_megatron.data.preferences import RejectedAnswer
 
@@ -26,24 +27,26 @@ def encoded(dialogue, targets=(), *, image=None, caption=None, hallucinated=()) 
     dialogue = rows(*dialogue)
     labels = np.full(len(dialogue), IGNORE)
     labels[list(targets)] = dialogue[list(targets)]
-    segments = tuple(rows(*segment) for segment in hallucinated)
+    pair = None
+    if image is not None:
+        segments = tuple(rows(*segment) for segment in hallucinated)
+        pair = EncodedPair(
+            image=0, image_segment=rows(*image), caption_segment=rows(*caption), hallucinated_segments=segments
+        )
+    visual = max((dialogue == IMAGE).sum(), 0 if image is None else image.count(IMAGE))
     return EncodedSample(
         dialogue=dialogue,
         labels=labels,
-        has_image=IMAGE in dialogue or image is not None,
-        image_segment=None if image is None else rows(*image),
-        caption_segment=None if caption is None else rows(*caption),
-        hallucinated_segments=segments,
-        caption_key=None if caption is None else rows_key(rows(*caption)),
-        hallucinated_keys=tuple(map(rows_key, segments)),
+        images=(ImageLayout(visual_tokens=int(visual)).rows(None, alone=True),) if visual else (),
+        pairs=() if pair is None else (pair,),
         truncated=False,
         tokenization_mismatch=False,
     )
 
 
 def slot(sample_id: int, sample: EncodedSample | None) -> PackSlot:
-    key = 1000 + sample_id if sample is not None and sample.has_image else None
-    return PackSlot(sample_id=sample_id, encoded=sample, image_key=key)
+    keys = (1000 + sample_id,) if sample is not None and sample.images else ()
+    return PackSlot(sample_id=sample_id, encoded=sample, image_keys=keys)
 
 
 def pixels(count: int) -> torch.Tensor:
@@ -225,7 +228,8 @@ def test_dtypes_are_those_of_the_contract():
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
                 int32 = dict.fromkeys(("cu_seqlens", "read_lengths", "branch_lengths", "branch_sizes"), torch.int32)
-                floats = {"pixel_values": torch.float32, "reference_likelihoods": torch.float64}
+                floats = dict.fromkeys(("pixel_values", "pooled_weights"), torch.float32)
+                floats["reference_likelihoods"] = torch.float64
                 expected = {**int32, **floats}.get(name, torch.int64)
                 assert value.dtype == expected and value.is_contiguous(), name
 
@@ -236,7 +240,7 @@ def test_a_rank_without_vision_tower_packs_the_same_rows():
     without = pack(slots, pixels(0), visual_tokens=2, pad_multiple=4)
     assert without.num_images == 0
     assert without.feature_rows.tolist() == with_pixels.feature_rows.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
-    with pytest.raises(AssertionError, match="1 images for 2 slots"):
+    with pytest.raises(AssertionError, match="1 views of 2"):
         pack(slots, pixels(1), visual_tokens=2, pad_multiple=4)
 
 
@@ -261,8 +265,8 @@ def samples(draw) -> EncodedSample | None:
 def test_every_segment_can_be_read_back(drawn, pad_multiple):
     slots = [slot(n, sample) for n, sample in enumerate(drawn)]
     good = [sample for sample in drawn if sample is not None]
-    with_image = [sample for sample in good if sample.has_image]
-    pairs = [sample for sample in good if sample.image_segment is not None]
+    with_image = [sample for sample in good if sample.images]
+    pairs = [pair for sample in good for pair in sample.pairs]
     batch = pack(slots, pixels(len(with_image)), visual_tokens=3, pad_multiple=pad_multiple)
 
     assert sum(map(num_packed_rows, drawn)) == batch.num_rows - batch.num_padding_rows
@@ -278,17 +282,16 @@ def test_every_segment_can_be_read_back(drawn, pad_multiple):
         assert segments.pop() == [0] * batch.num_padding_rows
 
     def with_features(segment, sample):
-        first = next(n for n, other in enumerate(with_image) if other is sample) * 3 if sample.has_image else 0
+        first = next(n for n, other in enumerate(with_image) if other is sample) * 3 if sample.images else 0
         features = iter(range(first, first + 3))
         return [-1 - next(features) if token == IMAGE else token for token in segment.tolist()]
 
     expected = []
     for sample in good:
         expected.append(with_features(sample.dialogue, sample))
-        if sample.image_segment is not None:
-            expected.append(with_features(sample.image_segment, sample))
-    expected += [sample.caption_segment.tolist() for sample in pairs]
-    expected += [segment.tolist() for sample in pairs for segment in sample.hallucinated_segments]
+        expected += [with_features(pair.image_segment, sample) for pair in sample.pairs]
+    expected += [pair.caption_segment.tolist() for pair in pairs]
+    expected += [segment.tolist() for pair in pairs for segment in pair.hallucinated_segments]
     assert segments == expected
 
     # Shifted as a language model shifts them, the dialogue's labels are the targets.
@@ -328,7 +331,7 @@ def test_rows_are_counted_as_they_are_packed(parts: Parts) -> None:
     twins = encoded([BOS, IMAGE, IMAGE, CAT], [3], image=[BOS, IMAGE, IMAGE, EOS], caption=[BOS, CAT, EOS],
                     hallucinated=[[BOS, DOG, EOS], [BOS, RED, DOG, EOS]])  # fmt: skip
     for sample in (PAIR, PROMPTED, elsewhere, twins, encoded([BOS, ASK, CAT], [2]), None):
-        images = int(sample is not None and sample.has_image)
+        images = int(sample is not None and len(sample.images))
         batch = pack([slot(0, sample)], pixels(images), visual_tokens=2, pad_multiple=1, parts=parts)
         rows_alone = batch.num_rows if sample is not None and num_packed_rows(sample, parts) else 0
         assert num_packed_rows(sample, parts) == rows_alone
@@ -351,4 +354,4 @@ def _check_read_rows(batch) -> None:
 
 def _dialogue_index(good, sample) -> int:
     before = good[: next(n for n, other in enumerate(good) if other is sample)]
-    return sum(1 + (other.image_segment is not None) for other in before)
+    return sum(1 + len(other.pairs) for other in before)

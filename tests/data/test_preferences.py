@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodingSettings, encode
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.preferences import NothingToCompare, RejectedAnswer, little_left, rejected_answer
@@ -91,7 +92,9 @@ def sample(*turns: tuple[str, str], twins: tuple[str, ...], caption: str | None 
 @pytest.mark.parametrize("version", ["plain", "v1", "minigpt4"])
 def test_a_twin_takes_the_captions_place_in_every_template(version: str, tokenizer: Tokenizer):
     """The compared tokens, decoded, are the words that differ; blanks around the caption are no difference."""
-    settings = EncodingSettings(version=version, model_max_length=512, visual_tokens=3, preference_loss="phrase")
+    settings = EncodingSettings(
+        version=version, model_max_length=512, image_layout=ImageLayout(visual_tokens=3), preference_loss="phrase"
+    )
     turns = (("human", "<image>\nWhat is it?"), ("gpt", " A red cat. "))
     found = encode(sample(*turns, twins=("A dog cat.", "A red cat.")), tokenizer, settings)
     (answer,) = found.rejected
@@ -102,18 +105,22 @@ def test_a_twin_takes_the_captions_place_in_every_template(version: str, tokeniz
 
 
 def test_a_twin_of_a_caption_that_no_answer_is_gets_listed_and_costs_nothing_else(tokenizer: Tokenizer):
-    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=3, preference_loss="phrase")
+    settings = EncodingSettings(
+        version="v1", model_max_length=512, image_layout=ImageLayout(visual_tokens=3), preference_loss="phrase"
+    )
     turns = (("human", "<image>\nIs it a dog?"), ("gpt", "No."))
     found = encode(sample(*turns, twins=("A dog cat.",)), tokenizer, settings)
     assert found.rejected == () and found.uncompared == (
         "no answer of the dialogue is the caption that it is a twin of",
     )
-    assert (found.labels != IGNORE).any() and len(found.hallucinated_segments) == 1
+    assert (found.labels != IGNORE).any() and len(found.pairs[0].hallucinated_segments) == 1
 
 
 def test_a_leading_turn_that_templates_leave_out_is_not_the_answer(tokenizer: Tokenizer):
     """A twin was put into it, changed no row, and was said to be the true answer's own."""
-    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=3, preference_loss="phrase")
+    settings = EncodingSettings(
+        version="v1", model_max_length=512, image_layout=ImageLayout(visual_tokens=3), preference_loss="phrase"
+    )
     turns = (("gpt", "A red cat."), ("human", "<image>\nWhat is it?"), ("gpt", "A red cat."))
     (answer,) = encode(sample(*turns, twins=("A dog cat.",)), tokenizer, settings).rejected
     assert tokenizer.backend.decode(answer.rejected_ids).strip() == "dog"
@@ -121,7 +128,9 @@ def test_a_leading_turn_that_templates_leave_out_is_not_the_answer(tokenizer: To
 
 def test_a_page_shows_no_more_than_the_difference_of_a_twin_that_lacks_words(tokenizer: Tokenizer):
     """It showed the whole prompt in front of it, of which such a twin shares all that counts."""
-    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=3, preference_loss="phrase")
+    settings = EncodingSettings(
+        version="v1", model_max_length=512, image_layout=ImageLayout(visual_tokens=3), preference_loss="phrase"
+    )
     turns = (("human", "<image>\nWhat is it?"), ("gpt", "A red cat."))
     encoded = encode(sample(*turns, twins=("A cat.",)), tokenizer, settings)
     shown = {segment.title: segment for segment in _segments(encoded, tokenizer)}

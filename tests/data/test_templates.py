@@ -15,6 +15,7 @@ import pytest
 
 from hacl_megatron import train
 from hacl_megatron.config.flags import DataFlags
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodingSettings, encode
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.prepare.arrow_manifest import ArrowManifest
@@ -47,7 +48,7 @@ def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
 
 
 MADE_UP = Template(name="made-up", title="Made up", pieces=pieces, end="@STOP@", first_answer_is_caption=True)
-SETTINGS = EncodingSettings(version="made-up", model_max_length=512, visual_tokens=3)
+SETTINGS = EncodingSettings(version="made-up", model_max_length=512, image_layout=ImageLayout(visual_tokens=3))
 STOP = "<0x40> S T <0x4F> <0x50> <0x40>"
 
 
@@ -106,7 +107,7 @@ def test_rows_and_targets_are_the_pieces(made_up, tokenizer):
         (f"▁yes {STOP}", "target"),
     ]
     check(tokenizer, encoded, expected)
-    assert encoded.has_image and not encoded.tokenization_mismatch
+    assert encoded.images and not encoded.tokenization_mismatch
 
 
 def test_what_precedes_an_image_is_read_off_the_pieces(made_up, tokenizer):
@@ -117,8 +118,11 @@ def test_what_precedes_an_image_is_read_off_the_pieces(made_up, tokenizer):
         for question in ("<image>\nis it?", "is it?")
     )
     before = tokenizer.encode("What is it?", bos=False)
-    assert unnamed.image_segment.tolist() == [*before, IMAGE, IMAGE, IMAGE, tokenizer.eos_id]
-    assert unnamed.image_segment.tolist() == named.image_segment.tolist() and IMAGE not in unnamed.dialogue
+    assert unnamed.pairs[0].image_segment.tolist() == [*before, IMAGE, IMAGE, IMAGE, tokenizer.eos_id]
+    assert (
+        unnamed.pairs[0].image_segment.tolist() == named.pairs[0].image_segment.tolist()
+        and IMAGE not in unnamed.dialogue
+    )
 
 
 @pytest.mark.parametrize("labels", [[7] * 4, None])
@@ -147,13 +151,13 @@ def test_prepared_data_has_its_captions_and_lengths(made_up, trained, tmp_path):
                     "--version", "made-up") == 0  # fmt: skip
     prepared = ArrowManifest(str(tmp_path / "out" / "manifest.arrow"))
     columns = [prepared.column(f"{name}_tokens").to_pylist() for name in ("dialogue", "caption")]
-    settings, captions = replace(SETTINGS, visual_tokens=1), 0
+    settings, captions = replace(SETTINGS, image_layout=ImageLayout(visual_tokens=1)), 0
     for item, record, *found in zip(
         Manifest.read([str(tmp_path / "out")], version="made-up"), json.loads(source.read_text()), *columns, strict=True
     ):
         encoded = encode(item, tokenizer, settings)
         assert item.caption == record.get("text", record["conversations"][1]["value"])
-        pair = encoded.caption_segment
+        pair = encoded.pairs[0].caption_segment if encoded.pairs else None
         assert found == [len(encoded.dialogue), None if pair is None else len(pair)]
         captions += "text" not in record and pair is not None
     assert captions >= 3

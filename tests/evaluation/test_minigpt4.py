@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import IMAGE, EncodingSettings, encode
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.tokenizer import load_tokenizer
@@ -147,7 +148,9 @@ def test_a_prompt_is_the_beginning_of_a_training_dialogue(folder: Path, oracle: 
         sample_id=0, name="", images=("a.jpg",), caption=None, hallucinated_captions=(), source="",
         conversations=(("human", "<image>\nIs there a circle?"), ("gpt", "yes")),
     )  # fmt: skip
-    settings = EncodingSettings(version="minigpt4", model_max_length=512, visual_tokens=QUERIES)
+    settings = EncodingSettings(
+        version="minigpt4", model_max_length=512, image_layout=ImageLayout(visual_tokens=QUERIES)
+    )
     trained = encode(sample, tokenizer, settings)
     starts = int(np.argmax(trained.labels != -100))
     expected = np.where(trained.dialogue == IMAGE, IMAGE_TOKEN, trained.dialogue)[:starts]

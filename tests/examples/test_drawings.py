@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hacl_megatron.config.tiles import ImageLayout
 from tests.warm import run_warm
 
 ROOT = Path(__file__).parents[2]
@@ -225,7 +226,7 @@ def test_finetune_keeps_its_labels(data, model):
     from hacl_megatron.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
-    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=16)
+    settings = EncodingSettings(version="v1", model_max_length=512, image_layout=ImageLayout(visual_tokens=16))
     rounds = set()
     for sample in Manifest.read([str(data / "finetune.json")], version="v1"):
         encoded = encode(sample, tokenizer, settings)

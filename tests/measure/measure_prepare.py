@@ -19,7 +19,7 @@ import psutil
 from PIL import Image
 
 from hacl_megatron.data.manifest import Manifest
-from hacl_megatron.data.sampler import Sampler
+from hacl_megatron.data.order.sampler import Sampler
 from tests.data.tiny_tokenizer import WORDS, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def anon(): return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status"
 import torch, numpy, PIL.Image
 bare = anon()
 from hacl_megatron.data.manifest import Manifest
-from hacl_megatron.data.sampler import Sampler
+from hacl_megatron.data.order.sampler import Sampler
 imported = anon()
 start, cpu = time.perf_counter(), time.process_time()
 manifest = Manifest.read([sys.argv[1]], version="v1")

@@ -213,7 +213,7 @@ def _packed(work: Work, config: Any, architecture: Any, without: tuple[str, ...]
     import numpy as np
 
     from hacl_megatron.batch import MicroBatch, Parts
-    from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample, rows_key
+    from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedPair, EncodedSample
     from hacl_megatron.data.packing import PackSlot, pack
     from hacl_megatron.data.preferences import rejected_answer
     from hacl_megatron.training.packs import pack_plan
@@ -234,21 +234,23 @@ def _packed(work: Work, config: Any, architecture: Any, without: tuple[str, ...]
             whole = {"limit": 1 << 30, "whole": config.preference.has_reference}
             rows, targets_of_twin = np.array([*before_answer, *answer]), np.array([*ignored, *answer])
             rejected.append(rejected_answer(dialogue, labels, rows, targets_of_twin, **whole))
+        pair = EncodedPair(
+            image=0,
+            image_segment=np.array([*before, *[IMAGE] * visual, EOS]),
+            caption_segment=captions[0],
+            hallucinated_segments=tuple(captions[1:]),
+        )
         encoded = EncodedSample(
             dialogue=dialogue,
             labels=labels,
             rejected=tuple(rejected),
-            has_image=True,
-            image_segment=np.array([*before, *[IMAGE] * visual, EOS]),
-            caption_segment=captions[0],
-            hallucinated_segments=tuple(captions[1:]),
-            caption_key=rows_key(captions[0]),
-            hallucinated_keys=tuple(map(rows_key, captions[1:])),
+            images=(architecture.image_layout.rows(None, alone=True),),
+            pairs=(pair,),
             truncated=False,
             tokenization_mismatch=False,
         )
         references = np.full((len(rejected), 2), -300.0) if config.preference.has_reference else None
-        slots.append(PackSlot(sample_id=index, encoded=encoded, image_key=index, references=references))
+        slots.append(PackSlot(sample_id=index, encoded=encoded, image_keys=(index,), references=references))
     plan = pack_plan(config, 1, with_gradients=True)
     if "text without autograd" in without:
         plan = replace(plan, main=replace(plan.main, texts=True), ahead=None)

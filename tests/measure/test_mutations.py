@@ -57,7 +57,7 @@ def test_each_slip_is_a_mutant_and_nothing_that_says_nothing() -> None:
 
 def test_mutants_of_the_package_are_python() -> None:
     root = Path(__file__).parents[2]
-    for path, source in sources(root, ["hacl_megatron/objective/queue.py", "hacl_megatron/data/assignment.py"]):
+    for path, source in sources(root, ["hacl_megatron/objective/queue.py", "hacl_megatron/data/order/assignment.py"]):
         found = mutants_of(source, path)
         assert found or not re.search(rb"^ *def ", source, re.MULTILINE)
         for mutant in found:

@@ -18,7 +18,8 @@ from hacl_megatron.config.checks.architecture import check_architecture
 from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.layout import world_size_from_environment
 from hacl_megatron.config.run import RunConfig, parse_run_config, with_architecture
-from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedSample
+from hacl_megatron.config.tiles import ImageLayout
+from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedPair, EncodedSample
 from hacl_megatron.data.packing import PackSlot, pack
 from hacl_megatron.data.preferences import RejectedAnswer
 from hacl_megatron.objective.generation import generation_losses
@@ -135,15 +136,17 @@ def _slot(
     labels = np.full(rows, IGNORE, dtype=np.int64)
     labels[rows - targets :] = ids[rows - targets :]
     context = ids[0 if shares_prefix else 1 : 1 + visual]  # BOS is the prefix
-    encoded = EncodedSample(
-        dialogue=ids, labels=labels, has_image=has_image, image_segment=np.append(context, 2) if caption else None,
-        caption_segment=ids[-1] + np.arange(caption) if caption else None,
+    pair = EncodedPair(
+        image=0, image_segment=np.append(context, 2), caption_segment=ids[-1] + np.arange(caption),
         hallucinated_segments=tuple(np.arange(3, 3 + length) for length in hallucinated),
-        caption_key=index, hallucinated_keys=tuple(range(len(hallucinated))), truncated=False,
-        tokenization_mismatch=False,
+    )  # fmt: skip
+    pairs = (pair,) if caption else ()
+    encoded = EncodedSample(
+        dialogue=ids, labels=labels, pairs=pairs, truncated=False, tokenization_mismatch=False,
+        images=(ImageLayout(visual_tokens=visual).rows(None, alone=True),) if has_image else (),
         rejected=tuple(_rejected(ids, rows - targets, length) for length in hallucinated) if targets > 1 else (),
     )  # fmt: skip
-    return PackSlot(sample_id=index, encoded=encoded, image_key=index if has_image else None)
+    return PackSlot(sample_id=index, encoded=encoded, image_keys=(index,) if has_image else ())
 
 
 def _rejected(dialogue: np.ndarray, begin: int, length: int) -> RejectedAnswer:

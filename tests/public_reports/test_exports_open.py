@@ -15,6 +15,7 @@ import torch
 from transformers import AutoProcessor, GenerationConfig, LlamaTokenizer
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.tokenizer import load_tokenizer
@@ -171,7 +172,9 @@ def test_a_logit_of_an_export_is_a_logit_of_its_source(exports):
 def test_a_token_without_a_row_costs_its_sample(tmp_path):
     """Catches ids beyond the embedding: an index error of some rank, or another rank's row."""
     tokenizer = load_tokenizer(str(long(tmp_path)))
-    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=4, num_rows=320)
+    settings = EncodingSettings(
+        version="v1", model_max_length=512, image_layout=ImageLayout(visual_tokens=4), num_rows=320
+    )
 
     def sample(answer: str, caption: str | None = None) -> Sample:
         turns = (("human", "<image>\nWhat?"), ("gpt", answer))

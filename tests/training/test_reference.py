@@ -57,11 +57,11 @@ CASES: dict[str, tuple[str, dict]] = {
 
 def train_and_record(command: list[str], recorded: str) -> None:
     """Train, and store each micro-batch's samples as they were before they were packed."""
-    from hacl_megatron.data import loader
+    from hacl_megatron.data import step_maker
     from hacl_megatron.train import run
     from hacl_megatron.training import build
 
-    pack, open_loader, seen = loader.pack, build.open_loader, []
+    pack, open_loader, seen = step_maker.pack, build.open_loader, []
 
     def open_and_forget(*arguments, **options):
         seen.clear()  # for dpo the data is opened to look at it, then to score it, and then to train on it
@@ -74,7 +74,7 @@ def train_and_record(command: list[str], recorded: str) -> None:
         return pack(slots, pixel_values, **settings)
 
     with (
-        mock.patch.object(loader, "pack", pack_and_record),
+        mock.patch.object(step_maker, "pack", pack_and_record),
         mock.patch.object(build, "open_loader", open_and_forget),
     ):
         run(command)
@@ -88,16 +88,16 @@ def _as_sample(slot, pixels) -> Sample:
     encoded = slot.encoded
     rows = torch.from_numpy(encoded.dialogue).clone()
     rows[rows == IMAGE] = image_token_id()
-    segments = [] if encoded.caption_segment is None else [encoded.caption_segment, *encoded.hallucinated_segments]
+    segments = [text for pair in encoded.pairs for text in (pair.caption_segment, *pair.hallucinated_segments)]
     texts = [torch.from_numpy(segment[:-1]) for segment in segments]  # the reference puts its own EOS behind
-    pixel_values = next(pixels).clone() if encoded.has_image else None
+    pixel_values = next(pixels).clone() if encoded.images else None
     crops = encoded.rejected and encoded.answers_per_twin == 3
     return Sample(
         dialogue=rows,
         labels=torch.from_numpy(encoded.labels),
         pixel_values=pixel_values,
-        cropped_pixels=little_left(pixel_values, slot.image_key) if crops else None,
-        image_id=slot.image_key,
+        cropped_pixels=little_left(pixel_values, *slot.image_keys) if crops else None,
+        image_id=next(iter(slot.image_keys), None),
         caption=texts[0] if texts else None,
         hallucinated=texts[1:],
         twins=[_as_twin(answer) for answer in encoded.rejected],

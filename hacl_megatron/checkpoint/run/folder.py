@@ -21,7 +21,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.files import LATEST_FILE
 from hacl_megatron.config.checks.foreign_files import LARGEST_TOKENIZER, own_file
 from hacl_megatron.config.run import RunConfig, from_yaml
-from hacl_megatron.config.yaml_text import read_yaml_text
+from hacl_megatron.config.yaml_files.text import read_yaml_text
 
 RUN_CONFIG_FILE = "run_config.yaml"
 ASSETS_FOLDER = "hf_assets"

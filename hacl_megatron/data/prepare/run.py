@@ -25,6 +25,7 @@ from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.config.console import notify
 from hacl_megatron.config.files.regular import check_regular
 from hacl_megatron.config.flags import MANIFEST_FILE, MAX_IMAGE_PIXELS
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
@@ -237,7 +238,7 @@ def _measure(
             encoding = EncodingSettings(
                 version=settings.version,
                 model_max_length=settings.model_max_length,
-                visual_tokens=settings.visual_tokens,
+                image_layout=ImageLayout(visual_tokens=settings.visual_tokens),
             )
             measures = replace(measures, untrained=untrained_kinds(samples, tokens, tokenizer, encoding))
     if images is not None:

@@ -59,7 +59,7 @@ def untrained_kinds(
     for sample, (dialogue, caption, _) in zip(samples, counts, strict=True):
         kind = None
         if dialogue is not None and caption is None:
-            rows = dialogue + (settings.visual_tokens - 1 if sample.image is not None else 0)
+            rows = dialogue + len(sample.images) * (settings.image_layout.visual_tokens - 1)
             if finds_labels or rows > settings.model_max_length:
                 try:
                     kind = encode(sample, tokenizer, settings).untrained

@@ -28,16 +28,18 @@ PROBE = Dialogue(turns=(("human", f"{IMAGE_TAG}\n{ASKED}"), ("gpt", ANSWERED)), 
 
 
 def messages_of(dialogue: Dialogue, *, in_parts: bool) -> list[Message]:
-    """As transformers has them, the text of each as one string or as parts, images in front."""
+    """As transformers has them, the text of each as one string or as parts, images where their tags are."""
     turns = [] if dialogue.system is None else [("system", dialogue.system)]
     found: list[Message] = []
     for role, text in [*turns, *dialogue.rounds()]:
         content: str | list[dict[str, str]] = text
         if in_parts:
-            words, images = text, []
-            if dialogue.has_image and IMAGE_TAG in text:
-                words, images = text.replace(IMAGE_TAG, "").strip(), [{"type": "image"}]
-            content = [*images, *([{"type": "text", "text": words}] if words or not images else [])]
+            texts = text.split(IMAGE_TAG) if dialogue.has_image else [text]
+            if len(texts) == 2:  # an only image is in front, on a line of its own
+                texts = ["", texts[1].strip()]
+            content = [{"type": "text", "text": texts[0]}] if texts[0] or len(texts) == 1 else []
+            for words in texts[1:]:
+                content += [{"type": "image"}, *([{"type": "text", "text": words}] if words else [])]
         found.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content})
     return found
 
@@ -148,15 +150,15 @@ def pieces(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Piece]:
     asks = dialogue.rounds()[-1] == ("gpt", "")
     if asks:
         messages.pop()
-    tagged = dialogue.has_image and any(IMAGE_TAG in value for _, value in dialogue.rounds())
+    tagged = sum(value.count(IMAGE_TAG) for _, value in dialogue.rounds()) if dialogue.has_image else 0
     try:
         text, targets = own.render(messages, asks=asks)
         if not own.marks_answers:
             targets = own.answers(messages, text)
     except UnusableSample as error:
         raise UnusableSample(f"the tokenizer's chat template {error}") from None
-    if tagged and (found := text.count(IMAGE_TAG)) != 1:
-        raise UnusableSample(f"the tokenizer's chat template shows {found} {IMAGE_TAG} of the dialogue's one")
+    if tagged and (found := text.count(IMAGE_TAG)) != tagged:
+        raise UnusableSample(f"the tokenizer's chat template shows {found} {IMAGE_TAG} of the dialogue's {tagged}")
     return cut_at_image(text, targets, dialogue)
 
 

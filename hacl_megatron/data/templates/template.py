@@ -36,14 +36,16 @@ MESSAGE = """
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
-    {%- set found.images = found.images + found.text.count('<image>') -%}
-    {%- if found.images -%}
-        {{- ('<image>\\n' * found.images + found.text.replace('<image>', '').strip()).strip() -}}
+    {%- if found.images + found.text.count('<image>') == 1 -%}
+        {{- ('<image>\\n' + found.text.replace('<image>', '').strip()).strip() -}}
+    {%- elif found.images -%}
+        {{- ('<image>\\n' * found.images + found.text).strip() -}}
     {%- else -%}
         {{- found.text -}}
     {%- endif -%}
 {%- endmacro -%}"""
-"""Jinja: `words(message)` is the text of a message, its images at the front, as `encoding.checked_dialogue` has it."""
+"""Jinja: `words(message)` is the text of a message as `encoding.checked_dialogue` has it: an only image and image parts
+are at the front, tags among several stay where the text has them."""
 TURNS = """
 {%- set turns = messages -%}
 {%- if turns and turns[0]['role'] == 'system' -%}
@@ -65,9 +67,9 @@ class Dialogue:
     """A sample's conversation, checked (`hacl_megatron.data.encoding.checked_dialogue`)."""
 
     turns: Sequence[tuple[str, str]]
-    """(`human` or `gpt`, text), at least one. The image's tag, if any, is at the front of its text, on its own line."""
+    """(`human` or `gpt`, text), at least one. A text's only tag is at its front, on its own line."""
     has_image: bool
-    """Whether the sample has an image; without one, `<image>` is text."""
+    """Whether the sample has images; without one, `<image>` is text."""
     system: str | None = None
     """What a first turn of `system` says, in the place of the template's own; None: there is none."""
 

@@ -1,7 +1,7 @@
 """Answers of an exported LLaVA or MiniGPT-4 to questions about images, in batches, by transformers' `generate`.
 
-    Question(image, prompt) ─training's own template→ rows [L], IMAGE x V ┐
-                 └─FolderStore→ bytes ─ImageDecoder→ pixels [3, S, S] ────┴→ left-padded batch ─generate→ text
+    Question(image, prompt) ─training's own template→ rows [L], IMAGE x its rows ──┐
+                 └─FolderStore→ bytes ─ImageDecoder→ pixels of views [n, 3, S, S] ─┴→ left-padded batch ─generate→ text
 
 Prompts are encoded by the very code that encodes training dialogues (`hacl_megatron.data.encoding`), since
 transformers' LlavaProcessor reads the text behind `<image>` differently: LLaVA tokenizes it on its own, with
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hacl_megatron.checkpoint.hf.config_read import data_flags, read_model_config
 from hacl_megatron.config.architecture import ModelConfig
@@ -96,6 +97,7 @@ class Answerer:
             aspect_ratio=data.image_aspect_ratio,
             transparency=data.image_transparency,
             orientation=data.image_orientation,
+            layout=self.config.image_layout,
             backend="pillow",
             num_threads=4,
         )
@@ -120,42 +122,45 @@ class Answerer:
         """Ends the threads that decode images."""
         self.decoder.close()
 
-    def rows(self, prompt: str) -> np.ndarray:
-        """[L] token ids of a whole prompt, `<image>`'s id in V of them. Raises UnusableSample."""
-        return prompt_rows(prompt, self.tokenizer, self.config)
+    def rows(self, prompt: str, size: tuple[int, int] | None = None) -> np.ndarray:
+        """[L] token ids of a whole prompt, `<image>`'s id in all rows of its image. Raises UnusableSample.
 
-    def _prepare(self, questions: Sequence[Question]) -> list[tuple[np.ndarray, Tensor] | str]:
-        """(rows, pixels) of each question, or why there are none."""
+        Args:
+            size: (width, height) of the image in pixels, for a model whose images' rows follow from it.
+        """
+        return prompt_rows(prompt, self.tokenizer, self.config, size)
+
+    def _prepare(self, questions: Sequence[Question]) -> "list[_Asked | str]":
+        """What each question asks, or why it cannot be put."""
         images = read_images((question.image for question in questions), self.store, self.decoder)
-        prepared: list[tuple[np.ndarray, Tensor] | str] = []
+        prepared: list[_Asked | str] = []
         for question in questions:
+            if (reason := images.reasons.get(question.image)) is not None:
+                prepared.append(f"{question.image}: {reason}")
+                continue
+            size, views = images.sizes[question.image], images.places[question.image]
             try:
-                rows = self.rows(question.prompt)
+                rows = self.rows(question.prompt, size)
             except UnusableSample as error:
                 prepared.append(str(error))
                 continue
-            if (reason := images.reasons.get(question.image)) is None:
-                prepared.append((rows, images.pixel_values[images.places[question.image]]))
-            else:
-                prepared.append(f"{question.image}: {reason}")
+            prepared.append(_Asked(rows, images.pixel_values[views.start : views.stop], size))
         return prepared
 
-    def _answer_batch(
-        self, prepared: Sequence[tuple[np.ndarray, Tensor] | str], settings: GenerationSettings
-    ) -> Iterator[Answer]:
+    def _answer_batch(self, prepared: "Sequence[_Asked | str]", settings: GenerationSettings) -> Iterator[Answer]:
         good = [item for item in prepared if not isinstance(item, str)]
         answers = iter(self._generate(good, settings) if good else ())
         for item in prepared:
             yield Answer(text="", error=item) if isinstance(item, str) else next(answers)
 
     @torch.inference_mode()
-    def _generate(self, batch: Sequence[tuple[np.ndarray, Tensor]], settings: GenerationSettings) -> list[Answer]:
+    def _generate(self, batch: "Sequence[_Asked]", settings: GenerationSettings) -> list[Answer]:
         from transformers import GenerationConfig
 
-        ids, mask = left_padded([rows for rows, _ in batch], self.tokenizer.pad_id)
+        ids, mask = left_padded([asked.rows for asked in batch], self.tokenizer.pad_id)
         # How many tokens each answer has until the model would no longer see its own prompt.
         limit, what = context_of(self.config)
-        room = [limit - len(rows) for rows, _ in batch]
+        room = [limit - len(asked.rows) for asked in batch]
         # Made anew: an export's own generation settings may ask for sampling.
         generation = GenerationConfig(
             do_sample=False,
@@ -168,7 +173,7 @@ class Answerer:
             output = self.model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                pixel_values=torch.stack([pixels for _, pixels in batch]).to(self.device, self.dtype),
+                **self._images_of(batch),
                 generation_config=generation,
                 stopping_criteria=self._stopping_criteria(ids.shape[1], room),
                 logits_processor=[self._refuse_not_finite],
@@ -184,6 +189,14 @@ class Answerer:
             cut = None if ended or left >= settings.max_new_tokens else f"the answer ends at {what}"
             answers.append(Answer(text=text, error=None, cut=cut))
         return answers
+
+    def _images_of(self, batch: "Sequence[_Asked]") -> dict[str, Tensor]:
+        """What transformers' model takes of the images: without tiles one view of each."""
+        views = pad_sequence([asked.views for asked in batch], batch_first=True).to(self.device, self.dtype)
+        if self.config.tiles is None:
+            return {"pixel_values": views[:, 0]}
+        sizes = [asked.size[::-1] for asked in batch]
+        return {"pixel_values": views, "image_sizes": torch.tensor(sizes, device=self.device)}
 
     def _refuse_not_finite(self, ids: Tensor, scores: Tensor) -> Tensor:
         # -inf is legitimate: what generation rules out.
@@ -230,7 +243,21 @@ def context_of(config: ModelConfig) -> tuple[int, str]:
     return positions, f"the model's context of {positions} tokens"
 
 
-def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.ndarray:
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A question that can be put."""
+
+    rows: np.ndarray
+    """[L] token ids of the prompt."""
+    views: Tensor
+    """float32 [n, 3, S, S] of its image."""
+    size: tuple[int, int]
+    """(width, height) of it."""
+
+
+def prompt_rows(
+    prompt: str, tokenizer: Tokenizer, config: ModelConfig, size: tuple[int, int] | None = None
+) -> np.ndarray:
     """int64 [L] rows of the prompt up to the answer in the model's own template, exactly as a training dialogue begins.
 
     An image tag in the prompt is taken out, since the image stands at the front. Raises UnusableSample for a text that
@@ -248,9 +275,9 @@ def prompt_rows(prompt: str, tokenizer: Tokenizer, config: ModelConfig) -> np.nd
     )
     limit, what = context_of(config)
     settings = EncodingSettings(
-        version=data_flags(config).version, model_max_length=limit, visual_tokens=config.visual_tokens
+        version=data_flags(config).version, model_max_length=limit, image_layout=config.image_layout
     )
-    encoded = encode(sample, tokenizer, settings)
+    encoded = encode(sample, tokenizer, settings, [size])
     if encoded.truncated or len(encoded.dialogue) == limit:
         raise UnusableSample(f"the prompt leaves no room for an answer in {what}")
     return np.where(encoded.dialogue == IMAGE, config.extra["image_token_index"], encoded.dialogue)
@@ -272,16 +299,21 @@ def read_export(folder: Path) -> ModelConfig:
     config = read_model_config(folder)
     if config.extra.get("layout") != "hf":
         raise ValueError(
-            f"--hf {folder}: found a model in another layout, expected LlavaForConditionalGeneration or "
-            "Blip2ForConditionalGeneration; export it with tools/convert_megatron_to_hf.py --format hf"
+            f"--hf {folder}: found a model in another layout, expected LlavaForConditionalGeneration, LlavaNext's, "
+            "LlavaOnevision's or Blip2ForConditionalGeneration; export it with tools/convert_megatron_to_hf.py "
+            "--format hf"
         )
     return config
 
 
 def _load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
-    from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
+    import transformers
 
-    kind = LlavaForConditionalGeneration if config.qformer is None else Blip2ForConditionalGeneration
+    if config.tiles is not None:
+        name = "LlavaNext" if config.tiles.max_tiles is None else "LlavaOnevision"
+    else:
+        name = "Llava" if config.qformer is None else "Blip2"
+    kind = getattr(transformers, f"{name}ForConditionalGeneration")
     try:
         model, report = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True

@@ -73,7 +73,9 @@ class ItemReader:
         pad_multiple: every pack's number of rows is a multiple of it.
     """
 
-    def __init__(self, store: FolderStore, decoder: ImageDecoder, *, layout: ImageLayout, pad_multiple: int = 1) -> None:
+    def __init__(
+        self, store: FolderStore, decoder: ImageDecoder, *, layout: ImageLayout, pad_multiple: int = 1
+    ) -> None:
         self.store = store
         self.decoder = decoder
         self.layout = layout
@@ -116,7 +118,8 @@ class ItemReader:
             parts=task.parts,
         )
         # `pack` gives every sequence an image of its own; here those of an item, and items, share theirs.
-        views = torch.tensor([view for slot in slots for view in images.places[names[slot.sample_id]]], dtype=torch.int64)
+        places = [images.places[names[slot.sample_id]] for slot in slots]
+        views = torch.tensor([view for place in places for view in place], dtype=torch.int64)
         batch = with_views(batch, images.pixel_values, views, visual_tokens=self.layout.visual_tokens)
         return PackedItems(
             pack=batch, sequences={key: len(sequences) for key, sequences in encoded.items()}, errors=errors

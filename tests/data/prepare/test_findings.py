@@ -9,6 +9,7 @@ import json
 
 import pytest
 
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.prepare.record_keys import meant_by
@@ -97,7 +98,11 @@ def test_the_encoder_shows_no_image_of_them(tmp_path, kind):
     path.write_text(json.dumps([{"id": "r", **UNSEEN[kind][0]}, SOUND[2]]))
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer", legacy=True))
     rows = [
-        encode(sample, tokenizer, EncodingSettings(version="v1", model_max_length=512, visual_tokens=3)).dialogue
+        encode(
+            sample,
+            tokenizer,
+            EncodingSettings(version="v1", model_max_length=512, image_layout=ImageLayout(visual_tokens=3)),
+        ).dialogue
         for sample in Manifest.read([str(path)], version="v1")
     ]
     assert IMAGE not in rows[0] and (rows[1] == IMAGE).sum() == 3
@@ -194,10 +199,11 @@ def test_with_a_tokenizer_prepare_names_what_will_train_nothing_as_the_trainer_d
     (source / "a.json").write_text(json.dumps(records))
     limits = {"model_max_length": 150, "visual_tokens": 16}
     tokenizer = load_tokenizer(str(source / "tokenizer"))
+    rules = EncodingSettings(version="v1", model_max_length=150, image_layout=ImageLayout(visual_tokens=16))
     expected: dict[str, list[str]] = {}
     for sample in Manifest.read([str(source / "a.json")], version="v1"):
         with contextlib.suppress(UnusableSample):
-            kind = encode(sample, tokenizer, EncodingSettings(version="v1", **limits)).untrained
+            kind = encode(sample, tokenizer, rules).untrained
             expected.setdefault(kind, []).append(sample.name)
     assert {"good", "pair"} == set(expected.pop(None)) and ["cut"] in expected.values() and len(expected) >= 2
     for _ in range(2):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodingSettings, encode
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.tokenizer import load_tokenizer
@@ -64,7 +65,7 @@ def test_other_spellings_of_a_dialogue_are_llavas(tmp_path, form):
 def test_a_system_record_is_trained_on_with_its_prompt(tmp_path):
     """It was left out as a bad sample."""
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer", legacy=False))
-    settings = EncodingSettings(version="v1", model_max_length=99, visual_tokens=2)
+    settings = EncodingSettings(version="v1", model_max_length=99, image_layout=ImageLayout(visual_tokens=2))
     encoded = encode(manifest(tmp_path / "a.json", LLAVA)[0], tokenizer, settings)
     text = tokenizer.decode([row for row in encoded.dialogue.tolist() if row >= 0])
     assert text.startswith("You are red. USER:") and "artificial" not in text and encoded.untrained is None

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.prepare.run import run_prepare
@@ -239,7 +240,7 @@ def test_prepared_with_shards_they_are_counted_once_and_stay_the_same(source, ca
     assert all(sample.caption is None for sample in prepared[3:])
     with pytest.raises(UnusableSample, match="text does not tokenize"):
         tokenizer = load_tokenizer(str(source / "tokenizer"))
-        limits = {"model_max_length": 512, "visual_tokens": 3, "preference_loss": "phrase"}
+        limits = {"model_max_length": 512, "image_layout": ImageLayout(visual_tokens=3), "preference_loss": "phrase"}
         encode(prepared[-1], tokenizer, EncodingSettings(version="v1", **limits))
     # What stands beside an image in a shard is a record of the same kind.
     with tarfile.open(source / "out" / "shards" / "images-000000.tar") as tar:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.prepare import parts as prepare
@@ -98,7 +99,7 @@ def test_token_lengths_are_those_of_the_encoder(source, version, legacy):
     folder = write_tokenizer(source / "other", legacy=legacy, chat_template=CHAT)
     run_prepare(settings(source, tokenizer=folder, version=version))
     tokenizer = load_tokenizer(folder)
-    rules = EncodingSettings(version=version, model_max_length=10**6, visual_tokens=1)
+    rules = EncodingSettings(version=version, model_max_length=10**6, image_layout=ImageLayout(visual_tokens=1))
     manifest = ArrowManifest(str(source / "out" / "manifest.arrow"))
     columns = [manifest.column(f"{name}_tokens").to_pylist() for name in ("dialogue", "caption", "hallucinated")]
     counted = 0
@@ -109,8 +110,8 @@ def test_token_lengths_are_those_of_the_encoder(source, version, legacy):
             assert found == [None, None, None]
             continue
         captions = [None, None]
-        if encoded.caption_segment is not None:
-            captions = [len(encoded.caption_segment), sum(map(len, encoded.hallucinated_segments))]
+        if encoded.pairs:
+            captions = [len(encoded.pairs[0].caption_segment), sum(map(len, encoded.pairs[0].hallucinated_segments))]
         assert found == [len(encoded.dialogue), *captions], sample
         counted += 1
     assert counted >= 4

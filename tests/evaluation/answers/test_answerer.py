@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import IMAGE, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.tokenizer import load_tokenizer
@@ -38,7 +39,9 @@ def test_a_prompt_is_the_beginning_of_a_training_dialogue(prompt: str, exports: 
         sample_id=0, name="", images=("a.jpg",), caption=None, hallucinated_captions=(), source="",
         conversations=(("human", f"<image>\n{prompt}"), ("gpt", "yes, red")),
     )  # fmt: skip
-    settings = EncodingSettings(version="v1", model_max_length=512, visual_tokens=config.vision.num_patches)
+    settings = EncodingSettings(
+        version="v1", model_max_length=512, image_layout=ImageLayout(visual_tokens=config.vision.num_patches)
+    )
     trained = encode(sample, tokenizer, settings)
     answer_starts = int(np.argmax(trained.labels != -100))
     assert not trained.tokenization_mismatch
@@ -73,9 +76,9 @@ def test_pixels_are_those_of_the_exports_own_processor(aspect_ratio, exports, im
         torch.as_tensor(np.asarray(processor.image_processor(Image.open(images / name))["pixel_values"]))[0]
         for name in names
     ]
-    for (_, pixels), expected in zip(prepared, theirs, strict=True):
+    for asked, expected in zip(prepared, theirs, strict=True):
         # A pixel is rounded to one of 255 levels between padding and resizing, in either order of the two.
-        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(asked.views[0], expected, rtol=0, atol=1e-5)
 
 
 def answer_alone(model, answerer: Answerer, question: Question, images: Path, num_new: int) -> str:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hacl_megatron.data.sampler import Sampler
+from hacl_megatron.data.order.sampler import Sampler
 
 SIZES = st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(any)
 BATCH = st.integers(1, 50)

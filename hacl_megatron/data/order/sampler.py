@@ -3,9 +3,8 @@
     epoch 0: a permutation of all samples | epoch 1: another one | ...       global batches are cut from the stream
 
 The order depends on (seed, epoch) alone. A global batch may span two epochs, so no tail is ever dropped; data-parallel
-ranks take their parts of a global batch (`hacl_megatron.data.assignment`), so their number changes nothing about the
-order.
-`hacl_megatron.data.mixing` has the permutations, weighted mixtures and groups that an epoch is made of.
+ranks take their parts of a global batch (`assignment`), so their number changes nothing about the order. `mixing` has the
+permutations, weighted mixtures and groups that an epoch is made of.
 """
 
 from collections import OrderedDict
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hacl_megatron.data.mixing import Words, draws_of, group_by_modality, interleave, stretch_of_passes
+from hacl_megatron.data.order.mixing import Words, draws_of, group_by_modality, interleave, stretch_of_passes
 
 # Streams of random words within an epoch; a source of a mixture has two from _SOURCES + 2 * its number on.
 _ORDINARY, _CONTRASTIVE, _TURNS, _WINDOWS, _ORDINARY_BLOCKS, _CONTRASTIVE_BLOCKS, _SOURCES = 0, 1, 2, 3, 4, 6, 8

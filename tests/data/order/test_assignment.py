@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hacl_megatron.data.assignment import balanced, in_order, within_tokens
+from hacl_megatron.data.order.assignment import balanced, in_order, within_tokens
 
 LAYOUTS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hacl_megatron.data.assignment import in_order
-from hacl_megatron.data.mixing import BLOCKS_AT_ONCE, Words, draws_of
-from hacl_megatron.data.sampler import Sampler
+from hacl_megatron.data.order.assignment import in_order
+from hacl_megatron.data.order.mixing import BLOCKS_AT_ONCE, Words, draws_of
+from hacl_megatron.data.order.sampler import Sampler
 
 SEEDS = st.integers(0, 2**31)
 WEIGHTS = st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 3.3])

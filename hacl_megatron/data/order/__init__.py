@@ -1,0 +1,1 @@
+"""Which samples a step takes, and which rank and micro-batch takes each."""
