@@ -101,7 +101,27 @@ def test_a_manifest_travels_to_worker_processes(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"image": ["a.jpg", "b.jpg"]}, r"key 'image' is a list of 2; several images a sample are not supported yet"),
+        ({"image": ["a.jpg", 3]}, r"key 'image\[1\]' is int 3; expected a file name"),
+        ({"image": ["a.jpg", None]}, r"key 'image\[1\]' is NoneType null; expected a file name"),
+        ({"image": ["a.jpg", " "]}, r"key 'image\[1\]' is str \" \"; expected a file name"),
+        (
+            {"images": [["a.jpg", "b.jpg"]], "image": None},
+            r"key 'images' is list \[\[.*; expected a file name, or a list",
+        ),
+        ({"images": ["a.jpg", ["b.jpg"]], "image": None}, r"key 'images\[1\]' is list \[\"b.jpg\"\]; expected a file"),
+        (
+            {"image": ["a.jpg", "b.jpg"], "text": ["A cat."]},
+            r"key 'text' is list .*; expected 2 captions, one an image",
+        ),
+        ({"image": ["a.jpg", "b.jpg"], "text": ["A cat.", 1]}, r"key 'text\[1\]' is int 1; expected a string"),
+        (
+            {"image": ["a.jpg", "b.jpg"], "text": ["A cat.", "B"], "Hallucination caption": "A dog."},
+            r"key 'Hallucination caption' is str .*; expected 2 lists of strings, one an image",
+        ),
+        (
+            {"image": ["a.jpg", "b.jpg"], "text": ["A cat.", "B"], "Hallucination caption": [["A dog."], [3]]},
+            r"key 'Hallucination caption\[1\]' is list \[3\]; expected a string or a list of strings",
+        ),
         ({"image": 3}, r"key 'image' is int 3; expected a file name"),
         ({"image": [3]}, r"key 'image' is list \[3\]; expected a file name"),
         ({"id": {}}, r"key 'id' is dict {}; expected a string or a number"),

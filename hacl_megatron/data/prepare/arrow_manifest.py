@@ -12,22 +12,24 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hacl_megatron.config.files.regular import NotRegular, only_regular
 from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.llava_json import Record
+from hacl_megatron.data.prepare.record_captions import Pair
 from hacl_megatron.data.prepare.sealed_arrow import read_sealed
 from hacl_megatron.data.store import StoredImage
 
-FORMAT = 3
+FORMAT = 4
 """Raised when columns change; files of `ADDED` formats are read as well."""
-ADDED = {2: ("rejected_answers",)}
+ADDED = {2: ("rejected_answers", "more_images", "pairs"), 3: ("more_images", "pairs")}
 """Columns that manifests of earlier formats lack; null in all their records."""
 SHARDS_FOLDER = "shards"
 """Folder beside the manifest that holds its tar shards."""
@@ -38,10 +40,24 @@ _METADATA_KEY = b"hacl_megatron"
 FINDINGS = "findings"
 """Key of the metadata: `Findings.as_json` of each file; files prepared by earlier versions have none."""
 _TURNS = pa.list_(pa.struct([pa.field("from", pa.string()), pa.field("value", pa.string())]))
+_OF_AN_IMAGE = [
+    pa.field("image", pa.string()),  # null: a text-only sample
+    pa.field("width", pa.int32()),  # pixels; null: not known
+    pa.field("height", pa.int32()),
+    pa.field("image_fault", pa.string()),  # why the image is unusable, where images were checked
+    pa.field("shard", pa.int32()),  # index in the metadata's `shards`; null: the image is in the folder
+    pa.field("offset", pa.int64()),  # of the image's first byte in the shard
+    pa.field("size", pa.int64()),  # bytes
+    pa.field("checksum", pa.uint64()),  # of these bytes
+]
+"""A column each for a record's first image; the others' are in one column, of lists."""
+_PAIR = [
+    pa.field("image", pa.int32()), pa.field("caption", pa.string()), pa.field("hallucinated", pa.list_(pa.string()))
+]  # fmt: skip
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("image", pa.string()),  # null: a text-only sample
+        _OF_AN_IMAGE[0],
         pa.field("conversations", _TURNS, nullable=False),
         pa.field("text", pa.string()),  # the key `text`, the released files' caption
         pa.field("first_answer_is_caption", pa.bool_(), nullable=False),
@@ -51,16 +67,12 @@ SCHEMA = pa.schema(
         pa.field("file", pa.int32(), nullable=False),  # index in the metadata's `files`
         pa.field("content", pa.uint64(), nullable=False),  # hash of all that training sees of the record
         pa.field("num_words", pa.int32(), nullable=False),  # of the dialogue, as LLaVA's modality_lengths counts
-        pa.field("dialogue_tokens", pa.int32()),  # with BOS, the image as one; null: not counted, or unusable
-        pa.field("caption_tokens", pa.int32()),  # with BOS and EOS
+        pa.field("dialogue_tokens", pa.int32()),  # with BOS, each image as one; null: not counted, or unusable
+        pa.field("caption_tokens", pa.int32()),  # with BOS and EOS; of all captions, with several images
         pa.field("hallucinated_tokens", pa.int32()),  # of all hallucinated captions, each with BOS and EOS
-        pa.field("width", pa.int32()),  # pixels; null: not known
-        pa.field("height", pa.int32()),
-        pa.field("image_fault", pa.string()),  # why the image is unusable, where images were checked
-        pa.field("shard", pa.int32()),  # index in the metadata's `shards`; null: the image is in the folder
-        pa.field("offset", pa.int64()),  # of the image's first byte in the shard
-        pa.field("size", pa.int64()),  # bytes
-        pa.field("checksum", pa.uint64()),  # of these bytes
+        *_OF_AN_IMAGE[1:],
+        pa.field("more_images", pa.list_(pa.struct(_OF_AN_IMAGE))),  # behind the first; null: there are none
+        pa.field("pairs", pa.list_(pa.struct(_PAIR))),  # of several images; null: no captions are listed
     ]
 )
 
@@ -86,8 +98,8 @@ class Measures:
 
     tokens: Sequence[tuple[int | None, int | None, int | None]] | None = None
     """Dialogue, caption and hallucinated tokens of each sample."""
-    images: Sequence[tuple[int | None, int | None, str | None]] | None = None
-    """Width, height and fault of each sample's image."""
+    images: Sequence[Sequence[tuple[int | None, int | None, str | None]]] | None = None
+    """Width, height and fault of each sample's images."""
     untrained: Sequence[str | None] | None = None
     """Why each sample will train nothing; no column, for it depends on the run's settings."""
 
@@ -95,7 +107,9 @@ class Measures:
 def make_entry(record: Record, file: int, name: str | None = None) -> Entry:
     """Hashes a record; `name` takes the place of its own."""
     seen = [_first(record), record.turns, record.text, record.first_answer_is_caption, record.hallucinated]
-    if record.rejected is not None:  # others' hashes are as they were before there were such records
+    if len(record.images) > 1:
+        seen += [record.rejected, record.images, record.pairs]
+    elif record.rejected is not None:  # others' hashes are as they were before there were such records
         seen.append(record.rejected)
     text = json.dumps(seen, ensure_ascii=False, separators=(",", ":"))
     try:
@@ -123,9 +137,10 @@ def build_batch(entries: Sequence[Entry], measures: Measures) -> pa.RecordBatch:
     records = [entry.record if entry.fits else _without_text(entry.record) for entry in entries]
     turns = [turn for record in records for turn in record.turns]
     hallucinated = [caption for record in records for caption in record.hallucinated]
-    nothing = [(None, None, None)] * len(entries)
-    dialogue, caption, wrong_captions = zip(*(measures.tokens or nothing), strict=True)
-    width, height, fault = zip(*(measures.images or nothing), strict=True)
+    nothing = (None, None, None)
+    dialogue, caption, wrong_captions = zip(*(measures.tokens or [nothing] * len(entries)), strict=True)
+    images = measures.images or [[nothing] * len(record.images) for record in records]
+    width, height, fault = zip(*(found[0] if found else nothing for found in images), strict=True)
     count = len(entries)
     columns = [
         [record.name for record in records],
@@ -152,6 +167,8 @@ def build_batch(entries: Sequence[Entry], measures: Measures) -> pa.RecordBatch:
         [num_words(entry.record) for entry in entries],
         *(dialogue, caption, wrong_captions, width, height, fault),
         *([None] * count for _ in ("shard", "offset", "size", "checksum")),
+        [_more_images(record, found) for record, found in zip(records, images, strict=True)],
+        [[pair._asdict() for pair in record.pairs] or None for record in records],
     ]
     return pa.record_batch(
         [
@@ -178,6 +195,14 @@ def _without_text(record: Record) -> Record:
     return Record(replaced(record.name), images, (), None, record.first_answer_is_caption, (), rejected)
 
 
+def _more_images(record: Record, found: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]] | None:
+    """What is known of a record's images but the first, where each lies still open; None where there are none."""
+    some = zip(record.images[1:], found[1:], strict=True)
+    return [
+        {"image": name, "width": width, "height": height, "image_fault": fault} for name, (width, height, fault) in some
+    ] or None
+
+
 def _first(record: Record) -> str | None:
     """The name of a record's first image; None without any."""
     return record.images[0] if record.images else None
@@ -186,12 +211,24 @@ def _first(record: Record) -> str | None:
 def _exact(record: Record) -> list[Any]:
     return [
         record.name, _first(record), record.turns, record.text, record.first_answer_is_caption, record.hallucinated,
-        record.rejected,
+        record.rejected, record.images[1:], record.pairs,
     ]  # fmt: skip
 
 
 def _offsets(lengths: list[int]) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32))
+
+
+def images_of(batch: Mapping[str, pa.Array] | pa.RecordBatch, name: str) -> tuple[pa.Array, np.ndarray]:
+    """What the column `name` says of every image of a record batch, and the row of each (int64), in the rows' order."""
+    rows = np.flatnonzero(batch["image"].is_valid().to_numpy(zero_copy_only=False))
+    values, more = batch[name].take(pa.array(rows)), batch["more_images"]
+    if more.null_count == len(more):
+        return values, rows
+    rows = np.concatenate([rows, pc.list_parent_indices(more).to_numpy().astype(np.int64)])
+    values = pa.concat_arrays([values, pc.struct_field(more.flatten(), name)])
+    order = np.argsort(rows, kind="stable")
+    return values.take(pa.array(order)), rows[order]
 
 
 def with_metadata(metadata: dict[str, Any]) -> pa.Schema:
@@ -270,25 +307,46 @@ class ArrowManifest:
         def value(name: str) -> Any:
             return columns[name][row].as_py()
 
-        exact = value("exact")
+        exact, others = value("exact"), value("more_images") or ()
         if exact is not None:
             try:
                 name, image, turns, text, is_caption, hallucinated, *more = json.loads(exact)
-                (rejected,) = more or (None,)  # not there in earlier formats
+                rejected, names, pairs = [*more, *[None, (), ()][len(more) :]]  # earlier formats have fewer
                 turns = tuple((role, said) for role, said in turns)
+                pairs = [Pair(*pair) for pair in pairs]
             except (ValueError, TypeError, RecursionError):
-                raise self._refused(f"record {index} is none that prepare_data.py wrote") from None
+                raise self._none_of_ours(index) from None
         else:
             name, image, text, is_caption = (value(key) for key in ("id", "image", "text", "first_answer_is_caption"))
             turns = tuple((turn["from"], turn["value"]) for turn in value("conversations"))
             hallucinated, rejected = value("hallucinated_captions"), value("rejected_answers")
-        shard, stored = value("shard"), None
-        if shard is not None:
-            stored = StoredImage(self._shards[shard], *map(value, ("offset", "size", "checksum")))
+            names, pairs = [other["image"] for other in others], [Pair(**pair) for pair in value("pairs") or ()]
+        images = () if image is None else (image, *names)
+        shard, stored = value("shard"), ()
+        if images:
+            keys = ("shard", "offset", "size", "checksum")
+            places = [(shard, *map(value, keys[1:])) if shard is not None else (None,) * 4]
+            stored = tuple(self._place(*place) for place in [*places, *(map(other.get, keys) for other in others)])
+        texts = [*images[1:], *(pair.caption for pair in pairs)]
+        if len(stored) != len(images) or not all(isinstance(text, str) for text in texts):
+            raise self._none_of_ours(index)
+        if not all(isinstance(pair.image, int) and 0 <= pair.image < len(images) for pair in pairs):
+            raise self._none_of_ours(index)
         rejected = None if rejected is None else tuple(rejected)
-        images = () if image is None else (image,)
-        record = Record(name, images, turns, text, is_caption, tuple(hallucinated), rejected)
-        return record, self.files[value("file")], (stored,) * len(images)
+        pairs = tuple(pair._replace(hallucinated=tuple(pair.hallucinated)) for pair in pairs)
+        record = Record(name, images, turns, text, is_caption, tuple(hallucinated), rejected, pairs)
+        return record, self.files[value("file")], stored
+
+    def _place(self, shard: int | None, offset: int, size: int, checksum: int | None) -> StoredImage | None:
+        """An image's place; None: it is in the folder."""
+        if shard is None:
+            return None
+        if not 0 <= shard < len(self._shards):
+            raise self._refused("its checksum holds, but no prepare_data.py wrote it (shards that it does not name)")
+        return StoredImage(self._shards[shard], offset, size, checksum)
+
+    def _none_of_ours(self, index: int) -> ValueError:
+        return self._refused(f"record {index} is none that prepare_data.py wrote")
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column, without a copy."""
@@ -296,6 +354,13 @@ class ArrowManifest:
             for number in range(len(self._columns)):
                 self._checked(number)
         return pa.chunked_array([columns[name] for columns in self._columns], SCHEMA.field(name).type)
+
+    def of_images(self, name: str) -> tuple[pa.Array, np.ndarray]:
+        """What a column says of every image, and the record of each (int64), in the records' order."""
+        found = [images_of(self._checked(number), name) for number in range(len(self._columns))]
+        rows = [rows + start for (_, rows), start in zip(found, self._starts.tolist())]  # noqa: B905  # ends with it
+        values = pa.chunked_array([values for values, _ in found], SCHEMA.field(name).type).combine_chunks()
+        return values, np.concatenate([np.empty(0, np.int64), *rows])
 
     def numbers(self, name: str, missing: int = 0) -> np.ndarray:
         """A numeric column [num_samples], `missing` where it is null."""

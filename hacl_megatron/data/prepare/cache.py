@@ -26,7 +26,7 @@ from hacl_megatron.data.prepare.parts import build_parts, merge_parts, remove_fo
 
 CACHE_FOLDER = ".hacl_megatron_cache"
 """Beside the JSON file."""
-READING = 6
+READING = 7
 """Raised when files are read in another way or more is found in them, so that they are prepared again."""
 NOTICE_BYTES = 100 << 20
 """Files from this size on take long enough to say so."""

@@ -87,12 +87,12 @@ _OTHER_TAG = re.compile(r"<[|/\s]*(?:img|image|picture)[^<>]{0,20}>", re.IGNOREC
 
 
 def find_unseen(
-    record: dict[str, Any], name: str, image: str | None, turns: Sequence[tuple[Any, Any]], findings: Findings
+    record: dict[str, Any], name: str, images: Sequence[str], turns: Sequence[tuple[Any, Any]], findings: Findings
 ) -> None:
     """Counts what of a decoded record training will never see: an image, or hallucinated captions.
 
     Args:
-        image: as it was read, None for a text-only sample.
+        images: as they were read, none for a text-only sample.
         turns: (from, value), unchecked.
     """
     strange = {key: meant for key, value in record.items() if value and (meant := meant_by(key))}
@@ -107,7 +107,7 @@ def find_unseen(
         elif meant in ANSWER_KEYS and not record.get(meant) and isinstance(record[key], str | list):
             findings.count(f"key {key!r} is not read; did you mean {meant!r}, an answer?", name)
     tagged = [number for number, (_, value) in enumerate(turns) if isinstance(value, str) and IMAGE_TAG in value]
-    if image is None:
+    if not images:
         names = (key for key, meant in strange.items() if meant == IMAGE_KEY)
         key = next((key for key in names if tagged or not _is_another_file(record[key])), None)
         if key is not None:
@@ -125,13 +125,17 @@ def find_unseen(
         return
     # With a caption the image is shown all the same, in a pair with it.
     loss: Loss | None = None if record.get("text") or record.get(HALLUCINATED_KEY) else "image in the dialogue"
-    if not tagged:
+    num_tags = sum(value.count(IMAGE_TAG) for _, value in turns if isinstance(value, str))
+    if num_tags != len(images) and (num_tags or len(images) > 1):
+        kind = f"more or fewer {IMAGE_TAG} tags than images: training leaves it out, as a bad sample"
+        findings.count(kind, name, "image")
+    elif not tagged:
         others = (_OTHER_TAG.search(value) for _, value in turns if isinstance(value, str))
         other = next((match[0] for match in others if match), None)
         hint = f"found {other!r}, did you mean {IMAGE_TAG}?" if other else f"put {IMAGE_TAG} into a question"
         kind = f"an image and no {IMAGE_TAG} tag, so its dialogue does not show it (but to --version plain); {hint}"
         findings.count(kind, name, loss)
-    elif tagged == [0] and turns[0][0] != "human" and len(turns) > 1:
+    elif tagged[0] == 0 and turns[0][0] != "human" and len(turns) > 1:
         role = str(turns[0][0])[:40]
         kind = f"the {IMAGE_TAG} tag is in a leading {role} turn, which is left out; move it into a question"
         findings.count(kind, name, loss)
@@ -153,9 +157,7 @@ def _strange_role(turns: Sequence[tuple[Any, Any]]) -> str | None:
     return next((repr(role)[:40] for role, _ in said if role not in ("human", "gpt")), None)
 
 
-def find_untrained(
-    record: dict[str, Any], name: str, image: str | None, turns: Sequence[tuple[Any, Any]], findings: Findings
-) -> None:
+def find_untrained(name: str, turns: Sequence[tuple[Any, Any]], findings: Findings, *, has_pair: bool) -> None:
     """Counts a decoded record whose dialogue has nothing to learn, whatever the tokenizer, and no pair beside it."""
     role = _strange_role(turns)
     turns = turns[1:] if turns and turns[0][0] == "system" else turns
@@ -164,7 +166,6 @@ def find_untrained(
         fault = "the dialogue has no turns" if role is None else f"a turn is from {role}, expected 'human' or 'gpt'"
         findings.count(f"{fault}: training leaves it out, as a bad sample", name, "answer")
         return
-    has_pair = image is not None and (record.get("text") or record.get(HALLUCINATED_KEY))
     if has_pair or not all(isinstance(value, str) for _, value in said):
         return
     answers = [value for role, value in said if role == "gpt"]

@@ -18,10 +18,16 @@ from typing import Any
 from hacl_megatron.config.files.regular import check_regular, only_regular
 from hacl_megatron.data.prepare.dialogue_json import key_of_turns, turns_of
 from hacl_megatron.data.prepare.findings import IGNORED_REJECTED, Findings, find_unseen, find_untrained
-from hacl_megatron.data.prepare.preference_json import IMAGE_KEYS, is_preference, messages_in, read_preference
-from hacl_megatron.data.prepare.record_captions import Pair
-from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG
-from hacl_megatron.data.prepare.record_values import describe, image_name, is_gap, value_of
+from hacl_megatron.data.prepare.preference_json import (
+    PREFERENCE_IMAGE_KEYS,
+    is_preference,
+    messages_in,
+    read_preference,
+)
+from hacl_megatron.data.prepare.record_captions import Pair, clean_caption, read_captions
+from hacl_megatron.data.prepare.record_images import IMAGE_KEYS, first_image, read_images
+from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, CAPTION_KEYS, HALLUCINATED_KEY
+from hacl_megatron.data.prepare.record_values import describe, is_gap, value_of
 
 LINES_ENDINGS = (".jsonl", ".ndjson")
 """Of the names of files of JSON lines, in small or capital letters."""
@@ -55,11 +61,6 @@ class Record:
     """Of a preference record, what was rejected in the last turn's place, without surrounding blanks; else None."""
     pairs: tuple[Pair, ...] = ()
     """Of a record with several images, those whose captions `text` lists."""
-
-
-def clean_caption(caption: str) -> str:
-    """A caption without image tags and surrounding blanks."""
-    return caption.replace(IMAGE_TAG, "").strip()
 
 
 def read_records(
@@ -323,7 +324,7 @@ def text_or_first_answer(text: Any, turns: Iterable[tuple[Any, Any]]) -> str | N
 
 
 def name_of(record: dict[str, Any], index: int) -> str:
-    """The decoded record's own `id` (RLAIF-V's `idx`); its image's name or its index in the file if it has none.
+    """The decoded record's own `id` (RLAIF-V's `idx`); its first image's name or its index in the file if it has none.
 
     pandas makes 12 a 12.0 where another record has no id; the name is 12 all the same.
     """
@@ -334,9 +335,7 @@ def name_of(record: dict[str, Any], index: int) -> str:
         name = int(name)
     if name is not None:
         return str(name)
-    images = (record.get(key) for key in (IMAGE_KEYS if is_pair else IMAGE_KEYS[:1]))
-    images = (image[0] if isinstance(image, list) and len(image) == 1 else image for image in images)
-    return next((image for image in images if image and isinstance(image, str)), f"record {index}")
+    return first_image(record, PREFERENCE_IMAGE_KEYS if is_pair else IMAGE_KEYS) or f"record {index}"
 
 
 def parse_record(record: Any, path: str, index: int, line: int, findings: Findings) -> Record:
@@ -358,41 +357,30 @@ def parse_record(record: Any, path: str, index: int, line: int, findings: Findin
     rejected = None
     if is_preference(record):
         preference = read_preference(record, where, wrong, name, findings)
-        image, turns, rejected = preference.image, preference.turns, preference.rejected
+        images, turns, rejected = preference.images, preference.turns, preference.rejected
         messages = messages_in(record)
     else:
-        image, turns = image_name(value_of(record, "image"), where, wrong), turns_of(record, where, wrong)
+        images = read_images(record, IMAGE_KEYS, wrong, name, findings)
+        turns = turns_of(record, where, wrong)
         messages = record[key_of_turns(record)]
         if messages is not record.get("messages") and value_of(record, "messages") is not None:
             findings.count("key 'messages' is not read: 'conversations' is", name)
-    if image is None and record.get("image") is not None:
-        findings.count(f"key 'image' is {describe(record['image'])}: read as text only", name)
-
+    captions = read_captions(record, len(images), wrong, name, findings)
     _count_oddities(record, messages, name, findings)
-    find_unseen(record, name, image, turns, findings)
-    find_untrained(record, name, image, turns, findings)
+    find_unseen(record, name, images, turns, findings)
+    with_caption = captions.pairs if len(images) > 1 else captions.text or record.get(HALLUCINATED_KEY)
+    find_untrained(name, turns, findings, has_pair=bool(images and with_caption))
     if rejected:
         findings.count(IGNORED_REJECTED, name, "rejected answers")
-    text = value_of(record, "text")
-    if text is not None and not isinstance(text, str):
-        raise wrong("text", text, "a string, the caption")
-    hallucinated = value_of(record, HALLUCINATED_KEY)
-    if hallucinated is None or isinstance(hallucinated, str):
-        hallucinated = [hallucinated or ""]
-    if not isinstance(hallucinated, list) or not all(isinstance(caption, str) for caption in hallucinated):
-        raise wrong(HALLUCINATED_KEY, hallucinated, "a string or a list of strings")
-    captions = tuple(caption for caption in map(clean_caption, hallucinated) if caption)
-    if text is not None and not clean_caption(text):
-        kind = f"key 'text' is empty, so that it has no caption{' for its hallucinated captions' * bool(captions)}"
-        findings.count(f"{kind}; leave the key out", name, "hallucinated captions" if captions else None)
     return Record(
         name,
-        () if image is None else (image,),
+        images,
         turns,
-        text,
+        captions.text,
         any(key in record and not is_gap(record[key]) for key in CAPTION_KEYS),
-        captions,
+        captions.hallucinated,
         rejected,
+        captions.pairs,
     )
 
 

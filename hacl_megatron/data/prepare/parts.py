@@ -188,7 +188,8 @@ def _unusable_text(record: Record) -> str | None:
     words = [value for _, value in record.turns]
     if not all(isinstance(value, str) for value in words):
         return "a turn that is no string: training leaves it out, as a bad sample"
-    if not all(map(is_text, (*words, record.text or "", *record.hallucinated, *(record.rejected or ())))):
+    listed = [caption for pair in record.pairs for caption in (pair.caption, *pair.hallucinated)]
+    if not all(map(is_text, (*words, record.text or "", *record.hallucinated, *(record.rejected or ()), *listed))):
         return "half of a surrogate pair, which is no text: training leaves it out, as a bad sample"
     return None
 

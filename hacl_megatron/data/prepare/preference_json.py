@@ -6,7 +6,7 @@
     question | prompt | conversations   a string; messages; missing where the answers hold the whole conversation
     chosen                              a string; a message; messages, of which the last is the answer
     rejected                            the same, or a list of such
-    image | images | image_path         one file name
+    image | images | image_path         a file name, or a list of them
 
 A message is TRL's {"role", "content"}, whose content is a string or parts {"type": "image"} and {"type": "text"}, or
 LLaVA's {"from", "value"}. What only some records of a file have, others may have as null or NaN.
@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hacl_megatron.data.prepare.findings import Findings
-from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, CHOSEN_KEY, IMAGE_KEY, IMAGE_TAG, REJECTED_KEY, meant_by
-from hacl_megatron.data.prepare.record_values import Wrong, image_name, value_of
+from hacl_megatron.data.prepare.record_images import IMAGE_KEYS, read_images
+from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, CHOSEN_KEY, IMAGE_TAG, REJECTED_KEY, meant_by
+from hacl_megatron.data.prepare.record_values import Wrong, value_of
 
 PROMPT_KEYS = ("question", "prompt", "conversations")
-IMAGE_KEYS = (IMAGE_KEY, "images", "image_path")
-"""The first that is not empty is read."""
+PREFERENCE_IMAGE_KEYS = (*IMAGE_KEYS, "image_path")
+"""RLAIF-V's last."""
 ROLES = {"user": "human", "assistant": "gpt"}
 """OpenAI's names of those who speak, and LLaVA's."""
 
@@ -33,8 +34,8 @@ Turns = list[tuple[str, str]]
 class Preference:
     """What a preference record says."""
 
-    image: str | None
-    """Image name relative to the image folder; None for a text-only record."""
+    images: tuple[str, ...]
+    """Image names relative to the image folder; empty for a text-only record."""
     turns: tuple[tuple[str, str], ...]
     """(from, value), in LLaVA's roles; the last is the chosen answer."""
     rejected: tuple[str, ...]
@@ -54,37 +55,10 @@ def messages_in(record: dict[str, Any]) -> Iterator[Any]:
             yield from item if isinstance(item, list) else [item]
 
 
-def _image(record: dict[str, Any], where: str, wrong: Wrong, name: str, findings: Findings) -> str | None:
-    """The file name of a preference record's image; None where it has none.
-
-    What `datasets` writes for a picture, {"bytes", "path"}, counts as its path: pictures are read from files alone.
-    """
-    found: dict[str, str] = {}
-    pictures: dict[str, Any] = {}
-    for key in IMAGE_KEYS:
-        value = value_of(record, key)
-        (item,) = value if isinstance(value, list) and len(value) == 1 else [value]
-        if isinstance(item, dict) and "bytes" in item:
-            pictures[key] = item
-        elif (file := image_name(value, where, wrong, key)) is not None:
-            found[key] = file
-    for key, picture in pictures.items():
-        if not found and (file := image_name(picture.get("path"), where, wrong, key)) is not None:
-            found[key] = file
-        if not found:
-            raise wrong(key, picture, "a file name: pictures are read from files, so write it into one")
-        findings.count(f"the picture in key {key!r} is not read, but the file that {next(iter(found))!r} names", name)
-    used = next(iter(found), None)
-    for key, file in found.items():
-        if file != found[used]:
-            findings.count(f"key {key!r} is not read: {used!r} names another image", name)
-    return None if used is None else found[used]
-
-
 def read_preference(record: dict[str, Any], where: str, wrong: Wrong, name: str, findings: Findings) -> Preference:
-    """A preference record's image and turns, and the answers that may stand in the place of the last turn.
+    """A preference record's images and turns, and the answers that may stand in the place of the last turn.
 
-    A prompt that does not mention the image begins with it, as TRL has it. What is read in another way than it is
+    A prompt that mentions no image begins with all of them, as TRL has it. What is read in another way than it is
     written is counted in `findings` under the record's `name`. Raises ValueError where there is no prompt, no answer,
     or more than one message of the answers differs.
     """
@@ -122,17 +96,18 @@ def read_preference(record: dict[str, Any], where: str, wrong: Wrong, name: str,
     texts = [turns[-1][1].strip() for turns in rejected]
     if not all(texts):
         findings.count("a rejected answer is empty: it is left out", name)
-    image = _image(record, where, wrong, name, findings)
-    turns = [*_with_image(prompt, image), ("gpt", chosen[-1][1].strip())]
-    return Preference(image, tuple(turns), tuple(text for text in texts if text))
+    images = read_images(record, PREFERENCE_IMAGE_KEYS, wrong, name, findings)
+    turns = [*_with_images(prompt, len(images)), ("gpt", chosen[-1][1].strip())]
+    return Preference(images, tuple(turns), tuple(text for text in texts if text))
 
 
-def _with_image(prompt: Turns, image: str | None) -> Turns:
-    """The prompt with the image in front of its first question, where it does not mention it."""
-    if image is None or any(IMAGE_TAG in text for _, text in prompt):
+def _with_images(prompt: Turns, num_images: int) -> Turns:
+    """The prompt with the images in front of its first question, where it does not mention them."""
+    if not num_images or any(IMAGE_TAG in text for _, text in prompt):
         return prompt
     first = next((number for number, (role, _) in enumerate(prompt) if role == "human"), None)
-    return [(role, f"{IMAGE_TAG}\n{text}" if number == first else text) for number, (role, text) in enumerate(prompt)]
+    tags = f"{IMAGE_TAG}\n" * num_images
+    return [(role, tags + text if number == first else text) for number, (role, text) in enumerate(prompt)]
 
 
 def _prompt(record: dict[str, Any], where: str, wrong: Wrong) -> Turns | None:
@@ -180,19 +155,28 @@ def _conversation(value: Any, key: str, wrong: Wrong) -> Turns:
 
 
 def text_of_parts(parts: Sequence[Any], place: str, wrong: Wrong) -> str:
-    """A message's texts, one behind the other as chat templates have them, with its images in front."""
-    images, text = 0, ""
+    """A message's texts, one behind the other as chat templates have them, with its image in front.
+
+    Of several images those behind a text stay there.
+    """
+    texts: list[str] = []
+    places: list[int] = []  # of images: how many texts are in front
     for number, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
+            texts.append(part["text"])
         elif kind == "image" and not any(part.get(key) for key in ("image", "path", "url")):
-            images += 1
+            places.append(len(texts))
         elif kind == "image":
             raise wrong(f"{place} part {number}", part, "an image part without a name, and the name under 'image'")
         else:
             raise wrong(f"{place} part {number}", part, '{"type": "image"} or {"type": "text", "text": ...}')
-    return f"{IMAGE_TAG}\n" * images + text
+    if len(places) == 1:
+        places = [0]
+    pieces = [f"{IMAGE_TAG}\n" * places.count(0)]
+    for number, text in enumerate(texts, start=1):
+        pieces += [text, IMAGE_TAG * places.count(number)]
+    return "".join(pieces)
 
 
 def _text(turns: Turns) -> str:

@@ -7,6 +7,7 @@ IMAGE_TAG = "<image>"
 """Where a conversation's text names its image."""
 
 IMAGE_KEY = "image"
+IMAGES_KEY = "images"
 HALLUCINATED_KEY = "Hallucination caption"
 CAPTION_KEYS = ("caption", HALLUCINATED_KEY)
 """Keys that mark a record without `text` as a contrastive sample, whose caption is then its first answer."""
@@ -20,7 +21,7 @@ _IMAGE_ELSEWHERE = {
     "image", "images", "img", "imgs", "imagepath", "imagepaths", "imagefile", "imagename", "imageurl", "imgpath",
     "imgname", "filename", "imagefilename", "picture", "pictures", "pic", "photo", "imagelist",
 }  # fmt: skip
-"""What other formats call it: LLaMA-Factory and TRL `images`, xtuner `img`, COCO `file_name`."""
+"""What other formats call it: xtuner `img`, COCO `file_name`."""
 _TEXTS = {"text": "text", "texts": "text", "caption": "caption", "captions": "caption"}
 """Other spellings of the keys that say which text is the caption."""
 _OF_PREFERENCES = {
@@ -35,7 +36,7 @@ _OF_PREFERENCES = {
 @lru_cache(maxsize=4096)
 def meant_by(key: str) -> str | None:
     """The key that `key`, which nothing reads, was probably meant for; None: it is one that is read, or like none."""
-    if key in (IMAGE_KEY, *CAPTION_KEYS, *_OF_PREFERENCES, "id", "conversations", "text"):
+    if key in (IMAGE_KEY, IMAGES_KEY, *CAPTION_KEYS, *_OF_PREFERENCES, "id", "conversations", "text"):
         return None
     letters = "".join(filter(str.isalpha, key.lower()))
     if letters in _IMAGE_ELSEWHERE or (

@@ -1,4 +1,4 @@
-"""Single values of a decoded record: what counts as there, how a message shows them, which image they name."""
+"""Single values of a decoded record: what counts as there, how a message shows them."""
 
 import json
 import math
@@ -20,21 +20,6 @@ def value_of(record: dict[str, Any], key: str) -> Any:
 def is_gap(value: Any) -> bool:
     """Whether it is the NaN that pandas writes where a record has no such key."""
     return isinstance(value, float) and math.isnan(value)
-
-
-def image_name(image: Any, where: str, wrong: Wrong, key: str = "image") -> str | None:
-    """The name of a record's one image: a string, or a list of one; None where the value is empty."""
-    found = image
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise ValueError(
-                f"{where}: key {key!r} is a list of {len(image)}; several images a sample are not supported yet, "
-                "expected one file name: split or remove the record"
-            )
-        image = image[0] if image else None
-    if image is not None and not isinstance(image, str):
-        raise wrong(key, found, "a file name")
-    return image if image and not image.isspace() else None
 
 
 def describe(value: Any) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
@@ -211,10 +212,8 @@ class _Images:
         with open(self._blank_file, encoding="ascii") as file:
             return {json.loads(line) for line in file if line.endswith("\n")}  # a killed start's last may be cut
 
-    def measure(self, name: str | None) -> tuple[int | None, int | None, str | None]:
+    def measure(self, name: str) -> tuple[int | None, int | None, str | None]:
         """Width, height and fault of the image of that name."""
-        if name is None:
-            return None, None, None
         if name not in self._known:
             try:
                 self._known[name] = (*self.measure_bytes(name, self.store.read(name)), None)
@@ -242,7 +241,7 @@ def _measure(
             )
             measures = replace(measures, untrained=untrained_kinds(samples, tokens, tokenizer, encoding))
     if images is not None:
-        measures = replace(measures, images=[images.measure(next(iter(record.images), None)) for record in records])
+        measures = replace(measures, images=[[*map(images.measure, record.images)] for record in records])
     return measures
 
 
@@ -271,20 +270,29 @@ def _report(
     manifest: ArrowManifest, settings: PrepareSettings, counts: Counts, images: _Images | None
 ) -> dict[str, Any]:
     """Counts and quantiles; writes report.json, bad_images.jsonl and histograms.png."""
-    image = manifest.column("image")
+    image, _ = manifest.of_images("image")
+    several = manifest.column("more_images").is_valid()
+    with_pairs = manifest.column("pairs")
     report: dict[str, Any] = {
         "samples": len(manifest),
         "files": dict(zip(manifest.files, counts.samples_per_file, strict=True)),
         "duplicates dropped": counts.dropped,
         "renamed, same id as another record": counts.renamed,
-        "text only": image.null_count,
-        "distinct images": len(image.unique()) - bool(image.null_count),
-        "with caption": pc.sum(
-            pc.or_(manifest.column("text").is_valid(), manifest.column("first_answer_is_caption"))
-        ).as_py()
-        or 0,
-        "with hallucinated captions": int(
-            np.count_nonzero(pc.list_value_length(manifest.column("hallucinated_captions")).to_numpy())
+        "text only": manifest.column("image").null_count,
+        "several images": _number_of(several),
+        "distinct images": len(image.unique()),
+        "with caption": _number_of(
+            pc.if_else(
+                several,
+                with_pairs.is_valid(),
+                pc.or_(manifest.column("text").is_valid(), manifest.column("first_answer_is_caption")),
+            )
+        ),
+        "with hallucinated captions": sum(
+            any(pair["hallucinated"] for pair in pairs) for pairs in with_pairs.drop_null().to_pylist()
+        )
+        + _number_of(
+            pc.and_(pc.invert(several), pc.greater(pc.list_value_length(manifest.column("hallucinated_captions")), 0))
         ),
         "preference records": len(manifest) - manifest.column("rejected_answers").null_count,
         "rejected answers": pc.sum(pc.list_value_length(manifest.column("rejected_answers"))).as_py() or 0,
@@ -293,7 +301,11 @@ def _report(
         "words of a dialogue": "num_words", "tokens of a dialogue, image as one": "dialogue_tokens",
         "tokens of a caption": "caption_tokens", "width": "width", "height": "height",
     }  # fmt: skip
-    values = {label: manifest.column(name).drop_null().to_numpy() for label, name in lengths.items()}
+    columns = {
+        label: manifest.of_images(name)[0] if name in ("width", "height") else manifest.column(name)
+        for label, name in lengths.items()
+    }
+    values = {label: column.drop_null().to_numpy() for label, column in columns.items()}
     values = {label: found for label, found in values.items() if len(found)}
     for label, found in values.items():
         report[label] = dict(
@@ -330,14 +342,25 @@ def _report(
     return report
 
 
+def _number_of(column: pa.ChunkedArray) -> int:
+    """How many are true."""
+    return pc.sum(column).as_py() or 0
+
+
 def _write_bad_images(manifest: ArrowManifest, path: str) -> int:
     """One JSON object for each unusable image, with the samples that name it; returns their number."""
-    faults, names, ids = (manifest.column(key) for key in ("image_fault", "image", "id"))
+    (faults, rows), (names, _), ids = (
+        manifest.of_images("image_fault"),
+        manifest.of_images("image"),
+        manifest.column("id"),
+    )
     bad: dict[str, dict[str, Any]] = {}
-    for row in pc.indices_nonzero(faults.is_valid()).to_pylist():
-        name = names[row].as_py()
-        known = bad.setdefault(name, {"image": name, "reason": faults[row].as_py(), "samples": []})
-        known["samples"].append(ids[row].as_py())
+    for at in pc.indices_nonzero(faults.is_valid()).to_pylist():
+        name, sample = names[at].as_py(), ids[int(rows[at])].as_py()
+        known = bad.setdefault(name, {"image": name, "reason": faults[at].as_py(), "samples": {}})
+        known["samples"][int(rows[at])] = sample  # once, however often it names the image
+    for entry in bad.values():
+        entry["samples"] = [*entry["samples"].values()]
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json_text(entry) + "\n" for entry in bad.values())
     return len(bad)

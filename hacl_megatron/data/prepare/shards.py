@@ -3,9 +3,9 @@
     images-000003.tar:  000012288.jpg  000012288.json  000012289.png  000012289.json ...
 
 `{key}.json` is {"image": name, "records": [LLaVA records with this image, ...]}, so that webdataset and
-megatron-energon read whole samples; this trainer reads the images alone, by the offsets in its manifest. Keys are the
-images' numbers in order of first use, names appear inside the JSON only: nothing in a header comes from a user's file.
-Text-only records are in the manifest alone.
+megatron-energon read whole samples; a record with several images stands beside the first of them. This trainer reads
+the images alone, by the offsets in its manifest. Keys are the images' numbers in order of first use, names appear
+inside the JSON only: nothing in a header comes from a user's file. Text-only records are in the manifest alone.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hacl_megatron.config.files.checksum import checksum
-from hacl_megatron.data.prepare.arrow_manifest import SCHEMA, SHARDS_FOLDER
+from hacl_megatron.data.prepare.arrow_manifest import SCHEMA, SHARDS_FOLDER, images_of
 from hacl_megatron.data.prepare.parts import is_whole, read_part, write_part
 from hacl_megatron.data.store import FolderStore, UnusableImage
 
@@ -57,6 +57,13 @@ class ShardedImages:
         """A manifest's record batch with its images' places filled in."""
         codes = pc.index_in(batch.column("image"), value_set=self.names)
         columns = {name: self.places.column(name).take(codes) for name in _PLACES.names}
+        more = batch.column("more_images")
+        if more.null_count < len(more):
+            codes = pc.index_in(pc.struct_field(more.flatten(), "image"), value_set=self.names)
+            places = iter(self.places.take(codes).to_pylist())
+            columns["more_images"] = pa.array(
+                [images and [image | next(places) for image in images] for images in more.to_pylist()], more.type
+            )
         return pa.record_batch([columns.get(name, batch.column(name)) for name in SCHEMA.names], schema=batch.schema)
 
 
@@ -80,9 +87,10 @@ def write_shards(
         progress: called with the number of images done since the last call, from any thread.
     """
     batches = [read_part(part) for part in parts]
-    images = pa.chunked_array([batch.column("image") for batch in batches], pa.string())
-    encoded = images.combine_chunks().dictionary_encode()
-    names, codes = encoded.dictionary, encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    all_images = pa.chunked_array([images_of(batch, "image")[0] for batch in batches], pa.string())
+    names = all_images.combine_chunks().dictionary_encode().dictionary
+    firsts = pa.chunked_array([batch.column("image") for batch in batches], pa.string())
+    codes = pc.index_in(firsts, value_set=names).combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
     rows = np.argsort(codes, kind="stable")  # the rows of each image side by side, text-only ones first
     starts = np.searchsorted(codes[rows], np.arange(len(names) + 1))
     first_row = np.cumsum([0, *(batch.num_rows for batch in batches)])
@@ -172,18 +180,25 @@ def _llava_record(batch: pa.RecordBatch, row: int) -> dict[str, Any]:
     """A row as LLaVA's JSON has it, with the keys of the released HACL code and of preferences where they are used."""
     exact = batch.column("exact")[row].as_py()
     if exact is not None:
-        name, image, turns, text, is_contrastive, hallucinated, rejected = json.loads(exact)
+        name, image, turns, text, is_contrastive, hallucinated, rejected, more, pairs = json.loads(exact)
         conversations = [{"from": role, "value": value} for role, value in turns]
     else:
-        name, image, conversations, text, is_contrastive, hallucinated, rejected = (
-            batch.column(key)[row].as_py() for key in SCHEMA.names[:7]
+        name, image, conversations, text, is_contrastive, hallucinated, rejected, more, pairs = (
+            batch.column(key)[row].as_py() for key in (*SCHEMA.names[:7], "more_images", "pairs")
         )
-    record = {"id": name, "image": image, "conversations": conversations}
+        more = [other["image"] for other in more or ()]
+        pairs = [(pair["image"], pair["caption"], pair["hallucinated"]) for pair in pairs or ()]
+    record = {"id": name, "image": [image, *more] if more else image, "conversations": conversations}
     if rejected is not None:
         record |= {"conversations": conversations[:-1], "chosen": conversations[-1]["value"]}
         record["rejected"] = rejected or [""]
+    if pairs:
+        texts, hallucinated = [None] * (1 + len(more)), [[] for _ in (image, *more)]
+        for number, caption, twins in pairs:
+            texts[number], hallucinated[number] = caption, twins
+        record["text"] = texts
     if text is not None:
         record["text"] = text
-    if hallucinated or is_contrastive:
+    if any(hallucinated) or is_contrastive:
         record["Hallucination caption"] = hallucinated
     return record

@@ -1,7 +1,7 @@
 """Images and hallucinated captions that training would never see: said and named, refused where it is all of them.
 
-The kinds are those of public reports: LLaMA-Factory's and TRL's key `images` (LLaMA-Factory#5329), xtuner's `img`
-(xtuner#771), tags without an image and images without a tag, a tag in a turn that the template leaves out.
+The kinds are those of public reports: xtuner's `img` (xtuner#771), tags without an image and images without a tag, a
+tag in a turn that the template leaves out.
 """
 
 import contextlib
@@ -27,7 +27,12 @@ PLAIN = [{"from": "human", "value": "is it?"}, {"from": "gpt", "value": "yes"}]
 GREETING = {"from": "gpt", "value": "<image>\nA cat"}
 
 UNSEEN = {
-    "images": ({"images": ["a/1.jpg"], "conversations": TAGGED}, "key 'images' is not read.*did you mean 'image'?"),
+    "imgs": ({"imgs": ["a/1.jpg"], "conversations": TAGGED}, "key 'imgs' is not read.*did you mean 'image'?"),
+    "too few tags": (
+        {"images": ["a/1.jpg", "a/1.jpg"], "conversations": TAGGED},
+        "more or fewer <image> tags than images: training leaves it out, as a bad sample",
+    ),
+    "too many tags": ({"image": "a/1.jpg", "conversations": TAGGED * 2}, "more or fewer <image> tags than images"),
     "img": ({"img": "a/1.jpg", "conversations": PLAIN}, "key 'img' is not read.*did you mean 'image'?"),
     "typing": ({"imgae": "a/1.jpg", "conversations": TAGGED}, "key 'imgae' is not read"),
     "capital": ({"Image": "a/1.jpg", "conversations": TAGGED}, "key 'Image' is not read"),
@@ -61,7 +66,18 @@ UNSEEN = {
     "no turns": ({"conversations": []}, "the dialogue has no turns: training leaves it out"),
 }
 NO_DIALOGUE = {"no answer", "empty answer", "other roles", "no turns"}
-WITH_PLAIN_TOO = {"images", "img", "typing", "capital", "tag alone", "twin", "empty caption", *NO_DIALOGUE}
+WITH_PLAIN_TOO = {
+    "imgs",
+    "img",
+    "too few tags",
+    "too many tags",
+    "typing",
+    "capital",
+    "tag alone",
+    "twin",
+    "empty caption",
+    *NO_DIALOGUE,
+}
 SOUND = [
     {"id": "s", "image": "a/1.jpg", "conversations": TAGGED, "text": "a cat", "Hallucination caption": "a dog"},
     {"id": "t", "conversations": PLAIN},
@@ -88,7 +104,8 @@ def test_what_is_never_shown_is_named_and_refused_where_it_is_all(tmp_path, kind
         assert list(plain.remarks()) == []
 
 
-NO_IMAGE = [kind for kind in UNSEEN if kind not in ("twin", "empty caption", *NO_DIALOGUE)]
+UNUSABLE = {"too few tags", "too many tags"}
+NO_IMAGE = [kind for kind in UNSEEN if kind not in ("twin", "empty caption", *NO_DIALOGUE, *UNUSABLE)]
 
 
 @pytest.mark.parametrize("kind", NO_IMAGE)
@@ -138,7 +155,7 @@ def test_sound_records_are_not_remarked_upon(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "meant"),
-    [("IMAGES", "image"), ("image_path", "image"), ("Hallucination Caption", "Hallucination caption"),
+    [("IMAGES", "image"), ("images", None), ("image_path", "image"), ("Hallucination Caption", "Hallucination caption"),
      ("hallucination_captions", "Hallucination caption"), ("halucination caption", "Hallucination caption"),
      ("Hallucination edits", None), ("image_id", None), ("caption", None), ("model", None),
      ("file_name", "image"), ("Text", "text"), ("captions", "caption"), ("context", None), ("video", None)],
@@ -173,12 +190,12 @@ def test_prepare_reports_them_and_a_prepared_folder_says_them_again(source, caps
 
 def test_a_start_says_them_and_refuses_before_any_thread(dataset, capsys):  # noqa: F811
     records = json.loads((dataset / "train.json").read_text())
-    records[0]["images"] = [records[0].pop("image")]
+    records[0]["imgs"] = [records[0].pop("image")]
     (dataset / "train.json").write_text(json.dumps(records))
     loader_of(dataset).close()
-    assert "note: " in (shown := capsys.readouterr().out) and "1 of 12 records (train-0): key 'images'" in shown
+    assert "note: " in (shown := capsys.readouterr().out) and "1 of 12 records (train-0): key 'imgs'" in shown
     for record in records:
-        record["images"] = [record.pop("image", "x.jpg")]
+        record["imgs"] = [record.pop("image", "x.jpg")]
     (dataset / "train.json").write_text(json.dumps(records))
     with pytest.raises(ValueError, match="no image of any of its 12 records"):
         loader_of(dataset)

@@ -113,7 +113,7 @@ def test_a_manifest_cannot_name_a_shard_outside_its_folder(source, name):
         ArrowManifest(rewritten(source, shards=[name]))
     with pytest.raises(ValueError, match=r"1 of its 2 shards are missing, first images-000007.tar"):
         ArrowManifest(rewritten(source, shards=["images-000000.tar", "images-000007.tar"]))
-    with pytest.raises(ValueError, match=r"format 99, expected 3; prepare the data again"):
+    with pytest.raises(ValueError, match=r"format 99, expected 4; prepare the data again"):
         ArrowManifest(rewritten(source, format=99))
 
 
