@@ -213,7 +213,10 @@ class ImageDecoder:
             return []
         if self.device == "cpu":
             return [host_graph() for _ in range(self.num_threads)]
-        return [mixed_graph(self.config, fill=fill, num_threads=self.num_threads, device_id=self.device_id)]
+        tiles = self.layout is not None
+        return [
+            mixed_graph(self.config, fill=fill, num_threads=self.num_threads, device_id=self.device_id, tiles=tiles)
+        ]
 
     def decode(self, images: Sequence[bytes], alone: Sequence[bool] | None = None) -> DecodedImages:
         """Normalised pixels of each of `images` (whole files), and a reason where there are none.
@@ -249,12 +252,12 @@ class ImageDecoder:
         opened = io.BytesIO(file) if isinstance(file, bytes) else file
         return self.reader.size_of(opened, in_tiles=self._in_tiles(alone))
 
-    def measure(self, data: bytes, *, decode: bool, alone: bool = True) -> tuple[int, int, bool | None]:
+    def measure(self, data: bytes, *, decode: bool) -> tuple[int, int, bool | None]:
         """Width and height of an image file, and with `decode` whether it is nearly of one colour, else None.
 
-        Any thread may call it. Raises UnusableImage where `decode` would give a reason.
+        Any thread may call it. Raises UnusableImage where `decode` would give a reason for an image alone.
         """
-        file = self.reader.inspect(data, in_tiles=self._in_tiles(alone))
+        file = self.reader.inspect(data, in_tiles=self._in_tiles(True))
         if not decode:
             return file.width, file.height, None
         with self._room_for(file):
@@ -283,7 +286,7 @@ class ImageDecoder:
         for index, work in enumerate(part):
             try:
                 file = self.reader.inspect(work.data, in_tiles=work.in_tiles)
-                if self._graphs and self._is_for_dali(file) and not (work.in_tiles and self.device == "mixed"):
+                if self._graphs and self._is_for_dali(file, work.in_tiles):
                     for_dali[index] = file, work
                 else:
                     self._decode_by_pillow(file, work)
@@ -334,16 +337,23 @@ class ImageDecoder:
         cut = self.layout.cut(width, height)
         (tall, wide), (top, left), resized = cut.grid, cut.offset, cut.resized
         plane = np.zeros((tall * size, wide * size, 3), dtype=np.uint8)
-        plane[top : top + resized[0], left : left + resized[1]] = resize(image, *resized)
+        plane[top : top + resized[0], left : left + resized[1]] = self._stretched(image, *resized, resize)
         tiles = plane.reshape(tall, size, wide, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-        return [resize(image, size, size), *tiles]
+        return [self._stretched(image, size, size, resize), *tiles]
+
+    def _stretched(self, image: np.ndarray, height: int, width: int, resize: "Resize") -> np.ndarray:
+        """uint8 [height, width, 3]. Resizing goes through all rows in the new width; if that is too much, in the old
+        width first, which is a level's difference."""
+        if image.shape[0] * width > self.max_image_pixels:
+            image = resize(image, height, image.shape[1])
+        return resize(image, height, width)
 
     def _resized(self, image: np.ndarray, resize: "Resize") -> np.ndarray:
         """uint8 [S, S, 3], padded, cropped or stretched."""
         size = self.config.size
         height, width = image.shape[:2]
         if self.aspect_ratio == "stretch":
-            return resize(image, size, size)
+            return self._stretched(image, size, size, resize)
         if self.aspect_ratio == "pad" and height != width:
             top, left, side, _ = square_window(width, height)
             square = np.empty((side, side, 3), dtype=np.uint8)
@@ -367,8 +377,9 @@ class ImageDecoder:
         DALI does not say which image of a batch it failed on: the batch is then repeated one by one, and what fails
         again goes to Pillow, which accepts it or has a reason.
         """
+        frames = None if self.device == "cpu" else [self._frame(file, work.in_tiles) for file, work in files.values()]
         try:
-            arrays = graph.run([file.data for file, _ in files.values()], self._frames([f for f, _ in files.values()]))
+            results = graph.run([file.data for file, _ in files.values()], frames)
         except RuntimeError:
             if len(files) > 1:
                 return {k: e for i, f in files.items() for k, e in self._run_graph(graph, {i: f}).items()}
@@ -378,28 +389,37 @@ class ImageDecoder:
             except UnusableImage as error:
                 return {index: error}
             return {}
-        for (_, work), array in zip(files.values(), arrays, strict=True):
-            if array.dtype == np.float32:  # finished on the GPU
-                work.output[...] = array
-            else:
-                self._finish(array, work)
+        for (_, work), (image, *planes) in zip(files.values(), results, strict=True):
+            if image.dtype != np.float32:
+                self._finish(image, work)
+                continue
+            work.output[0] = image  # finished on the GPU
+            if work.in_tiles:
+                size, (plane,) = self.config.size, planes
+                tall, wide = plane.shape[1] // size, plane.shape[2] // size
+                tiles = plane.reshape(3, tall, size, wide, size).transpose(1, 3, 0, 2, 4)
+                work.output[1:].reshape(tall, wide, 3, size, size)[...] = tiles
         return {}
 
-    def _is_for_dali(self, file: ImageFile) -> bool:
+    def _is_for_dali(self, file: ImageFile, in_tiles: bool) -> bool:
         if self.device == "cpu":
             return file.for_dali
         # Its graph resizes the width of all rows first.
-        return file.for_dali and file.for_gpu and self.config.size * file.height <= self.max_image_pixels
+        width = max(self.config.size, self.layout.cut(file.width, file.height).resized[1] if in_tiles else 0)
+        return file.for_dali and file.for_gpu and width * file.height <= self.max_image_pixels
 
-    def _frames(self, files: list[ImageFile]) -> list[Frame] | None:
-        if self.device == "cpu":
-            return None
+    def _frame(self, file: ImageFile, in_tiles: bool) -> Frame:
+        """What the graph for the GPU wants to know."""
+        size, width, height = self.config.size, file.width, file.height
+        if in_tiles:
+            cut = self.layout.cut(width, height)
+            return (0, 0, height, width, *cut.resized, *cut.offset, *(edge * size for edge in cut.grid))
         if self.aspect_ratio == "pad":
-            return [square_window(file.width, file.height) for file in files]
+            no_plane = (size, size, 0, 0, 1, 1) if self.layout is not None else ()
+            return (*square_window(width, height), *no_plane)
         if self.aspect_ratio == "stretch":
-            return [(0.0, 0.0, float(file.height), float(file.width), float(file.height)) for file in files]
-        sizes = self.config.size, self.config.resized
-        return [(*centre_region(file.width, file.height, *sizes), float(file.height)) for file in files]
+            return (0.0, 0.0, float(height), float(width), float(height))
+        return (*centre_region(width, height, size, self.config.resized), float(height))
 
 
 @dataclass(frozen=True, eq=False)
