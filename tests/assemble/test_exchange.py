@@ -25,6 +25,7 @@ def packed() -> list[MicroBatch]:
         preference_tokens=torch.tensor([0, 1, 2]), preference_lengths=torch.tensor([1, 1, 1]), answers_per_twin=3,
         reference_likelihoods=torch.tensor([-1 / 3, 1e-300, -7.0], dtype=torch.float64),
         twin_sample_ids=torch.tensor([4]),
+        pooled_rows=torch.arange(8).reshape(2, 4), pooled_weights=torch.tensor([[1 / 3, 1e-30, 0, 1], [0.25] * 4]),
         num_text_rows=5, lengths=None,
     )  # fmt: skip
     return [
