@@ -1,6 +1,6 @@
 """What a tokenizer makes of samples: how many rows their segments will take, and which of them will train nothing.
 
-The numbers are those of `hacl_megatron.data.encoding.encode` with one row for an image and nothing cut.
+The numbers are those of `hacl_megatron.data.encoding.encode` with one row for each image and nothing cut.
 """
 
 from collections.abc import Sequence
@@ -11,26 +11,27 @@ from hacl_megatron.data.templates import find_template
 from hacl_megatron.data.tokenizer import Tokenizer
 
 TokenCounts = tuple[int | None, int | None, int | None]
-"""Tokens of dialogue, caption and all hallucinated captions; None where there is no such segment."""
+"""Tokens of dialogue, all captions and all hallucinated captions; None where there is no such segment."""
 
 
 def count_tokens(samples: Sequence[Sample], tokenizer: Tokenizer, version: str) -> list[TokenCounts]:
     """Token counts of each sample; a sample that cannot be used has none."""
     template = find_template(version)
     texts: list[str] = []
-    plans: list[tuple[int, int, int] | None] = []
+    plans: list[tuple[int, int, list[int]] | None] = []
     for sample in samples:
         try:
             pieces = template.pieces(checked_dialogue(sample), tokenizer)
             parts = [piece.content for piece in pieces if isinstance(piece.content, str)]
-            captions = [sample.caption, *sample.hallucinated_captions] if sample.image and sample.caption else []
+            pairs = [[pair.caption, *pair.hallucinated] for pair in sample.pairs]
+            captions = [caption for pair in pairs for caption in pair]
             for text in (*parts, *captions):
                 text.encode("utf-8")  # a lone surrogate would fail the whole batch
         except (UnusableSample, UnicodeError):
             plans.append(None)
             continue
         texts += [*parts, *captions]
-        plans.append((len(parts), len(pieces) - len(parts), len(captions)))
+        plans.append((len(parts), len(pieces) - len(parts), [*map(len, pairs)]))
 
     lengths = iter(tokenizer.count(texts))
     counts: list[TokenCounts] = []
@@ -38,11 +39,14 @@ def count_tokens(samples: Sequence[Sample], tokenizer: Tokenizer, version: str) 
         if plan is None:
             counts.append((None, None, None))
             continue
-        num_parts, others, num_captions = plan
+        num_parts, others, of_pairs = plan
         # LLaVA pads with <unk> and takes padding out: a written "<unk>" is no row of the dialogue.
         dialogue = others + sum(total - unknown for total, unknown in _take(lengths, num_parts))
-        captions = [total + 1 + (tokenizer.bos_id is not None) for total, _ in _take(lengths, num_captions)]
-        counts.append((dialogue, captions[0], sum(captions[1:])) if captions else (dialogue, None, None))
+        pairs = [
+            [total + 1 + (tokenizer.bos_id is not None) for total, _ in _take(lengths, number)] for number in of_pairs
+        ]
+        captions, wrong = sum(pair[0] for pair in pairs), sum(sum(pair[1:]) for pair in pairs)
+        counts.append((dialogue, captions, wrong) if pairs else (dialogue, None, None))
     return counts
 
 
@@ -64,7 +68,8 @@ def untrained_kinds(
                 try:
                     kind = encode(sample, tokenizer, settings).untrained
                 except UnusableSample:
-                    kind = f"its image does not fit into --model-max-length {settings.model_max_length}"
+                    fits = "image does" if len(sample.images) == 1 else "images do"
+                    kind = f"its {fits} not fit into --model-max-length {settings.model_max_length}"
         kinds.append(kind)
     return kinds
 
