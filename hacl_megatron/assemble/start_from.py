@@ -156,7 +156,7 @@ def _refuse_other_parts(flags: ModelFlags, found: ModelConfig, checkpoint: Path)
 
 def _refuse_other_sizes(config: RunConfig, found: ModelConfig, source: Path) -> None:
     asked, found = config.architecture, with_architecture(config, found).architecture
-    for part in ("language", "vision", "image", "qformer"):
+    for part in ("language", "vision", "image", "qformer", "tiles"):
         if asked is not None and _stated(getattr(asked, part)) != _stated(getattr(found, part)):
             raise ValueError(
                 f"the YAML's model.{part} is {getattr(asked, part)}, but --pretrained-checkpoint {source} holds "

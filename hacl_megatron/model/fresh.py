@@ -18,7 +18,7 @@ def fresh_parts(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     vision, language = model.vision.hidden_size, model.language.hidden_size
     drawn = {"generator": cpu_generator(seed), "dtype": torch.float32}
     parts = {
-        "connector": Connector(model.projector_type, vision, language, **drawn)
+        "connector": Connector(model.projector_type, vision, language, with_newline=model.tiles is not None, **drawn)
         if model.qformer is None
         else nn.ModuleDict({"projection": seeded_linear(model.qformer.hidden_size, language, **drawn)}),
         "heads": ContrastiveHeads(

@@ -23,7 +23,7 @@ from torch import Tensor
 from hacl_megatron.batch import PackedBatch, SegmentLengths
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.lora import Lora
-from hacl_megatron.model.connector import Connector
+from hacl_megatron.model.connector import Connector, table_of_features
 from hacl_megatron.model.heads import ContrastiveHeads
 from hacl_megatron.model.hf_parts import HFVisionTower, QFormerConnector
 from hacl_megatron.model.init import cpu_generator
@@ -33,6 +33,11 @@ from hacl_megatron.model.vision import VisionTower
 from hacl_megatron.platform.attention import packed_segments
 
 TRAINED_PARTS = ("vision_tower", "connector", "language_model", "heads")
+
+VIEWS_AT_ONCE = 32
+"""Of pictures in tiles, through a frozen tower. A micro-batch may hold hundreds of views; a frozen tower keeps nothing
+of them but features, and 32 views (18,464 rows of a ViT-L/14 at 336 pixels) keep a GPU busy: more at once would only
+take more memory, 4.7 MB a view for the widest of that tower's activations in bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,7 @@ class HaclModel(MegatronModule):
         self.groups = groups
         self.sequence_parallel = language_config.sequence_parallel
         self.image_size = model.vision.image_size
+        self.has_tiles = model.tiles is not None
         # FP8 products want multiples of 32 rows, which the read ones are not.
         self.read_rows_only = not language_config.fp8
         dtype = language_config.params_dtype
@@ -98,7 +104,7 @@ class HaclModel(MegatronModule):
             fresh = {"generator": cpu_generator(seed), "dtype": dtype}
             widths = model.vision.hidden_size, model.language.hidden_size
             if model.qformer is None:
-                self.connector = Connector(model.projector_type, *widths, **fresh)
+                self.connector = Connector(model.projector_type, *widths, with_newline=self.has_tiles, **fresh)
             else:
                 self.connector = QFormerConnector(model.qformer, widths[1], seed=seed + 3, device=device, **fresh)
         self.language_model = LlamaStage(
@@ -164,6 +170,8 @@ class HaclModel(MegatronModule):
     def tower_features(self, pixel_values: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] -> features [I, F, vision hidden] of the tower; a constant if it is frozen.
 
+        Views of pictures in tiles go through a frozen tower `VIEWS_AT_ONCE`.
+
         Behind a tower and a Q-Former that are both frozen, the states [I, V, Q-Former hidden] of the query tokens: so
         what is kept for a second pass is as late, and as small, as it can be.
 
@@ -173,6 +181,9 @@ class HaclModel(MegatronModule):
         if pixel_values.shape[0] == 0:
             pixel_values = pixel_values.new_zeros(1, 3, self.image_size, self.image_size)
         with nullcontext() if self.vision_tower_is_trained else torch.no_grad():
+            if self.has_tiles and not self.vision_tower_is_trained:
+                parts = [self.vision_tower(part) for part in pixel_values.split(VIEWS_AT_ONCE)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
             features = self.vision_tower(pixel_values)
             return self.connector.query_states(features) if self.query_states_are_constant else features
 
@@ -185,6 +196,9 @@ class HaclModel(MegatronModule):
                 tower_features = self.tower_features(batch.pixel_values)
             options = {"from_queries": True} if self.query_states_are_constant else {}
             features = self.connector(tower_features, **options).flatten(0, 1)  # [I * V, H]
+            if self.has_tiles:  # behind the connector's call, for which `--overlap-param-gather` fetches the newline
+                newline = self.connector.image_newline
+                features = table_of_features(features, newline, batch.pooled_rows, batch.pooled_weights)
         hidden = self.language_model.embed(batch.token_ids)
         if features is not None:
             rows = features.index_select(0, batch.feature_rows).to(hidden.dtype)

@@ -35,6 +35,8 @@ def rank_shapes(
     """(parameter name, shape) of one rank's model."""
     language, vision, tp = config.language, config.vision, tp_size
     h, f, head = language.hidden_size, language.ffn_hidden_size, language.head_dim
+    if first_stage and config.tiles is not None:
+        yield "connector.image_newline", (h,)
     if first_stage and vision.backend == "hf":
         yield from transformers_shapes(config)
         yield "language_model.embedding.word_embeddings.weight", (padded_vocab_size // tp, h)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hacl_megatron.batch import PackedBatch, SegmentLengths
+from hacl_megatron.config.tiles import ImageLayout
 from tests.model.hf_architecture import architecture as hf_architecture
 from tests.model.parity_batches import (
     HIDDEN,
@@ -27,6 +28,7 @@ from tests.model.parity_batches import (
     VOCAB,
     loss_weights,
     make_batches,
+    pictures_and_segments,
 )
 from tests.tiny import (
     image_token_id,
@@ -37,6 +39,7 @@ from tests.tiny import (
     write_tiny_blip2,
     write_tiny_llava,
 )
+from tests.tiny_tiles import write_tiny_next, write_tiny_onevision
 
 TEMPERATURE = 0.07
 TEMPERATURE_GRADIENT = 0.25
@@ -68,7 +71,7 @@ class Variant:
 
     sizes: dict[str, Any] = field(default_factory=dict)
     trains_vision: bool = False
-    family: Literal["llava", "siglip", "dinov2", "blip2"] = "llava"
+    family: Literal["llava", "siglip", "dinov2", "blip2", "next", "onevision"] = "llava"
     trains_qformer: bool = False
 
     @property
@@ -105,8 +108,9 @@ def write_reference(folder: Path, variant: Variant) -> None:
 
     lm_head = getattr(model, "lm_head", None) or model.language_model.lm_head
     expected, loss = [], 0.0
-    for index, batch in enumerate(make_batches(visual=_visual_tokens(model))):
-        hidden = torch.cat([_segment_hidden(model, batch, s) for s in range(len(batch.cu_seqlens) - 1)])
+    layout = _image_layout(model, weights)
+    for index, batch in enumerate(make_batches(layout=layout)):
+        hidden = torch.cat([_segment_hidden(model, batch, s, layout) for s in range(len(batch.cu_seqlens) - 1)])
 
         def embed(rows: Tensor, name: str, hidden: Tensor = hidden) -> Tensor:
             linear = F.linear(hidden[rows], heads[f"{name}.weight"], heads[f"{name}.bias"])
@@ -142,6 +146,8 @@ def _write_model(folder: Path, variant: Variant) -> Path:
         return write_tiny_llava(folder, **variant.sizes)
     if variant.family == "blip2":
         return write_tiny_blip2(folder, **variant.sizes)
+    if variant.family in ("next", "onevision"):
+        return (write_tiny_next if variant.family == "next" else write_tiny_onevision)(folder, **variant.sizes)
     config = tiny_llava_config()
     if variant.family == "siglip":
         config.vision_config = tiny_siglip_config(image=IMAGE_SIZE, **variant.sizes)
@@ -162,29 +168,53 @@ def _reference_model(folder: Path):
     return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _visual_tokens(model) -> int:
+def _image_layout(model, folder: Path) -> ImageLayout:
+    from hacl_megatron.checkpoint.hf.config_read import read_model_config
+
+    if hasattr(model.config, "image_grid_pinpoints"):
+        return read_model_config(folder).image_layout
     registers = getattr(model.config.vision_config, "num_register_tokens", 0)
-    return getattr(model.config, "num_query_tokens", VISUAL + registers)
+    return ImageLayout(visual_tokens=getattr(model.config, "num_query_tokens", VISUAL + registers))
 
 
-def _segment_hidden(model, batch: PackedBatch, segment: int) -> Tensor:
+def _images(batch: PackedBatch, segment: int, layout: ImageLayout) -> dict[str, Any]:
+    """What transformers' model is given of the images that stand in a segment."""
+    pictures, segments = pictures_and_segments(layout)
+    shown = segments[segment][2] if len(batch.pixel_values) and segment < len(segments) else ()
+    if not shown:
+        return {"pixel_values": None}
+    counts = [layout.rows(picture.size, alone=picture.alone).num_views for picture in pictures]
+    views = batch.pixel_values.split(counts)
+    if layout.tiles is None:
+        return {"pixel_values": torch.cat([views[image] for image in shown])}
+    most = max(counts[image] for image in shown)
+    padded = [F.pad(views[image], (0, 0, 0, 0, 0, 0, 0, most - counts[image])) for image in shown]
+    inputs = {
+        "pixel_values": torch.stack(padded),
+        "image_sizes": torch.tensor([pictures[image].size[::-1] for image in shown]),
+    }
+    if layout.tiles.only_alone:  # a pair's image may stand here without the others of its record
+        inputs["batch_num_images"] = torch.tensor([1 if pictures[shown[0]].alone else 4])
+    return inputs
+
+
+def _segment_hidden(model, batch: PackedBatch, segment: int, layout: ImageLayout) -> Tensor:
     """transformers' final-norm hidden states [length, hidden] of one segment, run alone."""
     start, stop = batch.cu_seqlens[segment].item(), batch.cu_seqlens[segment + 1].item()
     ids = batch.token_ids[start:stop].clone()
     inside = (batch.image_rows >= start) & (batch.image_rows < stop)
     ids[batch.image_rows[inside] - start] = image_token_id(VOCAB)
-    images = (batch.feature_rows[inside] // _visual_tokens(model)).unique()
     inputs = dict(
         input_ids=ids[None], position_ids=batch.position_ids[start:stop][None],
         attention_mask=torch.ones_like(ids)[None],  # without it transformers takes a gap for the border of a sequence
         use_cache=False,
     )  # fmt: skip
-    pixels = batch.pixel_values[images] if len(images) else None
+    images = _images(batch, segment, layout)
     if hasattr(model, "model"):
-        return model.model(**inputs, pixel_values=pixels).last_hidden_state[0]
-    if pixels is None:  # Blip2ForConditionalGeneration takes no text alone
+        return model.model(**inputs, **images).last_hidden_state[0]
+    if images["pixel_values"] is None:  # Blip2ForConditionalGeneration takes no text alone
         return model.language_model.model(**inputs).last_hidden_state[0]
-    output = model(**inputs, pixel_values=pixels, output_hidden_states=True)
+    output = model(**inputs, **images, output_hidden_states=True)
     hidden = output.language_model_outputs.hidden_states[-1]
     assert torch.equal(model.language_model.lm_head(hidden), output.logits), "the states behind the final norm"
     return hidden[0]
@@ -213,7 +243,7 @@ def build(folder: Path, layout: Layout, device: torch.device, *, dtype: torch.dt
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     config = transformers.AutoConfig.from_pretrained(folder)
-    plain = config.vision_config.model_type == "clip_vision_model"
+    plain = config.vision_config.model_type == "clip_vision_model" or hasattr(config, "image_grid_pinpoints")
     architecture = read_model_config(folder) if plain else hf_architecture(config)
     architecture = replace(architecture, vision=replace(architecture.vision, image_size=IMAGE_SIZE))
     parallel = ParallelFlags(
@@ -234,7 +264,8 @@ def load(module, folder: Path, architecture, layout: Layout, groups) -> None:
 
     from hacl_megatron.checkpoint.hf.import_weights import load_hf_weights
 
-    if architecture.vision.backend == "hf" and not architecture.vision.kind.file_names:
+    by_table = architecture.vision.kind.file_names or architecture.tiles is not None
+    if architecture.vision.backend == "hf" and not by_table:
         _load_by_name(module, folder, architecture, groups)
         return
     report = load_hf_weights(
@@ -354,7 +385,7 @@ def compare(folder: Path, layout: Layout, device: torch.device) -> dict[str, Any
     load(module, folder / "weights", architecture, layout, groups)
     variant = Variant(**json.loads((folder / "variant.json").read_text()))
     module.freeze(language_model=False, vision_tower=not variant.trains_vision, qformer=not variant.trains_qformer)
-    batches = make_batches(layout.tp if layout.sp else 1, architecture.visual_tokens)
+    batches = make_batches(layout.tp if layout.sp else 1, layout=architecture.image_layout)
     on_device = [batch.to(device) for batch in batches]
     if not module.pre_process:  # what a stage without the vision tower receives: the pixels' shape alone
         on_device = [replace(batch, pixel_values=batch.pixel_values.to("meta")) for batch in on_device]

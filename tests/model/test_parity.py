@@ -1,4 +1,4 @@
-"""The model against transformers' LLaVA and BLIP-2, in fp32: logits, embeddings and gradients, at every layout."""
+"""The model against transformers' LLaVAs and BLIP-2, in fp32: logits, embeddings and gradients, at every layout."""
 
 from typing import Any
 
@@ -24,6 +24,11 @@ VARIANTS = {
     "registers": Variant({"registers": 3, "swiglu": True}, trains_vision=True, family="dinov2"),
     "blip2": Variant(family="blip2"),
     "blip2 trained": Variant(trains_vision=True, family="blip2", trains_qformer=True),
+    "next": Variant(trains_vision=True, family="next"),
+    "next mistral": Variant({"family": "mistral", "head_dim": 12}, family="next"),
+    "next qwen2": Variant({"family": "qwen2"}, family="next"),
+    "onevision": Variant(trains_vision=True, family="onevision"),
+    "onevision tied": Variant({"tie": True}, family="onevision"),
 }
 ONE = Layout()
 TP2, TP2_SP, PP2 = Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2, first=1)
@@ -37,6 +42,8 @@ CASES = [
     ("llama3 rope", TP2_PP2),
     *[(variant, layout) for variant in ("blip2", "blip2 trained") for layout in (TP2, TP2_SP, PP2)],
     *[(tower, TP2_SP) for tower in ("siglip", "dinov2")],
+    *[("next", layout) for layout in (TP2, TP2_SP, PP2)],
+    *[("onevision tied", layout) for layout in (TP2, TP2_SP, PP2)],
     *[("registers", layout) for layout in (TP2, PP2)],
     *[(family, layout) for family in ("qwen2", "qwen3") for layout in (TP2, TP2_SP, PP2)],
     *[(family, TP2_SP_PP2) for family in ("qwen2", "qwen3")],
@@ -86,6 +93,8 @@ def test_gradients_are_those_of_transformers(results, case):
         assert found["gradients"][worst] <= GRADIENTS, (rank, worst, found["gradients"][worst])
     names = {name for found in results[case] for name in found["gradients"]}
     assert any(name.startswith("connector.") for name in names)
+    with_newline = VARIANTS[case[0]].family in ("next", "onevision")
+    assert any(name.startswith("connector.image_newline ") for name in names) == with_newline
     assert any(name.startswith("connector.qformer.") for name in names) == VARIANTS[case[0]].trains_qformer
     assert any(name.startswith("heads.temperature") for name in names)
     assert any(name.startswith("vision_tower.") for name in names) == VARIANTS[case[0]].trains_vision

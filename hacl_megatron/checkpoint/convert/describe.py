@@ -112,6 +112,13 @@ def describe(holdings: Holdings) -> dict[str, str]:
             f" of {qformer.hf['num_hidden_layers']} layers, {qformer.num_query_tokens} query tokens, hidden "
             f"{qformer.hidden_size}"
         )
+    if tiles := config.tiles:
+        facts["tiles"] = (
+            f"of {vision.image_size} pixels, {len(tiles.pinpoints)} grids, to "
+            f"{max(height * width for height, width in tiles.pinpoints) // vision.image_size**2} tiles"
+            + (f", pooled to {tiles.max_tiles} tiles' features" if tiles.max_tiles is not None else "")
+            + (", only of an image alone in its record" if tiles.only_alone else "")
+        )
     parts: dict[str, int] = {}
     dtypes: dict[str, int] = {}
     for name in holdings.names():
@@ -181,7 +188,7 @@ def differences(a: Holdings, b: Holdings) -> Iterator[str]:
         for key in ours:
             if ours[key] != theirs[key]:
                 yield f"{part}.{key}: {ours[key]} | {theirs[key]}"
-    for key in ("projector_type", "vision_select_layer"):
+    for key in ("projector_type", "vision_select_layer", "tiles"):
         if getattr(a.config, key) != getattr(b.config, key):
             yield f"{key}: {getattr(a.config, key)} | {getattr(b.config, key)}"
     names_a, names_b = a.names(), b.names()

@@ -7,5 +7,6 @@ import_weights.py  folder -> a rank's model              export.py             p
 weight_files.py    safetensors and .bin, slice by slice  safetensors_writer.py tensor by tensor
 carried.py         tensors that only an export needs     assets/               tokenizer, processor
 fresh_folder.py    a result is whole or absent           synced_file.py        a result is on the disk
-json_files.py      JSON, and errors of one line         adapters/              LoRA and connectors over a base
+json_files.py      JSON, and errors of one line          adapters/              LoRA and connectors over a base
+tiled_models.py    LLaVA-NeXT's and LLaVA-OneVision's tiles
 """

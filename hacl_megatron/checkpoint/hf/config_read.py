@@ -4,8 +4,10 @@ Three layouts are read, told apart by their keys, not by `model_type` (LLaVA's o
 `llava_llama`):
 
     hf      LlavaForConditionalGeneration: `text_config`, `vision_config`, `vision_feature_layer`, `image_token_index`;
+            LLaVA-NeXT's and LLaVA-OneVision's, which add how pictures are cut into tiles (`tiled_models`);
             or Blip2ForConditionalGeneration with a LLaMA: `qformer_config`, `num_query_tokens`
-    llava   the original layout (LlavaLlamaForCausalLM): LLaMA's keys and `mm_*` ones; the tower is named, not described
+    llava   the original layout (LlavaLlamaForCausalLM): LLaMA's keys and `mm_*` ones; the tower is named, not
+            described; LLaVA-1.5's and LLaVA-NeXT's
     parts   a bare LLaMA beside the folder of a tower, with a connector yet to be trained
 
 Language models of every family in `config.families` are read where this says LLaMA, and towers of every kind in
@@ -22,6 +24,16 @@ from hacl_megatron.checkpoint.hf.adapters.settings import refuse_adapter_folder
 from hacl_megatron.checkpoint.hf.config_write import VERSION_KEY, usual_version
 from hacl_megatron.checkpoint.hf.json_files import parse, read_config, refuse_unless, values_of_any_type
 from hacl_megatron.checkpoint.hf.spellings import canonical_name
+from hacl_megatron.checkpoint.hf.tiled_models import (
+    LLAVA_NEXT,
+    TILED_MODELS,
+    USUAL_VIDEO_TOKEN,
+    VIDEO_TOKEN,
+    TiledModel,
+    check_tiles_of,
+    read_original_tiles,
+    read_tiles,
+)
 from hacl_megatron.checkpoint.hf.tower_config import (
     IMAGE_FLAGS,
     TowerFacts,
@@ -73,10 +85,13 @@ def _read_model_config(folder: Path, vision_tower: str | Path | None, weights: s
     config = read_config(folder / "config.json")
     layout = layout_of(config, folder)
     where = folder / "config.json"
+    tiled = TILED_MODELS.get(config["model_type"]) if layout == "hf" else None
     if layout == "hf" and vision_tower is not None:
         raise ValueError(f"{folder} holds its vision tower; leave {vision_tower} out")
     if layout == "hf":
         text, tower, facts = config.get("text_config") or {}, None, tower_in_model(folder, config)
+        if tiled is not None:
+            text = {"model_type": tiled.language, **text}
     else:
         text, tower = config, find_vision_tower(folder, config, vision_tower)
         facts = tower_beside(folder, config, tower)
@@ -85,17 +100,24 @@ def _read_model_config(folder: Path, vision_tower: str | Path | None, weights: s
         raise ValueError(
             f"{where}: mm_hidden_size is {config['mm_hidden_size']}, but the tower's is {vision.hidden_size}"
         )
-    projector_type, layer = _connector(layout, config, facts, where)
+    projector_type, layer = _connector(layout, config, facts, where, tiled)
+    image = image_config(facts, vision, tiled)
+    if tiled is not None:
+        tiles = read_tiles(tiled, config, facts.processor, where)
+    else:
+        tiles = read_original_tiles(config, where) if layout == "llava" else None
     language = language_config(text, where, tie=says_tied(config))
     model_config = ModelConfig(
         language=language,
         vision=vision,
-        image=image_config(facts, vision),
+        image=image,
         projector_type=projector_type,
         vision_select_layer=layer,
         qformer=qformer_config(facts, vision) if projector_type == "qformer" else None,
-        extra=_extra_facts(layout, config, text, facts, tower, rows=language.vocab_size),
+        tiles=tiles,
+        extra=_extra_facts(layout, config, text, facts, tower, rows=language.vocab_size, tiled=tiled),
     )
+    check_tiles_of(model_config, where)
     if not 1 <= model_config.num_vision_layers_built <= vision.num_layers:
         raise ValueError(
             f"{where}: the selected vision layer is {layer}, but the tower has {vision.num_layers} layers; it must lie "
@@ -112,7 +134,7 @@ def layout_of(config: dict[str, Any], folder: Path) -> Literal["hf", "llava", "p
     plain = [family.model_type for family in FAMILIES.values()]
     *others, last = [family.title for family in FAMILIES.values()]
     titles = f"a {', '.join(others)} or {last}"
-    if "text_config" in config and model_type == "llava":
+    if ("text_config" in config and model_type == "llava") or model_type in [*TILED_MODELS]:
         return "hf"
     if model_type == "blip-2":
         text = (config.get("text_config") or {}).get("model_type", "opt")  # Blip2Config's own default
@@ -131,8 +153,8 @@ def layout_of(config: dict[str, Any], folder: Path) -> Literal["hf", "llava", "p
     original = " or ".join(family.llava_architecture for family in FAMILIES.values() if family.llava_model_types)
     raise ValueError(
         f"{folder}/config.json: found model_type {model_type!r} ({found}), expected "
-        f"LlavaForConditionalGeneration, Blip2ForConditionalGeneration, LLaVA's own {original} (with "
-        f"mm_vision_tower) or {titles}"
+        f"LlavaForConditionalGeneration, {', '.join(one.model_class for one in TILED_MODELS.values())}, "
+        f"Blip2ForConditionalGeneration, LLaVA's own {original} (with mm_vision_tower) or {titles}"
     )
 
 
@@ -189,12 +211,14 @@ def has_own_head(config: ModelConfig, folder: Path) -> bool:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def _connector(layout: str, config: dict[str, Any], facts: TowerFacts, where: Path) -> Connector:
+def _connector(
+    layout: str, config: dict[str, Any], facts: TowerFacts, where: Path, tiled: TiledModel | None
+) -> Connector:
     if facts.qformer is not None and layout != "llava":
         refuse_unless(where, config, {"quantization_config": (None,)})
         return "qformer", -1
     if layout == "hf":
-        return _hf_connector(config, facts.kind, where)
+        return _hf_connector(config, facts.kind, where, tiled)
     if layout == "parts":
         return "mlp2x_gelu", -2
     if "original" not in facts.kind.stands_in:
@@ -222,18 +246,19 @@ def language_config(values: dict[str, Any], where: Path, tie: bool) -> LanguageC
     return LanguageConfig(family=family.name, **{**sizes, "tie_word_embeddings": tie})
 
 
-def _hf_connector(config: dict[str, Any], kind: TowerKind, where: Path) -> Connector:
-    strategy = config.get("vision_feature_select_strategy", "default")
+def _hf_connector(config: dict[str, Any], kind: TowerKind, where: Path, tiled: TiledModel | None) -> Connector:
+    usual = ("default", -2) if tiled is None else (tiled.select_strategy, tiled.select_layer)
+    strategy = config.get("vision_feature_select_strategy", usual[0])
     if strategy == "default" != kind.select_strategy:
         raise ValueError(
             f"{where}: vision_feature_select_strategy is 'default', which drops the first feature, but a "
             f"{kind.model_type} has no class token there; expected 'full'"
         )
-    refuse_unless(where, config, {
+    refuse_unless(where, {**config, "vision_feature_select_strategy": strategy}, {
         "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,), "quantization_config": (None,),
         "vision_feature_select_strategy": (kind.select_strategy,),
     })  # fmt: skip
-    layer = config.get("vision_feature_layer", -2)
+    layer = config.get("vision_feature_layer", usual[1])
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise ValueError(f"{where}: vision_feature_layer is {layer!r}; this trainer takes features from one layer only")
     return "mlp2x_gelu", layer
@@ -241,11 +266,13 @@ def _hf_connector(config: dict[str, Any], kind: TowerKind, where: Path) -> Conne
 
 def llava_connector(config: dict[str, Any], where: Path) -> Connector:
     """Of a `config.json` in the original layout."""
+    cut = config.get("image_aspect_ratio") == "anyres"
     refuse_unless(where, config, {
-        "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat", None),
+        "mm_vision_select_feature": ("patch",),
+        # anyres with flat merging shows a picture in several views, too, but ends no line (`read_original_tiles`).
+        "mm_patch_merge_type": ("spatial_unpad",) if cut else ("flat", None),
         "mm_use_im_start_end": (False, None), "s2": (False, None),
-        # anyres, even with flat merging, shows a picture in several views.
-        "image_aspect_ratio": ("pad", "square", "stretch", None),
+        "image_aspect_ratio": ("pad", "square", "stretch", None, "anyres"),
     })  # fmt: skip
     kind = config.get("mm_projector_type", "linear")  # LLaVA's own default, build_vision_projector
     if mlp_depth(str(kind)) is None:
@@ -257,7 +284,14 @@ def llava_connector(config: dict[str, Any], where: Path) -> Connector:
 
 
 def _extra_facts(
-    layout: str, config: dict[str, Any], text: dict[str, Any], tower_facts: TowerFacts, tower: Path | None, *, rows: int
+    layout: str,
+    config: dict[str, Any],
+    text: dict[str, Any],
+    tower_facts: TowerFacts,
+    tower: Path | None,
+    *,
+    rows: int,
+    tiled: TiledModel | None,
 ) -> dict[str, Any]:
     """What the way back needs and the model does not; plain JSON values, so that run_config.yaml can hold them."""
     facts: dict[str, Any] = {"layout": layout}
@@ -286,19 +320,33 @@ def _extra_facts(
         keys = ("image_token_index", "image_token_id")
         key, image_token = next(((key, config[key]) for key in keys if config.get(key) is not None), (keys[0], None))
         if image_token is None and tower_facts.qformer is None:
-            image_token = 32000  # LlavaConfig's own default
+            image_token = 32000 if tiled is None else tiled.image_token  # LlavaConfig's own default, or its own
         if image_token is not None:
             _refuse_image_token_without_row(key, image_token, rows, tower_facts.where)
             facts["image_token_index"] = image_token
-        facts["image_aspect_ratio"] = aspect_ratio(processor, kind)
+        facts["image_aspect_ratio"] = aspect_ratio(processor, kind) if tiled is None else tiled.aspect_ratio
+        if tiled is not None and tiled.pools:
+            facts[VIDEO_TOKEN] = _video_token(config, tower_facts.where)
     else:
         own = config.get("image_aspect_ratio")
+        if own == "anyres":  # its base view is stretched
+            own = LLAVA_NEXT.aspect_ratio
         # LLaVA's own default is square, whatever a CLIP's processor says.
         square = "original" in kind.stands_in
         facts["image_aspect_ratio"] = own or ("square" if square else aspect_ratio(processor, kind))
         facts["mm_vision_tower"] = config.get("mm_vision_tower", str(tower))
         facts["vision_tower_folder"] = None if tower is None else str(tower)
     return facts
+
+
+def _video_token(config: dict[str, Any], where: Path) -> int:
+    # transformers 5 reads both names; the mark need not have a row in the vocabulary, for no text has it.
+    key = next((key for key in (VIDEO_TOKEN, "video_token_id") if config.get(key) is not None), None)
+    if key is None:
+        return USUAL_VIDEO_TOKEN
+    if type(config[key]) is not int or config[key] < 0:
+        raise ValueError(f"{where}: {key} is {config[key]!r}; expected an id")
+    return config[key]
 
 
 def _refuse_image_token_without_row(key: str, token: Any, rows: int, where: Path) -> None:

@@ -3,6 +3,12 @@
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+from hacl_megatron.checkpoint.hf.tiled_models import (
+    original_tiles_json,
+    tiled_model_of,
+    tiles_json,
+    why_no_tiled_model,
+)
 from hacl_megatron.checkpoint.hf.tower_config import IMAGE_FLAGS, RESAMPLE
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.families import language_family
@@ -127,6 +133,7 @@ def to_config_json(
             # Makes LLaVA build the tower before the weights are read, so that they fill it.
             "unfreeze_mm_vision_tower": carries_tower,
             "image_aspect_ratio": image_aspect_ratio or extra.get("image_aspect_ratio", "pad"),
+            **({} if config.tiles is None else original_tiles_json(config.tiles)),
             **data,
         }
     if why := why_not_layout(config, layout):
@@ -143,14 +150,16 @@ def to_config_json(
             "image_token_index": image_token,
             **data,
         }
+    tiled = tiled_model_of(config)
     return {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava" if tiled is None else tiled.model_type,
+        "architectures": ["LlavaForConditionalGeneration" if tiled is None else tiled.model_class],
         "torch_dtype": dtype,
         "text_config": text,
         "vision_config": tower_config_json(config),
         "image_token_index": image_token,
         "image_seq_length": config.visual_tokens,
+        **({} if tiled is None else tiles_json(config)),
         "pad_token_id": pad,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
@@ -164,6 +173,8 @@ def to_config_json(
 def why_not_layout(config: ModelConfig, layout: Layout) -> str | None:
     """Why there is no folder of that layout for a model with these parts, or None."""
     tower, family = config.vision.kind, language_family(config.language.family)
+    if config.tiles is not None and (why := why_no_tiled_model(config, layout)):
+        return why
     if layout == "llava":
         part = None
         if config.qformer is not None:
@@ -209,9 +220,20 @@ def tower_name(config: ModelConfig) -> str | None:
 
 def to_preprocessor_json(config: ModelConfig, *, image_aspect_ratio: str | None = None) -> dict[str, Any]:
     """`preprocessor_config.json`: LLaVA's own when images are padded to squares, CLIP's when they are cut to squares,
-    BLIP-2's or SigLIP's when both sides are resized."""
+    BLIP-2's or SigLIP's when both sides are resized, and that of a model that cuts them into tiles."""
     image, aspect = config.image, image_aspect_ratio or config.extra.get("image_aspect_ratio")
     square = {"height": image.size, "width": image.size}
+    if tiled := tiled_model_of(config):
+        return {
+            "image_processor_type": tiled.image_processor,
+            "processor_class": tiled.processor_class,
+            "image_grid_pinpoints": tiles_json(config)["image_grid_pinpoints"],
+            "do_pad": True,  # of a batch's pictures, to one number of tiles
+            "do_resize": True,
+            "size": square if tiled.pools else {"shortest_edge": image.size},
+            **({} if tiled.pools else {"do_center_crop": True, "crop_size": square}),
+            **_levels(config),
+        }
     kinds = {"pad": "LlavaImageProcessor", "stretch": config.vision.kind.resizing_processor}
     crops = {"do_center_crop": True, "crop_size": square}
     return {
@@ -220,14 +242,39 @@ def to_preprocessor_json(config: ModelConfig, *, image_aspect_ratio: str | None 
         **({"do_pad": True} if aspect == "pad" else {}),
         "do_resize": True,
         "size": square if aspect == "stretch" else {"shortest_edge": image.resized},
-        "resample": RESAMPLE[image.interpolation],
         **(crops if aspect != "stretch" else {}),
+        **_levels(config),
+    }
+
+
+def _levels(config: ModelConfig) -> dict[str, Any]:
+    """What every image processor does with the levels of a picture."""
+    return {
+        "resample": RESAMPLE[config.image.interpolation],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(image.mean),
-        "image_std": list(image.std),
+        "image_mean": list(config.image.mean),
+        "image_std": list(config.image.std),
         "do_convert_rgb": config.extra.get("do_convert_rgb", True),
+    }
+
+
+def to_video_processor_json(config: ModelConfig) -> dict[str, Any] | None:
+    """`video_preprocessor_config.json`, which `AutoProcessor` wants of LLaVA-OneVision; None of other models.
+
+    This trainer never sees a video: sizes and levels are the images', as in the published checkpoints.
+    """
+    tiled = tiled_model_of(config)
+    if tiled is None or not tiled.pools:
+        return None
+    size = {"height": config.image.size, "width": config.image.size}
+    return {
+        "video_processor_type": "LlavaOnevisionVideoProcessor",
+        "processor_class": tiled.processor_class,
+        "do_resize": True,
+        "size": size,
+        **_levels(config),
     }
 
 
@@ -235,6 +282,15 @@ def to_processor_json(config: ModelConfig, image_text: str = "<image>") -> dict[
     """`processor_config.json` of HF's layout, whose tokenizer marks images by `image_text`."""
     if config.qformer is not None:
         return {"processor_class": processor_class(config), "num_query_tokens": config.qformer.num_query_tokens}
+    tiled = tiled_model_of(config)
+    if tiled is not None and tiled.pools:
+        return {
+            "processor_class": tiled.processor_class,
+            "image_token": image_text,
+            "num_image_tokens": config.visual_tokens,
+            "vision_feature_select_strategy": config.vision.kind.select_strategy,
+            "vision_aspect_ratio": tiles_json(config)["vision_aspect_ratio"],
+        }
     return {
         "processor_class": processor_class(config),
         "image_token": image_text,
@@ -246,4 +302,6 @@ def to_processor_json(config: ModelConfig, image_text: str = "<image>") -> dict[
 
 
 def processor_class(config: ModelConfig) -> str:
+    if tiled := tiled_model_of(config):
+        return tiled.processor_class
     return "LlavaProcessor" if config.qformer is None else "Blip2Processor"

@@ -73,7 +73,8 @@ def export_hf(
 ) -> ExportReport:
     """Write a folder of transformers ("hf") or one in the original layout ("llava").
 
-    With a Q-Former "hf" is a `Blip2ForConditionalGeneration`, without one a `LlavaForConditionalGeneration`.
+    With a Q-Former "hf" is a `Blip2ForConditionalGeneration`, with tiles LLaVA-NeXT's or LLaVA-OneVision's model, else
+    a `LlavaForConditionalGeneration`.
 
     Args:
         dtype: of all weights but the heads', which keep the provider's (τ must stay fp32); what config.json says.
@@ -133,7 +134,7 @@ def export_hf(
             described = {"architectures": [config.vision.kind.model_class], "torch_dtype": dtype_name}
             write_json(tower_folder / "config.json", {**described, **tower_config_json(config)})
             write_json(tower_folder / "preprocessor_config.json",
-                       to_preprocessor_json(config, image_aspect_ratio="square"))  # fmt: skip
+                       to_preprocessor_json(replace(config, tiles=None), image_aspect_ratio="square"))  # fmt: skip
             stream.write(tower_folder, tower_plan, "tower", ("vision.",), parse_size(max_shard_size))
         write_heads(table, provider, folder / HEADS_FILE)
     return ExportReport(folder=out, num_tensors=len(plan) + len(tower_plan), num_bytes=total, notes=notes)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.hf.modules import Shapes, module_shapes, tower_shapes
-from hacl_megatron.checkpoint.hf.spellings import canonical_name, reason_to_ignore, spelled_name
+from hacl_megatron.checkpoint.hf.spellings import NEWLINE, canonical_name, reason_to_ignore, spelled_name
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.config.families import language_family
@@ -280,6 +280,8 @@ def _build_rules(config: ModelConfig) -> Iterator[Rule]:
         for name, shape in module_shapes("Blip2QFormerModel", qformer.hf).items():
             yield replicated(f"connector.qformer.{name}", f"qformer.{name}", shape)
         width, numbered = qformer.hidden_size, "connector.projection"
+    if config.tiles is not None:
+        yield replicated("connector.image_newline", NEWLINE, (language.hidden_size,))
     for i in range(0, 2 * connector_depth(config.projector_type), 2):
         ours = numbered.format(i)
         yield replicated(f"{ours}.weight", f"projector.{i}.weight", (language.hidden_size, width))

@@ -13,6 +13,9 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.families import LanguageFamily, language_family
 from hacl_megatron.config.towers import BLIP2
 
+NEWLINE = "projector.image_newline"
+"""Canonical name of the row that ends each line of an image in tiles; files have it beside the connector."""
+
 Patterns = tuple[tuple[str, str], ...]
 """Spelled -> canonical, first match wins."""
 
@@ -21,6 +24,8 @@ LLAVA_PARTS: Patterns = (
     # tolerates
     (r"(?:[\w.]+\.)?mm_projector\.(weight|bias)", r"projector.0.\1"),
     (r"(?:[\w.]+\.)?mm_projector\.(\d+)\.(weight|bias)", r"projector.\1.\2"),
+    # at the top up to transformers 4.51 and in files of every version; in `model.` since, and in the original layout
+    (r"(?:[\w.]+\.)?image_newline", NEWLINE),
     (r"(?:model\.)?multi_modal_projector\.linear_1\.(weight|bias)", r"projector.0.\1"),
     (r"(?:model\.)?multi_modal_projector\.linear_2\.(weight|bias)", r"projector.2.\1"),
     # the original layout nests two vision towers; transformers 5 dropped `vision_model.`
@@ -36,12 +41,12 @@ QFORMER_TEXT_SIDE = r"qformer\.(?:embeddings\.|encoder\.layer\.\d+\.(?:intermedi
 WRITE_PREFIXES = {
     "hf": {"lm_head": "language_model.", "text.": "language_model.model.", "vision.": "vision_tower.WRAPPER",
            "projector.0.": "multi_modal_projector.linear_1.", "projector.2.": "multi_modal_projector.linear_2.",
-           "heads.": ""},
+           NEWLINE: "image_newline", "heads.": ""},
     "blip2": {"lm_head": "language_model.", "text.": "language_model.model.", "vision.": "vision_model.",
               "qformer.query_tokens": "query_tokens", "qformer.": "qformer.", "projector.0.": "language_projection.",
               "heads.": ""},
     "llava": {"lm_head": "", "text.": "model.", "vision.": "model.vision_tower.vision_tower.WRAPPER",
-              "projector.": "model.mm_projector.", "heads.": ""},
+              NEWLINE: "model.image_newline", "projector.": "model.mm_projector.", "heads.": ""},
     "minigpt4": {"projector.0.": "llama_proj."},
     "tower": {"vision.": "WRAPPER", "qformer.query_tokens": "query_tokens", "qformer.": "qformer."},
 }  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from hacl_megatron.checkpoint.hf.json_files import one_line, parse, read_config, read_json, refuse_unless
 from hacl_megatron.checkpoint.hf.modules import clean_config
+from hacl_megatron.checkpoint.hf.tiled_models import TILED_MODELS, TiledModel
 from hacl_megatron.config.architecture import ImageConfig, QFormerConfig, VisionConfig
 from hacl_megatron.config.checks.sizes import LIMITS
 from hacl_megatron.config.families import family_of_model_type
@@ -52,10 +53,12 @@ class TowerFacts:
 
 
 def tower_in_model(folder: Path, config: dict[str, Any]) -> TowerFacts:
-    """Of a `LlavaForConditionalGeneration` or `Blip2ForConditionalGeneration` folder."""
+    """Of the folder of a whole model of transformers, which `config_read` names."""
     if kind := tower_of_whole(config["model_type"]):
         return _inside(folder, config, kind)
-    vision = {"model_type": CLIP.model_type, **(config.get("vision_config") or LARGE_336)}
+    tiled = TILED_MODELS.get(config["model_type"])
+    usual = {"model_type": CLIP.model_type, **LARGE_336} if tiled is None else tiled.vision
+    vision = {"model_type": usual["model_type"], **(config.get("vision_config") or usual)}
     return TowerFacts(where=folder / "config.json", vision=vision, processor=read_image_processor(folder))
 
 
@@ -202,6 +205,11 @@ _USUAL = {
     "ViTImageProcessor": Usual(2, True, *_HALF, 224, False),
 }
 """Those that do what this trainer does."""
+_USUAL_OF_TILES = {
+    "LlavaNextImageProcessor": Usual(3, False, *_OPENAI, 224, True),
+    "LlavaOnevisionImageProcessor": Usual(3, True, *_OPENAI, 384, False),
+}
+"""Those of `TILED_MODELS`."""
 
 _PROCESSOR_SUFFIX = re.compile(r"(ImageProcessor(Fast|Pil)|FeatureExtractor)$")
 """How transformers names a processor's several implementations, and named them of old."""
@@ -237,7 +245,7 @@ def _image_processor(folder: Path) -> tuple[dict[str, Any], Path | None]:
 
 _OF_PIXELS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
-    "image_mean", "image_std", "do_pad", "do_convert_rgb",
+    "image_mean", "image_std", "do_pad", "do_convert_rgb", "image_grid_pinpoints",
 )  # fmt: skip
 
 
@@ -250,11 +258,15 @@ def _side_of(size: Any) -> Any:
 def _usual(processor: dict[str, Any]) -> tuple[str, Usual | None]:
     """Name of an image processor, "" where there is none, and what it usually does, if it is known here."""
     kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
-    return kind, _USUAL.get(_PROCESSOR_SUFFIX.sub("ImageProcessor", kind))
+    name = _PROCESSOR_SUFFIX.sub("ImageProcessor", kind)
+    return kind, _USUAL.get(name) or _USUAL_OF_TILES.get(name)
 
 
-def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
+def image_config(facts: TowerFacts, vision: VisionConfig, tiled: TiledModel | None = None) -> ImageConfig:
     """Size, mean and standard deviation of the pixels; the tower's usual ones where no image processor says.
+
+    Args:
+        tiled: the model that the image processor is of, where pictures are cut into tiles.
 
     Raises:
         ValueError: a setting that training, evaluation and export do not have.
@@ -267,19 +279,29 @@ def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
         "do_convert_rgb": (True, False, None),
     })  # fmt: skip
     kind, usual = _usual(processor)
-    if kind and usual is None:
+    name = _PROCESSOR_SUFFIX.sub("ImageProcessor", kind)
+    if tiled is not None and kind and name != tiled.image_processor:
+        raise ValueError(
+            f"{where}: image_processor_type is {kind!r}, but a {tiled.title}'s is {tiled.image_processor}; expected "
+            "that, or no image processor beside the model"
+        )
+    if tiled is None and kind and name not in _USUAL:
+        cuts = f": {name} cuts pictures into tiles, as LLaVA-NeXT and LLaVA-OneVision have them"
         raise ValueError(
             f"{where}: image_processor_type is {kind!r}; this trainer has what {', '.join(_USUAL)} do only"
-            + instead_of(_PROCESSOR_SUFFIX.sub("ImageProcessor", kind))
+            + (cuts if name in _USUAL_OF_TILES else instead_of(name))
         )
     resample = processor.get("resample", usual.resample if usual else RESAMPLE["bicubic"])
     interpolation = next(name for name, number in RESAMPLE.items() if number == resample)
-    if processor.get("do_pad") and kind and not kind.startswith("LlavaImageProcessor"):
+    if tiled is None and processor.get("do_pad") and kind and not kind.startswith("LlavaImageProcessor"):
         raise ValueError(
             f"{where}: do_pad is {processor['do_pad']!r} for a {kind}; expected LlavaImageProcessor, which pads to a "
             "square: name that, or leave do_pad out"
         )
-    size, shortest = _sizes_of_pixels(processor, vision, where)
+    if tiled is None:
+        size, shortest = _sizes_of_pixels(processor, vision, where)
+    else:
+        size, shortest = _size_of_views(processor, vision, where), None
     if size != vision.image_size:
         raise ValueError(
             f"{where}: the image processor gives images of {size} pixels, but the tower takes {vision.image_size}"
@@ -292,7 +314,8 @@ def image_config(facts: TowerFacts, vision: VisionConfig) -> ImageConfig:
         raise ValueError(
             f"{where}: the image processor's mean {mean} and std {std} must have three values, std above 0"
         )
-    mean, std = _of_levels_to_1(processor, mean, std, where)
+    pads = processor.get("do_pad") if tiled is None else tiled.aspect_ratio == "pad"
+    mean, std = _of_levels_to_1(processor, mean, std, where, pads=bool(pads))
     return ImageConfig(size=size, mean=mean, std=std, interpolation=interpolation, shortest_edge=shortest)
 
 
@@ -313,7 +336,9 @@ def _pixel(value: Any, key: str, where: Path) -> Pixel:
     return tuple(map(float, value))
 
 
-def _of_levels_to_1(processor: dict[str, Any], mean: Pixel, std: Pixel, where: Path) -> tuple[Pixel, Pixel]:
+def _of_levels_to_1(
+    processor: dict[str, Any], mean: Pixel, std: Pixel, where: Path, *, pads: bool
+) -> tuple[Pixel, Pixel]:
     """Mean and deviation by which levels of 0 to 1 become what rescaling and normalising make of 0 to 255.
 
     `level * factor` is `level / 255 * (255 * factor)`, so both are divided by `255 * factor`.
@@ -325,7 +350,7 @@ def _of_levels_to_1(processor: dict[str, Any], mean: Pixel, std: Pixel, where: P
         raise ValueError(f"{where}: rescale_factor is {factor!r}; expected a number above 0, as 1/255")
     scale = 1.0 if math.isclose(255 * factor, 1, rel_tol=1e-4) else 255 * factor
     usual = scale == 1 and processor.get("do_normalize", True)
-    if processor.get("do_pad") and not usual:
+    if pads and not usual:
         raise ValueError(
             f"{where}: do_pad with do_normalize {processor.get('do_normalize', True)} and a rescale_factor of "
             f"{factor:.5g}, which pads with a colour that is not the mean; expected True and 1/255"
@@ -370,6 +395,18 @@ def _sizes_of_pixels(processor: dict[str, Any], vision: VisionConfig, where: Pat
             "shortest_edge of at least that size leaves"
         )
     return cropped, resized
+
+
+def _size_of_views(processor: dict[str, Any], vision: VisionConfig, where: Path) -> Any:
+    """Side of a picture's views, its base view and its tiles, of which nothing is cropped."""
+    usual = _usual(processor)[1]
+    size = _side(processor.get("size", usual.size if usual else vision.image_size), where)
+    crop = processor.get("crop_size", usual.size if usual and usual.crops else None)
+    if crop is not None and (found := _side(crop, where)) != size:
+        raise ValueError(
+            f"{where}: the image processor makes views of {size} pixels and crops them to {found}; expected the same"
+        )
+    return size
 
 
 def _side(size: Any, where: Path) -> Any:

@@ -4,6 +4,7 @@ import math
 
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.require import require as _require
+from hacl_megatron.config.checks.sizes import LIMITS
 from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.config.families import language_family
 from hacl_megatron.config.families.rotary import wrong_scaling
@@ -33,6 +34,7 @@ def check_architecture(config: RunConfig, layout: Layout) -> None:
     connector_depth(model.projector_type)  # likewise
     _check_qformer(model)
     _check_tower(model)
+    check_tiles(model)
 
     if language.rope_scaling is not None and (why := wrong_scaling(language.rope_scaling)):
         raise ValueError(f"the model's language.rope_scaling: {why}; correct it, or leave it out")
@@ -154,6 +156,56 @@ def _check_tower(model: ModelConfig) -> None:
         is_hf or vision.activation in activations,
         f"the vision tower's activation is {vision.activation!r}",
         f"expected {' or '.join(activations)}, or --vision-backend hf",
+    )
+
+
+def check_tiles(model: ModelConfig) -> None:
+    """Check that the model's tower and connector can see pictures in tiles, where it has any.
+
+    Raises:
+        ValueError: one line for the first mistake found.
+    """
+    tiles, vision, side = model.tiles, model.vision, model.vision.image_size
+    if tiles is None:
+        return
+    _require(
+        model.qformer is None,
+        "the model cuts pictures into tiles, but its connector is a Q-Former, whose query tokens have no place in a "
+        "picture",
+        "leave `tiles` out, or take a connector linear or mlp2x_gelu",
+    )
+    _require(
+        vision.num_features == vision.num_patches,
+        f"the model cuts pictures into tiles, but its tower hands on {vision.num_features} features of a view, of "
+        f"which {vision.num_patches} are patches",
+        "tiles need a tower without registers and without a class token among its features: CLIP, SigLIP or DINOv2",
+    )
+    largest = LIMITS["image_size"]
+    _require(
+        1 <= len(tiles.pinpoints) <= 1000,
+        f"the model's tiles.pinpoints hold {len(tiles.pinpoints)} sizes",
+        "give 1 to 1,000 of them, (height, width) each",
+    )
+    for height, width in tiles.pinpoints:
+        _require(
+            max(height, width) <= largest,
+            f"the model's tiles.pinpoints hold {height} x {width} pixels",
+            f"expected at most {largest:,} a side",
+        )
+        _require(
+            min(height, width) > 0 and height % side == width % side == 0,
+            f"the model's tiles.pinpoints hold {height} x {width} pixels, a grid that the tower does not divide",
+            f"expected multiples of its {side} pixels",
+        )
+    _require(
+        tiles.max_tiles is None or tiles.max_tiles >= 1,
+        f"the model's tiles.max_tiles is {tiles.max_tiles}",
+        "expected at least 1, or null for no pooling",
+    )
+    _require(
+        model.image.resized == model.image.size,
+        f"the model cuts pictures into tiles, but `image.shortest_edge` is {model.image.resized} for views of {side}",
+        "leave it out: tiles are not cropped",
     )
 
 

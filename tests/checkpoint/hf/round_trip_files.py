@@ -61,8 +61,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
 
 
-def load_exactly(folder: Path) -> LlavaForConditionalGeneration:
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, dtype="auto")
+def load_exactly(folder: Path, kind: type = LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """The model of a folder by transformers' class `kind`, which must find all of its tensors and no others."""
+    model, info = kind.from_pretrained(folder, output_loading_info=True, dtype="auto")
     problems = {key: value for key, value in info.items() if value and key != "conversion_errors"}
     assert not problems, problems
     return model.eval()

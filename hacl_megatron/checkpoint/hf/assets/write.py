@@ -24,6 +24,7 @@ from hacl_megatron.checkpoint.hf.config_write import (
     processor_class,
     to_preprocessor_json,
     to_processor_json,
+    to_video_processor_json,
     vocabulary_of_layout,
 )
 from hacl_megatron.checkpoint.hf.json_files import read_json, values_of_any_type, write_json
@@ -138,6 +139,8 @@ class Assets:
             out / "preprocessor_config.json", to_preprocessor_json(config, image_aspect_ratio=image_aspect_ratio)
         )
         write_json(out / "processor_config.json", to_processor_json(config, image_text))
+        if (of_videos := to_video_processor_json(config)) is not None:
+            write_json(out / "video_preprocessor_config.json", of_videos)
 
     def _add_stop_tokens(self, stored: dict, tokens: dict) -> None:
         """Lays an `eos_token_id` over `stored` that ends turns, too, as an instruct model's own has it."""

@@ -1,0 +1,229 @@
+"""LLaVA-NeXT and LLaVA-OneVision: Hugging Face -> our shards -> Hugging Face, bitwise, and what is refused."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaOnevisionProcessor,
+)
+
+from hacl_megatron.checkpoint.hf.config_read import data_flags, read_model_config
+from hacl_megatron.checkpoint.hf.config_write import to_config_json, why_not_layout
+from hacl_megatron.checkpoint.hf.export import export_hf
+from hacl_megatron.checkpoint.hf.tiled_models import TILED_MODELS
+from hacl_megatron.config.run import RunConfig, from_yaml, to_yaml
+from hacl_megatron.config.tiles import TilesConfig
+from tests.checkpoint.hf.round_trip_files import assert_same, carried_of, load_exactly, write_heads
+from tests.checkpoint.hf.test_blip2 import edit
+from tests.checkpoint.rank_modules import import_everywhere
+from tests.tiny import LLAMA3_ROPE_SCALING, write_tiny_llava
+from tests.tiny_tiles import NEXT_PINPOINTS, ONEVISION_PINPOINTS, write_tiny_next, write_tiny_onevision
+
+MODELS = {
+    "next": (write_tiny_next, {}, 1, 1),
+    "next-llama-3": (write_tiny_next, {"rope_scaling": LLAMA3_ROPE_SCALING}, 2, 2),
+    "next-mistral": (write_tiny_next, {"family": "mistral", "head_dim": 12}, 2, 1),
+    "next-qwen2": (write_tiny_next, {"family": "qwen2"}, 1, 2),
+    "onevision": (write_tiny_onevision, {}, 2, 1),
+    "onevision-tied": (write_tiny_onevision, {"tie": True}, 2, 2),
+}
+"""Writer, sizes, and tensor- and pipeline-parallel sizes of the round trip."""
+SIZES = [(300, 200), (60, 333), (48, 48), (400, 97)]
+
+
+def as_the_hub_has_it(folder: Path) -> None:
+    """transformers 4's names, with the newline at the top; and without what transformers 4.39 did not write."""
+    tensors, names = load_file(folder / "model.safetensors"), (
+        ("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."), ("model.", ""),
+    )  # fmt: skip
+    older = {}
+    for name, value in tensors.items():
+        for new, old in names:
+            if name.startswith(new):
+                name = old + name.removeprefix(new)
+                break
+        older[name.replace("vision_tower.", "vision_tower.vision_model.")] = value
+    save_file(older, folder / "model.safetensors")
+    assert "image_newline" in older and "language_model.model.norm.weight" in older
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trips_bitwise(tmp_path, name):
+    """The newline, which stands in no module, the tower's last layer, tied embeddings; at several layouts."""
+    write, sizes, tp_size, stages = MODELS[name]
+    source = write(tmp_path / "in", **sizes)
+    write_heads(source)
+    config = read_model_config(source)
+    pinpoints = tuple(map(tuple, NEXT_PINPOINTS if write is write_tiny_next else ONEVISION_PINPOINTS))
+    expected = TilesConfig(pinpoints=pinpoints)
+    if write is write_tiny_onevision:
+        expected = replace(expected, max_tiles=3, only_alone=True)
+    assert config.tiles == expected and config.visual_tokens == 36
+    assert config.language.tie_word_embeddings == sizes.get("tie", False)
+    imported = import_everywhere(source, config, tp_size=tp_size, stages=stages)
+    assert not any(report.fresh for report in imported.reports.values())
+    out = tmp_path / "out"
+    carried = carried_of(source, config)
+    export_hf(imported.provider, config, out, dtype=torch.float32, assets=source, carried=carried)
+    assert_same(
+        load_exactly(out, AutoModelForImageTextToText).state_dict(),
+        load_exactly(source, AutoModelForImageTextToText).state_dict(),
+    )
+    assert read_model_config(out) == config
+    as_the_hub_has_it(source)
+    assert read_model_config(source) == config
+    assert_same(import_everywhere(source, config).merged, import_everywhere(out, config).merged)
+
+
+@pytest.mark.parametrize("write", [write_tiny_next, write_tiny_onevision])
+def test_the_exports_processor_gives_as_many_image_tokens_as_the_model_takes(tmp_path, write):
+    source = write(tmp_path / "in")
+    write_heads(source)
+    config = read_model_config(source)
+    provider, out = import_everywhere(source, config).provider, tmp_path / "out"
+    export_hf(provider, config, out, dtype=torch.float32, assets=source, carried=carried_of(source, config))
+    processor, model = processor_of(out), load_exactly(out, AutoModelForImageTextToText)
+    for size in SIZES:
+        picture = Image.effect_noise(size, 90).convert("RGB")
+        batch = processor(images=picture, text="USER: <image>\nWhat? ASSISTANT:", return_tensors="pt")
+        rows = len(config.image_layout.rows(size, alone=True))
+        assert (batch["input_ids"] == config.extra["image_token_index"]).sum() == rows > 36
+        with torch.no_grad():
+            model(**batch)  # refuses another number of tokens than it has features
+    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in SIZES[:2]]
+    # A list of lists: transformers takes images of one list for the only ones of as many texts.
+    batch = processor(images=[pictures], text=["<image> and <image>"], return_tensors="pt")
+    rows = sum(len(config.image_layout.rows(size, alone=False)) for size in SIZES[:2])
+    assert (batch["input_ids"] == config.extra["image_token_index"]).sum() == rows
+    with torch.no_grad():
+        model(**batch)
+
+
+def processor_of(folder: Path) -> Any:
+    """What `AutoProcessor` makes of a folder; where torchvision is missing, which its video processor needs, all but
+    that."""
+    settings = json.loads((folder / "processor_config.json").read_text())
+    if settings["processor_class"] == "LlavaNextProcessor" or importlib.util.find_spec("torchvision"):
+        return AutoProcessor.from_pretrained(folder)
+    options = LlavaOnevisionProcessor.get_processor_dict(folder)[0]
+    options.pop("processor_class")
+    parts = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+    parts = {name: kind.from_pretrained(folder) for name, kind in parts.items()}
+    return _WithoutVideos(**parts, **options)
+
+
+class _WithoutVideos(LlavaOnevisionProcessor):
+    def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+        return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+
+def test_run_config_yaml_holds_tiles(tmp_path):
+    model = read_model_config(write_tiny_onevision(tmp_path / "in"))
+    config = RunConfig(architecture=model, data=data_flags(model))
+    assert from_yaml(to_yaml(config)).architecture == model
+    with pytest.raises(ValueError, match=r"model.tiles.pinpoints: found \[\[48\]\]|found 1 values, expected 2"):
+        from_yaml(to_yaml(config).replace("pinpoints:", "pinpoints: [[48]]\n    other:"))
+
+
+def test_defaults_of_the_classes(tmp_path):
+    """What files leave out: transformers' own configuration says it."""
+    for write, name in ((write_tiny_next, "llava_next"), (write_tiny_onevision, "llava_onevision")):
+        folder = write(tmp_path / name)
+        full, own = AutoConfig.for_model(name), json.loads((folder / "config.json").read_text())
+        ours = TILED_MODELS[name]
+        assert [*map(list, ours.pinpoints)] == [*map(list, full.image_grid_pinpoints)]
+        assert (ours.image_token, ours.select_layer) == (full.image_token_index, full.vision_feature_layer)
+        assert ours.select_strategy == full.vision_feature_select_strategy
+        assert ours.language == full.text_config.model_type
+        theirs = full.vision_config.to_dict()
+        assert {key: theirs[key] for key in ours.vision} == ours.vision
+        expected = read_model_config(folder)
+        for key in ("vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act"):
+            del own[key]
+        (folder / "config.json").write_text(json.dumps(own))
+        assert read_model_config(folder) == expected
+
+
+def test_a_grid_that_does_not_fit_is_refused_in_one_line(tmp_path):
+    source = write_tiny_next(tmp_path / "in")
+    for pinpoints, message in (
+        ([[48, 96], [96, 50]], r"config.json: the model's tiles.pinpoints hold 96 x 50 pixels, a grid that the tower "
+                               "does not divide; expected multiples of its 48 pixels"),
+        ([[48, 1 << 40]], "expected at most 16,384 a side"),
+        ([], r"image_grid_pinpoints is \[\]; expected a list of pairs of pixels"),
+        ([[48, 96, 48]], "expected a list of pairs of pixels"),
+        ([[48, "96"]], "expected a list of pairs of pixels"),
+        ([[0, 96]], "does not divide"),
+    ):  # fmt: skip
+        edit(source, image_grid_pinpoints=pinpoints)
+        processor = source / "processor_config.json"
+        values = json.loads(processor.read_text())
+        values["image_processor"]["image_grid_pinpoints"] = pinpoints
+        processor.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=message):
+            read_model_config(source)
+
+
+def test_two_files_that_disagree_are_refused_in_one_line(tmp_path):
+    source = write_tiny_next(tmp_path / "in")
+    edit(source, image_grid_pinpoints=NEXT_PINPOINTS[:3])
+    with pytest.raises(ValueError, match=r"image_grid_pinpoints is \[\[48, 96\].*the image processor beside it cuts"):
+        read_model_config(source)
+    edit(source, image_grid_pinpoints=NEXT_PINPOINTS, use_image_newline_parameter=False)
+    with pytest.raises(ValueError, match="use_image_newline_parameter is False"):
+        read_model_config(source)
+
+
+def test_another_models_image_processor_is_refused_in_one_line(tmp_path):
+    """A LLaVA-1.5 that would be shown tiles, and a LLaVA-NeXT that would not."""
+    plain, tiled = write_tiny_llava(tmp_path / "plain"), write_tiny_next(tmp_path / "tiled")
+    names = [folder / "processor_config.json" for folder in (plain, tiled)]
+    one, other = (json.loads(name.read_text()) for name in names)
+    one["image_processor"], other["image_processor"] = other["image_processor"], one["image_processor"]
+    for name, values in zip(names, (one, other), strict=True):
+        name.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="LlavaNextImageProcessor cuts pictures into tiles"):
+        read_model_config(plain)
+    with pytest.raises(ValueError, match="but a LLaVA-NeXT's is LlavaNextImageProcessor"):
+        read_model_config(tiled)
+
+
+@pytest.mark.parametrize("found", ["anyres", "anyres_max_", "anyres_max_0", "anyres_max_x", "pad", 9, None])
+def test_vision_aspect_ratio_is_anyres_max_n(tmp_path, found):
+    source = write_tiny_onevision(tmp_path / "in")
+    edit(source, vision_aspect_ratio=found)
+    with pytest.raises(ValueError, match=r"vision_aspect_ratio is .*; expected anyres_max_ and a number of tiles"):
+        read_model_config(source)
+
+
+def test_sizes_of_views_must_be_the_towers(tmp_path):
+    source = write_tiny_next(tmp_path / "in")
+    file = source / "processor_config.json"
+    values = json.loads(file.read_text())
+    values["image_processor"]["size"] = {"shortest_edge": 56}
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="makes views of 56 pixels and crops them to 48"):
+        read_model_config(source)
+
+
+def test_tiles_of_no_model_have_no_export(tmp_path):
+    config = read_model_config(write_tiny_next(tmp_path / "in"))
+    mixed = replace(config, tiles=replace(config.tiles, max_tiles=4))
+    assert "as in no model of transformers" in why_not_layout(mixed, "hf")
+    with pytest.raises(ValueError, match="as in no model of transformers"):
+        to_config_json(mixed, "hf", dtype="float32")
+    assert why_not_layout(config, "llava") is None
+    pooled = read_model_config(write_tiny_onevision(tmp_path / "onevision"))
+    assert "LLaVA-OneVision, which the original LLaVA layout has no place for" in why_not_layout(pooled, "llava")
