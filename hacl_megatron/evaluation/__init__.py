@@ -3,6 +3,7 @@
 likelihood/     checkpoints at any layout: no text made   answers/        benchmarks that an exported model answers
 agreement.py        is an export still the same model     image_agreement.py  does it see the same pictures
 image_files.py      images of a batch, each decoded once  journal.py          records as they come; a kill loses none
+random_dialogues.py what `agreement.py` is asked about
 json_files.py       JSON lists and JSON lines, checked    model_files.py      fingerprint, device, precision of a model
 scores.py           what a scorer returns; results file and table
 """

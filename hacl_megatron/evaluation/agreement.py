@@ -1,4 +1,4 @@
-"""Whether transformers' LLaVA or BLIP-2 computes what ours does: logits on a random batch of image and text, in fp32.
+"""Whether transformers' LLaVA or BLIP-2 computes what ours does: logits on a random batch of images and text, in fp32.
 
 `image_agreement` looks at the pixels of pictures.
 
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from hacl_megatron.assemble.module import build_module
 from hacl_megatron.assemble.processes import joined_processes
-from hacl_megatron.batch import PackedBatch, SegmentLengths, rows_to_read
+from hacl_megatron.batch import PackedBatch, SegmentLengths
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.adapters.folder import ADAPTER_FILES
 from hacl_megatron.checkpoint.hf.adapters.settings import ADAPTER_CONFIG
 from hacl_megatron.checkpoint.hf.config_write import to_config_json
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE, SourceTensors
 from hacl_megatron.checkpoint.hf.json_files import one_line, read_json
+from hacl_megatron.checkpoint.hf.spellings import NEWLINE
 from hacl_megatron.checkpoint.run.folder import read_run_config
 from hacl_megatron.checkpoint.run.load import load_checkpoint
 from hacl_megatron.config.architecture import ModelConfig
@@ -31,11 +32,10 @@ from hacl_megatron.config.families import language_family
 from hacl_megatron.config.flags import ParallelFlags
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.evaluation.image_agreement import compare_pixels
+from hacl_megatron.evaluation.random_dialogues import images_for_transformers, random_batch
 
 TOLERANCE = 2e-4
 """Largest difference of two logits, for logits of order 1; more for larger ones in proportion."""
-TEXT_LENGTHS = (23, 57)
-"""Tokens of the two dialogues beside their images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def compare_models(
     dtype: torch.dtype | None = None,
     adapters: Path | None = None,
 ) -> Agreement:
-    """Logits of every text row of two dialogues with an image each; arguments as for `report_agreement`."""
+    """Logits of every text row of two dialogues with images (`random_batch`); arguments as for `report_agreement`."""
     reader = ShardedReader(checkpoint)
     config = reader.model_config
     settings = read_json(hf_folder / "config.json")
@@ -123,47 +123,6 @@ def compare_models(
         same_argmax=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
         num_rows=theirs.shape[0],
     )
-
-
-def random_batch(config: ModelConfig, image_token: int | None = None, seed: int = 0) -> PackedBatch:
-    """Two dialogues of one image each, packed; every text row behind the image has a target.
-
-    Args:
-        image_token: id by which the other model marks an image, beside the one that `config` states; it may lie
-            anywhere in the vocabulary, and no text has it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    visual, size = config.visual_tokens, config.vision.image_size
-    lengths = [visual + length for length in TEXT_LENGTHS]
-    marks = {image_token, config.extra.get("image_token_index")}
-    text_ids = torch.tensor([token for token in range(3, config.language.vocab_size) if token not in marks])
-    ids = text_ids[torch.randint(len(text_ids), (sum(lengths),), generator=generator)]
-    starts = [0, lengths[0]]
-    image_rows = torch.cat([torch.arange(start + 1, start + 1 + visual) for start in starts])
-    ids[image_rows] = 0
-    targets = torch.ones(sum(lengths), dtype=torch.bool)
-    targets[image_rows] = False
-    none = torch.zeros(0, dtype=torch.int64)
-    cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
-    target_rows = targets.nonzero().flatten()
-    read_rows, read_lengths = rows_to_read(cu_seqlens, target_rows)
-    return PackedBatch(
-        sample_ids=torch.arange(2),
-        token_ids=ids,
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max(lengths),
-        pixel_values=torch.randn(2, 3, size, size, generator=generator),
-        image_rows=image_rows,
-        feature_rows=torch.arange(2 * visual),
-        target_rows=target_rows,
-        target_ids=ids[targets],
-        image_eos_rows=none, caption_eos_rows=none, hallucinated_eos_rows=none, hallucinated_owner=none,
-        image_keys=none, caption_keys=none, hallucinated_keys=none,
-        read_rows=read_rows, read_lengths=read_lengths,
-        branch_rows=none, branch_sizes=none.int(), branch_lengths=none.int(), branch_context_rows=none,
-        num_padding_rows=0, num_text_rows=0,
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- transformers
@@ -195,15 +154,15 @@ def transformers_logits(
         inside = (batch.image_rows >= start) & (batch.image_rows < stop)
         text = torch.ones(stop - start, dtype=torch.bool)
         text[batch.image_rows[inside] - start] = False
+        images = images_for_transformers(config, batch, dialogue)
         if by_ids:
             ids[~text] = model.config.image_token_id
-            pixels = batch.pixel_values[dialogue : dialogue + 1]
-            logits.append(model(input_ids=ids[None], pixel_values=pixels, use_cache=False).logits[0][text])
+            logits.append(model(input_ids=ids[None], **images, use_cache=False).logits[0][text])
             continue
-        features = model.get_image_features(pixel_values=batch.pixel_values[dialogue : dialogue + 1])
+        features = model.get_image_features(**images)
         # By embeddings, for these vocabularies have no row for the image's token.
         hidden = model.get_input_embeddings()(ids)
-        hidden[~text] = features.pooler_output[0].to(hidden.dtype)
+        hidden[~text] = torch.cat([*features.pooler_output]).to(hidden.dtype)
         language, head = _language_parts(model)
         output = language(inputs_embeds=hidden[None], use_cache=False).last_hidden_state[0]
         logits.append(head(output[text]))
@@ -218,12 +177,11 @@ def _language_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def _whole(folder: Path, config: ModelConfig, sources: SourceTensors | None, adapters: Path | None = None) -> nn.Module:
     """transformers' own reading of `folder`, with the adapter over its connector where `sources` has one."""
-    from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
+    import transformers
 
     blip2 = config.qformer is not None
-    model = (Blip2ForConditionalGeneration if blip2 else LlavaForConditionalGeneration).from_pretrained(
-        folder, dtype=torch.float32
-    )
+    (model_class,) = to_config_json(config, "hf", dtype="float32")["architectures"]
+    model = getattr(transformers, model_class).from_pretrained(folder, dtype=torch.float32)
     if adapters is not None:
         model = _with_lora(model, adapters, sources)
     own = {str(folder), HEADS_FILE, *(str(adapters / name) for name in ADAPTER_FILES if adapters is not None)}
@@ -236,6 +194,8 @@ def _whole(folder: Path, config: ModelConfig, sources: SourceTensors | None, ada
         for prefix, linear in linears.items():
             for name, parameter in linear.named_parameters():
                 parameter.copy_(sources.read(prefix + name))
+        if config.tiles is not None:
+            model.model.image_newline.copy_(sources.read(NEWLINE))
     return model
 
 
@@ -315,20 +275,20 @@ def _assembled(
 ) -> nn.Module:
     """A model of transformers from its parts' folders; connector and Q-Former are the source's own tensors, or, where
     these are fresh, the checkpoint's."""
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
+    import transformers
 
     blip2 = config.qformer is not None
     settings = to_config_json(config if blip2 else replace(config, projector_type="mlp2x_gelu"), "hf", dtype="float32")
     settings["text_config"].update(num_hidden_layers=1, pad_token_id=None)  # a stand-in, until the real one comes
+    config_class = transformers.CONFIG_MAPPING[settings["model_type"]]
+    model_class = getattr(transformers, settings["architectures"][0])
     if blip2:
-        model = Blip2ForConditionalGeneration(Blip2Config.from_dict(settings)).float()
+        model = model_class(config_class.from_dict(settings)).float()
         width = config.qformer.hidden_size
     else:
         settings_of = folder if adapters is None or not (adapters / "config.json").is_file() else adapters
         layer = read_json(settings_of / "config.json").get("mm_vision_select_layer", -2)
-        model = LlavaForConditionalGeneration(
-            LlavaConfig.from_dict({**settings, "vision_feature_layer": layer})
-        ).float()
+        model = model_class(config_class.from_dict({**settings, "vision_feature_layer": layer})).float()
         files, name = next(found for name, found in sources.found.items() if name.startswith("vision."))
         model.model.vision_tower = _tower_in(files.file_of(name).parent, config, settings["vision_config"])
         width = config.vision.hidden_size
@@ -350,6 +310,7 @@ def _assembled(
         modules |= {"vision.": model.vision_model, "qformer.query_tokens": model, "qformer.": model.qformer}
     else:
         model.model.multi_modal_projector = connector
+        modules = {NEWLINE: model.model, **modules}
     fresh = {source: tensor for rule in reader.table.rules.values() if rule.ours.startswith("connector.")
              for source, tensor in rule.to_sources(reader.read(rule.ours))}  # fmt: skip
     for canonical in [*sources.table.expected, *sources.table.carried]:
@@ -358,7 +319,7 @@ def _assembled(
             found = sources.read(canonical) if canonical in sources.found else fresh.get(canonical)
             if found is None:  # a tower cut behind its selected layer
                 continue
-            name = canonical.removeprefix(prefix) or "query_tokens"
+            name = canonical.removeprefix(prefix) or prefix.rpartition(".")[2]  # where the whole is a parameter
             modules[prefix].get_parameter(name).copy_(found)
     return model
 

@@ -1,7 +1,9 @@
 """Whether transformers' image processor makes the pixels that training sees, of a few pictures made in memory."""
 
 import io
+import tempfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hacl_megatron.checkpoint.hf.json_files import one_line
+from hacl_megatron.checkpoint.hf.config_write import to_preprocessor_json
+from hacl_megatron.checkpoint.hf.json_files import one_line, write_json
 from hacl_megatron.checkpoint.hf.tower_config import read_image_processor
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.data.images import ImageDecoder
@@ -67,24 +70,29 @@ def compare_pixels(config: ModelConfig, folder: Path, *, aspect_ratio: str) -> I
     settings = read_image_processor(folder)
     if not settings:
         return None
-    processor = _load(folder)
+    layout = config.image_layout
+    processor = _processor_of_tiles(config, settings) if layout.tiles else _load(folder)
     made = made_pictures()
     if not settings.get("do_convert_rgb", True):  # the others are then the caller's to convert
         made = [picture for picture in made if picture.mode == "RGB"]
-    decoder = ImageDecoder(config.image, aspect_ratio=aspect_ratio, backend="pillow", num_threads=1)
-    decoded = decoder.decode([_png(picture) for picture in made])
+    decoder = ImageDecoder(config.image, aspect_ratio=aspect_ratio, backend="pillow", num_threads=1, layout=layout)
+    # An image among several may be shown otherwise than one alone.
+    alone = [True] * len(made) + [False] * len(made) * (layout.tiles is not None and layout.tiles.only_alone)
+    made = made * (len(alone) // len(made))
+    decoded = decoder.decode([_png(picture) for picture in made], alone)
     decoder.close()
     assert not any(decoded.reasons), decoded.reasons
+    decoded = [decoded.pixel_values[start:end] for start, end in pairwise(decoded.first_views)]
     pictures = made
-    if aspect_ratio == "pad" and not settings.get("do_pad"):
+    if layout.tiles is None and aspect_ratio == "pad" and not settings.get("do_pad"):
         pictures = [_padded(picture.convert("RGB"), decoder.fill) for picture in made]
     try:
-        theirs = [_pixels(processor, picture) for picture in pictures]
+        theirs = [_pixels(processor, picture, only) for picture, only in zip(pictures, alone, strict=True)]
     except Exception as error:  # transformers raises many kinds
         raise ValueError(f"{folder}: its image processor fails on a picture: {one_line(error)}") from None
     std = torch.tensor(config.image.std, dtype=torch.float64).reshape(3, 1, 1)
     largest = transparent = 0.0
-    for picture, ours, other in zip(made, decoded.pixel_values, theirs, strict=True):
+    for picture, ours, other in zip(made, decoded, theirs, strict=True):
         if other.shape != ours.shape:
             raise ValueError(
                 f"{folder}: its image processor makes pixels of shape {tuple(other.shape)}; expected "
@@ -99,7 +107,7 @@ def compare_pixels(config: ModelConfig, folder: Path, *, aspect_ratio: str) -> I
     return ImageAgreement(
         processor=name,
         largest_difference=largest,
-        num_pictures=sum(picture.mode != "RGBA" for picture in made),
+        num_pictures=sum(picture.mode != "RGBA" for picture, only in zip(made, alone, strict=True) if only),
         transparent_difference=transparent,
         tolerance=TOLERANCES["torchvision" if _by_torchvision(processor) else "pil"],
     )
@@ -142,8 +150,23 @@ def _by_torchvision(processor: Any) -> bool:
     return any("Torchvision" in kind.__name__ or kind.__name__.endswith("Fast") for kind in type(processor).__mro__)
 
 
-def _pixels(processor: Any, picture: Image.Image) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(processor(images=picture, return_tensors="np")["pixel_values"][0]))
+def _pixels(processor: Any, picture: Image.Image, alone: bool) -> torch.Tensor:
+    """[views, 3, S, S]"""
+    given = picture if alone else [[picture, picture]]
+    pixels = torch.as_tensor(np.asarray(processor(images=given, return_tensors="np")["pixel_values"][0]))
+    return pixels if pixels.dim() == 4 else pixels[None]
+
+
+def _processor_of_tiles(config: ModelConfig, settings: dict[str, Any]) -> Any:
+    """What `settings` describe, or where that is the tower's alone, as beside the original layout, what an export has.
+
+    With the tower's alone LLaVA's own code cuts pictures too, as transformers' processor of LLaVA-NeXT does.
+    """
+    if "image_grid_pinpoints" not in settings:
+        settings = to_preprocessor_json(config)
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "preprocessor_config.json", settings)
+        return _load(Path(folder))
 
 
 def _padded(picture: Image.Image, fill: tuple[int, ...]) -> Image.Image:
