@@ -45,6 +45,7 @@ setup(
         "pillow>=10.3",  # images that DALI cannot read (GIF, AVIF), and all of them without DALI
         "pyyaml>=6.0",  # configuration files
         "tqdm>=4.66",  # progress bars
+        "plotille>=5.0",  # the curves of tools/show_run.py; Python alone, so that it installs and starts anywhere
         "numpy>=1.26",  # image arrays
         "jinja2>=3.1",  # the page of tools/inspect_data.py, every text escaped
         "xxhash>=3.0",  # checksums of checkpoints and data, 26 GB/s a core; zlib's would be a third of a load

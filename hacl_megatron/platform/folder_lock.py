@@ -300,6 +300,18 @@ def is_held_by_another(folder: Path, token: str | None, name: str = "run") -> bo
     return not holder.is_earlier_start_for(Holder.this_process())
 
 
+def holder_of(folder: Path, name: str = "run") -> tuple[Holder | None, float] | None:
+    """Who holds the folder (None: the lock is damaged) and the seconds since its last pulse; None where nobody does.
+
+    By this machine's clock and the file system's, since nothing is written to ask for the latter.
+    """
+    try:
+        found = _read(folder / f"{name}.lock")
+    except OSError:
+        return None
+    return None if found is None else (found[0], max(0.0, time.time() - found[1]))
+
+
 @contextmanager
 def held(folder: Path, *, what: str, name: str, say: Callable[[str], None] = print) -> Iterator[FolderLock]:
     """Holds a lock as long as the context lasts; see `FolderLock`."""

@@ -201,12 +201,13 @@ def build_trainer(
     progress.samples_a_step = length.samples_a_step
 
     module = build_module(config, run.groups, device)
+    changes: list[str] = []
     said = [] if resume_from is not None else [load_pretrained(module, config)]
     trainee = build_trainee(module, config, length.steps)
     if resume_from is not None:
         notes = restore_run(trainee, resume_from, length)
-        said = [f"resumed iteration {progress.iteration} from {resume_from}"]
-        said += [*what_differs(resume_from, config, layout), *notes]
+        changes = what_differs(resume_from, config, layout)
+        said = [f"resumed iteration {progress.iteration} from {resume_from}", *changes, *notes]
         if length.train_iters == progress.iteration:
             said.append(nothing_left(config.training, progress, num_samples))
 
@@ -241,7 +242,13 @@ def build_trainer(
     return Trainer(
         run,
         trainee,
-        StartingPoint(progress=progress, data_state=data_state or {}, num_samples=num_samples, length=length),
+        StartingPoint(
+            progress=progress,
+            data_state=data_state or {},
+            num_samples=num_samples,
+            length=length,
+            changes=tuple(changes),
+        ),
         loader=loader,
         validation=validation,
         saving=Saving(

@@ -85,7 +85,7 @@ class Trainer:
     ) -> None:
         self.run, self.config = run, run.config
         self.trainee, self.progress, self.data_state = trainee, start.progress, start.data_state
-        self._resumed = replace(start.progress)
+        self._resumed, self._changes = replace(start.progress), list(start.changes)
         self.num_samples, self.length, self.train_iters = start.num_samples, start.length, start.length.train_iters
         self.loader, self.validation, self.saving = loader, validation, saving
         self.log, self.profile, self.beat = log, profile, beat
@@ -328,7 +328,8 @@ class Trainer:
         if self.log is not None:
             lost["lost_metrics"] = self.log.num_lost or None
         samples = {key: copy(getattr(self.progress, key)) for key in SAMPLE_KEYS}
-        return {"iteration": self.progress.iteration, "train_iters": self.train_iters, **samples, **lost}
+        reached = {"iteration": self.progress.iteration, "train_iters": self.train_iters}
+        return {**reached, **samples, **lost, "changes": self._changes or None}
 
     def _report(self, scalars: dict[str, float]) -> None:
         self.saving.say_notes()

@@ -77,6 +77,8 @@ class StartingPoint:
     num_samples: int
     """Samples of an epoch."""
     length: RunLength
+    changes: tuple[str, ...] = ()
+    """Lines on what is not as in the run that is resumed."""
 
 
 def run_state(trainee: Trainee, progress: Progress, data_state: dict[str, Any]) -> dict[str, Any]:

@@ -189,6 +189,8 @@ def test_another_batch_is_said_and_the_rate_that_stays_is_not(runs: Path, name: 
 def test_other_rates_and_weights_that_are_not_read_are_named(runs: Path) -> None:
     said = heard(runs, "other-flags")
     assert "not as in the run that is resumed: --global-batch-size 16 (was 8), --lr 0.002 (was 0.001)\n" in said
+    changes = json.loads((runs / "other-flags" / "run_status.json").read_text())["changes"]
+    assert len(changes) == 2 and all(f"{line}\n" in said for line in changes)
     assert f"not read: --pretrained-checkpoint {runs / 'llava-again'} (was {runs / 'llava'})" in said
     assert "learning rate: the saved run's schedule stood at 0.000905, this run's stands at 0.00181" in said
 

@@ -17,10 +17,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hacl_megatron.platform.folder_lock import is_held_by_another
+from hacl_megatron.platform.folder_lock import DEAD_SECONDS, holder_of, is_held_by_another
 
 STATUS_FILE = "run_status.json"
 SAMPLE_KEYS = ("drawn_samples", "bad_samples", "untrained_samples", "untrained_kinds")
@@ -69,7 +70,7 @@ def write_status(save: str | None, state: State, *, reason: str | None = None, *
     if state == "crashed" and _hold.hung:  # by the end of a rank whose watchdog was a little faster
         return
     if not facts.keys() & {*SAMPLE_KEYS}:
-        kept = (*SAMPLE_KEYS, "iteration", "train_iters")
+        kept = (*SAMPLE_KEYS, "iteration", "train_iters", "changes")
         facts |= {key: value for key, value in read_status(save).items() if key in kept}
     content = {
         "state": state,
@@ -115,6 +116,37 @@ def read_status(save: str | None) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What a run is doing now, as an onlooker can tell, and what its file says."""
+
+    state: State | Literal["starting", "cut off"] | None
+    """starting: a process has the folder and has not written its status yet; cut off: "running" says the file, and
+    nobody is alive; None: nothing is said."""
+    facts: dict[str, Any]
+    holder: str | None = None
+    """The process that has the folder, in words, where it lives."""
+    heard: float | None = None
+    """Seconds since its last pulse."""
+
+    @property
+    def is_alive(self) -> bool:
+        return self.holder is not None
+
+
+def run_state(save: Path) -> RunState:
+    """Looks at the file and at the pulse of the folder's lock, and writes nothing."""
+    facts = read_status(str(save))
+    said, found = facts.get("state"), holder_of(save)
+    state = said if said is None else f"{said}"  # of a damaged file it may be anything
+    if found is not None and found[1] < DEAD_SECONDS and not (found[0] is not None and found[0].is_gone):
+        holder, heard = found
+        its_own = holder is None or (facts.get("pid"), facts.get("host")) == (holder.pid, holder.host)
+        now = state if its_own and state is not None else "starting"
+        return RunState(state=now, facts=facts, holder=f"{holder or 'an unknown process'}", heard=heard)
+    return RunState(state="cut off" if state == "running" else state, facts=facts)
 
 
 def before_this_run(save: str | None) -> str | None:
