@@ -20,8 +20,8 @@ import numpy as np
 
 from hacl_megatron.data.prepare.cache import open_data
 from hacl_megatron.data.prepare.llava_json import Record, text_or_first_answer
-from hacl_megatron.data.prepare.record_captions import Pair, clean_caption
-from hacl_megatron.data.prepare.record_keys import CAPTION_KEYS, IMAGE_TAG
+from hacl_megatron.data.prepare.records.captions import Pair, clean_caption
+from hacl_megatron.data.prepare.records.keys import CAPTION_KEYS, IMAGE_TAG
 from hacl_megatron.data.store import StoredImage
 from hacl_megatron.data.templates import Template, find_template
 

@@ -17,7 +17,7 @@ from hacl_megatron.data.prepare.dialogue_json import turns_of
 from hacl_megatron.data.prepare.json_text import DEEPEST, is_deep, is_text
 from hacl_megatron.data.prepare.llava_json import decoded_records, text_or_first_answer, value_of
 from hacl_megatron.data.prepare.preference_json import is_preference
-from hacl_megatron.data.prepare.record_values import Wrong, describe
+from hacl_megatron.data.prepare.records.values import Wrong, describe
 
 EDITS_KEY = "Hallucination edits"
 """Beside the released key: for each hallucinated caption a list of {"kind", "before", "after"}."""

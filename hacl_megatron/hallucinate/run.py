@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from hacl_megatron.data.prepare.json_text import is_text
 from hacl_megatron.data.prepare.llava_json import name_of, value_of
-from hacl_megatron.data.prepare.record_keys import HALLUCINATED_KEY
+from hacl_megatron.data.prepare.records.keys import HALLUCINATED_KEY
 from hacl_megatron.hallucinate.answers import AnswerLog
 from hacl_megatron.hallucinate.ask import Endpoint, Verdict, ask_all, import_openai, judge, request_key
 from hacl_megatron.hallucinate.by_rules import hallucinate_all

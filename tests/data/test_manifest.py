@@ -8,7 +8,7 @@ import pytest
 
 from hacl_megatron.data.manifest import Manifest, Pair, Sample
 from hacl_megatron.data.prepare.llava_json import read_records
-from hacl_megatron.data.prepare.record_keys import HALLUCINATED_KEY as HALLUCINATED
+from hacl_megatron.data.prepare.records.keys import HALLUCINATED_KEY as HALLUCINATED
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": " A cat.\n"}]
 

@@ -3,8 +3,8 @@
     epoch 0: a permutation of all samples | epoch 1: another one | ...       global batches are cut from the stream
 
 The order depends on (seed, epoch) alone. A global batch may span two epochs, so no tail is ever dropped; data-parallel
-ranks take their parts of a global batch (`assignment`), so their number changes nothing about the order. `mixing` has the
-permutations, weighted mixtures and groups that an epoch is made of.
+ranks take their parts of a global batch (`assignment`), so their number changes nothing about the order. `mixing` has
+the permutations, weighted mixtures and groups that an epoch is made of.
 """
 
 from collections import OrderedDict

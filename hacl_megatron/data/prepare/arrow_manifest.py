@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from hacl_megatron.config.files.regular import NotRegular, only_regular
 from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.llava_json import Record
-from hacl_megatron.data.prepare.record_captions import Pair
+from hacl_megatron.data.prepare.records.captions import Pair
 from hacl_megatron.data.prepare.sealed_arrow import read_sealed
 from hacl_megatron.data.store import StoredImage
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from hacl_megatron.data.prepare.json_text import is_deep
 from hacl_megatron.data.prepare.preference_json import ROLES, text_of_parts
-from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, meant_by
-from hacl_megatron.data.prepare.record_values import Wrong, value_of
+from hacl_megatron.data.prepare.records.keys import ANSWER_KEYS, meant_by
+from hacl_megatron.data.prepare.records.values import Wrong, value_of
 
 
 def turns_of(record: dict[str, Any], where: str, wrong: Wrong) -> tuple[tuple[Any, Any], ...]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from hacl_megatron.config.console import printable
-from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, HALLUCINATED_KEY, IMAGE_KEY, IMAGE_TAG, meant_by
+from hacl_megatron.data.prepare.records.keys import ANSWER_KEYS, HALLUCINATED_KEY, IMAGE_KEY, IMAGE_TAG, meant_by
 
 NAMED = 3
 """So many records of a kind are named."""

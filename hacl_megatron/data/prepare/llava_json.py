@@ -24,10 +24,10 @@ from hacl_megatron.data.prepare.preference_json import (
     messages_in,
     read_preference,
 )
-from hacl_megatron.data.prepare.record_captions import Pair, clean_caption, read_captions
 from hacl_megatron.data.prepare.record_images import IMAGE_KEYS, first_image, read_images
-from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, CAPTION_KEYS, HALLUCINATED_KEY
-from hacl_megatron.data.prepare.record_values import describe, is_gap, value_of
+from hacl_megatron.data.prepare.records.captions import Pair, clean_caption, read_captions
+from hacl_megatron.data.prepare.records.keys import ANSWER_KEYS, CAPTION_KEYS, HALLUCINATED_KEY
+from hacl_megatron.data.prepare.records.values import describe, is_gap, value_of
 
 LINES_ENDINGS = (".jsonl", ".ndjson")
 """Of the names of files of JSON lines, in small or capital letters."""

@@ -18,8 +18,8 @@ from typing import Any
 
 from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.record_images import IMAGE_KEYS, read_images
-from hacl_megatron.data.prepare.record_keys import ANSWER_KEYS, CHOSEN_KEY, IMAGE_TAG, REJECTED_KEY, meant_by
-from hacl_megatron.data.prepare.record_values import Wrong, value_of
+from hacl_megatron.data.prepare.records.keys import ANSWER_KEYS, CHOSEN_KEY, IMAGE_TAG, REJECTED_KEY, meant_by
+from hacl_megatron.data.prepare.records.values import Wrong, value_of
 
 PROMPT_KEYS = ("question", "prompt", "conversations")
 PREFERENCE_IMAGE_KEYS = (*IMAGE_KEYS, "image_path")

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hacl_megatron.data.prepare.findings import Findings
-from hacl_megatron.data.prepare.record_keys import IMAGE_KEY, IMAGES_KEY
-from hacl_megatron.data.prepare.record_values import Wrong, describe, value_of
+from hacl_megatron.data.prepare.records.keys import IMAGE_KEY, IMAGES_KEY
+from hacl_megatron.data.prepare.records.values import Wrong, describe, value_of
 
 IMAGE_KEYS = (IMAGE_KEY, IMAGES_KEY)
 """LLaVA's, and TRL's, LLaMA-Factory's and ms-swift's. The first that is not empty is read."""

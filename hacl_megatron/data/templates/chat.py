@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hacl_megatron.data.prepare.record_keys import IMAGE_TAG
+from hacl_megatron.data.prepare.records.keys import IMAGE_TAG
 from hacl_megatron.data.templates.template import MESSAGE, Dialogue, Piece, Template, UnusableSample, cut_at_image
 
 if TYPE_CHECKING:

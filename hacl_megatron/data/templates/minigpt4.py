@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hacl_megatron.data.prepare.record_keys import IMAGE_TAG
+from hacl_megatron.data.prepare.records.keys import IMAGE_TAG
 from hacl_megatron.data.templates.template import IMAGE, MESSAGE, Dialogue, Piece, Template, UnusableSample, bos_piece
 
 if TYPE_CHECKING:

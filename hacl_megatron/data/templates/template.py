@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
 from hacl_megatron.config.names import did_you_mean
-from hacl_megatron.data.prepare.record_keys import IMAGE_TAG
+from hacl_megatron.data.prepare.records.keys import IMAGE_TAG
 
 if TYPE_CHECKING:  # it imports transformers, which the tools' --help should not wait for
     from hacl_megatron.data.tokenizer import Tokenizer

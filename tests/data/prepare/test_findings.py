@@ -12,7 +12,7 @@ import pytest
 from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import Manifest
-from hacl_megatron.data.prepare.record_keys import meant_by
+from hacl_megatron.data.prepare.records.keys import meant_by
 from hacl_megatron.data.prepare.run import run_prepare
 from hacl_megatron.data.templates.template import IMAGE
 from hacl_megatron.data.tokenizer import load_tokenizer

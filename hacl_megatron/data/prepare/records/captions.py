@@ -9,8 +9,8 @@ A list of one is what it holds: `"text": ["A cat."]` of one image is "A cat.".
 from typing import Any, NamedTuple
 
 from hacl_megatron.data.prepare.findings import Findings
-from hacl_megatron.data.prepare.record_keys import CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG
-from hacl_megatron.data.prepare.record_values import Wrong, is_gap, value_of
+from hacl_megatron.data.prepare.records.keys import CAPTION_KEYS, HALLUCINATED_KEY, IMAGE_TAG
+from hacl_megatron.data.prepare.records.values import Wrong, is_gap, value_of
 
 
 class Pair(NamedTuple):
