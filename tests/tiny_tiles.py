@@ -3,10 +3,14 @@
 `tests.tiny` has those of LLaVA-1.5.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     LlavaNextConfig,
@@ -23,6 +27,7 @@ from tests.tiny import (
     tiny_llava_config,
     tiny_siglip_config,
     tiny_tokenizer,
+    write_tiny_original_llava,
 )
 
 try:  # transformers 5 keeps processors without torchvision under their own names
@@ -91,6 +96,21 @@ def write_tiny_onevision(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
     ).save_pretrained(folder)  # fmt: skip
     tiny_tokenizer(config.text_config.vocab_size).save_pretrained(folder)
     return folder
+
+
+def write_tiny_original_next(folder: Path, **sizes: Any) -> tuple[Path, dict[str, Tensor]]:
+    """Write a LLaVA-NeXT in the original layout, as `write_tiny_original_llava` does; its grids are (width, height)."""
+    folder, tensors = write_tiny_original_llava(folder, **sizes)
+    newline = torch.randn(tensors["lm_head.weight"].shape[1], generator=torch.Generator().manual_seed(4))
+    tensors["model.image_newline"] = newline
+    file, settings = folder / "model.safetensors", folder / "config.json"
+    save_file({**load_file(file), "model.image_newline": newline}, file, metadata={"format": "pt"})
+    cut = {
+        "image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": NEXT_PINPOINTS,
+        "image_crop_resolution": 224, "image_split_resolution": 224,
+    }  # fmt: skip
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **cut}))
+    return folder, tensors
 
 
 def _save(model: Any, folder: Path, seed: int) -> None:

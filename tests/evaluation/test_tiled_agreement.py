@@ -9,17 +9,19 @@ from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.evaluation.agreement import compare_models
 from hacl_megatron.evaluation.image_agreement import compare_pixels
 from hacl_megatron.evaluation.random_dialogues import random_batch
-from tests.tiny_tiles import write_tiny_next, write_tiny_onevision
+from tests.tiny_tiles import write_tiny_next, write_tiny_onevision, write_tiny_original_next
 from tests.tool_runs import apart, to_hf, to_megatron
 
 
 def verified_both_ways(folder: Path) -> float:
-    """Convert a LLaVA-NeXT and export a LLaVA-OneVision, both verified.
+    """Convert a LLaVA-NeXT of either layout and export a LLaVA-OneVision, all verified.
 
     Returns how far logits are off where the newline is another.
     """
     next_source = write_tiny_next(folder / "next", family="mistral", head_dim=12, layers=2, vision_layers=2)
     to_megatron(next_source, folder / "next-megatron", "--verify")
+    original, _ = write_tiny_original_next(folder / "original", layers=2, vision_layers=2)
+    to_megatron(original, folder / "original-megatron", "--verify")
     save = to_megatron(write_tiny_onevision(folder / "onevision", tie=True, layers=2), folder / "onevision-megatron")
     out = to_hf(save, folder / "out", "--verify")
     tensors = load_file(out / "model.safetensors")
@@ -31,8 +33,8 @@ def verified_both_ways(folder: Path) -> float:
 def test_verify_passes_tiles_and_looks_at_the_newline(tmp_path: Path) -> None:
     """Of each two dialogues, of one and of two pictures; the pictures' pixels as the image processor makes them."""
     difference, printed = apart(verified_both_ways, tmp_path)
-    assert printed.count("verify: largest logit difference") == 2, printed
-    assert "against LlavaNextImageProcessor" in printed and "against LlavaOnevisionImageProcessor" in printed
+    assert printed.count("verify: largest logit difference") == 3, printed
+    assert printed.count("against LlavaNextImageProcessor") == 2 and "against LlavaOnevisionImageProcessor" in printed
     assert difference > 0.1
 
 

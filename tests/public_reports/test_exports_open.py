@@ -155,7 +155,9 @@ def test_several_views_with_flat_merging_are_refused_on_the_way_in(tmp_path, cap
     source, _ = write_tiny_original_llava(tmp_path / "in")
     path = source / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "image_aspect_ratio": "anyres"}))
-    with pytest.raises(ValueError, match=r"config.json: image_aspect_ratio is 'anyres'.*'pad' or 'square'"):
+    with pytest.raises(
+        ValueError, match=r"config.json: image_aspect_ratio is 'anyres'.*'flat'; .*'spatial_unpad' only"
+    ):
         read_model_config(source)
     capsys.readouterr()
     assert run_tool("convert_hf_to_megatron", "--hf-path", source, "--save", tmp_path / "save") == 2

@@ -86,6 +86,11 @@ def export_peft(
             "--format peft is for LlavaForConditionalGeneration, but this model has a Q-Former; --format hf merges its "
             "LoRA"
         )
+    if config.tiles is not None:
+        raise ValueError(
+            "--format peft has no place for the trained image_newline, which is in no module of transformers' model; "
+            "--format hf merges the LoRA"
+        )
     check_target(out, force=force, why_not=_why_no_adapter)
     found, why = find_base(reader, run, base)
     settings = _peft_config(lora, reader, out / BASE_FOLDER if found is None else found)

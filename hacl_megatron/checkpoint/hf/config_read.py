@@ -266,13 +266,11 @@ def _hf_connector(config: dict[str, Any], kind: TowerKind, where: Path, tiled: T
 
 def llava_connector(config: dict[str, Any], where: Path) -> Connector:
     """Of a `config.json` in the original layout."""
-    cut = config.get("image_aspect_ratio") == "anyres"
     refuse_unless(where, config, {
-        "mm_vision_select_feature": ("patch",),
-        # anyres with flat merging shows a picture in several views, too, but ends no line (`read_original_tiles`).
-        "mm_patch_merge_type": ("spatial_unpad",) if cut else ("flat", None),
-        "mm_use_im_start_end": (False, None), "s2": (False, None),
+        "mm_vision_select_feature": ("patch",), "mm_use_im_start_end": (False, None), "s2": (False, None),
         "image_aspect_ratio": ("pad", "square", "stretch", None, "anyres"),
+        # that of anyres is for `read_original_tiles` to look at
+        **({} if config.get("image_aspect_ratio") == "anyres" else {"mm_patch_merge_type": ("flat", None)}),
     })  # fmt: skip
     kind = config.get("mm_projector_type", "linear")  # LLaVA's own default, build_vision_projector
     if mlp_depth(str(kind)) is None:

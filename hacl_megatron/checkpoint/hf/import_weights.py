@@ -18,6 +18,7 @@ from hacl_megatron.checkpoint.hf.adapters.low_rank import KeptLora, LowRank
 from hacl_megatron.checkpoint.hf.config_read import says_tied
 from hacl_megatron.checkpoint.hf.json_files import read_json
 from hacl_megatron.checkpoint.hf.names import FUSED_NORMS, NameTable, nearest
+from hacl_megatron.checkpoint.hf.spellings import NEWLINE
 from hacl_megatron.checkpoint.hf.weight_files import WeightFiles
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.connectors import connector_file
@@ -204,7 +205,7 @@ def open_sources(
     if adapter is not None:
         _add_adapter(sources, Path(adapter))
     parts = model_config.extra.get("layout") == "parts"
-    sources.check(folder, optional=("heads.", "projector.") if parts else ("heads.",))
+    sources.check(folder, optional=("heads.", NEWLINE, "projector.") if parts else ("heads.",))
     return sources
 
 
@@ -229,6 +230,9 @@ def _add_adapter(sources: SourceTensors, path: Path) -> None:
         raise ValueError(f"{path}: {outside[0]} is no part of a connector {kind}; expected names such as {example}")
     expected = {name for name in table.expected if name.startswith("projector.")}
     found = {table.canonical(name) for name in weights}
+    if NEWLINE in expected and NEWLINE not in found:  # as LLaVA's own code saves it
+        expected.remove(NEWLINE)
+        sources.notes.append(f"{path} has no image_newline: the model's own stays")
     if found != expected:
         raise ValueError(f"{path}: holds {', '.join(sorted(weights))}, which is no {kind} connector")
     sources.add(weights, str(path), replace=True)

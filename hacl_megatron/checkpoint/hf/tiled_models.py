@@ -119,14 +119,21 @@ def read_tiles(model: TiledModel, config: dict[str, Any], processor: dict[str, A
 def read_original_tiles(config: dict[str, Any], where: Path) -> TilesConfig | None:
     """Tiles of a `config.json` in LLaVA's original layout, LLaVA-NeXT's (liuhaotian/llava-v1.6-…); None without.
 
-    Its pairs are (width, height), transformers' (height, width). Of equally good grids both take the first one.
+    Its pairs are (width, height), transformers' (height, width). Of equally good grids both take the first one, and so
+    does what this makes of them. (The hub's conversions to transformers' layout copied the list as it was: of a square
+    as small as a tile these take a wide grid, where the original takes a tall one.) Where the picture's proportions
+    fall on a feature's border up to rounding, transformers cuts padding as if exactly, the original by chance.
 
     Raises:
         ValueError: tiles whose features are laid out otherwise than transformers' LLaVA-NeXT has them.
     """
     if config.get("image_aspect_ratio") != "anyres":
         return None
-    refuse_unless(where, {"mm_patch_merge_type": "flat", **config}, {"mm_patch_merge_type": ("spatial_unpad",)})
+    if (merge := config.get("mm_patch_merge_type", "flat")) != "spatial_unpad":
+        raise ValueError(
+            f"{where}: image_aspect_ratio is 'anyres' and mm_patch_merge_type {merge!r}; this trainer lays the views of "
+            "a picture out by 'spatial_unpad' only"
+        )
     pinpoints = _pinpoints(config, where)
     if pinpoints is None:
         raise ValueError(f"{where}: image_aspect_ratio is 'anyres', but image_grid_pinpoints are missing")

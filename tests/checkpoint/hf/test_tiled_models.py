@@ -25,11 +25,25 @@ from hacl_megatron.checkpoint.hf.export import export_hf
 from hacl_megatron.checkpoint.hf.tiled_models import TILED_MODELS
 from hacl_megatron.config.run import RunConfig, from_yaml, to_yaml
 from hacl_megatron.config.tiles import TilesConfig
-from tests.checkpoint.hf.round_trip_files import assert_same, carried_of, load_exactly, write_heads
+from tests.checkpoint.hf.round_trip_files import (
+    all_tensors,
+    assert_same,
+    carried_of,
+    load_exactly,
+    save_adapter,
+    write_heads,
+    write_parts,
+)
 from tests.checkpoint.hf.test_blip2 import edit
 from tests.checkpoint.rank_modules import import_everywhere
 from tests.tiny import LLAMA3_ROPE_SCALING, write_tiny_llava
-from tests.tiny_tiles import NEXT_PINPOINTS, ONEVISION_PINPOINTS, write_tiny_next, write_tiny_onevision
+from tests.tiny_tiles import (
+    NEXT_PINPOINTS,
+    ONEVISION_PINPOINTS,
+    write_tiny_next,
+    write_tiny_onevision,
+    write_tiny_original_next,
+)
 
 MODELS = {
     "next": (write_tiny_next, {}, 1, 1),
@@ -227,3 +241,64 @@ def test_tiles_of_no_model_have_no_export(tmp_path):
     assert why_not_layout(config, "llava") is None
     pooled = read_model_config(write_tiny_onevision(tmp_path / "onevision"))
     assert "LLaVA-OneVision, which the original LLaVA layout has no place for" in why_not_layout(pooled, "llava")
+
+
+# ----------------------------------------------------------------------------------------------------- original layout
+
+
+def test_the_original_layout_round_trips_and_goes_to_transformers(tmp_path):
+    """Its pairs are (width, height): a small square gets a tall grid, as there. Catches pairs that stay as they are."""
+    source, tensors = write_tiny_original_next(tmp_path / "in")
+    write_heads(source)
+    config = read_model_config(source)
+    assert config.tiles.pinpoints == tuple((height, width) for width, height in NEXT_PINPOINTS)
+    assert config.image_layout.cut(40, 40).grid == (2, 1)
+    assert data_flags(config).image_aspect_ratio == "stretch"
+    imported = import_everywhere(source, config, tp_size=2, stages=2)
+    carried = carried_of(source, config)
+    for layout in ("llava", "hf"):
+        out, options = tmp_path / layout, {"dtype": torch.float32, "assets": source, "carried": carried}
+        export_hf(imported.provider, config, out, layout=layout, **options)
+        found = read_model_config(out)
+        assert found.tiles == config.tiles
+        again = import_everywhere(out, found).merged
+        for name, value in imported.merged.items():
+            assert torch.equal(again[name][: len(value)], value[: len(again[name])]), name
+    assert_same(all_tensors(tmp_path / "llava"), tensors)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "llava"))
+    for key in ("image_aspect_ratio", "mm_patch_merge_type", "image_grid_pinpoints"):
+        assert before[key] == after[key]
+    load_exactly(tmp_path / "hf", AutoModelForImageTextToText)
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial", None])
+def test_views_that_are_merged_otherwise_are_refused(tmp_path, merge):
+    source, _ = write_tiny_original_next(tmp_path / "in")
+    edit(source, mm_patch_merge_type=merge)
+    with pytest.raises(ValueError, match="anyres' and mm_patch_merge_type .*by 'spatial_unpad' only"):
+        read_model_config(source)
+    edit(source, mm_patch_merge_type="spatial_unpad", image_aspect_ratio="pad")
+    with pytest.raises(ValueError, match="mm_patch_merge_type is 'spatial_unpad'"):
+        read_model_config(source)
+
+
+def test_a_connector_without_a_newline_leaves_the_models_own(tmp_path):
+    """LLaVA's stage 1 saves mm_projector alone."""
+    source, tensors = write_tiny_original_next(tmp_path / "in")
+    config, adapter = read_model_config(source), tmp_path / "mm_projector.bin"
+    new = save_adapter(adapter, "model.mm_projector.")
+    imported = import_everywhere(source, config, adapter=adapter)
+    assert torch.equal(imported.merged["connector.0.weight"], new["0.weight"])
+    assert torch.equal(imported.merged["connector.image_newline"], tensors["model.image_newline"])
+    assert any("has no image_newline: the model's own stays" in note for note in imported.reports[0, 0].notes)
+
+
+def test_two_parts_have_a_fresh_newline(tmp_path):
+    """As the rest of the connector; `image_newline` alone may be fresh too."""
+    llama, clip, _ = write_parts(tmp_path / "parts", whole_clip=False)
+    config = replace(read_model_config(llama, clip), tiles=TilesConfig(pinpoints=((48, 96),)))
+    report = import_everywhere(llama, config).reports[0, 0]
+    assert "connector.image_newline" in report.fresh and "connector.0.weight" in report.fresh
+    save_adapter(tmp_path / "mm_projector.bin", "model.mm_projector.")
+    report = import_everywhere(llama, config, adapter=tmp_path / "mm_projector.bin").reports[0, 0]
+    assert "connector.image_newline" in report.fresh and "connector.0.weight" not in report.fresh

@@ -31,9 +31,12 @@ from hacl_megatron.checkpoint.hf.config_read import (
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE, SourceTensors, add_heads, open_sources
 from hacl_megatron.checkpoint.hf.json_files import read_json
 from hacl_megatron.checkpoint.hf.names import NameTable, nearest
+from hacl_megatron.checkpoint.hf.spellings import NEWLINE
+from hacl_megatron.checkpoint.hf.tiled_models import read_original_tiles
 from hacl_megatron.checkpoint.hf.weight_files import WeightFiles
 from hacl_megatron.config.architecture import LanguageConfig, ModelConfig
 from hacl_megatron.config.lora import TARGETS, Lora
+from hacl_megatron.config.tiles import TilesConfig
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """In peft's order."""
@@ -104,9 +107,19 @@ def read_adapted_config(folder: Path, base: Path, vision_tower: Path | None = No
         found, expected = llava_connector(values, own), (config.projector_type, config.vision_select_layer)
         if found != expected:
             raise ValueError(f"{own}: connector and vision layer are {found}, but those of {base} are {expected}")
-        aspect = values.get("image_aspect_ratio") or "square"
-        config = replace(config, extra={**config.extra, "image_aspect_ratio": aspect})
+        _refuse_other_tiles(read_original_tiles(values, own), config.tiles, own, base)
+        if config.tiles is None:
+            aspect = values.get("image_aspect_ratio") or "square"
+            config = replace(config, extra={**config.extra, "image_aspect_ratio": aspect})
     return config
+
+
+def _refuse_other_tiles(found: TilesConfig | None, expected: TilesConfig | None, own: Path, base: Path) -> None:
+    # The hub's conversions to transformers' layout have the original's pairs, (width, height), for (height, width).
+    grids = [tiles and sorted(tiles.pinpoints) for tiles in (found, expected)]
+    if grids[0] != grids[1]:
+        cuts = [f"into tiles by {grid}" if grid else "into no tiles" for grid in grids]
+        raise ValueError(f"{own}: it cuts pictures {cuts[0]}, but {base} cuts them {cuts[1]}")
 
 
 def open_adapted_sources(
@@ -253,8 +266,12 @@ class _Adapters:
             self.modules[canonical] = pair[1]
 
     def _check_whole(self) -> None:
-        """The connector is whole, and so are peft's modules_to_save."""
+        """The connector is whole, and so are peft's modules_to_save; the newline may be the base's, for LLaVA's LoRA
+        leaves it frozen."""
         connector = {name for name in self.table.expected if name.startswith("projector.")}
+        if NEWLINE in connector and NEWLINE not in self.whole:
+            connector.remove(NEWLINE)
+            self.sources.notes.append(f"{self.folder} has no image_newline: the base's is taken")
         if (found := connector & self.whole.keys()) and found != connector:
             lacks = self.table.spelled(min(connector - found), "llava")
             raise ValueError(f"{self.folder}: its connector lacks {lacks}")
