@@ -16,6 +16,7 @@ from hacl_megatron.config.checks.architecture import check_architecture, padded_
 from hacl_megatron.config.flags import DataFlags, ParallelFlags
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
+from hacl_megatron.config.tiles import TilesConfig
 
 LLAVA_7B = ModelConfig(
     language=LanguageConfig(
@@ -116,6 +117,10 @@ def refused(**arguments) -> str:
 def test_llava_fits_the_usual_layouts():
     for tp, pp in ((1, 1), (2, 2), (4, 1), (8, 4), (16, 2)):
         check(tp=tp, pp=pp)
+
+
+def tiled(*pinpoints: tuple[int, int], max_tiles: int | None = None) -> ModelConfig:
+    return replace(LLAVA_7B, tiles=TilesConfig(pinpoints=pinpoints, max_tiles=max_tiles))
 
 
 CASES = {
@@ -239,6 +244,30 @@ CASES = {
     ),
     "room for text behind query tokens": (
         {"model": BLIP2, "length": 32}, "beside the 32 tokens", {"model": BLIP2, "length": 33},
+    ),
+    "tiles and query tokens": (
+        {"model": replace(BLIP2, tiles=TilesConfig(pinpoints=((224, 448),)))}, "its connector is a Q-Former",
+        {"model": tiled((336, 672))},
+    ),
+    "tiles and registers": (
+        {"model": replace(dinov2(num_register_tokens=4, shortest=None), tiles=TilesConfig(pinpoints=((224, 448),)))},
+        "260 features of a view, of which 256 are patches",
+        {"model": replace(dinov2(num_register_tokens=0, shortest=None), tiles=TilesConfig(pinpoints=((224, 448),)))},
+    ),
+    "no tiles": ({"model": tiled()}, "tiles.pinpoints hold 0 sizes", {"model": tiled((336, 336))}),
+    "a grid that the tower does not divide": (
+        {"model": tiled((336, 672), (336, 670))},
+        "336 x 670 pixels, a grid that the tower does not divide; expected multiples of its 336 pixels",
+        {"model": tiled((336, 672), (1008, 336))},
+    ),
+    "a grid of nothing": ({"model": tiled((0, 672))}, "0 x 672 pixels", {"model": tiled((336, 672))}),
+    "a grid beyond": ({"model": tiled((336, 336 * 49))}, "at most 16,384", {"model": tiled((336, 336 * 48))}),
+    "pooled to nothing": (
+        {"model": tiled((336, 672), max_tiles=0)}, "tiles.max_tiles is 0", {"model": tiled((336, 672), max_tiles=1)},
+    ),
+    "cropped tiles": (
+        {"model": replace(tiled((336, 672)), image=ImageConfig(size=336, shortest_edge=400))}, "tiles are not cropped",
+        {"model": replace(LLAVA_7B, image=ImageConfig(size=336, shortest_edge=400))},
     ),
     "no epsilon": (
         {"model": language(norm_epsilon=float("nan"))}, "language.norm_epsilon is nan",

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hacl_megatron.config.connectors import connector_depth
-from hacl_megatron.model.connector import Connector
+from hacl_megatron.model.connector import Connector, table_of_features
 from hacl_megatron.model.init import cpu_generator, seeded_linear
 
 TYPES = {"linear": 1, "mlp1x_gelu": 1, "mlp2x_gelu": 2, "mlp3x_gelu": 3, "mlp10x_gelu": 10}
@@ -58,6 +58,36 @@ def test_initial_values_come_from_the_generator_alone():
     half = connector("mlp2x_gelu", dtype=torch.bfloat16).state_dict()
     for name, value in first.items():
         assert torch.equal(half[name], value.bfloat16()), "a bf16 run starts from the rounded numbers of an fp32 run"
+
+
+def test_a_newline_is_drawn_behind_the_layers_as_transformers_draws_it():
+    """normal / sqrt(hidden); a connector with one starts from the layers that it would have without."""
+    options = {"generator": cpu_generator(0), "dtype": torch.float32}
+    module = Connector("mlp2x_gelu", 12, 4000, with_newline=True, **options)
+    plain = Connector("mlp2x_gelu", 12, 4000, generator=cpu_generator(0), dtype=torch.float32).state_dict()
+    assert list(module.state_dict()) == ["image_newline", *plain], "the order of `assemble.parameters`"
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in plain.items())
+    newline = module.image_newline
+    assert newline.requires_grad and newline.shape == (4000,)
+    torch.testing.assert_close(newline.std(), torch.tensor(4000**-0.5), rtol=0.05, atol=0)
+    assert abs(newline.mean()) < 3 / 4000 and newline.unique().numel() > 3900
+
+
+def test_pooled_features_are_summed_in_fp32():
+    """Of bf16 features: one rounding, as torch's interpolation has it; gradients go to the four."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(50, 16, generator=generator).bfloat16().requires_grad_()
+    newline = torch.randn(16, generator=generator).bfloat16().requires_grad_()
+    rows, weights = torch.randint(50, (7, 4), generator=generator), torch.rand(7, 4, generator=generator)
+    table = table_of_features(features, newline, rows, weights)
+    assert table.dtype == torch.bfloat16 and table.shape == (58, 16)
+    assert torch.equal(table[:50], features) and torch.equal(table[50], newline)
+    exact = (features.detach().double()[rows] * weights.double()[..., None]).sum(1)
+    torch.testing.assert_close(table[51:].double(), exact, rtol=2**-8, atol=1e-6)
+    table[50:].float().sum().backward()
+    assert torch.equal(newline.grad, torch.ones_like(newline))
+    expected = torch.zeros(50).index_add(0, rows.flatten(), weights.flatten())
+    torch.testing.assert_close(features.grad[:, 0].float(), expected, rtol=0.02, atol=0)
 
 
 def test_initial_distribution_is_that_of_torch():

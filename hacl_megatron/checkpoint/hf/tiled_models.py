@@ -131,8 +131,8 @@ def read_original_tiles(config: dict[str, Any], where: Path) -> TilesConfig | No
         return None
     if (merge := config.get("mm_patch_merge_type", "flat")) != "spatial_unpad":
         raise ValueError(
-            f"{where}: image_aspect_ratio is 'anyres' and mm_patch_merge_type {merge!r}; this trainer lays the views of "
-            "a picture out by 'spatial_unpad' only"
+            f"{where}: image_aspect_ratio is 'anyres' and mm_patch_merge_type {merge!r}; this trainer lays the views "
+            "of a picture out by 'spatial_unpad' only"
         )
     pinpoints = _pinpoints(config, where)
     if pinpoints is None:

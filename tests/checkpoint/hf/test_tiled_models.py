@@ -275,7 +275,7 @@ def test_the_original_layout_round_trips_and_goes_to_transformers(tmp_path):
 def test_views_that_are_merged_otherwise_are_refused(tmp_path, merge):
     source, _ = write_tiny_original_next(tmp_path / "in")
     edit(source, mm_patch_merge_type=merge)
-    with pytest.raises(ValueError, match="anyres' and mm_patch_merge_type .*by 'spatial_unpad' only"):
+    with pytest.raises(ValueError, match=r"anyres' and mm_patch_merge_type .*by 'spatial_unpad' only"):
         read_model_config(source)
     edit(source, mm_patch_merge_type="spatial_unpad", image_aspect_ratio="pad")
     with pytest.raises(ValueError, match="mm_patch_merge_type is 'spatial_unpad'"):
