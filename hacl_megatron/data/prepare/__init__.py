@@ -5,5 +5,5 @@ parts.py           records -> parts -> that file;         shards.py          ima
                    goes on where it was killed            run.py             all of it: one prepared folder, a report
 token_lengths.py   rows that samples will take            cache.py           raw JSON as --data-path, prepared once
 dialogue_json.py   turns as different users write them
-record_keys.py     the keys, and what others mean         findings.py        what to tell about a file's records
+records/           what one says: keys, values, captions   findings.py        what to tell about a file's records
 """
