@@ -65,6 +65,7 @@ CHANGES = {
     "a caption of a third image": ("pairs", {"image": 2}, "record 0 is none that"),
     "a caption of no image": ("pairs", {"image": None}, "record 0 is none that"),
     "a caption that is none": ("pairs", {"caption": None}, "record 0 is none that"),
+    "twins that are no list": ("pairs", {"hallucinated": None}, "record 0 is none that"),
 }
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -307,7 +307,10 @@ class ArrowManifest:
         def value(name: str) -> Any:
             return columns[name][row].as_py()
 
-        exact, others = value("exact"), value("more_images") or ()
+        # A scalar costs time even where it says that there is none.
+        several = columns["more_images"].null_count < len(columns["more_images"])
+        others, pairs = (value("more_images") or (), value("pairs") or ()) if several else ((), ())
+        exact = value("exact")
         if exact is not None:
             try:
                 name, image, turns, text, is_caption, hallucinated, *more = json.loads(exact)
@@ -320,21 +323,22 @@ class ArrowManifest:
             name, image, text, is_caption = (value(key) for key in ("id", "image", "text", "first_answer_is_caption"))
             turns = tuple((turn["from"], turn["value"]) for turn in value("conversations"))
             hallucinated, rejected = value("hallucinated_captions"), value("rejected_answers")
-            names, pairs = [other["image"] for other in others], [Pair(**pair) for pair in value("pairs") or ()]
+            names, pairs = [other["image"] for other in others], [Pair(**pair) for pair in pairs]
         images = () if image is None else (image, *names)
-        shard, stored = value("shard"), ()
-        if images:
-            keys = ("shard", "offset", "size", "checksum")
-            places = [(shard, *map(value, keys[1:])) if shard is not None else (None,) * 4]
-            stored = tuple(self._place(*place) for place in [*places, *(map(other.get, keys) for other in others)])
-        texts = [*images[1:], *(pair.caption for pair in pairs)]
-        if len(stored) != len(images) or not all(isinstance(text, str) for text in texts):
-            raise self._none_of_ours(index)
-        if not all(isinstance(pair.image, int) and 0 <= pair.image < len(images) for pair in pairs):
-            raise self._none_of_ours(index)
         rejected = None if rejected is None else tuple(rejected)
-        pairs = tuple(pair._replace(hallucinated=tuple(pair.hallucinated)) for pair in pairs)
-        record = Record(name, images, turns, text, is_caption, tuple(hallucinated), rejected, pairs)
+        record = Record(name, images, turns, text, is_caption, tuple(hallucinated), rejected)
+        shard, keys = value("shard"), ("shard", "offset", "size", "checksum")
+        first = None if shard is None else self._place(*map(value, keys))
+        stored = (first,)[: len(images)]
+        if names or others or pairs:
+            stored += tuple(self._place(*map(other.get, keys)) for other in others)
+            texts = [*names, *(pair.caption for pair in pairs)]
+            if len(stored) != len(images) or not all(isinstance(text, str) for text in texts):
+                raise self._none_of_ours(index)
+            if not all(pair.image in range(len(images)) and isinstance(pair.hallucinated, list) for pair in pairs):
+                raise self._none_of_ours(index)
+            pairs = tuple(pair._replace(hallucinated=tuple(pair.hallucinated)) for pair in pairs)
+            record = replace(record, pairs=pairs)
         return record, self.files[value("file")], stored
 
     def _place(self, shard: int | None, offset: int, size: int, checksum: int | None) -> StoredImage | None:
