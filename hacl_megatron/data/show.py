@@ -1,7 +1,7 @@
 """What the model will see of a sample, as plain records that a page can print (tools/inspect_data.py).
 
     Sample ─┬ encode ─→ segments ─→ Segment of Token (text, position, target or not)
-            ├ ImageStore ──→ ImageDecoder ─→ pixels ─de-normalised→ PNG
+            ├ ImageStore ──→ ImageDecoder ─→ pixels ─de-normalised→ PNGs
             └ captions ─difflib→ Word (same, left out, written in)
 
 Everything goes through the trainer's own readers, templates and decoder; nothing is computed a second time here.
@@ -11,7 +11,7 @@ import base64
 import difflib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
@@ -33,7 +33,7 @@ class Token:
     """One row of a segment, or all rows of an image."""
 
     text: str
-    """The piece as the vocabulary has it ("▁cat"); `<image>` for an image's rows."""
+    """The piece as the vocabulary has it ("▁cat"); `<image>` for an image's rows, of several `<image 1>`, ..."""
     position: int
     """Position of the (first) row in its segment, from 0."""
     count: int = 1
@@ -62,6 +62,30 @@ class Word:
     change: Literal["same", "removed", "added"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShownImage:
+    """One of a sample's images."""
+
+    name: str
+    url: str | None = None
+    """The pixels after padding and resizing, as a `data:` URL; None where it is unusable."""
+    tiles: tuple[tuple[str, ...], ...] = ()
+    """Of an image in tiles theirs, row by row."""
+    file: str | None = None
+    """Size and format of its file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownCaption:
+    """A caption, and what was written into it."""
+
+    caption: str
+    image: int | None
+    """Of several images the one that it is a caption of, from 1."""
+    hallucinated: list[list[Word]]
+    """Of each hallucinated caption."""
+
+
 @dataclass(kw_only=True)
 class ShownSample:
     """One sample, ready to print."""
@@ -71,12 +95,9 @@ class ShownSample:
     """Why it cannot be trained on; empty for a good sample."""
     notes: list[str] = field(default_factory=list)
     """What the trainer does to it that one may not expect."""
-    image_url: str | None = None
-    """The pixels after padding and resizing, as a `data:` URL; None without a usable image."""
-    image_file: str | None = None
-    """Size and format of the image's file."""
+    images: list[ShownImage] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
-    hallucinated: list[list[Word]] = field(default_factory=list)
+    captions: list[ShownCaption] = field(default_factory=list)
     rejected: list[list[Word]] = field(default_factory=list)
     """Rejected answers beside the last one."""
 
@@ -91,9 +112,10 @@ def show(
         try:
             data = store.fetch(image, stored)
             sizes.append(decoder.size_of(data, alone=alone))
-            _show_image(shown, data, decoder)
+            shown.images.append(_shown_image(image, data, decoder, alone=alone))
         except UnusableImage as error:
-            shown.reasons.append(str(error))
+            shown.images.append(ShownImage(name=image))
+            shown.reasons.append(str(error) if alone else f"{image}: {error}")
     encoded = None
     if len(sizes) == len(sample.images) or not settings.image_layout.needs_sizes:
         try:
@@ -110,11 +132,13 @@ def show(
             shown.notes.append("Nothing of the dialogue is a target.")
         shown.notes += [f"A twin is not compared: {reason}." for reason in encoded.uncompared]
     if sample.caption is not None:
-        shown.hallucinated = [compare(sample.caption, text) for text in sample.hallucinated_captions]
-        if sample.image is None:
+        shown.captions = [_shown_caption(sample.caption, sample.hallucinated_captions)]
+        if not sample.images:
             shown.notes.append("A caption without an image makes no pair.")
     elif sample.hallucinated_captions:
         shown.notes.append("Its hallucinated captions are not used: it has no caption.")
+    for pair in sample.listed_pairs:
+        shown.captions.append(_shown_caption(pair.caption, pair.hallucinated, pair.image + 1))
     if sample.rejected_answers:
         chosen = str(sample.conversations[-1][1])
         shown.rejected = [compare(chosen, text) for text in sample.rejected_answers]
@@ -139,13 +163,21 @@ def compare(caption: str, hallucinated: str) -> list[Word]:
     return words
 
 
-def _show_image(shown: ShownSample, data: bytes, decoder: ImageDecoder) -> None:
-    decoded = decoder.decode([data])
+def _shown_caption(caption: str, hallucinated: Sequence[str], image: int | None = None) -> ShownCaption:
+    return ShownCaption(caption=caption, image=image, hallucinated=[compare(caption, text) for text in hallucinated])
+
+
+def _shown_image(name: str, data: bytes, decoder: ImageDecoder, *, alone: bool) -> ShownImage:
+    """An image's pixels. Raises UnusableImage."""
+    decoded = decoder.decode([data], [alone])
     if decoded.reasons[0] is not None:
         raise UnusableImage(decoded.reasons[0])
-    shown.image_url = png_url(decoded.pixel_values[0], decoder.config)
+    whole, *tiles = (png_url(view, decoder.config) for view in decoded.pixel_values)
+    wide = decoder.layout.cut(*decoder.size_of(data)).grid[1] if tiles else 1
     with Image.open(io.BytesIO(data)) as image:
-        shown.image_file = f"{image.format} of {image.width} x {image.height}, {len(data) / 1000:,.1f} kB"
+        file = f"{image.format} of {image.width} x {image.height}, {len(data) / 1000:,.1f} kB"
+    rows = tuple(tuple(tiles[start : start + wide]) for start in range(0, len(tiles), wide))
+    return ShownImage(name=name, url=whole, tiles=rows, file=file)
 
 
 def png_url(pixels: Tensor, config: ImageConfig) -> str:
@@ -158,10 +190,14 @@ def png_url(pixels: Tensor, config: ImageConfig) -> str:
 
 
 def _segments(encoded: EncodedSample, tokenizer: Tokenizer) -> Iterator[Segment]:
-    yield _segment("dialogue", encoded.dialogue, encoded.labels, tokenizer)
+    several = len(encoded.images) > 1
+    names = [f"<image {number}>" if several else IMAGE_TAG for number in range(1, 1 + len(encoded.images))]
+    images = [name for name, rows in zip(names, encoded.images, strict=True) for _ in range(len(rows))]
+    yield _segment("dialogue", encoded.dialogue, encoded.labels, tokenizer, images)
     for pair in encoded.pairs:
-        of_image = f" of image {pair.image + 1}" if len(encoded.images) > 1 else ""
-        yield _segment(f"image + EOS{of_image}", pair.image_segment, None, tokenizer)
+        of_image = f" of image {pair.image + 1}" if several else ""
+        own = [names[pair.image]] * len(encoded.images[pair.image])
+        yield _segment(f"image + EOS{of_image}", pair.image_segment, None, tokenizer, own)
         yield _segment(f"caption + EOS{of_image}", pair.caption_segment, None, tokenizer)
     for number, answer in enumerate(encoded.rejected, start=1):
         first = min([*answer.chosen.tolist(), *answer.rejected.tolist()])
@@ -170,30 +206,37 @@ def _segments(encoded: EncodedSample, tokenizer: Tokenizer) -> Iterator[Segment]
             (f"true answer against rejected answer {number}: compared tokens", encoded.dialogue, answer.chosen),
             (f"rejected answer {number}: compared tokens", twin, answer.rejected),
         ):
-            yield _compared_tokens(title, rows, compared, first, tokenizer)
-    hallucinated = [segment for pair in encoded.pairs for segment in pair.hallucinated_segments]
-    for number, rows in enumerate(hallucinated, start=1):
-        yield _segment(f"hallucinated caption {number} + EOS", rows, None, tokenizer)
+            yield _compared_tokens(title, rows, compared, first, tokenizer, images)
+    for pair in encoded.pairs:
+        of_image = f" of image {pair.image + 1}" if several else ""
+        for number, rows in enumerate(pair.hallucinated_segments, start=1):
+            yield _segment(f"hallucinated caption {number} + EOS{of_image}", rows, None, tokenizer)
 
 
-def _compared_tokens(title: str, rows: np.ndarray, compared: np.ndarray, first: int, tokenizer: Tokenizer) -> Segment:
+def _compared_tokens(
+    title: str, rows: np.ndarray, compared: np.ndarray, first: int, tokenizer: Tokenizer, images: Sequence[str]
+) -> Segment:
     """Of a dialogue's rows those from `first` on to the last of the positions `compared`, which are its targets."""
     rows = rows[: max([first, *(compared + 1).tolist()])]
     labels = np.full(len(rows), IGNORE)
     labels[compared] = rows[compared]
-    tokens = [token for token in _segment(title, rows, labels, tokenizer).tokens if token.position >= first]
+    tokens = [token for token in _segment(title, rows, labels, tokenizer, images).tokens if token.position >= first]
     return Segment(title=title, tokens=tokens, length=len(tokens), num_targets=len(compared))
 
 
-def _segment(title: str, rows: np.ndarray, labels: np.ndarray | None, tokenizer: Tokenizer) -> Segment:
-    """`labels` None: a segment whose last row, EOS, is read."""
+def _segment(
+    title: str, rows: np.ndarray, labels: np.ndarray | None, tokenizer: Tokenizer, images: Sequence[str] = ()
+) -> Segment:
+    """`labels` None: a segment whose last row, EOS, is read. `images`: what each image row is called, in order."""
     pieces = tokenizer.backend.convert_ids_to_tokens([int(row) for row in rows if row != IMAGE])
     texts = iter(pieces)
     tokens: list[Token] = []
-    for is_image, group in groupby(range(len(rows)), key=lambda at: rows[at] == IMAGE):
+    names = np.full(len(rows), "", dtype=object)
+    names[rows == IMAGE] = images[: int((rows == IMAGE).sum())]
+    for name, group in groupby(range(len(rows)), key=lambda at: names[at]):
         positions = list(group)
-        if is_image:
-            tokens.append(Token(text=IMAGE_TAG, position=positions[0], count=len(positions), kind="image"))
+        if name:
+            tokens.append(Token(text=name, position=positions[0], count=len(positions), kind="image"))
             continue
         for at in positions:
             kind = "target" if labels is not None and labels[at] != IGNORE else "ignored"

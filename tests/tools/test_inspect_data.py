@@ -37,12 +37,13 @@ class Page(HTMLParser):
         self.addresses += [value for key, value in attrs.items() if key in ("src", "href", "srcset", "action")]
         if tag == "section":
             self.sections.append(
-                {"tokens": [], "text": "", "reason": "", "note": "", "del": [], "ins": [], "image": None}
+                {"tokens": [], "text": "", "reason": "", "note": "", "del": [], "ins": [], "image": None, "images": []}
             )
         if tag == "h3" and self.sections:
             self.sections[-1]["tokens"].append([])
         if tag == "img":
             self.sections[-1]["image"] = attrs["src"]
+            self.sections[-1]["images"].append(attrs["src"])
         kind = attrs.get("class", "")
         if tag == "span" and kind.split()[:1] == ["t"] and self.sections:
             self.sections[-1]["tokens"][-1].append([[*kind.split(), "ignored"][1], "", ""])
@@ -178,6 +179,30 @@ def test_the_picture_is_the_padded_and_resized_one(dataset, monkeypatch):
     expected = drawn_images.llava_pad((dataset / "images" / "wide.jpg").read_bytes()).astype(int)
     assert shown.shape == (336, 336, 3) and np.abs(shown - expected).max() <= 2
     assert "JPEG of 90 x 60" in section["text"]
+
+
+def test_all_images_of_a_record_are_shown_with_their_rows_and_captions(dataset, tmp_path):
+    """Only the last was shown, under the first one's name, and the rows of neighbours ran into one image's."""
+    (dataset / "images" / "tall.jpg").write_bytes(drawn_images.jpeg(60, 90, seed=1))
+    turns_of_two = turns("<image>\nWhich is big?", "A red cat.", "And <image>?", "no")
+    record = {
+        "id": "several", "image": ["wide.jpg", "tall.jpg", "gone.jpg"], "conversations": turns_of_two,
+        "text": ["A red cat.", None, "A dog."], "Hallucination caption": [["A blue cat."], [], ["A dog cat."]],
+    }  # fmt: skip
+    (tmp_path / "several.json").write_text(json.dumps([record]))
+    (section,) = inspect(dataset, "--data-path", tmp_path / "several.json").sections
+    assert len(section["images"]) == len(set(section["images"])) == 2
+    assert section["reason"].startswith("Unusable: gone.jpg: no such file")
+    for number, (name, file) in enumerate((("wide.jpg", "JPEG of 90 x 60"), ("tall.jpg", "JPEG of 60 x 90")), start=1):
+        assert f"<image {number}> {name}{file}" in section["text"]
+    dialogue, *others = section["tokens"]
+    found = [(text, position) for kind, text, position in dialogue if kind == "image"]
+    assert [text for text, _ in found] == [f"<image {number}> × {V}" for number in (1, 2, 3)]
+    starts = [int(position.partition("–")[0]) for _, position in found]
+    assert starts[0] + V < starts[1] and starts[1] + V < starts[2], "a line's end between the first two"
+    assert texts(others[0], "image") == f"<image 1> × {V}" and texts(others[2], "image") == f"<image 3> × {V}"
+    assert "caption of image 1A red cat." in section["text"] and "caption of image 3A dog." in section["text"]
+    assert "hallucinated caption 1 + EOS of image 3" in section["text"] and section["ins"] == ["blue", " cat"]
 
 
 def test_texts_stay_texts(dataset):
