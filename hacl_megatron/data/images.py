@@ -16,9 +16,10 @@ orientation is ignored and its transparency dropped, unless `--image-orientation
 otherwise.
 
 DALI and Pillow decode to the same levels. The back end `pillow` resizes by Pillow too, as LLaVA did; `dali` by torch's
-kernel for uint8, which takes a quarter of the time and differs from Pillow's by 2 of 255 levels at most. Decoding on
-the GPU (`mixed`) DALI resizes, and differs by 2 too, but for the outermost pixels of an image that is enlarged: there
-Pillow cuts the filter off at the border, and DALI repeats the border, which is 5 levels in photographs and 16 at worst.
+kernel for uint8, which takes a quarter of the time and differs from Pillow's by 2 of 255 levels at most, by 5 where it
+enlarges noise. Decoding on the GPU (`mixed`) DALI resizes, and differs by 2 too, but for the outermost pixels of an
+image that is enlarged: there Pillow cuts the filter off at the border, and DALI repeats the border, which is 5 levels
+in photographs and 16 at worst.
 
 What no decoder can tell. PNG has checksums, which are checked; the other formats have none (lossless WebP, zlib-packed
 TIFF and APNG apart). A cut file of any format is refused, and so is a JPEG whose markers, tables or headers are broken.
@@ -342,8 +343,8 @@ class ImageDecoder:
         return [self._stretched(image, size, size, resize), *tiles]
 
     def _stretched(self, image: np.ndarray, height: int, width: int, resize: "Resize") -> np.ndarray:
-        """uint8 [height, width, 3]. Resizing goes through all rows in the new width; if that is too much, in the old
-        width first, which is a level's difference."""
+        """uint8 [height, width, 3]. Resizing goes through all rows in the new width; where that is too much, here
+        through all columns in the new height, which moves levels by a few at hard edges."""
         if image.shape[0] * width > self.max_image_pixels:
             image = resize(image, height, image.shape[1])
         return resize(image, height, width)

@@ -148,7 +148,7 @@ def test_a_transparent_level_of_16_bits_is_filled():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_pictures_are_turned_as_exif_says_when_asked(backend, format):
     """Catches each of the eight turns, one more or less, and a decoder that does not turn. Oracle: Pillow's own."""
     ignoring, turning = decoder(backend), decoder(backend, orientation="exif")
