@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hacl_megatron.config.architecture import ImageConfig
+from hacl_megatron.config.tiles import ImageLayout, TilesConfig
 from hacl_megatron.data import images
 from hacl_megatron.data.images import ImageDecoder
 from tests.data.drawn_images import BAD, KINDS, SIZES, drawing, inner_levels, jpeg
@@ -41,6 +42,33 @@ def test_mixed_pixels_are_those_of_the_cpu(aspect_ratio):
     found = {
         name: (float(inner_levels(here, file).max()), float(here.max()))
         for name, file, here in zip(names, files, difference, strict=True)
+    }
+    too_far = {name: worst for name, worst in found.items() if any(map(operator.gt, worst, bounds(name)))}
+    assert too_far == {}
+
+
+@pytest.mark.parametrize("only_alone", [False, True])
+def test_mixed_tiles_are_those_of_the_cpu(only_alone):
+    """LLaVA-NeXT's five grids; with `only_alone`, as in LLaVA-OneVision, every fourth image is one padded view."""
+    pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    layout = ImageLayout(
+        visual_tokens=576, view_size=336, tiles=TilesConfig(pinpoints=pinpoints, only_alone=only_alone)
+    )
+    names = [f"jpeg {size}" for size in (*SIZES, (3000, 40))] + list(KINDS)
+    files = [jpeg(*size) for size in (*SIZES, (3000, 40))] + [make(drawing(200, 150)) for make in KINDS.values()]
+    alone = [index % 4 != 1 for index in range(len(files))]
+    decoded = {}
+    for device in ("cpu", "mixed"):
+        decoder = ImageDecoder(CONFIG, aspect_ratio="pad", backend="dali", device=device, device_id=0, layout=layout)
+        decoded[device] = decoder.decode(files, alone)
+        assert decoded[device].reasons == [None] * len(files)
+        decoder.close()
+    places = decoded["mixed"].first_views
+    assert places == decoded["cpu"].first_views and places[-1] == len(decoded["mixed"].pixel_values)
+    difference = (decoded["mixed"].pixel_values - decoded["cpu"].pixel_values).abs().numpy() / LEVEL
+    found = {
+        name: (float(inner_levels(difference[start], file).max(initial=0)), float(difference[start:end].max()))
+        for name, file, start, end in zip(names, files, places, places[1:], strict=False)
     }
     too_far = {name: worst for name, worst in found.items() if any(map(operator.gt, worst, bounds(name)))}
     assert too_far == {}
