@@ -122,7 +122,7 @@ class ImageReader:
         Image.init()
         self._formats = [name for name in (*DALI_MODES, *_OTHER_FORMATS) if name in Image.OPEN and name != "MPO"]
 
-    def size_of(self, file: BinaryIO, *, in_tiles: bool = False) -> tuple[int, int]:
+    def size_of(self, file: BinaryIO, *, in_tiles: bool = True) -> tuple[int, int]:
         """(width, height) as the picture will be shown, by the header alone, of an open file at its start.
 
         Args:
