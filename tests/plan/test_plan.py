@@ -38,6 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     siglip = tiny_llava_config(groups=6)
     siglip.vision_config = tiny_siglip_config()
     write_hf_stages(inputs / "siglip", siglip)
+    write_hf_stages(inputs / "tiled", siglip)
+    for stage in ("pretrain", "finetune"):
+        file = inputs / "tiled" / f"{stage}.yaml"
+        settings = yaml.safe_load(file.read_text())
+        settings["model"]["tiles"] = {"pinpoints": [[50, 100], [100, 50]], "max_tiles": 3, "only_alone": True}
+        file.write_text(yaml.safe_dump(settings))
     for name, tower in DINOV2.items():
         dinov2 = tiny_llava_config(groups=6)
         dinov2.vision_config = tower
@@ -87,6 +93,7 @@ def states(folder: Path) -> dict[str, list[dict]]:
             cases += [(family, "finetune", "tp2", ["--bf16"]) for family in ("qwen2", "qwen3")]
             cases += [("qwen3", "finetune", "pp2", []), ("qwen2", "finetune", "dp2-dist", ["--lora-rank", "3"])]
             cases += [("siglip", "finetune", "tp2", ALL_TRAIN), ("siglip", "pretrain", "dp2-dist", [])]
+            cases += [("tiled", "pretrain", "dp2-dist", ["--bf16", *OVERLAP]), ("tiled", "finetune", "pp2", [])]
             cases += [("dinov2", "pretrain", "pp2", ALL_TRAIN), ("registers", "finetune", "tp2", ALL_TRAIN)]
         commands = [command(folder / where, stage, layout, *extra) for where, stage, layout, extra in cases]
         ranks = run_distributed(state_on_this_rank, world_size, commands)
@@ -96,7 +103,9 @@ def states(folder: Path) -> dict[str, list[dict]]:
 
 
 def test_planned_parameters_are_the_models(states):
-    assert len(states) == 44
+    assert len(states) == 46
+    newlines = [p for rank in states["tiled finetune pp2"] for p in rank["parameters"] if "newline" in p[0]]
+    assert newlines == [("connector.image_newline", (48,), True, 4)]
     for run, ranks in states.items():
         for rank in ranks:
             assert rank["planned parameters"] == rank["parameters"], run
