@@ -40,6 +40,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     data = parser.add_argument_group("assumed of the data (averages); defaults: LLaVA-1.5's, by --version")
     data.add_argument("--num-samples", type=_positive(int), help="entries of the data files")
     data.add_argument("--image-share", type=float, help="share of the samples with an image")
+    data.add_argument("--images-per-sample", type=_positive(float), help="images of a sample that has any; default: 1")
+    data.add_argument(
+        "--image-size", type=_size, metavar="WIDTHxHEIGHT",
+        help="of pictures in pixels, from which the tiles of models that cut them follow; default: 640x480",
+    )  # fmt: skip
     data.add_argument("--text-tokens", type=float, help="tokens of a dialogue beside the image's")
     data.add_argument("--target-tokens", type=float, help="tokens of a dialogue that are trained on")
     data.add_argument("--question-tokens", type=float, help="tokens of a dialogue's text before its first answer")
@@ -57,6 +62,13 @@ def _positive(kind: type):
         return value
 
     return convert
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected one such as 640x480")
+    return int(width), int(height)
 
 
 def plan_run(args: argparse.Namespace, flags: list[str]) -> int:

@@ -14,6 +14,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.flags import LoraFlags, ModelFlags
 from hacl_megatron.config.lora import settle_lora
 from hacl_megatron.config.run import RunConfig, with_architecture
+from hacl_megatron.config.tiles import tiles_of
 from hacl_megatron.data.templates import find_template, template_names
 from hacl_megatron.data.tokenizer import load_tokenizer
 
@@ -146,6 +147,12 @@ def _refuse_other_parts(flags: ModelFlags, found: ModelConfig, checkpoint: Path)
         raise ValueError(
             f"--mm-projector-type is {asked}, but the connector in checkpoint {checkpoint} is {found.projector_type}; "
             "leave the flag out"
+        )
+    if (grids := flags.image_grid_pinpoints) is not None and tiles_of(grids, found.vision.image_size) != found.tiles:
+        raise ValueError(
+            f"--image-grid-pinpoints is {grids}, but the model in checkpoint {checkpoint} has "
+            f"{'no tiles' if found.tiles is None else 'other grids'}; leave the flag out, or export the checkpoint and "
+            "start from that"
         )
     if flags.vision_backend not in (None, found.vision.backend):
         raise ValueError(

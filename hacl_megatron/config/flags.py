@@ -65,6 +65,11 @@ class ModelFlags:
         None, "Vision-tower hidden state that feeds the connector; -2 is the last but one layer. Default: the "
         "checkpoint's, else -2."
     )  # fmt: skip
+    image_grid_pinpoints: str | None = flag(
+        None, "Cut pictures of any resolution into tiles: next or onevision for the grids of LLaVA-NeXT and "
+        "LLaVA-OneVision (which pools beyond 9 tiles), or sizes, height x width in pixels, such as 336x672,672x336. "
+        "Default: the checkpoint's, else none.", metavar="GRIDS"
+    )  # fmt: skip
     vision_backend: Literal["megatron", "hf"] | None = flag(
         None, "megatron: megatron-core's CLIP, tensor parallel. hf: transformers' own model, replicated on the first "
         "stage; any tower. Default: the checkpoint's; megatron for CLIP."

@@ -19,6 +19,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import exit_with_error
 from hacl_megatron.config.parser import COMMAND_LINE_ONLY, GROUPS, FlagParser
 from hacl_megatron.config.sections import check_section
+from hacl_megatron.config.tiles import tiles_of
 from hacl_megatron.config.towers import TOWERS
 from hacl_megatron.config.yaml_files.text import Document, dump_yaml, load_yaml, read_yaml_text
 from hacl_megatron.config.yaml_files.typed import build_record
@@ -71,8 +72,9 @@ class RunConfig:
 def with_architecture(config: RunConfig, architecture: ModelConfig) -> RunConfig:
     """`config` with the model's sizes, over which flags are laid.
 
-    These are `--mm-projector-type` (another connector leaves a Q-Former out), `--mm-vision-select-layer` and
-    `--vision-backend`, which raises ValueError where that has no such tower.
+    These are `--mm-projector-type` (another connector leaves a Q-Former out), `--mm-vision-select-layer`,
+    `--image-grid-pinpoints` and `--vision-backend`. Raises ValueError where the last has no such tower, or the grids
+    cannot be read.
     """
     if config.model.vision_backend is not None:
         architecture = replace(architecture, vision=architecture.vision.on(config.model.vision_backend))
@@ -82,6 +84,9 @@ def with_architecture(config: RunConfig, architecture: ModelConfig) -> RunConfig
         architecture = replace(architecture, projector_type=connector, qformer=qformer)
     if config.model.mm_vision_select_layer is not None:
         architecture = replace(architecture, vision_select_layer=config.model.mm_vision_select_layer)
+    if config.model.image_grid_pinpoints is not None:
+        tiles = tiles_of(config.model.image_grid_pinpoints, architecture.vision.image_size)
+        architecture = replace(architecture, tiles=tiles)
     return replace(config, architecture=architecture)
 
 

@@ -31,6 +31,40 @@ class TilesConfig:
     """Whether an image among several of a record is one view, padded to a square, as in LLaVA-OneVision."""
 
 
+NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""(rows, columns) of LLaVA-NeXT's published grids, in views."""
+ONEVISION_SIDE = 6
+"""LLaVA-OneVision's are all of up to so many rows and columns."""
+ONEVISION_MAX_TILES = 9
+
+
+def tiles_of(text: str, view_size: int) -> TilesConfig:
+    """What `--image-grid-pinpoints` says: `next`, `onevision`, or sizes such as `336x672,672x336`.
+
+    Args:
+        view_size: pixels a side of one view.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text == "next":
+        return TilesConfig(pinpoints=tuple((rows * view_size, columns * view_size) for rows, columns in NEXT_GRIDS))
+    if text == "onevision":
+        edges = [number * view_size for number in range(1, ONEVISION_SIDE + 1)]
+        pinpoints = tuple((height, width) for height in edges for width in edges)
+        return TilesConfig(pinpoints=pinpoints, max_tiles=ONEVISION_MAX_TILES, only_alone=True)
+    pinpoints = []
+    for size in text.split(","):
+        height, _, width = size.strip().partition("x")
+        if not (height.isdecimal() and width.isdecimal()):
+            raise ValueError(
+                f"--image-grid-pinpoints holds {size.strip()!r}; expected next, onevision, or sizes, height x width in "
+                "pixels, such as 336x672,672x336"
+            )
+        pinpoints.append((int(height), int(width)))
+    return TilesConfig(pinpoints=tuple(pinpoints))
+
+
 @dataclass(frozen=True)
 class Cut:
     """How a picture becomes tiles."""

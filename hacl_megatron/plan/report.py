@@ -8,7 +8,7 @@ from tabulate import tabulate
 from hacl_megatron.assemble.parameters import PARTS
 from hacl_megatron.plan.activations import recompute_of
 from hacl_megatron.plan.planner import Plan, StageMemory
-from hacl_megatron.plan.workload import PUBLISHED_SAMPLES, PackShape
+from hacl_megatron.plan.workload import PUBLISHED_SAMPLES, PackShape, views_and_rows
 from hacl_megatron.platform.hardware import GIB
 
 _PUBLISHED_HOURS = {
@@ -149,7 +149,7 @@ def _time(plan: Plan) -> str:
     )
     per_gpu = plan.model_flops / time.total / plan.layout.world_size / 1e12
     nodes = plan.layout.world_size / plan.cluster.gpus_per_node
-    images = plan.samples_per_second * plan.samples.image_share / nodes
+    images = plan.samples_per_second * plan.samples.image_share * plan.samples.images_per_sample / nodes
     repeated = sum(stage.flops.repeated for stage in plan.stages) / sum(stage.flops.hardware for stage in plan.stages)
     again = f" ({repeated:.0%} of what is computed is computed again)" if repeated else ""
     lines = [
@@ -186,7 +186,7 @@ def _assumptions(plan: Plan) -> str:
     unknown = [name for name in _NOT_MODELLED if overrides.get(name)]
     lines = [
         f"assumed of the data (averages): {samples.text_tokens:g} text rows a dialogue, {samples.target_tokens:g} "
-        f"targets, an image in {samples.image_share:.0%}, pairs {samples.pair_share:.0%}, captions of "
+        f"targets, {_images(plan)} in {samples.image_share:.0%}, pairs {samples.pair_share:.0%}, captions of "
         f"{samples.caption_tokens:g} rows, {samples.hallucinated_per_pair:g} hallucinated a pair",
         f"a micro-batch: {_pack('with gradients', plan.micro_batch.main)}"
         + (f"; {_pack('ahead of it, forward only', plan.micro_batch.ahead)}" if plan.micro_batch.ahead else ""),
@@ -197,6 +197,16 @@ def _assumptions(plan: Plan) -> str:
     if unknown:
         lines.append(f"not in the plan, although the file sets it: {', '.join(unknown)}")
     return "\n".join(lines)
+
+
+def _images(plan: Plan) -> str:
+    number = plan.samples.images_per_sample
+    of_sample = "an image" if number == 1 else f"{number:g} images"
+    if plan.config.architecture.tiles is None:
+        return of_sample
+    views, rows = views_and_rows(plan.config, plan.samples)
+    width, height = plan.samples.image_size
+    return f"{of_sample} of {width} x {height} pixels ({views} views, {rows:,} rows)"
 
 
 def _efficiency(plan: Plan) -> str:

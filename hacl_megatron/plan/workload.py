@@ -26,6 +26,10 @@ class Samples:
     """Samples of one epoch; None: unknown."""
     image_share: float
     """Share of the samples with an image."""
+    images_per_sample: float = 1
+    """Images of a sample that has any."""
+    image_size: tuple[int, int] = (640, 480)
+    """(width, height) in pixels, from which a picture's tiles follow. Default: most of COCO's."""
     text_tokens: float
     """Rows of a dialogue beside its image."""
     target_tokens: float
@@ -101,7 +105,7 @@ class PackShape:
 
     segments: tuple[Segments, ...]
     images: float
-    """Images that the vision tower sees."""
+    """Views of images that the vision tower sees."""
     image_rows: float
     """Rows that take an image feature."""
     target_rows: float
@@ -180,15 +184,24 @@ def micro_batch_shape(
     )
 
 
+def views_and_rows(config: RunConfig, samples: Samples) -> tuple[int, int]:
+    """(views that the tower sees, rows) of one image."""
+    alone = samples.images_per_sample == 1
+    rows = config.architecture.image_layout.rows(samples.image_size, alone=alone)
+    return rows.num_views, len(rows)
+
+
 def _pack_shape(config: RunConfig, samples: Samples, micro_batch_size: float, parts: Parts) -> PackShape:
-    visual = config.architecture.visual_tokens
-    images, pairs = samples.image_share * micro_batch_size, samples.pair_share * micro_batch_size
+    views, visual = views_and_rows(config, samples)
+    images = samples.image_share * samples.images_per_sample * micro_batch_size
+    pairs = samples.pair_share * micro_batch_size
     prefix = 0
     if config.objective.contrastive_image_context == "prompt":
         prefix = 1 if config.data.version == "plain" else 40  # BOS, or the system prompt and `USER: ` behind it
     segments, image_rows = [], 0.0
     if parts.dialogues:
-        length = min(samples.text_tokens + samples.image_share * visual, config.data.model_max_length)
+        of_images = samples.image_share * samples.images_per_sample * visual
+        length = min(samples.text_tokens + of_images, config.data.model_max_length)
         read = min(max(samples.text_tokens - samples.question_tokens, samples.target_tokens), length)
         segments.append(Segments(kind="dialogue", count=micro_batch_size, length=length, read=read))
         image_rows += visual * images
@@ -215,7 +228,7 @@ def _pack_shape(config: RunConfig, samples: Samples, micro_batch_size: float, pa
         segments.append(Segments(kind="text", count=texts, length=samples.caption_tokens, read=1))
     return PackShape(
         segments=tuple(part for part in segments if part.count),
-        images=images + crops,
+        images=images * views + crops,
         image_rows=image_rows,
         target_rows=samples.target_tokens * micro_batch_size + (twins + crops) * twin_rows if parts.dialogues else 0.0,
     )

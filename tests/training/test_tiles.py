@@ -16,8 +16,10 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from hacl_megatron.data.encoding import IGNORE, IMAGE
 from tests.distributed import run_distributed
 from tests.tiny import image_token_id
+from tests.tool_runs import to_hf
 from tests.training.gradient_cases import Case, read, record
 from tests.training.runs import assert_same_run, layout_flags, train
+from tests.training.test_families import write_parts
 from tests.training.tile_cases import MODELS, flags_of, make_tiled_inputs
 
 SAMPLES = 8
@@ -136,6 +138,23 @@ def test_a_run_that_changes_its_layout_goes_on(root: Path) -> None:
     train([command("whole", "tp1"), command("chain", "tp1", *chain, "--exit-interval", "2")], 1)
     train([command("chain", "tp2-sp", *chain, "--exit-interval", "1"), command("chain", "pp2-first1", *chain)], 2)
     assert_same_run(root / "whole", root / "chain", ("lm loss", "contrastive loss i2t", "grad-norm"))
+
+
+def test_parts_become_a_model_in_tiles_that_transformers_opens(root: Path, tmp_path: Path) -> None:
+    """A language model and a tower of their own, the grids by a flag: stage 1, export, transformers' own reading."""
+    text, clip = write_parts(tmp_path, "qwen2")
+    flags = ["--config", str(root / "pretrain.yaml"), "--pretrained-checkpoint", str(text), "--vision-tower", str(clip)]
+    flags += ["--save", str(tmp_path / "run"), "--image-grid-pinpoints", "next", "--model-max-length", "380"]
+    train([[*flags, *layout_flags("tp1")[1]]], 1)
+    out = to_hf(tmp_path / "run", tmp_path / "out", "--dtype", "float32", "--verify")
+    model, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert type(model).__name__ == "LlavaNextForConditionalGeneration"
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert float(model.model.image_newline.detach().norm()) > 0
+    with pytest.raises(
+        AssertionError, match=r"--image-grid-pinpoints is onevision, but the model in checkpoint .* has"
+    ):
+        train([[*flags, "--image-grid-pinpoints", "onevision", "--load", str(tmp_path / "run")]], 1)
 
 
 def test_pictures_that_do_not_fit_are_named_and_counted(root: Path) -> None:

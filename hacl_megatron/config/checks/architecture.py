@@ -6,6 +6,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.require import require as _require
 from hacl_megatron.config.checks.sizes import LIMITS
 from hacl_megatron.config.connectors import connector_depth
+from hacl_megatron.config.console import notify
 from hacl_megatron.config.families import language_family
 from hacl_megatron.config.families.rotary import wrong_scaling
 from hacl_megatron.config.flags import ParallelFlags
@@ -44,6 +45,8 @@ def check_architecture(config: RunConfig, layout: Layout) -> None:
         f"--model-max-length {length} leaves no room for text beside the {model.visual_tokens} tokens of an image",
         f"give more than {model.visual_tokens}",
     )
+    if model.tiles is not None:
+        _check_use_of_tiles(config, model)
     _require(
         length <= language.max_position_embeddings,
         f"--model-max-length {length} is beyond the {language.max_position_embeddings} positions of the language model",
@@ -207,6 +210,22 @@ def check_tiles(model: ModelConfig) -> None:
         f"the model cuts pictures into tiles, but `image.shortest_edge` is {model.image.resized} for views of {side}",
         "leave it out: tiles are not cropped",
     )
+
+
+def _check_use_of_tiles(config: RunConfig, model: ModelConfig) -> None:
+    """Whether a run can be had on pictures in tiles, and a line where some cannot be used."""
+    _require(
+        config.preference.preference_loss != "mdpo",
+        "--preference-loss is mdpo, which shows a crop of the image, but the model cuts pictures into tiles",
+        "use dpo or phrase",
+    )
+    length, layout = config.data.model_max_length, model.image_layout
+    rows, size = max((len(layout.rows((w, h), alone=True)), (w, h)) for h, w in model.tiles.pinpoints)
+    if rows >= length:
+        notify(
+            f"note: a picture may take up to {rows:,} rows ({size[0]} x {size[1]} pixels), more than "
+            f"--model-max-length {length} holds: such samples are left out and listed."
+        )
 
 
 def _check_qformer(model: ModelConfig) -> None:
