@@ -14,9 +14,12 @@ from typing import IO, Any
 
 from hacl_megatron.config.files.partial import hold, remove_leftovers
 from hacl_megatron.data.prepare.dialogue_json import turns_of
+from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.json_text import DEEPEST, is_deep, is_text
 from hacl_megatron.data.prepare.llava_json import decoded_records, text_or_first_answer, value_of
-from hacl_megatron.data.prepare.preference_json import is_preference
+from hacl_megatron.data.prepare.preference_json import PREFERENCE_IMAGE_KEYS, is_preference
+from hacl_megatron.data.prepare.record_images import IMAGE_KEYS, count_images
+from hacl_megatron.data.prepare.records.captions import read_captions
 from hacl_megatron.data.prepare.records.values import Wrong, describe
 
 EDITS_KEY = "Hallucination edits"
@@ -25,11 +28,19 @@ EDITS_KEY = "Hallucination edits"
 
 def caption_of(record: dict[str, Any]) -> str | None:
     """The caption as `Manifest` takes it from a record with hallucinated captions: `text`, else the first answer.
+    Not of several images.
 
     Of a preference record `text` alone: its answers answer any question.
     """
     turns = () if is_preference(record) else turns_of(record, "", _wrong_in(""))
-    return text_or_first_answer(value_of(record, "text"), turns)
+    text = value_of(record, "text")
+    (text,) = (text or [None]) if isinstance(text, list) else [text]
+    return text_or_first_answer(text, turns)
+
+
+def num_images(record: dict[str, Any]) -> int:
+    """How many images a record names."""
+    return count_images(record, PREFERENCE_IMAGE_KEYS if is_preference(record) else IMAGE_KEYS)
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -49,9 +60,11 @@ def _check(record: Any, path: Path, index: int, line: int) -> None:
     where = f"{path}, record {index} (line {line})"
     if is_deep(record):
         raise ValueError(f"{where}: nested deeper than {DEEPEST}; expected a LLaVA record, remove it")
-    text = value_of(record, "text")
-    if text is not None and not isinstance(text, str):
+    text, several = value_of(record, "text"), num_images(record) > 1
+    if text is not None and not isinstance(text, str | list):
         raise ValueError(f"{where}: key 'text' is a {type(text).__name__}; expected a string, the caption")
+    if several or isinstance(text, list):
+        read_captions(record, num_images(record), _wrong_in(where), "", Findings())
     if not is_preference(record):
         turns_of(record, where, _wrong_in(where))
 

@@ -5,17 +5,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from hacl_megatron.data.prepare.json_text import is_text
-from hacl_megatron.data.prepare.llava_json import name_of, value_of
-from hacl_megatron.data.prepare.records.keys import HALLUCINATED_KEY
 from hacl_megatron.hallucinate.answers import AnswerLog
 from hacl_megatron.hallucinate.ask import Endpoint, Verdict, ask_all, import_openai, judge, request_key
 from hacl_megatron.hallucinate.by_rules import hallucinate_all
-from hacl_megatron.hallucinate.files import EDITS_KEY, RecordWriter, caption_of, read_records, writing
+from hacl_megatron.hallucinate.files import RecordWriter, read_records, writing
+from hacl_megatron.hallucinate.items import Item, items_of
 from hacl_megatron.hallucinate.report import Report
 from hacl_megatron.hallucinate.rules import Hallucination, hallucinate
 
@@ -43,17 +41,25 @@ class Totals:
     """Of these, captions without one usable answer."""
     last_refusal: str = ""
     """Why the last unusable answer was none."""
+    not_listed: list[str] = field(default_factory=list)
+    """Names of the first records with several images that do not list their captions."""
+    num_not_listed: int = 0
     not_text: list[str] = field(default_factory=list)
     """Names of the first records that hold what is no Unicode text."""
     num_not_text: int = 0
     report: Report = field(default_factory=Report)
 
-    def write(self, writer: RecordWriter, record: dict[str, Any], name: str) -> None:
-        """Hands a record to the file, and remembers it where it is no text."""
-        if not writer.write(record):
+    def take(self, writer: RecordWriter, item: Item, found: list[Hallucination]) -> None:
+        """Puts an item's hallucinated captions into its record, and hands that to the file where it is done; remembers
+        it where it is no text."""
+        if item.caption is not None or item.image is not None:
+            item.add(found)
+        if item.caption is not None:
+            self.report.add(item.caption, [(one.text, [edit.kind for edit in one.edits]) for one in found])
+        if item.is_last and not writer.write(item.record):
             self.num_not_text += 1
             if len(self.not_text) < _NAMED:
-                self.not_text.append(name)
+                self.not_text.append(item.name)
 
     def summary(self) -> str:
         """A few lines for the terminal."""
@@ -62,6 +68,12 @@ class Totals:
             lines.append(
                 f"{self.requests:,} requests; {self.rejected:,} captions lack usable answers, "
                 f"{self.filled:,} texts filled by rules"
+            )
+        if self.num_not_listed:
+            more = ", ..." if self.num_not_listed > len(self.not_listed) else ""
+            lines.append(
+                f"{self.num_not_listed:,} records ({', '.join(self.not_listed)}{more}) have several images and no list "
+                "of their captions under 'text': kept as they were"
             )
         if self.num_not_text:
             more = ", ..." if self.num_not_text > len(self.not_text) else ""
@@ -93,14 +105,11 @@ def generate_by_rules(
     with writing(target) as file, _bar(source, "rules") as bar:
         writer = RecordWriter(file, lines=target.suffix == ".jsonl")
         items = (
-            ((record, name, caption), name, caption if caption and is_text(caption) else None)
-            for record, name, caption in _items(source, totals, bar, replace)
+            (item, item.name, item.caption if item.caption and is_text(item.caption) else None)
+            for item in _items(source, totals, bar, replace)
         )
-        for (record, name, caption), found in hallucinate_all(items, seed=seed, count=per_caption, workers=workers):
-            if caption is not None:
-                _add_to(record, found)
-                totals.report.add(caption, [(one.text, [edit.kind for edit in one.edits]) for one in found])
-            totals.write(writer, record, name)
+        for item, found in hallucinate_all(items, seed=seed, count=per_caption, workers=workers):
+            totals.take(writer, item, found)
         _end(writer, source, totals)
     return totals
 
@@ -124,14 +133,15 @@ def generate_by_llm(
         totals = Totals()
         with _bar(source, "ask") as bar:
             asked = (
-                (name, caption) for _, name, caption in _items(source, totals, bar, replace) if caption is not None
+                (item.name, item.caption) for item in _items(source, totals, bar, replace) if item.caption is not None
             )
             requests, failed = ask_all(asked, endpoint, log, count=per_caption, attempts=attempts, progress=bar.refresh)
         totals = Totals(requests=requests)
         rejects = target.with_name(target.name + ".rejected.jsonl")
         with writing(target) as file, writing(rejects) as rejected, _bar(source, "write") as bar:
             writer = RecordWriter(file, lines=target.suffix == ".jsonl")
-            for record, name, caption in _items(source, totals, bar, replace):
+            for item in _items(source, totals, bar, replace):
+                name, caption, found = item.name, item.caption, []
                 if caption is not None:
                     verdict = judge(log, endpoint, name, caption, count=per_caption, attempts=attempts)
                     found = [Hallucination(text=text, edits=()) for text in verdict.accepted]
@@ -144,9 +154,7 @@ def generate_by_llm(
                         rejected.write(_reject(name, caption, verdict, reason))
                         if fill_seed is not None and is_text(caption):
                             found = _filled(found, name, caption, per_caption, fill_seed, totals)
-                    _add_to(record, found)
-                    totals.report.add(caption, [(one.text, [edit.kind for edit in one.edits]) for one in found])
-                totals.write(writer, record, name)
+                totals.take(writer, item, found)
             _end(writer, source, totals)
         if not totals.rejected:
             rejects.unlink()
@@ -174,35 +182,24 @@ def _filled(
     return found + more
 
 
-def _add_to(record: dict[str, Any], found: list[Hallucination]) -> None:
-    """Put hallucinated captions into a record: a string if it is one, else a list; the edits, where known, as lists."""
-    for key in (HALLUCINATED_KEY, EDITS_KEY):
-        record.pop(key, None)  # --replace: nothing of an earlier method stays
-    if found:
-        record[HALLUCINATED_KEY] = found[0].text if len(found) == 1 else [one.text for one in found]
-    if any(one.edits for one in found):
-        record[EDITS_KEY] = [
-            [{"kind": edit.kind, "before": edit.before, "after": edit.after} for edit in one.edits] for one in found
-        ]
-
-
 def _bar(source: Path, name: str) -> tqdm:
     return tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc=name, delay=0.5, dynamic_ncols=True)
 
 
-def _items(source: Path, totals: Totals, bar: tqdm, replace: bool) -> Iterator[tuple[dict[str, Any], str, str | None]]:
-    """(record, name, caption to falsify or None) of each record, counted."""
+def _items(source: Path, totals: Totals, bar: tqdm, replace: bool) -> Iterator[Item]:
+    """The items of each record, counted."""
     for at, record in read_records(source):
         index, totals.records = totals.records, totals.records + 1
         if at != bar.n:
             bar.update(at - bar.n)
-        caption = caption_of(record)
-        if caption is None:
-            totals.no_caption += 1
-        elif value_of(record, HALLUCINATED_KEY) and not replace:
-            totals.kept += 1
-            caption = None
-        yield record, name_of(record, index), caption
+        items, becomes = items_of(record, index, replace=replace)
+        totals.no_caption += becomes == "no caption"
+        totals.kept += becomes == "kept"
+        if becomes == "not listed":
+            totals.num_not_listed += 1
+            if len(totals.not_listed) < _NAMED:
+                totals.not_listed.append(items[0].name)
+        yield from items
 
 
 def _end(writer: RecordWriter, source: Path, totals: Totals) -> None:

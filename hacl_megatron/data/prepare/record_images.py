@@ -68,6 +68,13 @@ def image_names(value: Any, key: str, wrong: Wrong) -> tuple[str, ...]:
     return tuple(items)
 
 
+def count_images(record: dict[str, Any], keys: Sequence[str]) -> int:
+    """How many images a decoded record names, nothing about them checked."""
+    values = (value_of(record, key) for key in keys)
+    value = next((value for value in values if value), None)
+    return len(value) if isinstance(value, list) else value is not None
+
+
 def first_image(record: dict[str, Any], keys: Sequence[str]) -> str | None:
     """The first name that stands under one of the keys of a decoded record, nothing about it checked."""
     values = (record.get(key) for key in keys)
