@@ -6,7 +6,8 @@
 
 or the same objects one a line (`.jsonl`), or a folder that tools/prepare_data.py made of such files. `text` and
 `Hallucination caption` are the released HACL code's keys; a record without them is LLaVA's own, or a preference record
-(`hacl_megatron.data.prepare.preference_json`). Faults of a file's
+(`hacl_megatron.data.prepare.preference_json`). `image` may be a list, and with it `text` and `Hallucination caption`
+(`hacl_megatron.data.prepare.records.captions`). Faults of a file's
 structure raise when it is read, before any training; faults of one sample's text are found when it is encoded
 (`hacl_megatron.data.encoding`) and cost that sample alone.
 """
