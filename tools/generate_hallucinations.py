@@ -8,7 +8,8 @@
 in G.json.answers.jsonl, from which the same command goes on after a stop, and what was refused is in
 G.json.rejected.jsonl.
 The caption is a record's "text", else its first answer; of several images "text" lists one each. Records without one
-stay as they are, and so do those that hold hallucinated captions already (unless --replace). The rules' "Hallucination edits" say what was changed.
+stay as they are, and so do those that hold hallucinated captions already (unless --replace). The rules' "Hallucination
+edits" say what was changed.
 """
 
 import argparse

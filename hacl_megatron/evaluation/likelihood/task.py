@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hacl_megatron.batch import Parts
+from hacl_megatron.config.console import notify
 from hacl_megatron.data.encoding import IGNORE, EncodedSample, EncodingSettings, UnusableSample, encode
 from hacl_megatron.data.manifest import IMAGE_TAG, Manifest, Sample
 from hacl_megatron.data.tokenizer import Tokenizer
@@ -110,7 +111,18 @@ class ManifestTask(Task):
         self.tokenizer = tokenizer
         self.settings = settings
         number = len(manifest) if limit is None else min(limit, len(manifest))
-        self._keys = [key for key in range(number) if self.takes(manifest[key])]
+        self._keys, several = [], 0
+        for key in range(number):
+            sample = manifest[key]
+            if self.takes(sample):
+                self._keys.append(key)
+            else:
+                several += len(sample.images) > 1 and bool(sample.pairs)
+        if several:
+            notify(
+                f"note: {self.name}: {several} of {number} samples have several images and are left out; an item is "
+                "one image and its caption"
+            )
         if not self._keys:
             raise ValueError(
                 f"{manifest[0].source}: none of its first {number} samples has {self.needs}, which {self.name} needs; "
