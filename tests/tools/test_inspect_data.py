@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.data.show import compare
 from tests.data import drawn_images
 from tests.data.tiny_tokenizer import write_tokenizer
+from tests.tiny_tiles import write_tiny_onevision
 from tests.tool_runs import run_tool
 
 V = 576
@@ -203,6 +205,31 @@ def test_all_images_of_a_record_are_shown_with_their_rows_and_captions(dataset, 
     assert texts(others[0], "image") == f"<image 1> × {V}" and texts(others[2], "image") == f"<image 3> × {V}"
     assert "caption of image 1A red cat." in section["text"] and "caption of image 3A dog." in section["text"]
     assert "hallucinated caption 1 + EOS of image 3" in section["text"] and section["ins"] == ["blue", " cat"]
+
+
+def test_tiles_are_drawn_row_by_row(dataset, tmp_path):
+    """Of a model in tiles the whole picture alone was shown, with the rows of all. Beside others it is one view."""
+    folder = write_tiny_onevision(tmp_path / "model")
+    records = [
+        {"id": "alone", "image": "wide.jpg", "conversations": turns("What is it?", "a cat")},
+        {"id": "both", "image": ["wide.jpg", "wide.jpg"], "conversations": turns("<image>\nWhich?", "a cat")},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    arguments = ("--data-path", tmp_path / "data.json", "--pretrained-checkpoint", folder, "--ids", "alone", "both")
+    alone, both = inspect(dataset, *arguments).sections
+    layout = read_model_config(folder).image_layout
+    rows, (tall, wide) = layout.rows((90, 60), alone=True), layout.cut(90, 60).grid
+    assert (rows.num_views, tall, wide) == (1 + tall * wide, 2, 2) and len(alone["images"]) == rows.num_views
+    assert f"<image> × {len(rows)}" in alone["text"]
+    views = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))).astype(int)
+        for url in alone["images"][1:]
+    ]
+    drawn = np.vstack([np.hstack(views[start : start + wide]) for start in range(0, len(views), wide)])
+    picture = Image.open(dataset / "images" / "wide.jpg").convert("RGB").resize((96, 64), Image.Resampling.BICUBIC)
+    assert drawn.shape == (96, 96, 3) and not drawn[:15].any() and not drawn[81:].any(), "padded with black"
+    assert np.abs(drawn[16:80] - np.asarray(picture).astype(int)).mean() < 2
+    assert len(both["images"]) == 2 and f"<image 2> × {len(layout.rows((90, 60), alone=False))}" in both["text"]
 
 
 def test_texts_stay_texts(dataset):
