@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import webdataset
 
+from hacl_megatron.config.tiles import ImageLayout
+from hacl_megatron.data.encoding import EncodingSettings, encode
 from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.prepare.arrow_manifest import ArrowManifest
 from hacl_megatron.data.prepare.run import run_prepare
 from hacl_megatron.data.store import ImageStore
+from hacl_megatron.data.tokenizer import load_tokenizer
 from tests.data.prepare.prepare_runs import RECORDS, settings, turns
 
 HALLUCINATED = "Hallucination caption"
@@ -163,3 +166,35 @@ def test_mixed_records_are_stored_once_and_read_back_bit_for_bit(source):
     for name in ("2#2", "l", "again", "gone", "p"):
         (before,) = (sample for sample in prepared if sample.name == name)
         assert seen(read(source, written[name])[0]) == seen(before)
+
+
+@pytest.mark.parametrize("version", ["v1", "mistral"])
+def test_lengths_and_what_trains_nothing_are_the_encoders(source, version):
+    """Each image is `--visual-tokens` rows: counted as one, a record that is cut before any answer went unnamed."""
+    fits = turns("<image>\nWhich is red?", "a")
+    records = [
+        LISTED | {"text": ["A cat.", "A red bird."]}, TWO | {"id": "fits", "conversations": fits}, ONE,
+        TWO | {"id": "long", "image": ["a/1.jpg"] * 4, "conversations": turns("<image>" * 3, "no")},
+        {"id": "text", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        TWO | {"id": "tags", "conversations": turns()},
+    ]  # fmt: skip
+    (source / "a.json").write_text(json.dumps(records))
+    tokenizer = load_tokenizer(str(source / "tokenizer"))
+    rules = EncodingSettings(version=version, model_max_length=10**6, image_layout=ImageLayout(visual_tokens=1))
+    samples = list(Manifest.read([str(source / "a.json")], version=version))
+    encoded = [encode(sample, tokenizer, rules) for sample in samples[:5]]
+    longest = len(encoded[1].dialogue) + 2 * 99
+    report = run_prepare(
+        settings(
+            source, tokenizer=str(source / "tokenizer"), version=version, visual_tokens=100, model_max_length=longest
+        )
+    )
+    manifest = ArrowManifest(str(source / "out" / "manifest.arrow"))
+    counted = [manifest.column(f"{name}_tokens").to_pylist() for name in ("dialogue", "caption", "hallucinated")]
+    assert counted[0] == [*(len(sample.dialogue) for sample in encoded), None]
+    pairs = encoded[0].pairs
+    assert counted[1] == [sum(len(pair.caption_segment) for pair in pairs), *[None] * 5] and len(pairs) == 2
+    twins = sum(len(twin) for pair in pairs for twin in pair.hallucinated_segments)
+    assert counted[2][0] == twins > 0
+    (said,) = [line for line in report["to look at"] if f"--version {version} have it" in line]
+    assert said.endswith(f"1 of 6 records (long): its images do not fit into --model-max-length {longest}")
