@@ -180,7 +180,8 @@ class DataFlags:
     )  # fmt: skip
     image_aspect_ratio: Literal["pad", "square", "stretch"] = flag(
         "pad", "pad: fill to a square with the mean colour, then resize. square: resize the shorter edge, then crop "
-        "the centre. stretch: resize to the square as BLIP-2 and MiniGPT-4 do."
+        "the centre. stretch: resize to the square as BLIP-2 and MiniGPT-4 do. Not looked at where the model cuts "
+        "pictures into tiles."
     )  # fmt: skip
     image_transparency: Literal["drop", "fill"] = flag(
         "drop", "drop: show the colours that a file has where it is transparent, often black, as LLaVA does. fill: "

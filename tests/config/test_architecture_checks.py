@@ -123,6 +123,18 @@ def tiled(*pinpoints: tuple[int, int], max_tiles: int | None = None) -> ModelCon
     return replace(LLAVA_7B, tiles=TilesConfig(pinpoints=pinpoints, max_tiles=max_tiles))
 
 
+def test_tiles_have_no_other_aspect_ratio():
+    """Catches a flag that the decoder would ignore without a word. What the checkpoint itself was trained with, and the
+    default, which nobody may have given, pass."""
+    own = replace(tiled((336, 672)), extra={"image_aspect_ratio": "stretch"})
+    layout = Layout(world_size=1, tp=1, pp=1, dp=1, micro_batch_size=1, global_batch_size=1, num_micro_batches=1)
+    for model, aspect_ratio in ((LLAVA_7B, "square"), (tiled((336, 672)), "pad"), (own, "stretch"), (own, "pad")):
+        check_architecture(RunConfig(data=DataFlags(image_aspect_ratio=aspect_ratio), architecture=model), layout)
+    for model, aspect_ratio in ((tiled((336, 672)), "stretch"), (own, "square")):
+        with pytest.raises(ValueError, match=f"--image-aspect-ratio is {aspect_ratio}, but the model cuts.*leave the"):
+            check_architecture(RunConfig(data=DataFlags(image_aspect_ratio=aspect_ratio), architecture=model), layout)
+
+
 CASES = {
     "heads over ranks": (
         {"model": language(num_attention_heads=40, num_query_groups=40, hidden_size=5120), "tp": 16},

@@ -39,6 +39,12 @@ def check_architecture(config: RunConfig, layout: Layout) -> None:
 
     if language.rope_scaling is not None and (why := wrong_scaling(language.rope_scaling)):
         raise ValueError(f"the model's language.rope_scaling: {why}; correct it, or leave it out")
+    aspect_ratio = config.data.image_aspect_ratio
+    _require(
+        model.tiles is None or aspect_ratio in ("pad", model.extra.get("image_aspect_ratio")),
+        f"--image-aspect-ratio is {aspect_ratio}, but the model cuts pictures into tiles, whatever their shape",
+        "leave the flag out",
+    )
     length = config.data.model_max_length
     _require(
         length > model.visual_tokens,
