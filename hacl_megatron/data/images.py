@@ -343,10 +343,10 @@ class ImageDecoder:
         return [self._stretched(image, size, size, resize), *tiles]
 
     def _stretched(self, image: np.ndarray, height: int, width: int, resize: "Resize") -> np.ndarray:
-        """uint8 [height, width, 3]. Resizing goes through all rows in the new width; where that is too much, here
-        through all columns in the new height, which moves levels by a few at hard edges."""
-        if image.shape[0] * width > self.max_image_pixels:
-            image = resize(image, height, image.shape[1])
+        """uint8 [height, width, 3]. Resizing goes through all rows in the new width, with the weights of all pixels of
+        an edge; where that is too much, small boxes are averaged before, which moves levels by a few."""
+        if image.shape[0] * width > self.max_image_pixels or max(image.shape) > self.max_image_pixels // 16:
+            return np.asarray(Image.fromarray(image).resize((width, height), self._resample, reducing_gap=3.0))
         return resize(image, height, width)
 
     def _resized(self, image: np.ndarray, resize: "Resize") -> np.ndarray:

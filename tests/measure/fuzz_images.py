@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image, features
 
 from hacl_megatron.config.flags import MAX_IMAGE_PIXELS
+from hacl_megatron.config.tiles import ImageLayout, TilesConfig
 from hacl_megatron.data.images import ImageDecoder, dali_is_installed
 from tests.data.drawn_images import CONFIG, png_of, with_thumbnail
 from tests.data.test_damaged_images import MUTATIONS, WHOLE
@@ -239,6 +240,9 @@ def work(folder: Path, backends: list[str]) -> None:
         for backend in backends
         for aspect, transparency, orientation in (("pad", "drop", "ignore"), ("square", "fill", "exif"))
     }
+    grids = TilesConfig(pinpoints=tuple((112 * tall, 112 * wide) for tall in range(1, 7) for wide in range(1, 7)))
+    layout = ImageLayout(visual_tokens=64, view_size=112, tiles=grids)
+    decoders["tiles"] = ImageDecoder(CONFIG, aspect_ratio="pad", backend=backends[0], layout=layout)
     verifier = ImageDecoder(CONFIG, aspect_ratio="square", backend="pillow")
     print("ready", flush=True)
     for line in sys.stdin:
