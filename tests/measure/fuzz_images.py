@@ -215,7 +215,7 @@ def mutated(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
         kind = list(whole)[index % len(whole)]
         data = bytearray(whole[kind])
         for _ in range(rng.integers(1, 4)):
-            if data:
+            if len(data) > 3:  # what some of them need
                 mutate = MUTATIONS[rng.integers(len(MUTATIONS))]
                 mutate(rng, data)
         if len(data) > 40 and rng.random() < 0.3:  # numbers of the header as large as they can be
@@ -317,7 +317,7 @@ def fuzz(count: int, seed: int, backends: list[str], *, with_bombs: bool = True)
             (folder / str(case)).write_bytes(data)
             worker = worker or Worker(folder, backends)
             # Each of the ways that a file goes has its own seconds of the processor, which others may use too.
-            found = worker.open(str(case), seconds=4 * SECONDS * (2 * len(backends) + 1))
+            found = worker.open(str(case), seconds=4 * SECONDS * (2 * len(backends) + 2))
             (folder / str(case)).unlink()
             counts["files"] += 1
             if what.startswith("bomb") or counts["files"] % 50 == 0:
