@@ -9,6 +9,7 @@ from transformers import LlamaTokenizer
 
 from tests.checkpoint.hf.round_trip_files import write_parts
 from tests.tiny import sentencepiece_model, write_tiny_blip2, write_tiny_llava, write_tiny_original_llava
+from tests.tiny_tiles import write_tiny_next
 from tests.tool_runs import run_tool, to_hf, to_megatron
 
 VICUNA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
@@ -56,8 +57,13 @@ def blip2(folder: Path) -> Path:
     return write_tiny_blip2(folder / "blip2", layers=1, qformer_layers=1, vision_layers=2)
 
 
+def llava_next(folder: Path) -> Path:
+    return write_tiny_next(folder / "next", layers=1, vision_layers=2)
+
+
 SOURCES: dict[str, Callable[[Path], Path]] = {
     "hf": hf, "original": original, "own_pad": own_pad, "own_image": own_image, "long": long, "blip2": blip2,
+    "next": llava_next,
 }  # fmt: skip
 
 

@@ -20,8 +20,8 @@ QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "te
 
 def open_export(folder: Path) -> dict[str, np.ndarray]:
     """What a user gets of it; raises what transformers does, also where a weight is missing or left over."""
-    blip2 = json.loads((folder / "config.json").read_text())["model_type"] == "blip-2"
-    name = "Blip2ForConditionalGeneration" if blip2 else "LlavaForConditionalGeneration"
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    blip2 = name == "Blip2ForConditionalGeneration"
     picture = Image.fromarray(np.random.RandomState(0).randint(0, 255, (40, 60, 3), dtype=np.uint8))
     found: dict[str, Any] = {}
     for turn in ("opened", "again"):  # once more as it has saved them itself
