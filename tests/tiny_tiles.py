@@ -94,7 +94,9 @@ def write_tiny_onevision(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
         size={"height": VIEW, "width": VIEW}, image_grid_pinpoints=ONEVISION_PINPOINTS, image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     ).save_pretrained(folder)  # fmt: skip
-    tiny_tokenizer(config.text_config.vocab_size).save_pretrained(folder)
+    tokenizer = tiny_tokenizer(config.text_config.vocab_size)
+    tokenizer.add_tokens(["<video>", "<|im_start|>", "<|im_end|>"], special_tokens=True)  # Qwen's
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -58,7 +58,7 @@ def language_config(config: RunConfig, device: torch.device) -> TransformerConfi
 
 
 def parts_of_transformers(config: RunConfig) -> list[str]:
-    """A line for the user on each part that transformers builds."""
+    """A line for the user on each part that transformers builds, and on how pictures are cut into tiles."""
     flags, vision, qformer = config.model, config.architecture.vision, config.architecture.qformer
     lines = []
     if vision.backend == "hf":
@@ -71,6 +71,9 @@ def parts_of_transformers(config: RunConfig) -> list[str]:
             f"connector: Q-Former of {qformer.num_query_tokens} query tokens an image, "
             f"{'frozen' if flags.freeze_qformer else 'trained'}, without dropout; its projection trains"
         )
+    if tiles := config.architecture.tiles:
+        features = config.architecture.visual_tokens
+        lines.append(f"images: {tiles.described(vision.image_size)}; {features} features a view")
     return lines
 
 
@@ -111,8 +114,8 @@ def load_pretrained(module: HaclModel, config: RunConfig) -> str:
         lines.append(report.summary())
     adapter = config.model.pretrain_mm_mlp_adapter
     if adapter is not None and (source is None or own is not None):
-        load_adapter(module, adapter, architecture)
-        lines.append(f"connector from {adapter}")
+        notes = load_adapter(module, adapter, architecture)
+        lines += [f"connector from {adapter}", *notes]
     if (lora := Lora.of(config.lora)) is not None:
         lines.append(f"{lora}, {'from there too' if has_lora else 'fresh'}")
     return "; ".join(lines)

@@ -30,6 +30,14 @@ class TilesConfig:
     only_alone: bool = False
     """Whether an image among several of a record is one view, padded to a square, as in LLaVA-OneVision."""
 
+    def described(self, view_size: int) -> str:
+        """In words: `tiles of 336 pixels, in 5 grids of up to 4`."""
+        most = max(height * width for height, width in self.pinpoints) // view_size**2
+        words = f"tiles of {view_size} pixels, in {len(self.pinpoints)} grids of up to {most}"
+        if self.max_tiles is not None:
+            words += f", pooled to as many features as {self.max_tiles} have"
+        return words + (", one view of an image among several" if self.only_alone else "")
+
 
 NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """(rows, columns) of LLaVA-NeXT's published grids, in views."""

@@ -12,6 +12,7 @@ from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.carried import CarriedTensors
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
 from hacl_megatron.checkpoint.hf.import_weights import SourceTensors, open_sources
+from hacl_megatron.checkpoint.hf.tiled_models import tiled_model_of
 from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, find_checkpoint, read_run_config
 from hacl_megatron.checkpoint.run.load import load_common_state
 from hacl_megatron.config.architecture import ModelConfig
@@ -113,12 +114,7 @@ def describe(holdings: Holdings) -> dict[str, str]:
             f"{qformer.hidden_size}"
         )
     if tiles := config.tiles:
-        facts["tiles"] = (
-            f"of {vision.image_size} pixels, {len(tiles.pinpoints)} grids, to "
-            f"{max(height * width for height, width in tiles.pinpoints) // vision.image_size**2} tiles"
-            + (f", pooled to {tiles.max_tiles} tiles' features" if tiles.max_tiles is not None else "")
-            + (", only of an image alone in its record" if tiles.only_alone else "")
-        )
+        facts["images"] = tiles.described(vision.image_size)
     parts: dict[str, int] = {}
     dtypes: dict[str, int] = {}
     for name in holdings.names():
@@ -140,6 +136,8 @@ def _origin(holdings: Holdings) -> Iterator[tuple[str, str]]:
         config = holdings.config
         layout, family = config.extra["layout"], language_family(config.language.family)
         words = _LAYOUTS["blip2" if layout == "hf" and config.qformer is not None else layout]
+        if layout == "hf" and (tiled := tiled_model_of(config)):
+            words = f"Hugging Face {tiled.title} ({tiled.model_class})"
         yield (
             "family",
             words.format(language=family.title, tower=config.vision.kind.title, original=family.llava_architecture),

@@ -7,6 +7,7 @@ from hacl_megatron.checkpoint.hf.tiled_models import (
     original_tiles_json,
     tiled_model_of,
     tiles_json,
+    usual_version_of_tiles,
     why_no_tiled_model,
 )
 from hacl_megatron.checkpoint.hf.tower_config import IMAGE_FLAGS, RESAMPLE
@@ -73,6 +74,8 @@ VERSION_KEY = "conversation_template"
 
 def usual_version(config: ModelConfig) -> str:
     """The `--version` of published models of this kind."""
+    if config.tiles is not None:
+        return usual_version_of_tiles(config.language)
     return "v1" if config.qformer is None else "minigpt4"
 
 

@@ -301,8 +301,11 @@ def load_hf_weights(
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, path: str | Path, model_config: ModelConfig) -> None:
+def load_adapter(model: nn.Module, path: str | Path, model_config: ModelConfig) -> list[str]:
     """Lay LLaVA's `mm_projector.bin`, or MiniGPT-4's `llama_proj`, over the connector of a rank's model that has one.
+
+    Returns:
+        What a reader should know.
 
     Raises:
         ValueError: the file is cut, holds code, or is no connector of this model.
@@ -314,3 +317,4 @@ def load_adapter(model: nn.Module, path: str | Path, model_config: ModelConfig) 
         source = sources.table.rules[name].sources[0] if name.startswith("connector.") else None
         if source in sources.found:  # a Q-Former keeps its own
             parameter.copy_(sources.read(source))
+    return sources.notes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hacl_megatron.checkpoint.hf.json_files import one_line, refuse_unless
-from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.architecture import LanguageConfig, ModelConfig
 from hacl_megatron.config.checks.architecture import check_tiles
 from hacl_megatron.config.tiles import TilesConfig
 from hacl_megatron.config.towers.clip import LARGE_336
@@ -79,6 +79,8 @@ VIDEO_TOKEN = "video_token_index"
 """In config.json and `ModelConfig.extra`: LLaVA-OneVision's mark of a video, which this trainer never sees."""
 USUAL_VIDEO_TOKEN = 151647
 """Of LlavaOnevisionConfig."""
+LLAMA_3_ROWS = 128_256
+"""A LLaMA's vocabulary is Llama 3's from there on."""
 
 
 def tiled_model_of(config: ModelConfig) -> TiledModel | None:
@@ -87,6 +89,14 @@ def tiled_model_of(config: ModelConfig) -> TiledModel | None:
         return None
     pools = config.tiles.max_tiles is not None
     return next((one for one in TILED_MODELS.values() if one.pools == pools == config.tiles.only_alone), None)
+
+
+def usual_version_of_tiles(language: LanguageConfig) -> str:
+    """The `--version` of published LLaVA-NeXT and LLaVA-OneVision by their language model: Vicuna, Llama 3, Mistral or
+    Qwen. (LLaVA-NeXT's 34B, of a Yi, had chatml: its config.json has to say so.)"""
+    if language.family == "llama":
+        return "llama_3" if language.vocab_size >= LLAMA_3_ROWS else "v1"
+    return {"mistral": "mistral"}.get(language.family, "chatml")
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -19,12 +19,16 @@ from transformers import (
     LlavaOnevisionProcessor,
 )
 
+from hacl_megatron.checkpoint.convert.describe import Holdings, describe, differences
+from hacl_megatron.checkpoint.hf.adapters.folder import open_adapted_sources, read_adapted_config
 from hacl_megatron.checkpoint.hf.config_read import data_flags, read_model_config
 from hacl_megatron.checkpoint.hf.config_write import to_config_json, why_not_layout
 from hacl_megatron.checkpoint.hf.export import export_hf
+from hacl_megatron.checkpoint.hf.import_weights import load_adapter
 from hacl_megatron.checkpoint.hf.tiled_models import TILED_MODELS
 from hacl_megatron.config.run import RunConfig, from_yaml, to_yaml
 from hacl_megatron.config.tiles import TilesConfig
+from tests.checkpoint.hf.adapter_files import write_adapter
 from tests.checkpoint.hf.round_trip_files import (
     all_tensors,
     assert_same,
@@ -141,6 +145,45 @@ def processor_of(folder: Path) -> Any:
 class _WithoutVideos(LlavaOnevisionProcessor):
     def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
         return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+
+def test_prompts_are_those_of_published_models(tmp_path):
+    """A LLaVA-OneVision that was asked as Vicuna is would answer all the same, and worse."""
+    configs = [
+        read_model_config(write(tmp_path / name, **sizes))
+        for name, write, sizes in (
+            ("vicuna", write_tiny_next, {}), ("mistral", write_tiny_next, {"family": "mistral", "head_dim": 12}),
+            ("qwen", write_tiny_next, {"family": "qwen2"}), ("onevision", write_tiny_onevision, {}),
+        )
+    ]  # fmt: skip
+    large = replace(configs[0], language=replace(configs[0].language, vocab_size=128_320))
+    found = [data_flags(config).version for config in (*configs, large)]
+    assert found == ["v1", "mistral", "chatml", "chatml", "llama_3"]
+    assert "conversation_template" not in to_config_json(configs[1], "hf", dtype="float32")
+
+
+def test_inspection_tells_of_tiles(tmp_path):
+    folders = write_tiny_next(tmp_path / "next"), write_tiny_onevision(tmp_path / "onevision")
+    held = [Holdings(folder) for folder in folders]
+    facts = [describe(one) for one in held]
+    assert facts[0]["family"] == "Hugging Face LLaVA-NeXT (LlavaNextForConditionalGeneration)"
+    assert facts[0]["images"] == "tiles of 48 pixels, in 5 grids of up to 4"
+    assert "pooled to as many features as 3 have, one view of an image among several" in facts[1]["images"]
+    assert any(line.startswith("tiles: TilesConfig") for line in differences(*held))
+
+
+def test_lora_of_peft_over_a_llava_next(tmp_path):
+    """Its base's newline, of which nothing is said; catches names that only a LLaVA-1.5 has."""
+    source, lora = write_tiny_next(tmp_path / "in"), tmp_path / "lora"
+    model = load_exactly(source, AutoModelForImageTextToText)
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    wrapped = write_adapter(model, lora, 5, r=3, lora_alpha=5, target_modules=targets)
+    config = read_adapted_config(lora, source)
+    sources = open_adapted_sources(lora, source, config)
+    assert config == read_model_config(source) and "newline" not in str(sources.notes)
+    merged = dict(wrapped.merge_and_unload().named_parameters())
+    for name in ("model.language_model.layers.1.self_attn.v_proj.weight", "model.image_newline"):
+        torch.testing.assert_close(sources.read(sources.table.canonical(name)), merged[name])
 
 
 def test_run_config_yaml_holds_tiles(tmp_path):
@@ -291,6 +334,7 @@ def test_a_connector_without_a_newline_leaves_the_models_own(tmp_path):
     assert torch.equal(imported.merged["connector.0.weight"], new["0.weight"])
     assert torch.equal(imported.merged["connector.image_newline"], tensors["model.image_newline"])
     assert any("has no image_newline: the model's own stays" in note for note in imported.reports[0, 0].notes)
+    assert "has no image_newline" in load_adapter(imported.modules[0, 0], adapter, config)[0]
 
 
 def test_two_parts_have_a_fresh_newline(tmp_path):

@@ -271,7 +271,8 @@ class _Adapters:
         connector = {name for name in self.table.expected if name.startswith("projector.")}
         if NEWLINE in connector and NEWLINE not in self.whole:
             connector.remove(NEWLINE)
-            self.sources.notes.append(f"{self.folder} has no image_newline: the base's is taken")
+            if connector & self.whole.keys():
+                self.sources.notes.append(f"{self.folder} has no image_newline: the base's is taken")
         if (found := connector & self.whole.keys()) and found != connector:
             lacks = self.table.spelled(min(connector - found), "llava")
             raise ValueError(f"{self.folder}: its connector lacks {lacks}")
