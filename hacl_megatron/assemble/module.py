@@ -16,6 +16,7 @@ from hacl_megatron.config.checks.architecture import padded_vocab_size
 from hacl_megatron.config.lora import Lora, is_lora
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.sections import megatron_fields, refusals_of
+from hacl_megatron.model.connector import NEWLINE
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
 
@@ -89,7 +90,9 @@ def load_pretrained(module: HaclModel, config: RunConfig) -> str:
         # Extra states are FP8 scales: Transformer Engine's alone, and of the optimiser's kind, so they start fresh.
         has_lora = read_run_config(own).lora.lora_rank is not None
         # What no Hugging Face file held starts by this run's --seed and flags, as from the Hugging Face folder itself.
-        drawn = drawn_by_conversion(own)
+        drawn = [*drawn_by_conversion(own)]
+        if architecture.tiles is not None and read_run_config(own).architecture.tiles is None:
+            drawn.append(NEWLINE)
 
         def starts_fresh(name: str) -> bool:
             return name.endswith("_extra_state") or (is_lora(name) and not has_lora) or name in drawn

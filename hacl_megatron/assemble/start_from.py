@@ -51,7 +51,7 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
     """
     if resume_from is not None:
         found = read_run_config(resume_from).architecture
-        _refuse_other_parts(config.model, found, resume_from)
+        _refuse_other_parts(config.model, found, resume_from, resumes=True)
         return found
     if config.model.pretrained_checkpoint is not None:
         source = Path(config.model.pretrained_checkpoint)
@@ -62,7 +62,7 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
         found = read_run_config(own).architecture if own is not None else read_model_config(source, tower)
         _refuse_other_sizes(config, found, source)
         if own is not None:
-            _refuse_other_parts(config.model, found, own)
+            _refuse_other_parts(config.model, found, own, resumes=False)
         return found
     assert config.architecture is not None  # check_flags has asked for one of the three
     return config.architecture
@@ -140,7 +140,7 @@ def starts_from_hf(config: RunConfig, resume_from: Path | None) -> bool:
     return resume_from is None and source is not None and find_checkpoint(Path(source)) is None
 
 
-def _refuse_other_parts(flags: ModelFlags, found: ModelConfig, checkpoint: Path) -> None:
+def _refuse_other_parts(flags: ModelFlags, found: ModelConfig, checkpoint: Path, *, resumes: bool) -> None:
     # Loading would not notice: a linear connector is the first layer of an MLP, and the rest would be left out.
     asked = flags.mm_projector_type
     if asked is not None and asked != found.projector_type:
@@ -148,11 +148,12 @@ def _refuse_other_parts(flags: ModelFlags, found: ModelConfig, checkpoint: Path)
             f"--mm-projector-type is {asked}, but the connector in checkpoint {checkpoint} is {found.projector_type}; "
             "leave the flag out"
         )
-    if (grids := flags.image_grid_pinpoints) is not None and tiles_of(grids, found.vision.image_size) != found.tiles:
+    # A model without tiles may start with some, as LLaVA-NeXT's second stage does: its newline is drawn.
+    grids, may_begin = flags.image_grid_pinpoints, found.tiles is None and not resumes
+    if grids is not None and not may_begin and tiles_of(grids, found.vision.image_size) != found.tiles:
         raise ValueError(
             f"--image-grid-pinpoints is {grids}, but the model in checkpoint {checkpoint} has "
-            f"{'no tiles' if found.tiles is None else 'other grids'}; leave the flag out, or export the checkpoint and "
-            "start from that"
+            f"{'no tiles' if found.tiles is None else 'other grids'}; leave the flag out"
         )
     if flags.vision_backend not in (None, found.vision.backend):
         raise ValueError(

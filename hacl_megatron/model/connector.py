@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.model.init import seeded_linear
 
+NEWLINE = "connector.image_newline"
+"""Among the model's parameters."""
+
 
 class Connector(nn.Sequential):
     """[..., vision hidden] -> [..., language hidden]; children are numbered as in LLaVA's `mm_projector`.

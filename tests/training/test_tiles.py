@@ -18,7 +18,7 @@ from tests.distributed import run_distributed
 from tests.tiny import image_token_id
 from tests.tool_runs import to_hf
 from tests.training.gradient_cases import Case, read, record
-from tests.training.runs import assert_same_run, layout_flags, train
+from tests.training.runs import assert_same_run, layout_flags, train, weights
 from tests.training.test_families import write_parts
 from tests.training.tile_cases import MODELS, flags_of, make_tiled_inputs
 
@@ -151,6 +151,13 @@ def test_parts_become_a_model_in_tiles_that_transformers_opens(root: Path, tmp_p
     assert type(model).__name__ == "LlavaNextForConditionalGeneration"
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert float(model.model.image_newline.detach().norm()) > 0
+    second = ["--config", str(root / "finetune.yaml"), "--model-max-length", "500", *layout_flags("tp1")[1]]
+    whole = tmp_path / "whole"
+    train([["--config", str(root / "pretrain.yaml"), "--save", str(whole), *layout_flags("tp1")[1]]], 1)
+    for name, start in (("ours", whole), ("theirs", root / "llava")):  # stage 1 had no tiles
+        grids = ["--pretrained-checkpoint", str(start), "--image-grid-pinpoints", "next", "--train-iters", "1"]
+        train([[*second, *grids, "--save", str(tmp_path / name)]], 1)
+        assert weights(tmp_path / name)["connector.image_newline"].norm() > 0
     with pytest.raises(
         AssertionError, match=r"--image-grid-pinpoints is onevision, but the model in checkpoint .* has"
     ):

@@ -19,6 +19,7 @@ from hacl_megatron.checkpoint.hf.config_read import says_tied
 from hacl_megatron.checkpoint.hf.json_files import read_json
 from hacl_megatron.checkpoint.hf.names import FUSED_NORMS, NameTable, nearest
 from hacl_megatron.checkpoint.hf.spellings import NEWLINE
+from hacl_megatron.checkpoint.hf.tiled_models import says_tiles
 from hacl_megatron.checkpoint.hf.weight_files import WeightFiles
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.connectors import connector_file
@@ -204,8 +205,12 @@ def open_sources(
         lay_over(sources)
     if adapter is not None:
         _add_adapter(sources, Path(adapter))
-    parts = model_config.extra.get("layout") == "parts"
-    sources.check(folder, optional=("heads.", NEWLINE, "projector.") if parts else ("heads.",))
+    optional = ["heads."]
+    if model_config.extra.get("layout") == "parts":
+        optional.append("projector.")
+    if not (where.is_file() and says_tiles(read_json(where))):  # tiles may be asked of a model that has none
+        optional.append(NEWLINE)
+    sources.check(folder, optional=tuple(optional))
     return sources
 
 

@@ -150,6 +150,11 @@ def read_original_tiles(config: dict[str, Any], where: Path) -> TilesConfig | No
     return TilesConfig(pinpoints=tuple((height, width) for width, height in pinpoints))
 
 
+def says_tiles(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is of a model that cuts pictures into tiles."""
+    return config.get("model_type") in TILED_MODELS or config.get("mm_patch_merge_type") not in (None, "flat")
+
+
 def check_tiles_of(config: ModelConfig, where: Path) -> None:
     """ValueError, naming the file, for tiles that the model's tower or connector cannot have."""
     try:
