@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from hacl_megatron.batch import SegmentLengths
-from tests.checkpoint.hf.round_trip_files import write_heads
 from tests.distributed import run_distributed
 from tests.model.parity_batches import make_batches
 from tests.model.parity_cases import Layout, Variant, build, load, run_schedule, wrap, write_reference
-from tests.tiny_tiles import write_tiny_onevision
 
 FROZEN = {
     "connector and heads": dict(language_model=True, vision_tower=True),
@@ -118,51 +116,6 @@ def test_text_alone_gives_the_parts_of_transformers_gradients(tmp_path):
     (found,) = run_distributed(silent_parameters, 1, [str(folder) for folder in folders.values()])
     for gradients in found:
         assert len(gradients) > 30 and set(gradients.values()) == {0.0}, gradients
-
-
-def tiles_several_ways(folder: str) -> dict[str, Any]:
-    """A LLaVA-OneVision's logits, with its frozen tower run at once and in parts, and with features from before; views
-    at once; and gradients for text alone."""
-    from hacl_megatron.model import hacl
-    from hacl_megatron.platform.processes import start_platform
-
-    device, weights = start_platform("cpu"), Path(folder)
-    module, architecture, groups = build(weights, Layout(), device)
-    load(module, weights, architecture, Layout(), groups)
-    module.freeze(language_model=True, vision_tower=True)
-    mixed, text = make_batches(layout=architecture.image_layout)
-    at_once: list[int] = []
-    module.vision_tower.register_forward_pre_hook(lambda _, inputs: at_once.append(len(inputs[0])))
-
-    def logits(**options: Any) -> torch.Tensor:
-        return module(mixed, SegmentLengths.of(mixed), **options).logits.detach()
-
-    seen = {"at once": logits(), "views": len(mixed.pixel_values)}
-    features = module.tower_features(mixed.pixel_values)
-    seen["from before"] = logits(tower_features=features)
-    before, hacl.VIEWS_AT_ONCE = hacl.VIEWS_AT_ONCE, 5
-    at_once.clear()
-    seen |= {"in parts": logits(), "at most": max(at_once), "in all": sum(at_once)}
-    module.freeze(language_model=True, vision_tower=False)
-    module.vision_tower.requires_grad_(True)
-    at_once.clear()
-    seen |= {"trained": logits(), "of a trained tower": [*at_once]}
-    hacl.VIEWS_AT_ONCE = before
-    module(text, SegmentLengths.of(text)).logits.square().sum().backward()
-    connector = module.connector.named_parameters()
-    return {**seen, "gradients": {name: None if p.grad is None else float(p.grad.abs().max()) for name, p in connector}}
-
-
-def test_a_frozen_tower_sees_few_views_at_once_and_a_newline_is_never_silent(tmp_path):
-    """Hundreds of views of a micro-batch would take the memory of as many images; a trained tower keeps them anyhow."""
-    write_heads(write_tiny_onevision(tmp_path))
-    (seen,) = run_distributed(tiles_several_ways, 1, str(tmp_path))
-    assert seen["at most"] == 5 and seen["in all"] == seen["views"] > 20
-    assert seen["of a trained tower"] == [seen["views"]]
-    assert torch.equal(seen["from before"], seen["at once"])
-    for way in ("in parts", "trained"):
-        torch.testing.assert_close(seen[way], seen["at once"], rtol=0, atol=1e-4)
-    assert seen["gradients"].keys() > {"image_newline"} and set(seen["gradients"].values()) == {0.0}
 
 
 @pytest.mark.parametrize("trains", FROZEN)
