@@ -152,6 +152,12 @@ def test_mixed_records_are_stored_once_and_read_back_bit_for_bit(source):
     widths, rows = manifest.of_images("width")
     assert dict(zip(rows.tolist(), widths.to_pylist(), strict=True))[12] == 8, "the last image of TWO is 8 wide"
     assert manifest.column("more_images")[12].as_py()[0]["width"] == 8
+    checked = settings(source, output=str(source / "in"), image_folder=str(source / "images"), verify_images=True)
+    assert run_prepare(checked)["bad images"] == report["bad images"] == len(bad)
+    unpacked = ArrowManifest(str(source / "in" / "manifest.arrow"))
+    for name in ("image", "width", "height"):
+        assert [part.tolist() for part in manifest.of_images(name)] == [p.tolist() for p in unpacked.of_images(name)]
+    assert (source / "in" / "bad_images.jsonl").read_text().splitlines()[-1] == json.dumps(bad[-1])
 
     # A record stands beside the first of its images, once, and is read as the same record.
     shard = source / "out" / "shards" / "images-000000.tar"
