@@ -18,8 +18,8 @@ from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.json_text import DEEPEST, is_deep, is_text
 from hacl_megatron.data.prepare.llava_json import decoded_records, text_or_first_answer, value_of
 from hacl_megatron.data.prepare.preference_json import PREFERENCE_IMAGE_KEYS, is_preference
-from hacl_megatron.data.prepare.record_images import IMAGE_KEYS, count_images
 from hacl_megatron.data.prepare.records.captions import read_captions
+from hacl_megatron.data.prepare.records.images import IMAGE_KEYS, count_images
 from hacl_megatron.data.prepare.records.values import Wrong, describe
 
 EDITS_KEY = "Hallucination edits"

@@ -24,8 +24,8 @@ from hacl_megatron.data.prepare.preference_json import (
     messages_in,
     read_preference,
 )
-from hacl_megatron.data.prepare.record_images import IMAGE_KEYS, first_image, read_images
 from hacl_megatron.data.prepare.records.captions import Pair, clean_caption, read_captions
+from hacl_megatron.data.prepare.records.images import IMAGE_KEYS, first_image, read_images
 from hacl_megatron.data.prepare.records.keys import ANSWER_KEYS, CAPTION_KEYS, HALLUCINATED_KEY
 from hacl_megatron.data.prepare.records.values import describe, is_gap, value_of
 

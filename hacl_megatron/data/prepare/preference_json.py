@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hacl_megatron.data.prepare.findings import Findings
-from hacl_megatron.data.prepare.record_images import IMAGE_KEYS, read_images
+from hacl_megatron.data.prepare.records.images import IMAGE_KEYS, read_images
 from hacl_megatron.data.prepare.records.keys import ANSWER_KEYS, CHOSEN_KEY, IMAGE_TAG, REJECTED_KEY, meant_by
 from hacl_megatron.data.prepare.records.values import Wrong, value_of
 
