@@ -21,16 +21,26 @@ class Journal(AppendOnlyLines):
         path: the JSON lines file; continued if it is there.
         settings: JSON values that decide what the answers are.
         key: what tells a record from the others.
+        what, flag: what the records are and which flag names the file, or its folder, for messages.
 
     Raises:
         ValueError: the file was made with other settings, is broken before its last line, or another process holds it.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], key: Callable[[dict[str, Any]], Hashable]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        key: Callable[[dict[str, Any]], Hashable],
+        *,
+        what: str = "answers",
+        flag: str = "--answers",
+    ) -> None:
+        another = "file" if flag == "--answers" else "folder"
         super().__init__(
-            path, busy=": another process is writing answers there; wait for it, or give --answers another file"
+            path, busy=f": another process is writing {what} there; wait for it, or give {flag} another {another}"
         )
-        self._key = key
+        self._key, self._what = key, what
         self.done: dict[Hashable, dict[str, Any]] = {}
         """Records in the file, by their keys."""
         try:
@@ -55,14 +65,15 @@ class Journal(AppendOnlyLines):
             return
         if not path.is_file():
             raise ValueError(
-                f"{self.path} holds answers that no run of this command began; leave --hf out to score them, or name "
-                "another file to write"
+                f"{self.path} holds {self._what} that no run of this command began; "
+                + ("leave --hf out to score them, or " if self._what == "answers" else "")
+                + "name another file to write"
             )
         before = read_json(path)
         for name in sorted({*before, *settings}):
             if before.get(name) != settings.get(name):
                 raise ValueError(
-                    f"{self.path} holds answers made with {name} {_shown(before.get(name))}, now it is "
+                    f"{self.path} holds {self._what} made with {name} {_shown(before.get(name))}, now it is "
                     f"{_shown(settings.get(name))}; repeat the earlier command, or remove the file, or name another"
                 )
 

@@ -69,7 +69,7 @@ def check_command(words: list[str], find_config: Callable[[str], str], monkeypat
     elif program == "python":
         _check_program(ROOT / arguments[0], arguments[1:], find_config, monkeypatch)
     elif program in ("bash", "sbatch"):
-        _check_script(ROOT / arguments[0], arguments[1:])
+        _check_script(ROOT / arguments[0], arguments[1:], monkeypatch)
     elif program == "pip":
         for name in arguments[arguments.index("-e") + 1 :]:
             assert set(re.findall(r"\w+", name)) <= extras(), f"setup.py has no such extra: {name}"
@@ -130,10 +130,13 @@ def _check_program(
         _check_training(rest, find_config, planned)
 
 
-def _check_script(path: Path, arguments: list[str]) -> None:
-    """A script's flags stand in its text; what a Slurm script hands on goes to the trainer."""
+def _check_script(path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script's flags stand in its text; what a Slurm script hands on goes to its tool, or the trainer."""
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".sbatch":
+    tool = re.search(r'python (tools/\w+\.py) (.*) "\$@"$', text, re.MULTILINE)
+    if path.suffix == ".sbatch" and tool is not None:
+        _check_program(ROOT / tool[1], [*shlex.split(tool[2]), *arguments], str, monkeypatch)
+    elif path.suffix == ".sbatch":
         _check_training(arguments, str, 1)
     elif path.name == "chain.sh":
         assert (path.parent / f"pretrain_{arguments[0]}.sbatch").is_file()

@@ -177,6 +177,7 @@ def test_the_door_is_short_and_lines_fit() -> None:
         ("bash examples/slurm/chain.sh 13b --preference dpo", "no job"),
         ("bash examples/slurm/chain.sh 7b --preference dop", "no recipe of dop"),
         ("sbatch examples/slurm/pretrain_7b.sbatch --lrr 1", "unknown flag --lrr"),
+        ("sbatch examples/slurm/evaluate.sbatch --tasks pop", "invalid choice: 'pop'"),
         ("pip install -e '.[gpus]'", "no such extra"),
         ("make all", "knows no program 'make'"),
     ],

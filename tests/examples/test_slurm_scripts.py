@@ -169,3 +169,22 @@ def test_a_backbone_needs_its_name(tmp_path: Path) -> None:
     done = launched(tmp_path, "backbones/pretrain", MODEL="qwen3")
     line = "MODEL is 'qwen3'; expected qwen2_5_7b or llama3_1_8b: set it in front of sbatch"
     assert done.returncode == 2 and not done.stdout and done.stderr == f"{line}\n"
+
+
+def test_the_evaluation_waits_for_the_training_and_follows_its_folder(tmp_path: Path) -> None:
+    """Catches a job that ends before its training has begun, follows another folder, or loses flags on the way."""
+    for name in ("evaluate.sbatch", "run_in.sh", "launch.sh"):
+        (tmp_path / "examples/slurm").mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "examples/slurm" / name, tmp_path / "examples/slurm")
+    for name, body in (("srun", "printf '%s\\n' \"$@\""), ("sleep", "mkdir -p out/mine; touch out/mine/metrics.jsonl")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    env = {**_SITE, "SLURM_SUBMIT_DIR": str(tmp_path), "PATH": path, "RUN": "mine", "OUTPUT": "out", "RUN_IN": ""}
+    command = ["bash", "examples/slurm/evaluate.sbatch", "--tasks", "pope", "--keep-best", "pope f1"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/mine/metrics.jsonl").exists()
+    words = done.stdout.splitlines()
+    assert words[1:5] == ["python", "tools/evaluate.py", "--watch", "out/mine"]
+    assert words[-4:] == ["--tasks", "pope", "--keep-best", "pope f1"]

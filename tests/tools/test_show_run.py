@@ -94,6 +94,7 @@ def test_nothing_of_a_file_commands_the_terminal_and_no_colour_where_none_looks(
 
 
 def test_a_terminal_gets_colours_unless_it_wants_none(save: Path) -> None:
+    tell(save, state="failed", reason=EVIL)
     seen = {}
     for wanted in ("", "NO_COLOR"):
         leader, follower = pty.openpty()

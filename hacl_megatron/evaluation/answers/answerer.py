@@ -33,6 +33,10 @@ from hacl_megatron.evaluation.model_files import choose_device, default_dtype
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+class NotFinite(ValueError):
+    """A model's logits are NaN or infinite."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """A message to the model about one image."""
@@ -201,7 +205,7 @@ class Answerer:
     def _refuse_not_finite(self, ids: Tensor, scores: Tensor) -> Tensor:
         # -inf is legitimate: what generation rules out.
         if bool((scores.isnan() | scores.isposinf()).any()):
-            raise ValueError(
+            raise NotFinite(
                 f"{self.folder}: the model's logits are not finite (NaN or infinity): its weights are damaged, its "
                 "training diverged, or its numbers are too large for --dtype; evaluate another checkpoint or dtype"
             )

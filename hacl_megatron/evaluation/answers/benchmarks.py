@@ -6,12 +6,12 @@ Each benchmark reads and checks all its files when it is made, before any model 
 """
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from hacl_megatron.evaluation.answers.amber import WordLists, needs_nouns, read_annotations, score_amber
+from hacl_megatron.evaluation.answers.amber import DIMENSIONS, WordLists, needs_nouns, read_annotations, score_amber
 from hacl_megatron.evaluation.answers.amber_nouns import SPACY_MODEL, LexiconNouns, SpacyNouns
 from hacl_megatron.evaluation.answers.chair import ObjectReader, Synonyms, image_id_of_name, read_objects, score_chair
 from hacl_megatron.evaluation.answers.pope import is_of_llava, of_llava, score_pope
@@ -63,6 +63,8 @@ class Benchmark:
     suffix: ClassVar[str] = ""
     """Published text behind each question; `--prompt-suffix` replaces it."""
     max_new_tokens: ClassVar[int] = 128
+    better: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {}
+    """Which way a metric is better; of those that have such a way."""
 
     def __init__(self, files: BenchmarkFiles, *, ask: bool) -> None:
         """Reads the files; with `ask`, those that `items` needs too. Raises ValueError for what is missing."""
@@ -104,6 +106,7 @@ class Benchmark:
 
 class Pope(Benchmark):
     name, needs, suffix = "pope", ("questions",), SHORT_ANSWER
+    better = dict.fromkeys(("accuracy", "precision", "recall", "f1"), "higher")
 
     def __init__(self, files: BenchmarkFiles, *, ask: bool) -> None:
         super().__init__(files, ask=ask)
@@ -138,6 +141,7 @@ class Chair(Benchmark):
     name, needs, asks_from, answer_key = "chair", ("objects",), "images", "caption"
     prompt = "Please describe this image in detail."
     max_new_tokens = 512
+    better = {"CHAIRs": "lower", "CHAIRi": "lower", "Recall": "higher"}  # noqa: RUF012  # as declared above
 
     def __init__(self, files: BenchmarkFiles, *, ask: bool) -> None:
         super().__init__(files, ask=ask)
@@ -178,6 +182,11 @@ class Chair(Benchmark):
 
 class Amber(Benchmark):
     name, needs, answer_key, lines, max_new_tokens = "amber", ("annotations",), "response", False, 512
+    better = {"CHAIR": "lower", "Cover": "higher", "Hal": "lower", "Cog": "lower"} | {
+        f"{dimension} {metric}": "higher"
+        for dimension in DIMENSIONS
+        for metric in ("accuracy", "precision", "recall", "F1")
+    }
 
     def __init__(self, files: BenchmarkFiles, *, ask: bool) -> None:
         super().__init__(files, ask=ask)

@@ -108,10 +108,7 @@ def answer_benchmark(benchmark: Benchmark, request: BenchmarkRequest, answers_pa
     images = request.files.images
     if images is None:
         raise ValueError("--hf needs --images, the folder of the benchmark's images")
-    for name in ("batch_size", "num_beams", "num_shards", "max_new_tokens"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}, expected at least 1")
+    check_numbers(request)
     if not 0 <= request.shard_index < request.num_shards:
         raise ValueError(
             f"--shard-index {request.shard_index}, expected 0 to {request.num_shards - 1} (--num-shards - 1)"
@@ -148,6 +145,14 @@ def answer_benchmark(benchmark: Benchmark, request: BenchmarkRequest, answers_pa
         return None
     run = {"hf": str(request.hf), "images": str(images), "device": device.type, "batch_size": request.batch_size}
     return {**settings, **run, "prompt_template": f"{template}, tokenized as in training"}
+
+
+def check_numbers(request: BenchmarkRequest) -> None:
+    """Raises ValueError, in one line, for one that must be positive and is not."""
+    for name in ("batch_size", "num_beams", "num_shards", "max_new_tokens"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}, expected at least 1")
 
 
 def journal_path(answers_path: Path, num_shards: int, shard_index: int) -> Path:
