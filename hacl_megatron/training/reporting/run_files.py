@@ -20,7 +20,7 @@ from typing import Any
 from hacl_megatron.checkpoint.run.integrity import FILES_FILE, FROZEN_FOLDER, is_finite, read_files
 from hacl_megatron.checkpoint.run.retain import saved_iterations
 from hacl_megatron.config.files.regular import only_regular
-from hacl_megatron.config.yaml_text import load_yaml, read_yaml_text
+from hacl_megatron.config.yaml_files.text import load_yaml, read_yaml_text
 from hacl_megatron.training.reporting.status import STATUS_FILE, RunState, run_state
 
 METRICS_FILE, BAD_SAMPLES, CONFIG_FILE, SCORES_FILE = (
