@@ -221,9 +221,9 @@ def tiles_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def original_tiles_json(tiles: TilesConfig) -> dict[str, Any]:
-    """Of a `config.json` in the original layout."""
+    """Of a `config.json` in the original layout, or beside a connector alone."""
     return {
-        "image_aspect_ratio": "anyres",
+        "image_aspect_ratio": "anyres" if tiles.max_tiles is None else f"anyres_max_{tiles.max_tiles}",
         "mm_patch_merge_type": "spatial_unpad",
         "image_grid_pinpoints": [[width, height] for height, width in tiles.pinpoints],
     }

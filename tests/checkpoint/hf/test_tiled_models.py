@@ -213,6 +213,83 @@ def test_defaults_of_the_classes(tmp_path):
         assert read_model_config(folder) == expected
 
 
+HUB = {
+    "llava-v1.6-mistral-7b-hf": (
+        {
+            "architectures": ["LlavaNextForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000,
+            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+            "model_type": "llava_next", "projector_hidden_act": "gelu", "tie_word_embeddings": False,
+            "text_config": {
+                "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+                "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
+                "torch_dtype": "bfloat16", "vocab_size": 32064,
+            },
+            "use_image_newline_parameter": True, "vision_feature_layer": -2,
+            "vision_config": {
+                "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+                "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+                "vocab_size": 32000,
+            },
+            "vision_feature_select_strategy": "default",
+        },
+        {
+            "aspect_ratio_setting": "anyres", "crop_size": {"height": 336, "width": 336}, "do_center_crop": True,
+            "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+            "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_processor_type": "LlavaNextImageProcessor",
+            "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "rescale_factor": 0.00392156862745098,
+            "size": {"shortest_edge": 336},
+        },
+        (576, 1 + 4, 576 + 48 * 36 + 36),
+    ),
+    "llava-onevision-qwen2-0.5b-ov-hf": (
+        {
+            "architectures": ["LlavaOnevisionForConditionalGeneration"], "ignore_index": -100,
+            "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+            "image_token_index": 151646, "model_type": "llava_onevision", "projector_hidden_act": "gelu",
+            "text_config": {
+                "bos_token_id": 151643, "eos_token_id": 151645, "hidden_size": 896, "intermediate_size": 4864,
+                "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14, "num_hidden_layers": 24,
+                "num_key_value_heads": 2, "rope_theta": 1000000.0, "tie_word_embeddings": True,
+                "torch_dtype": "bfloat16", "vocab_size": 152000,
+            },
+            "tie_word_embeddings": False, "use_image_newline_parameter": True, "video_token_index": 151647,
+            "vision_aspect_ratio": "anyres_max_9", "vision_feature_layer": -1,
+            "vision_config": {
+                "hidden_size": 1152, "image_size": 384, "intermediate_size": 4304,
+                "model_type": "siglip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 26,
+                "patch_size": 14, "vision_use_head": False,
+            },
+            "vision_feature_select_strategy": "full",
+        },
+        {
+            "do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True,
+            "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+            "image_mean": [0.5, 0.5, 0.5], "image_processor_type": "LlavaOnevisionImageProcessor",
+            "image_std": [0.5, 0.5, 0.5], "resample": 3, "rescale_factor": 0.00392156862745098,
+            "size": {"height": 384, "width": 384},
+        },
+        (729, 1 + 2 * 3, 729 + 54 * 73 + 54),
+    ),
+}  # fmt: skip
+"""config.json and preprocessor_config.json in the hub's spelling; V, and of a picture of 800 x 600 views and rows."""
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_what_the_hub_has(tmp_path, name):
+    """Files of transformers 4.39 and 4.45, which leave out what newer ones state, and have keys that are no more."""
+    config, processor, (visual_tokens, num_views, num_rows) = HUB[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    model = read_model_config(tmp_path)
+    rows = model.image_layout.rows((800, 600), alone=True)
+    assert (model.visual_tokens, rows.num_views, len(rows)) == (visual_tokens, num_views, num_rows)
+    assert model.language.num_layers in (24, 32) and model.num_vision_layers_built in (23, 26)
+    again = to_config_json(model, "hf", dtype="bfloat16")
+    for key in config.keys() - {"ignore_index", "use_image_newline_parameter", "text_config", "vision_config"}:
+        assert again[key] == (config[key] or model.language.tie_word_embeddings), key
+
+
 def test_a_grid_that_does_not_fit_is_refused_in_one_line(tmp_path):
     source = write_tiny_next(tmp_path / "in")
     for pinpoints, message in (
