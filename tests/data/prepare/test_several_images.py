@@ -149,6 +149,10 @@ def test_mixed_records_are_stored_once_and_read_back_bit_for_bit(source):
     store.close()
     assert [name for name, place in places.items() if place is not None] == ["a/1.jpg", "a/2.png", "b/3.jpg"]
     manifest = ArrowManifest(str(source / "out" / "manifest.arrow"))
+    names, rows = manifest.of_images("image")
+    shown = [(row, name) for row, sample in enumerate(prepared) for name in sample.images if name.isascii()]
+    found = zip(rows.tolist(), names.to_pylist(), strict=True)
+    assert [item for item in found if item[1] != "c/?.jpg"] == shown, "in the records' order"
     widths, rows = manifest.of_images("width")
     assert dict(zip(rows.tolist(), widths.to_pylist(), strict=True))[12] == 8, "the last image of TWO is 8 wide"
     assert manifest.column("more_images")[12].as_py()[0]["width"] == 8
