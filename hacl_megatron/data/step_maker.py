@@ -286,7 +286,7 @@ class StepMaker:
             for drawn in micro_batch
         ]
         images = [(key, len(slot.image_keys) == 1) for slot in slots for key in slot.image_keys]
-        chosen = torch.tensor([view for image in images for view in views.of[image]], dtype=torch.int64)
+        pixel_values = views.take([view for image in images for view in views.of[image]])
 
         def packed(parts: Parts, pixels: torch.Tensor) -> PackedBatch:
             return pack(
@@ -298,7 +298,7 @@ class StepMaker:
             )
 
         return MicroBatch(
-            main=packed(plan.main, views.pixel_values[chosen]),
+            main=packed(plan.main, pixel_values),
             ahead=None if plan.ahead is None else packed(plan.ahead, views.pixel_values[:0]),
         )
 
@@ -315,3 +315,9 @@ class _Views:
     """float32 [I, 3, S, S]"""
     of: dict[_Image, range]
     """Which views each image's are."""
+
+    def take(self, chosen: list[int]) -> torch.Tensor:
+        """Those views; without a copy where they lie in a row, as those of images that are used once do."""
+        if chosen and chosen == [*range(chosen[0], chosen[0] + len(chosen))]:
+            return self.pixel_values[chosen[0] : chosen[0] + len(chosen)]
+        return self.pixel_values[torch.tensor(chosen, dtype=torch.int64)]
