@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -190,8 +191,11 @@ def test_run_config_yaml_holds_tiles(tmp_path):
     model = read_model_config(write_tiny_onevision(tmp_path / "in"))
     config = RunConfig(architecture=model, data=data_flags(model))
     assert from_yaml(to_yaml(config)).architecture == model
-    with pytest.raises(ValueError, match=r"model.tiles.pinpoints: found \[\[48\]\]|found 1 values, expected 2"):
-        from_yaml(to_yaml(config).replace("pinpoints:", "pinpoints: [[48]]\n    other:"))
+    for pinpoints, message in (([[48]], "found 1 values, expected 2"), ([[48, "x"]], "found .x., expected a whole")):
+        values = yaml.safe_load(to_yaml(config))
+        values["model"]["tiles"]["pinpoints"] = pinpoints
+        with pytest.raises(ValueError, match=f"model.tiles.pinpoints: {message}"):
+            from_yaml(yaml.safe_dump(values))
 
 
 def test_defaults_of_the_classes(tmp_path):
