@@ -209,7 +209,7 @@ def open_sources(
     if model_config.extra.get("layout") == "parts":
         optional.append("projector.")
     if not (where.is_file() and says_tiles(read_json(where))):  # tiles may be asked of a model that has none
-        optional.append(NEWLINE)
+        optional.insert(0, NEWLINE)  # by itself, whatever there is of the connector
     sources.check(folder, optional=tuple(optional))
     return sources
 
