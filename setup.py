@@ -68,6 +68,7 @@ setup(
         "test": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",  # a hung rank fails its test instead of the CI
+            "pytest-xdist>=3.6",  # a file of tests on each of two cores
             "hypothesis>=6.100",  # properties of the sampler and the packer
             "matplotlib>=3.9",
             "openai>=2.0",  # --method llm against a local server

@@ -10,5 +10,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/install_venv.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # tests start several processes; more threads only get in each other's way
-[ "${1:-}" != --slurm ] || set -- tests/slurm "$@"
+if [ "${1:-}" = --slurm ]; then
+  set -- tests/slurm "$@"
+else
+  # Whole files on each of two processes, of which most start others; TEST_PROCESSES=0 for a debugger.
+  set -- -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"
+fi
 exec "$VENV/bin/python" -m pytest "$@"
