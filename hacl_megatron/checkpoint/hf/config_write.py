@@ -290,7 +290,8 @@ def to_processor_json(config: ModelConfig, image_text: str = "<image>") -> dict[
         return {
             "processor_class": tiled.processor_class,
             "image_token": image_text,
-            "num_image_tokens": config.visual_tokens,
+            # with the class token, which the strategy takes off again
+            "num_image_tokens": config.visual_tokens + config.vision.kind.has_class_token,
             "vision_feature_select_strategy": config.vision.kind.select_strategy,
             "vision_aspect_ratio": tiles_json(config)["vision_aspect_ratio"],
         }

@@ -107,11 +107,16 @@ def test_round_trips_bitwise(tmp_path, name):
 
 
 @pytest.mark.parametrize("write", [write_tiny_next, write_tiny_onevision])
-def test_the_exports_processor_gives_as_many_image_tokens_as_the_model_takes(tmp_path, write):
+@pytest.mark.parametrize("kind", ["own", "other"])
+def test_the_exports_processor_gives_as_many_image_tokens_as_the_model_takes(tmp_path, write, kind):
+    """Also of LLaVA-OneVision's tiles before a CLIP, whose class token it counts, and LLaVA-NeXT's before a SigLIP."""
     source = write(tmp_path / "in")
     write_heads(source)
-    config = read_model_config(source)
-    provider, out = import_everywhere(source, config).provider, tmp_path / "out"
+    config, out = read_model_config(source), tmp_path / "out"
+    if kind == "other":
+        pools = {} if config.tiles.only_alone else {"max_tiles": 3, "only_alone": True}
+        config = replace(config, tiles=TilesConfig(pinpoints=config.tiles.pinpoints, **pools))
+    provider = import_everywhere(source, config).provider
     export_hf(provider, config, out, dtype=torch.float32, assets=source, carried=carried_of(source, config))
     processor, model = processor_of(out), load_exactly(out, AutoModelForImageTextToText)
     for size in SIZES:
