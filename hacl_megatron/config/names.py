@@ -5,6 +5,9 @@ from collections.abc import Iterable
 
 NAMES_ELSEWHERE = {
     "model_name_or_path": "pretrained_checkpoint",
+    "deepspeed": "use_distributed_optimizer",
+    "gradient_accumulation_steps": "global_batch_size",
+    "fp16": "bf16",
     "output_dir": "save",
     "resume_from_checkpoint": "load",
     "save_steps": "save_interval",

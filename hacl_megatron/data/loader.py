@@ -18,7 +18,7 @@ from hacl_megatron.config.console import notify
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
-from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.manifest import Manifest, refuse_where_no_image_is
 from hacl_megatron.data.order.sampler import OnceThrough, Sampler
 from hacl_megatron.data.step_maker import MicroBatching, References, StepMaker
 from hacl_megatron.data.store import ImageStore
@@ -157,6 +157,9 @@ def build_loader(
     check_template(data.version, tokenizer)
     paths = (data.valid_data_path, []) if for_validation else (data.data_path, data.contrastive_data_path)
     manifests = [Manifest.read(some, version=data.version, cache_dir=data.data_cache_dir) for some in paths]
+    if data.max_bad_fraction < 1:
+        for manifest in manifests:
+            refuse_where_no_image_is(manifest, data.image_folder)
     for line in (line for manifest in manifests for line in manifest.remarks(config.preference.preference_loss)):
         notify(f"note: {line}")
     ordering: dict[str, Any] = {}

@@ -13,8 +13,10 @@ structure raise when it is read, before any training; faults of one sample's tex
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,3 +214,45 @@ class Manifest(Sequence[Sample]):
 
 def _reopen(paths: tuple[str, ...], version: str, cache_dir: str | None) -> Manifest:
     return Manifest(paths, version=version, cache_dir=cache_dir)
+
+
+_LOOKED_AT = 32
+"""Images of a file that are looked for before a run."""
+
+
+def refuse_where_no_image_is(samples: Sequence[Sample], root: str) -> None:
+    """Look for some of the images, spread over all samples, and see that not every one is missing.
+
+    Raises:
+        ValueError: all are, with the folder in which they would be found, where that is one level off.
+    """
+    step = max(1, len(samples) // _LOOKED_AT)
+    names: list[str] = []
+    for index in range(0, len(samples), step):
+        sample = samples[index]
+        files = (name for name, stored in zip(sample.images, sample.stored, strict=True) if stored is None)
+        names += [name for name in files if not os.path.isabs(name)]
+    if not os.path.isdir(root):  # the store says so
+        return
+    if not names or any(_is_file(Path(root, name)) for name in names):
+        return
+    raise ValueError(
+        f"--image-folder {root}: none of {len(names)} images of the data that were looked for is there, such as "
+        f"{names[0]}; {_where_else(Path(root), names[0])}"
+    )
+
+
+def _where_else(root: Path, name: str) -> str:
+    below = sorted(path for path in root.iterdir() if path.is_dir())[:1000]
+    for folder in (*below, root.absolute().parent, root.absolute().parent.parent):
+        if _is_file(folder / name):
+            return f"it is in {folder}: give --image-folder {folder}"
+    parts = Path(name).parts
+    for number in range(1, len(parts)):
+        if _is_file(root / Path(*parts[number:])):
+            return f"it is there as {Path(*parts[number:])}: take {Path(*parts[:number])}/ out of the data's names"
+    return "give the folder that image names are relative to"
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # False where pathlib raises, as for a name too long

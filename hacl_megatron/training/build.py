@@ -57,6 +57,7 @@ from hacl_megatron.training.reference.scoring import PLAN
 from hacl_megatron.training.reference.start import ReferenceRequest, References, make_scores, references_of
 from hacl_megatron.training.reporting.bad_samples import BAD_SAMPLES_FILE
 from hacl_megatron.training.reporting.changes import nothing_left, what_differs
+from hacl_megatron.training.reporting.doubts import doubts
 from hacl_megatron.training.reporting.metrics import MetricsLog, keep_iterations
 from hacl_megatron.training.reporting.profiling import ProfileWindow
 from hacl_megatron.training.reporting.status import (
@@ -210,8 +211,9 @@ def build_trainer(
         said = [f"resumed iteration {progress.iteration} from {resume_from}", *changes, *notes]
         if length.train_iters == progress.iteration:
             said.append(nothing_left(config.training, progress, num_samples))
-
-    said += exports
+    elif config.checkpoint.load is not None:
+        said.append(f"--load {config.checkpoint.load} holds no checkpoint yet: the run begins at iteration 0")
+    said += [*doubts(config), *exports]
     references = References()
     stop_requests = StopRequests(config.training.exit_duration_in_mins)  # heard while the reference scores, too
     if dist.get_rank() == 0:

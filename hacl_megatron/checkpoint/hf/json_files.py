@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hacl_megatron.config.checks.files import LATEST_FILE, how_to_fetch
 from hacl_megatron.config.checks.foreign_files import LARGEST_CONFIG, parse_json
 from hacl_megatron.config.checks.sizes import check_sizes
 
@@ -17,7 +18,7 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
         largest: bytes that it may have.
     """
     if not path.is_file():  # a pipe, which would not end, is none
-        raise ValueError(f"{path}: no such file; expected a Hugging Face model folder")
+        raise ValueError(f"{path}: no such file; expected a Hugging Face model folder{_what_it_is(path.parent)}")
     if (size := path.stat().st_size) > largest:
         raise ValueError(f"{path}: {size:,} bytes, expected at most {largest:,}; it is damaged, or no such file")
     try:
@@ -29,6 +30,15 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
+
+
+def _what_it_is(folder: Path) -> str:
+    """Behind that a folder is no Hugging Face model: what it is instead, and what to do, where that can be told."""
+    if any((folder / name).exists() for name in (LATEST_FILE, "run_config.yaml")):
+        return f": it holds a run of this trainer; tools/convert_megatron_to_hf.py --load {folder} exports it"
+    if not folder.exists() and (advice := how_to_fetch(f"{folder}")):
+        return f"; {advice}"
+    return ""
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 from hacl_megatron.config.checks.require import dashed, require
 from hacl_megatron.config.connectors import connector_file
 from hacl_megatron.config.flags import MANIFEST_FILE
+from hacl_megatron.config.names import did_you_mean
 from hacl_megatron.config.run import RunConfig
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -25,7 +27,7 @@ def check_inputs(config: RunConfig) -> None:
             require(
                 os.path.isfile(path) or os.path.isfile(os.path.join(path, MANIFEST_FILE)),
                 f"{dashed(name)} {path}: no such file, or a folder without {MANIFEST_FILE}",
-                "expected a LLaVA JSON file or a folder of tools/prepare_data.py",
+                _instead(path, "expected a LLaVA JSON file or a folder of tools/prepare_data.py"),
             )
     require(
         len(data.data_weights) in (0, len(data.data_path)),
@@ -35,7 +37,7 @@ def check_inputs(config: RunConfig) -> None:
     require(
         os.path.isdir(data.image_folder),
         f"--image-folder {data.image_folder}: no such folder",
-        "expected the folder that image names are relative to",
+        _instead(data.image_folder, "expected the folder that image names are relative to"),
     )
     if _resumes(config):  # model, weights and tokenizer come out of --load
         return
@@ -53,7 +55,9 @@ def check_inputs(config: RunConfig) -> None:
     for name in ("pretrained_checkpoint", "vision_tower", "tokenizer"):
         path = getattr(model, name)
         require(
-            path is None or os.path.isdir(path), f"{dashed(name)} {path}: no such folder", "expected a local folder"
+            path is None or os.path.isdir(path),
+            f"{dashed(name)} {path}: no such folder",
+            _instead(path or "", "expected a local folder"),
         )
     adapter = model.pretrain_mm_mlp_adapter
     require(
@@ -61,6 +65,31 @@ def check_inputs(config: RunConfig) -> None:
         f"--pretrain-mm-mlp-adapter {adapter}: no such file, or no folder with one",
         "expected LLaVA's mm_projector.bin",
     )
+
+
+def how_to_fetch(path: str) -> str | None:
+    """What to do where a path that is not there looks like `owner/name` of the Hugging Face hub."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) or os.path.isdir(os.path.dirname(path)):
+        return None
+    return f"if it is a name of the Hugging Face hub: hf download {path} --local-dir DIR, and give DIR"
+
+
+def _instead(path: str, expected: str) -> str:
+    """What to do about a path that is not there: its nearest neighbour's name, or how to fetch what a hub has."""
+    if advice := how_to_fetch(path):
+        return f"{expected}; {advice}"
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        beside = os.listdir(folder or ".")[:10_000]
+    except OSError:
+        return expected
+    if os.path.exists(path):
+        return expected
+    return did_you_mean(name, beside, expected, prefix=f"{folder}/" if folder else "")
+
+
+def _is_hf_model(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, "config.json"))
 
 
 def _resumes(config: RunConfig) -> bool:
@@ -91,6 +120,16 @@ def check_outputs(config: RunConfig) -> None:
         not holds_a_run or _resumes(config),
         f"--save {checkpoint.save} holds a run already, which a new one would overwrite",
         f"add --load {checkpoint.save} to go on with it, or give another --save",
+    )
+    require(
+        checkpoint.save is None or not _is_hf_model(checkpoint.save),
+        f"--save {checkpoint.save} is a Hugging Face model, among whose files no run is saved",
+        "give a folder of its own",
+    )
+    require(
+        checkpoint.load is None or _resumes(config) or not _is_hf_model(checkpoint.load),
+        f"--load {checkpoint.load} is a Hugging Face model, which holds no run to go on with",
+        "give it to --pretrained-checkpoint, and to --load the --save folder of a run",
     )
     for name, path in (("save", checkpoint.save), ("tensorboard_dir", logging.tensorboard_dir)):
         if path is not None:

@@ -129,6 +129,10 @@ class Pope(Benchmark):
     def read_answers(self, path: Path) -> list[dict[str, Any]]:
         """POPE's own form, or LLaVA's. Raises ValueError."""
         records = read_records(path, needed=(), kind="POPE answers")
+        if all(is_of_llava(record) and "label" in record and "prompt" not in record for record in records):
+            raise ValueError(
+                f"{path} holds POPE's questions, which have a label and no answer; give --answers the file of answers"
+            )
         if all(is_of_llava(record) for record in records):
             return [of_llava(record) for record in records]
         return read_records(path, needed=(self.answer_key,), kind="POPE answers, its own or LLaVA's (prompt, text)")
