@@ -7,13 +7,17 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from hacl_megatron.checkpoint.run.folder import iteration_folder, latest_iteration
 from hacl_megatron.checkpoint.run.integrity import damage
 from hacl_megatron.checkpoint.run.load import load_common_state
+from hacl_megatron.checkpoint.run.stored import pickles
 from hacl_megatron.checkpoint.run.stored.index import read_index
 from tests.tiny import write_tiny_llava
 from tests.tool_runs import run_tool, to_megatron
@@ -160,3 +164,24 @@ def test_a_link_to_another_files_settings_is_not_exported(checkpoint: Path, tmp_
     (checkpoint / "hf_assets" / "generation_config.json").symlink_to(tmp_path / "secret.json")
     assert run_tool("convert_megatron_to_hf", "--load", checkpoint, "--hf-path", tmp_path / "out") == 2
     assert "generation_config.json: a link to" in capsys.readouterr().err
+
+
+def test_a_place_before_the_beginning_is_refused_and_the_beginning_is_one() -> None:
+    memory = pickles._Memory(b"abc")
+    assert memory.seek(-3, 2) == memory.seek(0) == 0 and memory.read() == b"abc"
+    with pytest.raises(ValueError, match="before the beginning"):
+        memory.seek(-4, 2)
+
+
+@pytest.mark.parametrize("order", ["<", "|", ">", "", "x", "<|"])
+def test_numbers_in_an_order_of_no_machine_are_refused(order: str) -> None:
+    """They were read as if they were in this machine's."""
+    dtype = SimpleNamespace(state=(3, order, None, None, None, -1, -1, 0), arguments=("f8", False, True))
+    array = np.empty(0, dtype=np.int8)
+    fill = partial(pickles._fill_array, array, (1, (2,), dtype, False, np.array([1.0, 2.0]).tobytes()))
+    if order in ("<", "|"):
+        fill()
+        assert array.dtype == np.float64 and array.tolist() == [1, 2]
+    else:
+        with pytest.raises(ValueError, match="a NumPy array in the byte order "):
+            fill()

@@ -52,10 +52,6 @@ class Counts:
     renamed: int = 0
     """Same id as an earlier record with other content: kept as `id#2`, `id#3`, ..."""
 
-    @property
-    def num_samples(self) -> int:
-        return sum(self.samples_per_file)
-
 
 def build_parts(
     paths: Sequence[str],

@@ -327,11 +327,13 @@ def _fill_array(array: np.ndarray, state: Any) -> None:
         raise ValueError(f"a NumPy array of {shown(dtype.arguments)} and shape {shown(shape)}")
     if any(type(length) is not int or length < 0 for length in shape):
         raise ValueError(f"a NumPy array of shape {shown(shape)}")
-    kind = np.dtype(f"{order if order in '<|' else '<'}{dtype.arguments[0]}")
+    if order not in ("<", "|"):  # the latter of single bytes
+        raise ValueError(f"a NumPy array in the byte order {shown(order)}")
+    kind = np.dtype(f"<{dtype.arguments[0]}")
     count = 1
     for length in shape:
         count *= length
-    if kind.kind not in "biuf" or order == ">":
+    if kind.kind not in "biuf":
         raise ValueError(f"a NumPy array of {kind}")
     if type(content) is not bytes or len(content) != count * kind.itemsize:
         raise ValueError("a NumPy array of other bytes than it says")
