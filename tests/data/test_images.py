@@ -1,6 +1,7 @@
 """Pixels against Pillow and transformers; independence of batch, place and threads; the choice of the decoder."""
 
 import io
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.data import image_levels, images
+from hacl_megatron.data.dali import dali_is_installed
 from hacl_megatron.data.images import ImageDecoder, resolve_backend
 from tests.data.drawn_images import (
     BACKENDS,
@@ -233,6 +235,11 @@ def test_resolve_backend(monkeypatch):
         resolve_backend("dali")
     with pytest.raises(ValueError, match="auto, dali or pillow"):
         resolve_backend("opencv")
+
+
+def test_dali_that_cannot_be_imported_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert not dali_is_installed()
 
 
 def test_wrong_combinations_are_explained():

@@ -7,7 +7,7 @@ import torch
 from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodingSettings, encode
 from hacl_megatron.data.manifest import Sample
-from hacl_megatron.data.preferences import NothingToCompare, RejectedAnswer, little_left, rejected_answer
+from hacl_megatron.data.preferences import CROP_AREA, NothingToCompare, RejectedAnswer, little_left, rejected_answer
 from hacl_megatron.data.show import _segments
 from hacl_megatron.data.templates.template import IGNORE, IMAGE
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -16,11 +16,11 @@ from tests.data.tiny_tokenizer import write_tokenizer
 BOS, EOS, A, RED, CAT, BLUE, BIG, Q = 1, 2, 10, 11, 12, 21, 22, 30
 
 
-def compare(true: list[int], twin: list[int], prompt: int, *, limit: int = 100) -> RejectedAnswer:
+def compare(true: list[int], twin: list[int], prompt: int, *, limit: int = 100, whole: bool = False) -> RejectedAnswer:
     """Dialogues whose rows behind the first `prompt` are targets, but for `Q`, which is a question's."""
     rows = [np.array(ids, dtype=np.int64) for ids in (true, twin)]
     labels = [np.where((np.arange(len(ids)) < prompt) | (ids == Q), IGNORE, ids) for ids in rows]
-    return rejected_answer(rows[0], labels[0], rows[1], labels[1], limit=limit)
+    return rejected_answer(rows[0], labels[0], rows[1], labels[1], limit=limit, whole=whole)
 
 
 def test_differing_tokens_are_compared_and_nothing_behind_them_is_computed():
@@ -57,8 +57,9 @@ def test_what_cannot_be_compared_says_why():
     true = [BOS, IMAGE, A, RED, EOS]
     with pytest.raises(NothingToCompare, match="the true answer's own"):
         compare(true, true, 2)
-    with pytest.raises(NothingToCompare, match="behind --model-max-length 3"):
-        compare(true, [BOS, IMAGE, A, BLUE, EOS], 2, limit=3)
+    for whole in (False, True):  # of whole answers the same beginnings would be left
+        with pytest.raises(NothingToCompare, match="behind --model-max-length 3"):
+            compare(true, [BOS, IMAGE, A, BLUE, EOS], 2, limit=3, whole=whole)
     with pytest.raises(NothingToCompare, match="trains on no token"):
         compare(true, [BOS, IMAGE, A, BLUE, EOS], 5)
 
@@ -152,3 +153,4 @@ def test_a_crop_shows_little_of_its_image_and_is_the_same_every_time() -> None:
         width, height = ((crop[axis].max() - crop[axis].min()) / step + 1 for axis in (0, 1))
         shares.append(float(width * height) / 64**2)
     assert 0.005 < min(shares) < 0.06 and 0.12 < max(shares) < 0.22, (min(shares), max(shares))
+    assert CROP_AREA == (0.01, 0.2), "of Wang et al. 2024; another range is another objective"

@@ -30,6 +30,7 @@ def test_dummy_space_stands_behind_special_tokens_only_if_legacy(tokenizer):
     assert pieces(tokenizer, "\nWhat", bos=False) == ["▁", "<0x0A>", "What"]
     assert pieces(tokenizer, "") == ["<s>"]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (1, 2, 0, 0)
+    assert "backend=" not in repr(tokenizer) and "files=" not in repr(tokenizer), "errors would print them"
 
 
 def test_leading_spaces_are_kept_as_the_slow_tokenizer_keeps_them(tokenizer):

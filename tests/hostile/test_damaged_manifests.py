@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,22 @@ def test_a_manifest_without_checksum_is_not_looked_at(out):
         writer.write_table(table.replace_schema_metadata({b"hacl_megatron": b"{}"}))
     with pytest.raises(ValueError, match=r"has no checksum: of an earlier version, damaged, .*prepare the data again"):
         read(out)
+
+
+def test_a_large_manifest_is_read_in_pieces(tmp_path):
+    """Whatever it says of its schema's length: its checksum must not take as much memory as the file."""
+    path = tmp_path / "manifest.arrow"
+    with open(path, "wb") as file:
+        schema = sealed_arrow._MARK + b"0" * 16
+        file.write(b"ARROW1\0\0\xff\xff\xff\xff" + len(schema).to_bytes(4, "little") + schema)
+        file.seek(64 << 20)
+        file.write(b"ARROW1")
+    tracemalloc.start()
+    with open(path, "rb+") as file:
+        sealed_arrow.seal(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20, peak
 
 
 def test_texts_that_leave_the_file_are_refused_where_the_checksum_is_made_to_hold(out):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hacl_megatron.model.hf_parts import HFVisionTower, QFormerConnector
 from hacl_megatron.plan.compute import stage_flops
 from hacl_megatron.plan.workload import Samples, micro_batch_shape
 from hacl_megatron.training.flops import qformer_flops, step_flops, tower_flops, vision_flops
+from hacl_megatron.training.loop import Trainer
 from tests.distributed import run_distributed
 from tests.model.hf_architecture import architecture as hf_architecture
 from tests.plan.example_plans import plan_of
@@ -233,6 +235,11 @@ def test_flops_of_a_q_former_in_the_stages(folder: Path, extra: list[str], numbe
     )  # fmt: skip
     stages = [stage_flops(config, shape_of(micro_batch), stage) for stage in range(2)]
     assert sum(stage.model for stage in stages) == pytest.approx(expected, rel=1e-9)
+    logged = SimpleNamespace(
+        config=config, run=SimpleNamespace(layout=SimpleNamespace(tp=1, pp=2), device=torch.device("cpu")),
+        step=SimpleNamespace(own_time=SimpleNamespace(take=lambda: 0.0)),
+    )  # fmt: skip
+    assert Trainer._own_numbers(logged, [micro_batch], 0.0).flops == pytest.approx(expected / 2, rel=1e-9)
     forward = tower_flops(model) * (not flags.freeze_ViT) + sum(qformer_flops(model)) * bool(extra)
     of_layers = stage_flops(replace(tiny(folder, "pp2"), architecture=model), shape_of(micro_batch), 0).repeated
     assert stages[0].repeated - of_layers == pytest.approx(forward * 2 * (number > 1), rel=1e-9)

@@ -138,6 +138,7 @@ def test_differences_of_hallucinated_captions(dataset):
     assert [(word.text, word.change) for word in words if word.change != "same"] == [(", asleep", "added")]
     for caption, other in (("a b c", "c b a"), ("", "x"), ("x", ""), ("a  b", "a b\n")):
         words = compare(caption, other)
+        assert all(word.text for word in words), "a mark of nothing"
         assert "".join(word.text for word in words if word.change != "removed") == other
         assert "".join(word.text for word in words if word.change != "added") == caption
 

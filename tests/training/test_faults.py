@@ -322,7 +322,9 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     samples[3]["image"] = "nowhere.jpg"
     (folder / "data" / "few.json").write_text(json.dumps(samples))
     commands["too many bad"] = command(folder, "pretrain", "tp1", "bad", *few, "--max-bad-fraction", "0.1")
-    commands["few enough bad"] = command(folder, "pretrain", "tp1", "fine", *few, "--max-bad-fraction", "0.2")
+    commands["few enough bad"] = command(
+        folder, "pretrain", "tp1", "fine", *few, "--max-bad-fraction", "0.125"
+    )  # just 1 of 8
     for name, (damage, _) in DAMAGES.items():
         if name in _COMMON_DAMAGES and not (folder / "run" / "iter_0000002" / "common.pt").exists():
             continue

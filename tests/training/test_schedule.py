@@ -4,8 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from hacl_megatron.config.flags import OptimizerFlags
-from hacl_megatron.training.optimizer.schedule import RunLength, build_scheduler, default_learning_rate, load_schedule
+from hacl_megatron.config.flags import ObjectiveFlags, OptimizerFlags
+from hacl_megatron.training.optimizer.schedule import (
+    RunLength,
+    build_scheduler,
+    contrastive_weight_at,
+    default_learning_rate,
+    load_schedule,
+)
 
 
 def schedule(steps: float, at: float = 0, **flags):
@@ -44,3 +50,12 @@ def test_steps_of_another_batch_are_counted_in_this_runs() -> None:
     length = RunLength(train_iters=20, steps=20, rate_scale=2)
     assert load_schedule(found, schedule(10, at=4).state_dict(), length) is None, "the same place of another count"
     assert found.num_steps == 8
+
+
+def test_lambda_rises_from_a_ten_thousandth_over_its_share_of_the_steps() -> None:
+    """Catches one that falls, and a run without a warm-up whose first step is taken for a part of one."""
+    flags = ObjectiveFlags(contrastive_weight=3.0, contrastive_warmup_fraction=0.5)
+    found = [contrastive_weight_at(flags, step, 8) for step in (0, 1, 2, 4, 5)]
+    assert found == pytest.approx([3e-4, 3e-3, 3e-2, 3, 3])
+    flags = ObjectiveFlags(contrastive_weight=3.0, contrastive_warmup_fraction=0.0)
+    assert contrastive_weight_at(flags, 1, 8) == 3

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hacl_megatron.training.watchdog import _write_line
 from tests.training.runs import make_inputs
 from tests.warm import run_warm
 
@@ -111,6 +112,12 @@ def test_a_crash_is_printed_once_with_rank_and_node_and_before_what_follows_from
     assert "Connection closed by peer" not in text  # rank 0's own end
     status = json.loads((save / "run_status.json").read_text())
     assert (status["state"], status["reason"]) == ("crashed", "RuntimeError: rank one alone fails")
+
+
+def test_lines_of_the_watchdog_go_to_stderr(capfd) -> None:
+    """On standard output they would be the run's results."""
+    _write_line("a hung rank\udcff")
+    assert capfd.readouterr() == ("", "a hung rank\\udcff\n")
 
 
 def test_exit_duration_saves_stops_and_resumes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
 from hacl_megatron.checkpoint.run.frozen import finish_frozen, references
-from hacl_megatron.checkpoint.run.integrity import damage, write_files
+from hacl_megatron.checkpoint.run.integrity import damage, is_finite, read_whole, record_checksums, write_files
 from hacl_megatron.checkpoint.run.part_files import Part, not_finite, write_index, write_parts
 from hacl_megatron.checkpoint.run.publish import begin, partial_folder, publish
 from hacl_megatron.checkpoint.run.retain import prune
@@ -140,7 +140,7 @@ def test_the_last_finite_checkpoint_survives_those_that_are_not(tmp_path: Path, 
     assert chosen.name == "iter_0000004" and "not finite" in note and "iter_0000002" in note
 
 
-@pytest.mark.parametrize("text", ["²", "9" * 5000, "\udcff", "-1", "", "1e3"])
+@pytest.mark.parametrize("text", ["²", "9" * 5000, "9" * 18, "\udcff", "-1", "", "1e3"])
 def test_a_latest_file_that_holds_no_number_is_one_line(tmp_path: Path, text: str) -> None:
     """`²` is a digit to Python, and no number."""
     (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(text.encode("utf-8", errors="surrogateescape"))
@@ -201,3 +201,29 @@ def test_a_run_says_that_it_saves_nan_and_keeps_what_was_before(tmp_path: Path) 
     )
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000001", "iter_0000003"]
     assert json.loads((tmp_path / "iter_0000003" / "files.json").read_text())["not_finite"] == "weight"
+
+
+def test_checksums_of_another_kind_are_not_taken_for_ours(tmp_path: Path) -> None:
+    """Each record would be called damaged, or none looked at."""
+    write_files(tmp_path, [], {"__0_0.distcp": {0: "0" * 16}})
+    assert record_checksums(tmp_path) == {"__0_0.distcp": {0: "0" * 16}}
+    files = tmp_path / "files.json"
+    files.write_text(json.dumps(json.loads(files.read_text()) | {"checksum": "crc32"}))
+    with pytest.raises(ValueError, match=r"files\.json has checksums of kind 'crc32', not "):
+        record_checksums(tmp_path)
+
+
+def test_a_checkpoint_whose_list_is_damaged_does_not_count_as_finite(tmp_path: Path) -> None:
+    """It would be kept as the last finite one, and a whole one deleted."""
+    assert is_finite(tmp_path)
+    write_files(tmp_path, [])
+    assert is_finite(tmp_path)
+    (tmp_path / "files.json").write_text("[" * 100_000)
+    assert not is_finite(tmp_path)
+
+
+def test_a_file_of_just_the_most_bytes_is_read(tmp_path: Path) -> None:
+    (tmp_path / "five").write_bytes(b"12345")
+    assert read_whole(tmp_path / "five", 5) == b"12345"
+    with pytest.raises(ValueError, match="has 5 bytes, expected at most 4"):
+        read_whole(tmp_path / "five", 4)

@@ -58,3 +58,9 @@ def test_the_digest_does_not_depend_on_how_much_is_hashed_at_once(monkeypatch, s
         monkeypatch.setattr(frozen, "_BLOCK", block)
         assert frozen.digest_of([frozen.value_sums(parts)]) == digest
     assert len(digest) == 16 and int(digest, 16)
+
+
+def test_a_folders_name_stays_from_version_to_version() -> None:
+    """Its content, not the code that wrote it, makes the name: runs that resume find what was written before."""
+    whole, one, other = ({"tower": ((3, 2), "torch.float32", value)} for value in (7, 3, 4))
+    assert frozen.digest_of([whole]) == frozen.digest_of([one, other]) == "7030ebdb1513c66e"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -179,6 +180,8 @@ def save_while_weights_move(folder: str) -> None:
             weight.fill_(iteration)
             state = {"weight": ShardedTensor.from_rank_offsets("weight", weight)}
             checkpoints.save(iteration, lambda state=state: state, run_config="", write_assets=lambda to: None)
+            (thread,) = (thread for thread in threading.enumerate() if thread.name == "checkpoint")
+            assert thread.daemon, "a process that must die would wait for its disk"
             weight.fill_(-1)
         checkpoints.close()
 
@@ -190,3 +193,9 @@ def test_a_save_in_the_background_holds_the_weights_of_its_iteration(tmp_path: P
         found = {"weight": torch.empty(4)}
         load(found, storage_reader=FileSystemReader(tmp_path / f"iter_{iteration:07d}"), no_dist=True)
         assert torch.equal(found["weight"], torch.full([4], float(iteration)))
+
+
+def test_why_a_save_failed_is_one_line() -> None:
+    assert saver._one_line(ValueError("first\nsecond")) == "ValueError: first"
+    assert saver._one_line(ValueError("alone")) == "ValueError: alone"
+    assert saver._one_line(ValueError()) == "ValueError"

@@ -229,3 +229,21 @@ def test_what_killed_processes_left_is_removed_by_the_next(tmp_path, monkeypatch
     assert names(path) == ["a"]
     left = {entry.name for entry in folder.iterdir()} - {name, f"{name}.lock"}
     assert left == (set() if locks else {f"{name}.parts-dead", f"{name}.tmp-4711"})
+
+
+def test_a_large_files_start_is_told_and_its_form_named_after_it(tmp_path, monkeypatch, capsys):
+    """A start that takes minutes without a word looks like one that hangs."""
+    path = write(tmp_path, [record(id="a")])
+    size = os.path.getsize
+    monkeypatch.setattr(cache.os.path, "getsize", lambda file: 3_000_000_000 if file == path else size(file))
+    assert names(path) == ["a"]
+    said = capsys.readouterr().out
+    assert f"preparing {path} (3.0 GB), once: {tmp_path / CACHE_FOLDER}" in said
+    (found,) = (tmp_path / CACHE_FOLDER).glob("*.arrow")
+    assert found.name.startswith(f"{os.path.basename(path)}-")
+    capsys.readouterr()
+    write(tmp_path, [record(id="b"), record(id="c")])
+    monkeypatch.undo()
+    assert (
+        names(path, cache_dir=str(tmp_path / "elsewhere")) == ["b", "c"] and "preparing" not in capsys.readouterr().out
+    )

@@ -82,6 +82,7 @@ SOUND = [
     {"id": "s", "image": "a/1.jpg", "conversations": TAGGED, "text": "a cat", "Hallucination caption": "a dog"},
     {"id": "t", "conversations": PLAIN},
     {"id": "u", "image": "a/1.jpg", "conversations": TAGGED, "image_id": "7", "height": 3, "language": "en"},
+    {"id": "v", "image": "a/1.jpg", "conversations": [GREETING]},
 ]
 
 
@@ -91,7 +92,7 @@ def test_what_is_never_shown_is_named_and_refused_where_it_is_all(tmp_path, kind
     path = tmp_path / "a.json"
     path.write_text(json.dumps([*SOUND, *({"id": f"r{n}", **record} for n in range(5))]))
     (line,) = Manifest.read([str(path)], version="v1").remarks()
-    assert line.startswith(f"{path}: 5 of 8 records (r0, r1, r2, ...): ")
+    assert line.startswith(f"{path}: 5 of 9 records (r0, r1, r2, ...): ")
     path.write_text(json.dumps([{"id": f"r{n}", **record} for n in range(5)]))
     with pytest.raises(ValueError, match=said) as caught:
         list(Manifest.read([str(path)], version="v1").remarks())
@@ -179,10 +180,10 @@ def test_prepare_reports_them_and_a_prepared_folder_says_them_again(source, caps
     assert run_tool("prepare_data", "--input", source / "a.json", "--output", source / "out") == 0
     shown = capsys.readouterr().out
     lines = [line.removeprefix("note: ") for line in shown.splitlines() if line.startswith("note: ")]
-    assert len(lines) == 2 and "1 of 5 records (r): key 'img'" in lines[0]
+    assert len(lines) == 2 and "1 of 6 records (r): key 'img'" in lines[0]
     assert json.loads((source / "out" / "report.json").read_text())["to look at"] == lines
     assert list(Manifest.read([str(source / "out")], version="v1").remarks()) == lines
-    (source / "a.json").write_text(json.dumps(records[3:4]))
+    (source / "a.json").write_text(json.dumps(records[4:5]))
     with pytest.raises(ValueError, match="no image of any of its 1 records"):
         run_prepare(settings(source, output=str(source / "other")))
     assert not (source / "other" / "manifest.arrow").exists()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hacl_megatron.data.encoding import UnusableSample, checked_dialogue
 from hacl_megatron.data.manifest import Manifest
-from hacl_megatron.data.prepare.llava_json import decoded_records, read_records
+from hacl_megatron.data.prepare.llava_json import _comma_before, decoded_records, read_records
 
 texts = st.text(st.characters(exclude_categories=[]), max_size=8)  # lone surrogates too
 turns = st.lists(st.fixed_dictionaries({"from": texts | st.integers(), "value": texts | st.none()}), max_size=3)
@@ -142,3 +142,11 @@ def test_deep_nesting_is_one_line_or_costs_its_record(tmp_path, key, depth):
     if key == "value":
         with pytest.raises(UnusableSample, match="no string but list"):
             checked_dialogue(sample)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1 , }', "[1,\n]", "[1, ]"])
+def test_a_comma_before_a_bracket_is_found_from_either(text: str) -> None:
+    """Python 3.13 names the comma's place, earlier ones the bracket's."""
+    comma, bracket = text.rindex(","), len(text) - 1
+    assert _comma_before(text, comma) == _comma_before(text, bracket) == comma
+    assert _comma_before("[1, 2]", 2) is None and _comma_before("[1, 2]", 5) is None

@@ -1,5 +1,6 @@
 """The file of the reference's scores: what comes back, and what is refused."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +56,11 @@ def test_what_is_no_such_file_is_refused_by_name(tmp_path: Path) -> None:
             ReferenceScores.read(path)
     with pytest.raises(ValueError, match="no such file"):
         ReferenceScores.read(tmp_path / "absent")
+
+
+def test_the_file_is_whole_when_it_is_synced(tmp_path: Path, monkeypatch) -> None:
+    """Catches bytes that Python still holds then: renamed and synced, the file would be empty after a power cut."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file, sync=os.fsync: (synced.append(os.fstat(file).st_size), sync(file)))
+    ReferenceScores.of({7: [[1.0, 2.0]]}, IDENTITY).write(tmp_path / "scores.safetensors")
+    assert synced and synced[0] == (tmp_path / "scores.safetensors").stat().st_size

@@ -1,5 +1,6 @@
 """Runs of dpo and their reference: made at the start, kept, given, taken from another layout, refused."""
 
+import contextlib
 import json
 import math
 import os
@@ -62,6 +63,27 @@ def stopped_while_scoring(arguments: list[str]) -> None:
         run(arguments)
 
 
+def heard(arguments: list[str], said: Path) -> None:
+    """A run, and what it says, in a file."""
+    with said.open("w") as file, contextlib.redirect_stdout(file):
+        run(arguments)
+
+
+def score_with_bars(arguments: list[str], drawn: Path) -> None:
+    """Score, with what each rank writes to stderr in a file of its own."""
+    with Path(f"{drawn}.{torch.distributed.get_rank()}").open("w") as file, contextlib.redirect_stderr(file):
+        score(arguments)
+
+
+def scored_by_nan(arguments: list[str]) -> None:
+    """The reference of damaged weights trained against NaN."""
+    from hacl_megatron.training.reference import scoring
+
+    likelihoods = scoring.answer_likelihoods
+    with mock.patch.object(scoring, "answer_likelihoods", lambda *given: likelihoods(*given) * math.nan):
+        refused(arguments, r"the model's numbers are not finite \(NaN or infinity\) for sample \d+: the weights")
+
+
 def overwrites(arguments: list[str]) -> None:
     """It wrote over other scores without a word."""
     with pytest.raises(ValueError, match=r"--output .*tp2\.safetensors holds other scores: --model-max-length was 256"):
@@ -99,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = command("asked", layout="tp2")
     train(
         [
-            partial(score, scored("tp2.safetensors", layout="tp2-pp1-sp")),
+            partial(score_with_bars, scored("tp2.safetensors", layout="tp2-pp1-sp"), folder / "bars"),
             partial(stopped_while_scoring, asked),
             partial(shutil.copytree, folder / "asked", folder / "asked_then", dirs_exist_ok=True),
             asked,
@@ -108,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     train(
         [
-            command("whole", *valid, steps=4),
+            partial(heard, command("whole", *valid, steps=4), folder / "whole.txt"),
             command("cut", *valid, "--exit-interval", "2", steps=4),
             command("cut", *valid, "--load", str(folder / "cut"), steps=4),
             command("given", *given, steps=1),
@@ -125,6 +147,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 command("r3", *given, "--pretrained-checkpoint", str(folder / "whole")),
                 "weights of --pretrained-checkpoint was .* and is ",
             ),
+            partial(scored_by_nan, command("nan")),
             partial(overwrites, scored("tp2.safetensors", "--model-max-length", "200")),
             partial(shutil.copytree, folder / "cut", folder / "orphan"),
             partial(Path.unlink, folder / "orphan" / "reference_scores.safetensors"),
@@ -203,3 +226,18 @@ def test_a_reference_without_dpo_is_refused_in_a_line() -> None:
         run(["--preference-loss", "phrase", "--reference-scores", "x", "--train-iters", "1"])
     with pytest.raises(ValueError, match="--preference-label-smoothing is given with --preference-loss phrase"):
         run(["--preference-loss", "phrase", "--preference-label-smoothing", "0.1", "--train-iters", "1"])
+
+
+def test_no_rank_draws_a_bar_where_there_is_no_terminal(folder: Path) -> None:
+    """All but the first would, each its own, where ranks share a log."""
+    for rank in (0, 1):
+        assert "reference" not in (folder / f"bars.{rank}").read_text(), rank
+
+
+def test_what_was_scored_is_said_once_for_each_data(folder: Path) -> None:
+    """Catches the validation's scores that are told as the training's."""
+    lines = [line for line in (folder / "whole.txt").read_text().splitlines() if "reference: " in line]
+    assert len(lines) == 2, lines
+    twins = twins_scored(folder / "whole" / "reference_scores.safetensors")
+    assert lines[0].startswith(f"reference: {twins} twins of ") and " samples scored by the weights that" in lines[0]
+    assert " samples of the validation data scored by the weights that" in lines[1]

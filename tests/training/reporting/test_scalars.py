@@ -1,5 +1,7 @@
 """Means over validation batches are means over all that they are made of, however it is spread over the batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,3 +35,10 @@ def test_batches_of_unlike_size_give_what_one_batch_of_all_gives() -> None:
     found = mean_losses([(step, step.counts) for step in steps])
     assert found == pytest.approx(loss_scalars(metrics_of(**together)))
     assert found["hallucination margin"] == pytest.approx(7 / 9) and found["hallucination accuracy"] == 0.5
+
+
+def test_scalars_of_a_likelihood_objective_are_logged_where_it_trains_alone() -> None:
+    """Elsewhere they are NaN, and in the log noise."""
+    step = metrics_of(targets=1, pairs=1, twins=2, preference_loss_sum=3.0)
+    assert loss_scalars(step)["preference loss"] == 1.5
+    assert "preference loss" not in loss_scalars(replace(step, weights=replace(step.weights, preference=0.0)))
