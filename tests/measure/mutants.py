@@ -3,6 +3,7 @@
     python -m tests.measure.mutants --sample 300 --seed 1 --work /tmp/mutants          # of the folders in PLACES
     python -m tests.measure.mutants hacl_megatron/data/packing.py --work /tmp/mutants  # every mutant of one file
     python -m tests.measure.mutants --survivors --budget 300 --work /tmp/mutants       # those again, by more tests
+    python -m tests.measure.mutants hacl_megatron/data/packing.py --survivors --changed "<= limit" --work /tmp/mutants
 
 Wants Python 3.12 or newer (`sys.monitoring`) with the test requirements; it is no test: its result is a share. Works
 in copies of the repository, at `nice` 15, one at a time unless `--workers` says more. First it runs each file of tests
@@ -31,7 +32,10 @@ from tests.measure.mutations import Mutant, mutants_of, sources
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("objective", "training", "data", "checkpoint/run")
-TESTS = ("objective", "training", "data", "checkpoint/run", "public_reports", "hostile")
+TESTS = (
+    "objective", "training", "data", "checkpoint/run", "public_reports", "hostile", "evaluation", "config", "plan",
+    "tools/test_inspect_data.py",
+)  # fmt: skip
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.json")
 COLLECT_S = 1200
 """Most that one file of tests may take, when it is run for its lines."""
@@ -163,16 +167,16 @@ def judge(mutant: Mutant, coverage: Coverage, worker: Worker, budget_s: float) -
     by = [
         line.split(" - ")[0]
         for line in log.read_text(errors="replace").splitlines()
-        if line.startswith(("FAILED", "ERROR"))
+        if line.startswith(("FAILED ", "ERROR tests"))  # libraries print lines with ERROR too
     ]
     return {**record, "outcome": outcome, "by": by[0] if by else "", "seconds": round(reply["seconds"], 1)}
 
 
-def identity(record: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(record[name] for name in ("path", "function", "before", "after"))
+def identity(record: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(record[name] for name in ("path", "function", "before", "after")), record.get("nth", 1))
 
 
-def read_records(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+def read_records(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The last word on each mutant, in order of the first."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return {identity(record): record for record in map(json.loads, lines)}
@@ -215,6 +219,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=40, help="seconds of tests for a mutant")
     parser.add_argument("--workers", type=int, default=1, help="mutants at a time")
     parser.add_argument("--survivors", action="store_true", help="only those that WORK knows as survivors")
+    parser.add_argument("--changed", metavar="TEXT", help="only those whose changed line holds it")
     parser.add_argument("--only-report", action="store_true", help="of what WORK holds")
     return parser.parse_args()
 
@@ -233,6 +238,8 @@ def run(arguments: argparse.Namespace, work: Path, results: Path) -> None:
     mutants = [mutant for path, source in sources(ROOT, arguments.places) for mutant in mutants_of(source, path)]
     if arguments.sample is not None:
         mutants = random.Random(arguments.seed).sample(mutants, min(arguments.sample, len(mutants)))
+    if arguments.changed is not None:
+        mutants = [mutant for mutant in mutants if arguments.changed in mutant.after]
     known = read_records(results)
     if arguments.survivors:
         mutants = [m for m in mutants if known.get(m.identity, {}).get("outcome") == "survived"]

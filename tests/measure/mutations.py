@@ -11,9 +11,10 @@ of an error.
 """
 
 import ast
+import collections
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 _COMPARISONS = {
@@ -61,14 +62,16 @@ class Mutant:
     before: str
     """The line, without its blanks, as it is and as the mutant has it."""
     after: str
+    nth: int = 1
+    """Of the mutants of its function that change equal lines alike, in order of their places."""
 
     def applied(self, source: bytes) -> bytes:
         return source[: self.start] + self.replacement.encode() + source[self.stop :]
 
     @property
-    def identity(self) -> tuple[str, str, str, str]:
+    def identity(self) -> tuple[str, str, str, str, int]:
         """What it is known by when lines have moved."""
-        return self.path, self.function, self.before, self.after
+        return self.path, self.function, self.before, self.after, self.nth
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,7 +82,12 @@ def mutants_of(source: bytes, path: str) -> list[Mutant]:
     visitor = _Visitor(source, path)
     visitor.statements(ast.parse(source).body)
     found = {(m.start, m.stop, m.replacement): m for m in visitor.found}
-    return sorted(found.values(), key=lambda m: (m.start, m.stop, m.replacement))
+    ordered = sorted(found.values(), key=lambda m: (m.start, m.stop, m.replacement))
+    seen: collections.Counter = collections.Counter()
+    for place, mutant in enumerate(ordered):
+        seen[mutant.identity] += 1
+        ordered[place] = replace(mutant, nth=seen[mutant.identity])
+    return ordered
 
 
 class _Visitor:

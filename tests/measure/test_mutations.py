@@ -55,6 +55,13 @@ def test_each_slip_is_a_mutant_and_nothing_that_says_nothing() -> None:
         assert different == [mutant.line]
 
 
+def test_equal_changes_of_equal_lines_are_told_apart() -> None:
+    """What became of the one was taken for the other's."""
+    found = mutants_of(b"def f(a):\n    print(a)\n    print(a)\n\ndef g(a):\n    print(a)\n", "f.py")
+    assert [(mutant.function, mutant.line, mutant.nth) for mutant in found] == [("f", 2, 1), ("f", 3, 2), ("g", 6, 1)]
+    assert len({mutant.identity for mutant in found}) == 3
+
+
 def test_mutants_of_the_package_are_python() -> None:
     root = Path(__file__).parents[2]
     for path, source in sources(root, ["hacl_megatron/objective/queue.py", "hacl_megatron/data/order/assignment.py"]):

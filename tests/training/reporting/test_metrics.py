@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from hacl_megatron.batch import SegmentLengths
 from hacl_megatron.train import run
-from hacl_megatron.training.flops import language_flops, step_flops, vision_flops
+from hacl_megatron.training.flops import language_flops, qformer_flops, step_flops, vision_flops
 from hacl_megatron.training.loop import Trainer
 from tests.distributed import run_distributed
 from tests.training.runs import layout_flags, make_inputs, metrics, train, weights
@@ -273,6 +273,7 @@ def test_flops_of_a_llama_worked_out_by_hand() -> None:
     connector = 3 * 2 * 4 * (32 + 64)
     assert vision_flops(model, 7, trained=False) == 7 * (tower + connector)
     assert vision_flops(model, 7, trained=True) == 7 * (3 * tower + connector)
+    assert qformer_flops(model) == (0, 0, 0), "there is none"
 
 
 def test_cut_dialogues_are_counted_over_all_ranks(tmp_path: Path) -> None:
