@@ -31,6 +31,7 @@ from hacl_megatron.config.checks.architecture import padded_vocab_size
 from hacl_megatron.config.families import language_family
 from hacl_megatron.config.lora import Lora, split_of
 from hacl_megatron.config.run import RunConfig
+from hacl_megatron.model.hacl import VIEWS_AT_ONCE
 from hacl_megatron.plan.image_parts import kept_by_connector, kept_by_tower
 from hacl_megatron.plan.workload import MicroBatchShape, PackShape
 
@@ -159,7 +160,10 @@ def stage_activations(
             kept += rows * (1 - 1 / shard) * language.hidden_size * e
         vision = model.vision
         ffn = vision.ffn_hidden_size / (tp if vision.backend == "megatron" else 1)
-        working = max(working, pack.images * vision.sequence_length * e * 4 * ffn)
+        at_once = pack.images
+        if model.tiles is not None and config.model.freeze_ViT:
+            at_once = min(at_once, VIEWS_AT_ONCE)
+        working = max(working, at_once * vision.sequence_length * e * 4 * ffn)
     if is_last:
         kept += pack.read_rows * _norm(language.hidden_size, e, trained, kernels)
         kept += INT64 * (pack.target_rows + micro_batch.eos_rows)
