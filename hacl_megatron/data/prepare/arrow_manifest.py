@@ -167,8 +167,11 @@ def build_batch(entries: Sequence[Entry], measures: Measures) -> pa.RecordBatch:
         [num_words(entry.record) for entry in entries],
         *(dialogue, caption, wrong_captions, width, height, fault),
         *([None] * count for _ in ("shard", "offset", "size", "checksum")),
-        [_more_images(record, found) for record, found in zip(records, images, strict=True)],
-        [[pair._asdict() for pair in record.pairs] or None for record in records],
+        [
+            _more_images(record, found) if len(found) > 1 else None
+            for record, found in zip(records, images, strict=True)
+        ],
+        [[pair._asdict() for pair in record.pairs] if record.pairs else None for record in records],
     ]
     return pa.record_batch(
         [
@@ -195,12 +198,12 @@ def _without_text(record: Record) -> Record:
     return Record(replaced(record.name), images, (), None, record.first_answer_is_caption, (), rejected)
 
 
-def _more_images(record: Record, found: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]] | None:
-    """What is known of a record's images but the first, where each lies still open; None where there are none."""
+def _more_images(record: Record, found: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """What is known of a record's images but the first; where each lies is still open."""
     some = zip(record.images[1:], found[1:], strict=True)
     return [
         {"image": name, "width": width, "height": height, "image_fault": fault} for name, (width, height, fault) in some
-    ] or None
+    ]
 
 
 def _first(record: Record) -> str | None:

@@ -106,7 +106,8 @@ def find_unseen(
             findings.count(f"key {key!r} is not read; did you mean {meant!r}, the caption?", name)
         elif meant in ANSWER_KEYS and not record.get(meant) and isinstance(record[key], str | list):
             findings.count(f"key {key!r} is not read; did you mean {meant!r}, an answer?", name)
-    tagged = [number for number, (_, value) in enumerate(turns) if isinstance(value, str) and IMAGE_TAG in value]
+    tags = [value.count(IMAGE_TAG) if isinstance(value, str) else 0 for _, value in turns]
+    tagged = [number for number, count in enumerate(tags) if count]
     if not images:
         names = (key for key, meant in strange.items() if meant == IMAGE_KEY)
         key = next((key for key in names if tagged or not _is_another_file(record[key])), None)
@@ -125,7 +126,7 @@ def find_unseen(
         return
     # With a caption the image is shown all the same, in a pair with it.
     loss: Loss | None = None if record.get("text") or record.get(HALLUCINATED_KEY) else "image in the dialogue"
-    num_tags = sum(value.count(IMAGE_TAG) for _, value in turns if isinstance(value, str))
+    num_tags = sum(tags)
     if num_tags != len(images) and (num_tags or len(images) > 1):
         kind = f"more or fewer {IMAGE_TAG} tags than images: training leaves it out, as a bad sample"
         findings.count(kind, name, "image")

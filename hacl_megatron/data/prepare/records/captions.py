@@ -35,6 +35,9 @@ class Captions(NamedTuple):
     """Of several images, where `text` lists their captions."""
 
 
+NO_CAPTIONS = Captions(None, (), ())
+
+
 def clean_caption(caption: str) -> str:
     """A caption without image tags and surrounding blanks."""
     return caption.replace(IMAGE_TAG, "").strip()
@@ -47,6 +50,8 @@ def read_captions(record: dict[str, Any], num_images: int, wrong: Wrong, name: s
     another type, or a list of another length than there are images.
     """
     text, hallucinated = value_of(record, "text"), value_of(record, HALLUCINATED_KEY)
+    if text is None and hallucinated is None and num_images < 2:
+        return NO_CAPTIONS
     if isinstance(text, list) and text and num_images > 1:
         return _of_several(text, hallucinated, num_images, wrong, name, findings)
     if isinstance(text, list) and len(text) < 2:

@@ -24,6 +24,9 @@ def read_images(
     What `datasets` writes for a picture, {"bytes", "path"}, counts as its path: pictures are read from files alone.
     What is not read is counted in `findings` under the record's `name`. Raises ValueError for what is no name.
     """
+    there = [key for key in keys if key in record]
+    if len(there) == 1 and isinstance(image := record[there[0]], str) and not _is_blank(image):
+        return (image,)  # nearly always
     found: dict[str, tuple[str, ...]] = {}
     pictures: dict[str, list[Any]] = {}
     for key in keys:
