@@ -83,7 +83,7 @@ def test_a_run_is_told_at_a_glance(save: Path, capfd: pytest.CaptureFixture, mon
     assert " 40 3.5 MB " in text and "holds values that are not finite" in text
     assert "iter_0000060.partial" in text and "being written" in text
     assert "not as in the run that is resumed: --lr 0.001 (was 0.002)" in text
-    assert "from iteration 40 on: --lr 0.001 (was 0.002) \n" in text  # and no word of what is equal
+    assert "checkpoint 40, unlike the one before: --lr 0.001 (was 0.002) \n" in text  # and no word of what is equal
     assert "note:" not in text, text
 
 

@@ -177,7 +177,7 @@ def _tables(run: RunFiles, now: float) -> Iterator[tuple[str, list[tuple[str, ..
     lines = [(f"{line}",) for line in changes] if isinstance(changes, list) else []
     for saved in run.checkpoints:
         if saved.changes:
-            lines.append((f"from iteration {saved.iteration:,} on: {', '.join(saved.changes)}",))
+            lines.append((f"checkpoint {saved.iteration:,}, unlike the one before: {', '.join(saved.changes)}",))
     yield "changes between starts", lines
 
 
