@@ -173,6 +173,8 @@ class PackedBatch:
     twin_sample_ids: Tensor = field(default_factory=_no_integers)
     """int64 [P]: manifest index of each twin's sample; a sample's twins stand in their own order."""
 
+    shared_out_by: int = 0
+    """20 bits of hash of the lengths by which the global batch was shared out among ranks; 0: by number alone."""
     num_padding_rows: int
     """Rows at the end of the pack that belong to no sample."""
     num_text_rows: int

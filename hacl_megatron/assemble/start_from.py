@@ -11,6 +11,7 @@ from hacl_megatron.checkpoint.hf.modules import clean_config
 from hacl_megatron.checkpoint.run.choose import choose_checkpoint
 from hacl_megatron.checkpoint.run.folder import assets_of, find_checkpoint, read_run_config
 from hacl_megatron.config.architecture import ModelConfig
+from hacl_megatron.config.console import notify
 from hacl_megatron.config.flags import LoraFlags, ModelFlags
 from hacl_megatron.config.lora import settle_lora
 from hacl_megatron.config.run import RunConfig, with_architecture
@@ -61,6 +62,9 @@ def resolve_architecture(config: RunConfig, resume_from: Path | None) -> ModelCo
             raise ValueError(f"--pretrained-checkpoint {source} holds its vision tower; leave --vision-tower out")
         found = read_run_config(own).architecture if own is not None else read_model_config(source, tower)
         _refuse_other_sizes(config, found, source)
+        grids = config.model.image_grid_pinpoints
+        if grids is not None and found.tiles is not None and tiles_of(grids, found.vision.image_size) != found.tiles:
+            notify(f"note: --image-grid-pinpoints {grids} takes the place of the grids that the model in {source} has.")
         if own is not None:
             _refuse_other_parts(config.model, found, own, resumes=False)
         return found
@@ -148,9 +152,8 @@ def _refuse_other_parts(flags: ModelFlags, found: ModelConfig, checkpoint: Path,
             f"--mm-projector-type is {asked}, but the connector in checkpoint {checkpoint} is {found.projector_type}; "
             "leave the flag out"
         )
-    # A model without tiles may start with some, as LLaVA-NeXT's second stage does: its newline is drawn.
-    grids, may_begin = flags.image_grid_pinpoints, found.tiles is None and not resumes
-    if grids is not None and not may_begin and tiles_of(grids, found.vision.image_size) != found.tiles:
+    grids = flags.image_grid_pinpoints
+    if resumes and grids is not None and tiles_of(grids, found.vision.image_size) != found.tiles:
         raise ValueError(
             f"--image-grid-pinpoints is {grids}, but the model in checkpoint {checkpoint} has "
             f"{'no tiles' if found.tiles is None else 'other grids'}; leave the flag out"

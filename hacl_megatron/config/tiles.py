@@ -64,10 +64,10 @@ def tiles_of(text: str, view_size: int) -> TilesConfig:
     pinpoints = []
     for size in text.split(","):
         height, _, width = size.strip().partition("x")
-        if not (height.isdecimal() and width.isdecimal()):
+        if not (height.isdecimal() and width.isdecimal() and len(size) < 20):
             raise ValueError(
-                f"--image-grid-pinpoints holds {size.strip()!r}; expected next, onevision, or sizes, height x width in "
-                "pixels, such as 336x672,672x336"
+                f"--image-grid-pinpoints holds {size.strip()[:40]!r}; expected next, onevision, or sizes, height x "
+                "width in pixels, such as 336x672,672x336"
             )
         pinpoints.append((int(height), int(width)))
     return TilesConfig(pinpoints=tuple(pinpoints))
@@ -177,7 +177,7 @@ def _rows_of_one_view(visual_tokens: int, with_newline: bool) -> ImageRows:
     return ImageRows(1, sources, *_NOTHING_POOLED)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)  # of up to 0.4 MB each
 def _rows_of_tiles(width: int, height: int, layout: ImageLayout) -> ImageRows:
     per_view, side = layout.visual_tokens, math.isqrt(layout.visual_tokens)
     tall, wide = layout.cut(width, height).grid

@@ -79,14 +79,14 @@ class Sample:
     def twin_conversations(self) -> Iterator[tuple[tuple[str, str], ...] | None]:
         """The turns with another answer in a true one's place: what a likelihood objective rejects, whichever it is.
 
-        Of each hallucinated caption, with it in the place of the first answer that is its caption; None where no answer
-        is. Before the first question nothing is an answer: templates leave it out. Then of each rejected answer, with
-        it in the place of the last turn.
+        Of each hallucinated caption, with it in the place of the first answer that is its caption, of several images of
+        those behind its image's tag; None where no answer is. Before the first question nothing is an answer: templates
+        leave it out. Then of each rejected answer, with it in the place of the last turn.
         """
         turns = self.conversations
-        captions = [(pair.caption, pair.hallucinated) for pair in self.listed_pairs]
-        for caption, twins in captions or [(self.caption, self.hallucinated_captions)]:
-            place = self._answer_that_is(caption) if caption and twins else None
+        captions = [(pair.image, pair.caption, pair.hallucinated) for pair in self.listed_pairs]
+        for image, caption, twins in captions or [(0, self.caption, self.hallucinated_captions)]:
+            place = self._answer_that_is(caption, image) if caption and twins else None
             for twin in twins:
                 if place is None:
                     yield None
@@ -98,11 +98,16 @@ class Sample:
         for rejected in self.rejected_answers:
             yield (*turns[:-1], ("gpt", rejected))
 
-    def _answer_that_is(self, caption: str) -> int | None:
-        """Number of the first answer behind a question that is this caption."""
+    def _answer_that_is(self, caption: str, image: int) -> int | None:
+        """Number of the first answer behind a question that is this caption, and has seen the image of this number."""
+        shown = 0
         for number, (role, value) in enumerate(self.conversations):
-            if number and role == "gpt" and isinstance(value, str) and clean_caption(value) == caption:
+            if not isinstance(value, str):
+                continue
+            seen = len(self.images) < 2 or shown > image
+            if number and role == "gpt" and seen and clean_caption(value) == caption:
                 return number
+            shown += value.count(IMAGE_TAG)
         return None
 
 

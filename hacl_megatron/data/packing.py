@@ -41,6 +41,7 @@ def pack(
     visual_tokens: int,
     pad_multiple: int,
     parts: Parts = Parts(),  # noqa: B008 -- frozen
+    shared_out_by: int = 0,
 ) -> PackedBatch:
     """One micro-batch's `PackedBatch` from its samples' segments.
 
@@ -52,6 +53,7 @@ def pack(
         pad_multiple: T is a multiple of it, and at least that even if nothing else is in the pack.
         parts: the kinds of segments that go in. A `branch` needs its dialogue: an image whose dialogue does not start
             with its context, or is not in the pack, gets a segment of its own.
+        shared_out_by: `PackedBatch.shared_out_by`.
     """
     good = [(slot, slot.encoded) for slot in slots if slot.encoded is not None]
     images = _Images([rows for _, encoded in good for rows in encoded.images], visual_tokens)
@@ -148,6 +150,7 @@ def pack(
         answers_per_twin=3 if crops else 2,
         reference_likelihoods=torch.tensor(np.concatenate(references) if references else [], dtype=torch.float64),
         twin_sample_ids=_int64(twin_sample_ids),
+        shared_out_by=shared_out_by,
         num_padding_rows=num_padding_rows,
         num_text_rows=num_text_rows,
     )

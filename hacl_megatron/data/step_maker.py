@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hacl_megatron.batch import BadSample, MicroBatch, PackedBatch, PackPlan, Parts, StepBatches
-from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample, encode
+from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample, encode, rows_key
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.order.assignment import balanced, in_order, within_tokens
@@ -44,6 +44,8 @@ class _Drawn:
     image_keys: tuple[int, ...] = ()
     references: np.ndarray | None = None  # `PackSlot.references`
     bad: BadSample | None = None
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """(width, height) of its images that `encoded` was made for, where their rows follow from them."""
     left_out: bool = False
     """An empty slot behind the only epoch's end."""
 
@@ -116,25 +118,25 @@ class StepMaker:
         if micro_batching.micro_batch_tokens is None:
             self._assign([1] * sampler.global_batch_size)  # complain now, not in the thread
         self._files = ReadAhead(manifests, store, io_threads, decoder.size_of)
-        self._planned: tuple[list[tuple[int, int]], list[list[_Drawn]]] = ([], [])
+        self._planned: tuple[list[tuple[int, int]], _Share] = ([], _Share([]))
 
     def make(self) -> StepBatches:
         """The next step's micro-batches on this rank."""
         global_batch = self.sampler.next_batch()
         data_state = self.sampler.state_dict()
-        planned_for, micro_batches = self._planned
+        planned_for, share = self._planned
         if planned_for != global_batch:
-            micro_batches = self._share(global_batch)
+            share = self._share(global_batch)
         # The next step's files are read while this one's images are decoded.
         upcoming = self.sampler.peek(len(global_batch))
         self._planned = (upcoming, self._share(upcoming))
-        step = [drawn for micro_batch in micro_batches for drawn in micro_batch]
+        step = [drawn for micro_batch in share.micro_batches for drawn in micro_batch]
         for drawn in step:
             self._encode_if_not_yet(drawn)
-        plan = self.micro_batching.plan(len(micro_batches))
+        plan = self.micro_batching.plan(len(share.micro_batches))
         views = self._decode(step)
         return StepBatches(
-            micro_batches=[self._pack(micro_batch, plan, views) for micro_batch in micro_batches],
+            micro_batches=[self._pack(own, plan, views, share.shared_out_by) for own in share.micro_batches],
             data_state=data_state,
             bad_samples=[drawn.bad for drawn in step if drawn.bad],
             untrained_samples=[
@@ -156,7 +158,7 @@ class StepMaker:
         """Makes a `make` that is under way in another thread fail soon."""
         self._files.cancel()
 
-    def _share(self, global_batch: list[tuple[int, int]]) -> list[list[_Drawn]]:
+    def _share(self, global_batch: list[tuple[int, int]]) -> "_Share":
         """This rank's samples of the global batch by micro-batch, encoded, their files being read."""
         settings = self.micro_batching
         several = len(global_batch) > settings.micro_batch_size
@@ -168,12 +170,13 @@ class StepMaker:
                 self._encode(item, of_images)
             main = settings.plan(1).main
             parts = replace(main, texts=main.has_pairs)  # whichever of the two packs texts are in
-            shares = self._assign([num_packed_rows(item.encoded, parts) for item in drawn])
+            costs = [num_packed_rows(item.encoded, parts) for item in drawn]
+            shares = self._assign(costs)
             micro_batches = [[drawn[at] for at in micro_batch] for micro_batch in shares]
             for micro_batch in micro_batches:
                 for item in micro_batch:
                     self._read(item)
-            return micro_batches
+            return _Share(micro_batches, rows_key(np.array(costs)) % (1 << 20))
         shares = self._assign([1] * len(global_batch))
         micro_batches = [[self._drawn(*global_batch[at]) for at in micro_batch] for micro_batch in shares]
         own = [item for micro_batch in micro_batches for item in micro_batch]
@@ -182,7 +185,7 @@ class StepMaker:
         if not self.settings.image_layout.needs_sizes:
             for item in own:  # while the readers read
                 self._encode(item)
-        return micro_batches
+        return _Share(micro_batches)
 
     def _assign(self, costs: list[int]) -> list[list[int]]:
         """Positions in the global batch of this rank's micro-batches."""
@@ -236,6 +239,7 @@ class StepMaker:
         except UnusableSample as error:
             drawn.refuse(drawn.sample.source, error)
             return
+        drawn.sizes = known
         if self.references is not None and (twins := len(drawn.encoded.rejected)):
             drawn.references = self.references(drawn.sample_id)
             if drawn.references is None:  # it could not be used when the reference was scored
@@ -254,6 +258,7 @@ class StepMaker:
             for number, file in enumerate(drawn.files):
                 try:
                     data, key = file.result()
+                    self._refuse_another_size(drawn, number, data)
                 except UnusableImage as error:
                     drawn.refuse(self._source(drawn, number), error)
                     break
@@ -272,10 +277,19 @@ class StepMaker:
         borders = zip(decoded.first_views, decoded.first_views[1:], strict=False)
         return _Views(decoded.pixel_values, {image: range(*views) for image, views in zip(files, borders, strict=True)})
 
+    def _refuse_another_size(self, drawn: _Drawn, number: int, data: bytes) -> None:
+        """UnusableImage for a file that is no longer what its rows were counted for."""
+        if drawn.sizes and (size := self.decoder.size_of(data, alone=len(drawn.files) == 1)) != drawn.sizes[number]:
+            before = drawn.sizes[number]
+            raise UnusableImage(
+                f"was {before[0]} x {before[1]} pixels when its rows were counted, and is {size[0]} x {size[1]} now: "
+                "it was replaced while the run was reading"
+            )
+
     def _source(self, drawn: _Drawn, number: int) -> str:
         return self.store.source(drawn.sample.images[number], drawn.sample.stored[number])
 
-    def _pack(self, micro_batch: list[_Drawn], plan: PackPlan, views: "_Views") -> MicroBatch:
+    def _pack(self, micro_batch: list[_Drawn], plan: PackPlan, views: "_Views", shared_out_by: int) -> MicroBatch:
         slots = [
             PackSlot(
                 sample_id=drawn.sample_id,
@@ -295,12 +309,22 @@ class StepMaker:
                 visual_tokens=self.settings.image_layout.visual_tokens,
                 pad_multiple=self.pad_multiple,
                 parts=parts,
+                shared_out_by=shared_out_by,
             )
 
         return MicroBatch(
             main=packed(plan.main, pixel_values),
             ahead=None if plan.ahead is None else packed(plan.ahead, views.pixel_values[:0]),
         )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """This rank's samples of a global batch."""
+
+    micro_batches: list[list[_Drawn]]
+    shared_out_by: int = 0
+    """`PackedBatch.shared_out_by`."""
 
 
 _Image = tuple[int, bool]

@@ -91,7 +91,15 @@ class Step:
             sum(batch.num_rows_once for batch in micro_batches),
             sum(batch.main.num_images for batch in micro_batches),
         ]
-        targets, pairs, twins, rows, images = map(int, host_sums(local, self.groups.dp_host))
+        shared_out_by = micro_batches[0].main.shared_out_by
+        sums = host_sums([*local, shared_out_by, shared_out_by**2], self.groups.dp_host)
+        targets, pairs, twins, rows, images, total, squares = map(int, sums)
+        if squares * self.groups.dp_host.size() != total**2:  # not one number on all ranks
+            raise ValueError(
+                "ranks count other rows for the same samples of this step, so that some would train twice and others "
+                "never: the pictures under --image-folder, whose sizes decide their rows, are not the same for all "
+                "ranks; give them the same files, or leave --micro-batch-tokens and balancing out"
+            )
         pairs_of_ranks = []
         if self.is_last_stage:
             own = [pair_integers(batch.main) for batch in micro_batches]

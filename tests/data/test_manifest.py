@@ -227,7 +227,7 @@ def test_an_empty_image_is_none_and_a_list_of_one_is_that_one(tmp_path, image, m
 
 
 def of_images(*images: str, **keys) -> Sample:
-    turns = (("human", "<image>\n<image>\nOne?"), ("gpt", " A cat. "), ("human", "Two?"), ("gpt", "A dog."))
+    turns = (("human", "<image>\n<image>\nOne?"), ("gpt", " A cat. "), ("human", "<image>\nTwo?"), ("gpt", "A dog."))
     given = {"caption": None, "hallucinated_captions": (), "conversations": turns, **keys}
     return Sample(sample_id=0, name="0", images=images, source="a.json", **given)
 
@@ -247,3 +247,5 @@ def test_pairs_and_twins_are_of_one_image_as_they_were_and_of_several_as_they_ar
         (turns[0], ("gpt", " A cow. "), *turns[2:]), None,
         (*turns[:3], ("gpt", "A cow.")), (*turns[:3], ("gpt", "A ox.")), (*turns[:3], ("gpt", "No.")),
     ]  # fmt: skip
+    earlier = of_images("a.jpg", "b.jpg", "c.jpg", listed_pairs=(Pair(2, "A cat.", ("A cow.",)),))
+    assert list(earlier.twin_conversations()) == [None], "the answer that it equals has not seen the third image"

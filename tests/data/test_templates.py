@@ -3,6 +3,7 @@
 It is registered here and nowhere else, so whatever needs a new template in a second place fails.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,18 +11,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import jinja2.sandbox
 import numpy as np
 import pytest
 
 from hacl_megatron import train
 from hacl_megatron.config.flags import DataFlags
 from hacl_megatron.config.tiles import ImageLayout
-from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodingSettings, encode
-from hacl_megatron.data.manifest import Manifest
+from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodingSettings, checked_dialogue, encode
+from hacl_megatron.data.manifest import Manifest, Sample
 from hacl_megatron.data.prepare.arrow_manifest import ArrowManifest
+from hacl_megatron.data.prepare.preference_json import text_of_parts
 from hacl_megatron.data.templates import find_template, register, template_names
 from hacl_megatron.data.templates import template as registry
-from hacl_megatron.data.templates.template import Dialogue, Piece, Template
+from hacl_megatron.data.templates.template import MESSAGE, Dialogue, Piece, Template
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.evaluation.answers import answerer as answering
 from hacl_megatron.evaluation.answers.answerer import Answerer, GenerationSettings, Question
@@ -257,3 +260,22 @@ def test_a_question_template_is_one_that_asks(tokenizer):
         asked = find_template(find_template(name).question_template or name)
         texts = [piece.content for piece in asked.pieces(dialogue, tokenizer)]
         assert any("is it red?" in text for text in texts if isinstance(text, str)), name
+
+
+def test_a_message_in_parts_reads_in_an_export_as_its_record_does() -> None:
+    """Catches images that exports move to the front, where training leaves several in their places."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    words = environment.from_string(MESSAGE + "{{ words(message) }}")
+    image = {"type": "image"}
+    for length, number in itertools.product(range(1, 5), range(16)):
+        parts = [image if number >> at & 1 else {"type": "text", "text": f" t{at} "} for at in range(length)]
+        if image not in parts:
+            continue
+        text = text_of_parts(parts, "", lambda *_: ValueError())
+        said = ("human", text or "x")
+        sample = Sample(
+            sample_id=0, name="", images=("a",) * parts.count(image), conversations=(said, ("gpt", "y")), caption=None,
+            hallucinated_captions=(), source="",
+        )  # fmt: skip
+        expected = checked_dialogue(sample).turns[0][1]
+        assert words.render(message={"content": parts}) == expected, parts

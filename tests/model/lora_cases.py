@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hacl_megatron.config.lora import TARGETS
-from tests.model.parity_batches import LAYERS, PADDED_VOCAB, VOCAB, loss_weights, make_batches
+from hacl_megatron.config.tiles import ImageLayout
+from tests.model.parity_batches import LAYERS, PADDED_VOCAB, VISUAL, VOCAB, loss_weights, make_batches
 from tests.model.parity_cases import TEMPERATURE, Layout, _heads, _segment_hidden, load, run_schedule, wrap
 from tests.tiny import randomise, write_tiny_llava
 
@@ -87,8 +88,9 @@ def write_reference(folder: Path, variant: Variant) -> None:
     heads = {name: value.clone().requires_grad_() for name, value in heads.items()}
 
     expected, loss = [], 0.0
+    layout = ImageLayout(visual_tokens=VISUAL)
     for index, batch in enumerate(batches_of(variant)):
-        hidden = torch.cat([_segment_hidden(model, batch, s) for s in range(len(batch.cu_seqlens) - 1)])
+        hidden = torch.cat([_segment_hidden(model, batch, s, layout) for s in range(len(batch.cu_seqlens) - 1)])
 
         def embed(rows: Tensor, name: str, hidden: Tensor = hidden) -> Tensor:
             return F.normalize(F.linear(hidden[rows], heads[f"{name}.weight"], heads[f"{name}.bias"]), dim=-1)

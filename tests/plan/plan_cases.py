@@ -95,6 +95,8 @@ def _prepare(arguments: Sequence[str]):
     config = parse_run_config(arguments)
     layout = check_flags(config, world_size_from_environment())
     config = with_architecture(config, resolve_architecture(config, None))
+    if config.architecture.tiles is not None:
+        config.data.image_aspect_ratio = "pad"  # the stages' YAML has the shape of other models' pictures
     check_architecture(config, layout)
     device = start_platform("cpu")
     return config, layout, device, initialize_parallelism(config, layout)

@@ -24,28 +24,27 @@ IGNORE = -100
 
 MESSAGE = """
 {%- macro words(message) -%}
-    {%- set found = namespace(text='', images=0) -%}
+    {%- set found = namespace(text='', texts=0) -%}
     {%- if message['content'] is string -%}
         {%- set found.text = message['content'] -%}
     {%- else -%}
         {%- for part in message['content'] -%}
             {%- if part['type'] == 'image' -%}
-                {%- set found.images = found.images + 1 -%}
+                {%- set found.text = found.text + ('<image>' if found.texts else '<image>\\n') -%}
             {%- else -%}
                 {%- set found.text = found.text + part['text'] -%}
+                {%- set found.texts = found.texts + 1 -%}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
-    {%- if found.images + found.text.count('<image>') == 1 -%}
+    {%- if found.text.count('<image>') == 1 -%}
         {{- ('<image>\\n' + found.text.replace('<image>', '').strip()).strip() -}}
-    {%- elif found.images -%}
-        {{- ('<image>\\n' * found.images + found.text).strip() -}}
     {%- else -%}
         {{- found.text -}}
     {%- endif -%}
 {%- endmacro -%}"""
-"""Jinja: `words(message)` is the text of a message as `encoding.checked_dialogue` has it: an only image and image parts
-are at the front, tags among several stay where the text has them."""
+"""Jinja: `words(message)` is the text of a message as `prepare.preference_json.text_of_parts` and then
+`encoding.checked_dialogue` have it: an only image is at the front, several stay where they are."""
 TURNS = """
 {%- set turns = messages -%}
 {%- if turns and turns[0]['role'] == 'system' -%}

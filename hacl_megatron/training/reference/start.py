@@ -217,6 +217,7 @@ def identity_of(config: RunConfig, tokenizer: Tokenizer, *, for_validation: bool
         "--version": data.version,
         "--model-max-length": str(data.model_max_length),
         "--image-aspect-ratio": data.image_aspect_ratio,
+        "tiles of pictures": str(config.architecture.tiles),
         "--image-transparency": data.image_transparency,
         "--image-orientation": data.image_orientation,
         "image back end": resolve_backend(data.image_backend),

@@ -53,7 +53,7 @@ class UntrainedSamples:
         for sample in samples:
             self._kinds[sample.reason] = self._kinds.get(sample.reason, 0) + 1
             first = self._first.setdefault(sample.reason, [])
-            if len(first) < _SAID:
+            if len(first) < _SAID and sample.name not in first:
                 first.append(sample.name)
                 self._say(f"sample {sample.name} {self._what}: {sample.source}: {sample.reason}")
         _append(samples, {"iteration": iteration, "class": self._what}, self._save, self._say)
@@ -67,8 +67,10 @@ class UntrainedSamples:
         for kind, number in Counter(self._kinds).most_common():
             first = self._first.get(kind, [])
             named = f" ({', '.join(first)}{', ...' if number > len(first) else ''})" if first else ""
-            became = "trained nothing" if self._what == UNTRAINED else "had a twin that was not compared"
-            lines.append(f"{number:,} samples drawn{named} {became}: {kind}")
+            if self._what == UNTRAINED:
+                lines.append(f"{number:,} samples drawn{named} trained nothing: {kind}")
+            else:
+                lines.append(f"{number:,} twins of samples drawn{named} were not compared: {kind}")
         return lines
 
 

@@ -57,8 +57,9 @@ def read_captions(record: dict[str, Any], num_images: int, wrong: Wrong, name: s
     if isinstance(text, list) and len(text) < 2:
         (text,) = text or [None]
         text = None if is_gap(text) else text
-        if isinstance(hallucinated, list) and len(hallucinated) == 1 and isinstance(hallucinated[0], list | None):
-            (hallucinated,) = hallucinated
+    of_one = isinstance(hallucinated, list) and len(hallucinated) == 1 and isinstance(hallucinated[0], list | None)
+    if num_images < 2 and of_one:
+        (hallucinated,) = hallucinated
     if text is not None and not isinstance(text, str):
         raise wrong("text", text, "a string, the caption, or with several images a list of strings")
     captions = _hallucinated(hallucinated, HALLUCINATED_KEY, wrong, listed=num_images > 1)
