@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hacl_megatron.config.checks.architecture import check_architecture
+from hacl_megatron.config.checks.files import HoldsAnotherRun
 from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.console import (
     exit_with_error,
@@ -60,7 +61,7 @@ def _main(argv: Sequence[str]) -> None:
             if report_crash(error):
                 write_status(save, "crashed", reason=f"{type(error).__name__}: {error}"[:500])
             raise SystemExit(1) from None
-        if report_error(broken or error) and not isinstance(error, FolderInUse):
+        if report_error(broken or error) and not isinstance(error, FolderInUse | HoldsAnotherRun):
             write_status(save, "failed", reason=broken or str(error))
         raise SystemExit(2) from None
 

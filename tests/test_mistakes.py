@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from hacl_megatron.config.checks.files import LATEST_FILE
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.platform.folder_lock import FolderLock
-from hacl_megatron.train import run
+from hacl_megatron.train import main, run
 from hacl_megatron.training.reporting.doubts import doubts
 from tests.config.test_round_trip import MODEL
 from tests.distributed import run_distributed
@@ -246,3 +247,13 @@ def test_flags_of_the_other_stage_get_a_note(flags: dict[str, object], says: str
     lines = doubts(configured(**flags))
     assert len(lines) == (says is not None), lines
     assert says is None or says in lines[0], lines
+
+
+def test_a_start_that_a_finished_run_refuses_leaves_its_status(inputs: Path, tmp_path: Path, capfd) -> None:
+    """Catches "failed" over "finished": whoever watches the run would wait for it to go on."""
+    (tmp_path / LATEST_FILE).write_text("3")
+    (tmp_path / "run_status.json").write_text('{"status": "finished"}')
+    with pytest.raises(SystemExit):
+        main(["--config", str(inputs / "pretrain.yaml"), "--save", str(tmp_path)])
+    assert "holds a run already, which a new one would overwrite; add --load" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run_status.json").read_text()) == {"status": "finished"}

@@ -15,6 +15,10 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 """Says that a folder holds a checkpoint of this trainer, as in Megatron-LM."""
 
 
+class HoldsAnotherRun(ValueError):
+    """--save is another run's, whose files are to stay as they are, its status too."""
+
+
 # os.path says False where pathlib raises, for instance below a folder that may not be searched.
 
 
@@ -116,11 +120,11 @@ def check_outputs(config: RunConfig) -> None:
         "add --save-retain, or leave it out",
     )
     holds_a_run = checkpoint.save is not None and (Path(checkpoint.save) / LATEST_FILE).is_file()
-    require(
-        not holds_a_run or _resumes(config),
-        f"--save {checkpoint.save} holds a run already, which a new one would overwrite",
-        f"add --load {checkpoint.save} to go on with it, or give another --save",
-    )
+    if holds_a_run and not _resumes(config):
+        raise HoldsAnotherRun(
+            f"--save {checkpoint.save} holds a run already, which a new one would overwrite; add --load "
+            f"{checkpoint.save} to go on with it, or give another --save"
+        )
     require(
         checkpoint.save is None or not _is_hf_model(checkpoint.save),
         f"--save {checkpoint.save} is a Hugging Face model, among whose files no run is saved",
