@@ -96,7 +96,8 @@ def test_weights_groups_and_blocks_reach_the_sampler(dataset):
 
 def test_other_content_of_the_same_size_is_no_resume(dataset):
     (step,) = draw(1, dataset)
-    (dataset / "train.json").write_text(json.dumps([sample(index, "other") for index in range(NUM_SAMPLES)]))
+    others = [sample(index, "train") for index in reversed(range(NUM_SAMPLES))]
+    (dataset / "train.json").write_text(json.dumps(others))
     with pytest.raises(ValueError, match=r"digest .*content of --data-path"):
         loader_of(dataset, data_state=step.data_state)
 
