@@ -7,6 +7,7 @@ so that a group of ranks starts in a fraction of a second instead of paying the 
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import tempfile
 import traceback
@@ -25,9 +26,17 @@ if context.get_start_method() == "forkserver":
 
 
 def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """Below those that the system hands out to whoever asks, gloo's own sockets among them; each process of tests has a
+    thousand of its own, so that two never take the same."""
+    first = 16_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = random.randrange(first, first + 1_000)
+        with socket.socket() as found:
+            try:
+                found.bind(("localhost", port))
+            except OSError:
+                continue
+            return port
 
 
 def _rank_main(rank: int, world_size: int, port: int, function: Callable, args: tuple, folder: str) -> None:
