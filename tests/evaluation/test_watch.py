@@ -145,6 +145,7 @@ def test_a_killed_watch_goes_on_in_the_middle_of_a_checkpoint(trained: Path, sav
     with journal.open("ab") as file:
         file.write(b'{"iteration": 2, "chec')  # as if the kill had come amid a line
 
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which hold the second
     assert run_tool("evaluate", "--watch", save, *flags) == 0
     assert journal.read_bytes().startswith(before) and first.stat().st_mtime_ns == finished
     assert begun[0].read_bytes().startswith(answers[: answers.rfind(b"\n") + 1])
