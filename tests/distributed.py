@@ -30,7 +30,7 @@ def _free_port() -> int:
     thousand of its own, so that two never take the same."""
     first = 16_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = random.randrange(first, first + 1_000)
+        port = random.SystemRandom().randrange(first, first + 1_000)  # tests seed the other
         with socket.socket() as found:
             try:
                 found.bind(("localhost", port))

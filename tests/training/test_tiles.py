@@ -4,6 +4,7 @@ What transformers' models make of the very files is the oracle for one process; 
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from hacl_megatron.data.encoding import IGNORE, IMAGE
+from hacl_megatron.data.store import UnusableImage
+from hacl_megatron.train import run
 from tests.distributed import run_distributed
 from tests.tiny import image_token_id
 from tests.tool_runs import to_hf
@@ -170,3 +173,26 @@ def test_pictures_that_do_not_fit_are_named_and_counted(root: Path) -> None:
     bad = [json.loads(line) for line in (root / "short" / "bad_samples.jsonl").read_text().splitlines()]
     assert any("tiles) end at" in line["reason"] and "--model-max-length" in line["reason"] for line in bad)
     assert np.unique([line["reason"].startswith("the rows of its") for line in bad]).tolist() == [False, True]
+
+
+def see_other_files(command: list[str]) -> None:
+    """Train where one rank cannot read the head of some pictures, as on nodes whose disks differ."""
+    from hacl_megatron.data import read_ahead
+
+    size = read_ahead._size
+
+    def hidden(store, size_of, image, *rest):
+        if torch.distributed.get_rank() == 1 and image < "0024.jpg":
+            raise UnusableImage("no such file")
+        return size(store, size_of, image, *rest)
+
+    with mock.patch.object(read_ahead, "_size", hidden):
+        run(command)
+
+
+def test_ranks_that_see_other_files_stop_in_one_line(root: Path, tmp_path: Path) -> None:
+    """Catches samples that train twice, and others that never do; and memory that is read as sizes."""
+    files = ["--config", str(root / "finetune.yaml"), "--save", str(tmp_path), "--micro-batch-tokens", "1500"]
+    command = [*files, *flags_of(root, "next")]  # the other rank is a replica
+    with pytest.raises(AssertionError, match="ValueError: ranks count other rows for the same samples of this step"):
+        train([partial(see_other_files, command)], 2)

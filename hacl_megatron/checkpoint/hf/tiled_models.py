@@ -12,7 +12,7 @@ from typing import Any, Literal
 from hacl_megatron.checkpoint.hf.json_files import one_line, refuse_unless
 from hacl_megatron.config.architecture import LanguageConfig, ModelConfig
 from hacl_megatron.config.checks.architecture import check_tiles
-from hacl_megatron.config.tiles import TilesConfig
+from hacl_megatron.config.tiles import TilesConfig, tiles_of
 from hacl_megatron.config.towers.clip import LARGE_336
 
 Pinpoints = tuple[tuple[int, int], ...]
@@ -52,7 +52,7 @@ LLAVA_NEXT = TiledModel(
     image_token=32000,
     select_layer=-2,
     select_strategy="default",
-    pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+    pinpoints=tiles_of("next", 336).pinpoints,
     pools=False,
     aspect_ratio="stretch",
 )
@@ -70,7 +70,7 @@ LLAVA_ONEVISION = TiledModel(
     image_token=151646,
     select_layer=-1,
     select_strategy="full",
-    pinpoints=tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)),
+    pinpoints=tiles_of("onevision", 384).pinpoints,
     pools=True,
     aspect_ratio="pad",
 )  # fmt: skip

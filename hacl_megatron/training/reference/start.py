@@ -217,12 +217,15 @@ def identity_of(config: RunConfig, tokenizer: Tokenizer, *, for_validation: bool
         "--version": data.version,
         "--model-max-length": str(data.model_max_length),
         "--image-aspect-ratio": data.image_aspect_ratio,
-        "tiles of pictures": str(config.architecture.tiles),
         "--image-transparency": data.image_transparency,
         "--image-orientation": data.image_orientation,
         "image back end": resolve_backend(data.image_backend),
         "precision": "bfloat16" if model.bf16 else "float32",
     }
+    if config.architecture.tiles is not None:  # scores of other models are as they were before there were tiles
+        facts["tiles of pictures"] = str(config.architecture.tiles)
+    if model.image_grid_pinpoints is not None:  # over a model without tiles the newline is drawn
+        facts[f"{_WEIGHTS}a fresh newline: --seed"] = str(config.training.seed)
     for name in ("pretrained_checkpoint", "vision_tower"):
         if (given := getattr(model, name)) is not None:
             folder = Path(given)
