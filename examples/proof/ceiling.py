@@ -49,8 +49,8 @@ def ceiling_of(language: Path, data: Path, split: str, limit: int) -> dict[str, 
     library = new_library(data, tokenizer, seed=0, split=split)
     notes = embed_notes(embed, library.notes[:limit])
     front = embed(torch.tensor([1, *library.ids(SYSTEM + "USER: ")]))
-    names = [name for name in read_scenes(data) if name.startswith(split)][:limit]
-    assert [read_scene(read_scenes(data)[name]) for name in names[:3]] == list(library.scenes[:3])
+    names = list(read_scenes(data, split))[:limit]
+    assert [read_scene(read_scenes(data, split)[name]) for name in names[:3]] == list(library.scenes[:3])
 
     def say(questions: Sequence[str], at: Sequence[int], length: int) -> list[str]:
         asked = [library.ids(f"\n{question} ASSISTANT:") for question in questions]

@@ -48,10 +48,11 @@ def read_scene(record: dict[str, Any]) -> Scene:
     return Scene(tuple(groups), record["background"])
 
 
-def read_scenes(data: Path) -> dict[str, dict[str, Any]]:
-    """scenes.jsonl by picture: groups, background, and every thing's box in pixels."""
-    lines = map(json.loads, (data / "scenes.jsonl").read_text().splitlines())
-    return {record["image"]: record for record in lines}
+def read_scenes(data: Path, split: str = "") -> dict[str, dict[str, Any]]:
+    """scenes.jsonl by picture, those of a split alone: groups, background, and every thing's box in pixels."""
+    begins = f'{{"image": "{split}'
+    lines = (data / "scenes.jsonl").read_text().splitlines()
+    return {record["image"]: record for record in map(json.loads, filter(lambda line: line.startswith(begins), lines))}
 
 
 def draw_one(job: tuple[int, str, Path]) -> dict[str, Any]:

@@ -7,16 +7,17 @@ the data and the same stage 2 in all arms.
 """
 
 import argparse
+import json
 import os
-import subprocess
-import sys
+import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from forks import call, call_all
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 ARMS: dict[str, list[str]] = {
     "none": ["--contrastive-weight", "0"],
     "contrastive": ["--hallucination-negatives", "none"],
@@ -72,16 +73,6 @@ def folder_of(output: Path, regime: str, arm: str, seed: int) -> Path:
     return output / "runs" / regime / f"{arm.replace(' ', '-').replace('λ', 'weight-')}-{seed}"
 
 
-def call(command: list[str], log: Path) -> None:
-    """One process, its output appended to `log`. Raises RuntimeError with the log's end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    with open(log, "a") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed; the end of {log}:\n" + log.read_text()[-2000:])
-
-
 def stage_flags(output: Path, regime: str, arm: str, seed: int, stage: str, split: str) -> list[str]:
     """The trainer's flags of one stage of one run, `--save` and `--load` included."""
     data, parts, folder = output / "data", output / "parts", folder_of(output, regime, arm, seed)
@@ -97,13 +88,52 @@ def stage_flags(output: Path, regime: str, arm: str, seed: int, stage: str, spli
     return [*flags, "--save", str(folder / stage), "--load", str(folder / stage)]
 
 
+class Sizes(NamedTuple):
+    """Scenes of the split that each stage's model is scored on."""
+
+    pretrain: int
+    finetune: int
+
+
+def import_all() -> None:
+    """What the children need, imported once here (seconds each time otherwise)."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from hacl_megatron.platform.processes import prepare_device
+
+    torch.set_num_threads(1)
+    prepare_device(torch.device("cpu"))
+    transformers_logging.disable_progress_bar()
+    import score_run  # noqa: F401
+
+    import hacl_megatron.training.build
+    import hacl_megatron.training.loop  # noqa: F401
+
+
+def train_stage(flags: list[str]) -> None:
+    from hacl_megatron import train
+
+    train.main(flags)
+
+
+def score_stage(load: Path, data: Path, split: str, limit: int, target: Path) -> None:
+    from score_run import score_run
+
+    result = score_run(load, data, split, limit)
+    partial_file = target.with_suffix(".part")
+    partial_file.write_text(json.dumps(result, indent=1) + "\n")
+    partial_file.rename(target)
+
+
 def run_arm(
-    output: Path, regime: str, arm: str, seed: int, *, split: str, limit: int | None, more: dict[str, list[str]]
+    output: Path, regime: str, arm: str, seed: int, *, split: str, sizes: Sizes, more: dict[str, list[str]], keep: bool
 ) -> None:
     """Both stages of one arm at one seed, each trained (resuming what is there) and scored, unless its scores exist.
 
     Args:
         more: further flags by stage, such as fewer iterations.
+        keep: the checkpoints, which are otherwise removed once both stages are scored.
     """
     folder, start = folder_of(output, regime, arm, seed), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,11 +141,12 @@ def run_arm(
         scores, log = folder / f"{stage}.json", folder / f"{stage}.log"
         if scores.exists():
             continue
-        train = [*stage_flags(output, regime, arm, seed, stage, split), *flags]
-        call([sys.executable, "-m", "hacl_megatron.train", *train], log)
-        score = [sys.executable, str(HERE / "score_run.py"), "--load", str(folder / stage)]
-        score += ["--data", str(output / "data"), "--split", split, *(["--limit", str(limit)] if limit else [])]
-        call([*score, "--output", str(scores)], log)
+        call(partial(train_stage, [*stage_flags(output, regime, arm, seed, stage, split), *flags]), log)
+        call(partial(score_stage, folder / stage, output / "data", split, getattr(sizes, stage), scores), log)
+    if not keep:
+        for stage in more:
+            for checkpoint in (folder / stage).glob("iter_*"):
+                shutil.rmtree(checkpoint)
     print(f"{regime}, {arm}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -127,20 +158,26 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
-    parser.add_argument("--limit", type=int, default=300, help="score on the first pictures of the split alone")
+    parser.add_argument("--limit", type=int, default=300, help="after stage 2, score on the first scenes of the split")
+    parser.add_argument("--limit-stage1", type=int, help="the same after stage 1 (default: --limit)")
     parser.add_argument("--stage1", default="", help="more flags for stage 1 of every arm, as one word")
     parser.add_argument("--stage2", default="", help="more flags for stage 2 of every arm, as one word")
+    parser.add_argument(
+        "--keep", type=int, nargs="*", default=[1], help="seeds whose checkpoints stay, for gradients.py"
+    )
     args = parser.parse_args()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [
-            pool.submit(
-                run_arm, args.output, regime, arm, seed, split=args.split, limit=args.limit,
-                more={"pretrain": args.stage1.split(), "finetune": args.stage2.split()},
-            )
-            for regime in args.regimes for seed in args.seeds for arm in args.arms
-        ]  # fmt: skip
-        for one in waiting:
-            one.result()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import_all()
+    sizes = Sizes(args.limit if args.limit_stage1 is None else args.limit_stage1, args.limit)
+    works = (
+        partial(
+            run_arm, args.output, regime, arm, seed, split=args.split, sizes=sizes, keep=seed in args.keep,
+            more={"pretrain": args.stage1.split(), "finetune": args.stage2.split()},
+        )
+        for regime in args.regimes for seed in args.seeds for arm in args.arms
+    )  # fmt: skip
+    if failed := call_all(works, args.jobs):
+        raise SystemExit(f"{failed} runs failed, see above; repeat the command to run what is missing")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def answer_all(hf: Path, data: Path, split: str, limit: int | None) -> dict[str,
     """{descriptions: answers by picture, yes/no: POPE's answer lines}, on the first `limit` pictures of a split."""
     answerer = Answerer(hf, data / "images", device="cpu")
     try:
-        names = [name for name in read_scenes(data) if name.startswith(split)][:limit]
+        names = list(read_scenes(data, split))[:limit]
         spoken = ask(answerer, [Question(image=name, prompt=DETAILED) for name in names], LONGEST)
         questions = [
             line for line in json.loads((data / f"{split}.questions.json").read_text()) if line["image"] in names
@@ -53,7 +53,7 @@ def answer_all(hf: Path, data: Path, split: str, limit: int | None) -> dict[str,
 
 def score_answers(answers: dict[str, Any], data: Path) -> dict[str, float]:
     """CHAIR of the descriptions, POPE of the questions; errors are shares of all questions of a label."""
-    scenes = read_scenes(data)
+    scenes = read_scenes(data, next(iter(answers["descriptions"])).split("-")[0])
     described = [read_description(text, read_scene(scenes[name])) for name, text in answers["descriptions"].items()]
     lines = answers["yes/no"]
     spoken = [{"question": line["text"], "answer": line["answer"]} for line in lines]
