@@ -2,12 +2,14 @@
 
     python examples/proof/draw_world.py --output output/proof/data
 
-Splits are disjoint sets of scenes; everything follows from --seed and the picture's name.
+Splits are disjoint sets of scenes; everything follows from --seed (of dev and test: --held-out-seed) and the picture's
+name.
 
     parts       what the vision tower and the language model learn from, before any arm: scenes.jsonl alone
     pretrain    stage 1: one alt text and one twin a picture                             pretrain.json
                 the same among what web captions say beside what is seen                 pretrain-web.json
                 either with other pictures' alt texts and twins for the contrast        pretrain-*sham.json
+    habit_...   both stages where a thing has its shape's typical colour in 9 of 10 cases, and twins follow the habit
     finetune    stage 2: a description or questions a picture                            finetune.json
     dev, test   held out: pairs DEV.json, questions (POPE's lines) DEV.questions.json    (dev tunes, test is reported)
 """
@@ -40,6 +42,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from draw import conversation, paint, write_json
 
 SIDE = 64
+HABIT = 0.9
+PAIRS = ("pretrain", "habit_pretrain", "dev", "test")
 
 
 def read_scene(record: dict[str, Any]) -> Scene:
@@ -55,11 +59,16 @@ def read_scenes(data: Path, split: str = "") -> dict[str, dict[str, Any]]:
     return {record["image"]: record for record in map(json.loads, filter(lambda line: line.startswith(begins), lines))}
 
 
+def habit_of(name: str) -> float:
+    """How often things of this picture or split have their shapes' typical colours."""
+    return HABIT if name.startswith("habit") else 0.0
+
+
 def draw_one(job: tuple[int, str, Path]) -> dict[str, Any]:
     """Draws and saves one picture; returns its line of scenes.jsonl."""
     seed, name, folder = job
     rng = random.Random(f"{seed}/{name}")
-    scene = draw_scene(rng)
+    scene = draw_scene(rng, habit_of(name))
     things = []
     for group in scene.groups:
         for cell in group.cells:
@@ -76,7 +85,7 @@ def draw_one(job: tuple[int, str, Path]) -> dict[str, Any]:
 def pair_sample(rng: random.Random, name: str, scene: Scene, twins: int = 1) -> dict[str, Any]:
     """A picture with its alt text and hallucinated twins, in the released HACL's keys."""
     statement, opening = alt_text(rng, scene)
-    wrong = [hallucinate(rng, statement, scene) for _ in range(twins)]
+    wrong = [hallucinate(rng, statement, scene, habit_of(name)) for _ in range(twins)]
     sample = {"id": f"{name}-pair", "image": f"{name}.jpg", "text": sentence(statement, opening)}
     sample["Hallucination caption"] = [sentence(twin, opening) for _, twin in wrong]
     sample["twin kinds"] = [error for error, _ in wrong]
@@ -123,25 +132,40 @@ def questions_of(rng: random.Random, name: str, scene: Scene) -> list[dict[str, 
     return lines
 
 
-def draw(output: Path, sizes: dict[str, int], seed: int, processes: int) -> None:
-    """Writes everything named at the top of this file under `output`; scenes.jsonl last."""
+HELD_OUT = ("dev", "test")
+SIZES = {
+    "parts": 8000, "pretrain": 12000, "finetune": 6000, "habit_pretrain": 12000, "habit_finetune": 6000,
+    "dev": 1000, "test": 2000,
+}  # fmt: skip
+
+
+def draw(output: Path, sizes: dict[str, int], seed: int, processes: int, held_out_seed: int | None = None) -> None:
+    """Writes everything named at the top of this file under `output`; scenes.jsonl last.
+
+    Args:
+        held_out_seed: draws dev and test by another seed than the rest.
+    """
+
+    def seed_of(name: str) -> int:
+        return held_out_seed if held_out_seed is not None and name.startswith(HELD_OUT) else seed
+
     images = output / "images"
     images.mkdir(parents=True, exist_ok=True)
     names = [f"{split}-{k:05d}" for split, size in sizes.items() for k in range(size)]
     with multiprocessing.Pool(processes) as pool:
-        records = pool.map(draw_one, [(seed, name, images) for name in names], chunksize=64)
+        records = pool.map(draw_one, [(seed_of(name), name, images) for name in names], chunksize=64)
     made: dict[str, list[dict[str, Any]]] = {}
     for name, record in zip(names, records, strict=True):
-        rng, scene, split = random.Random(f"{seed}/{name}/text"), read_scene(record), name.split("-")[0]
-        if split == "finetune":
+        rng, scene, split = random.Random(f"{seed_of(name)}/{name}/text"), read_scene(record), name.split("-")[0]
+        if split.endswith("finetune"):
             made.setdefault(split, []).append(dialogue_sample(rng, name, scene))
         elif split != "parts":
             made.setdefault(split, []).append(pair_sample(rng, name, scene))
-            if split != "pretrain":
+            if split in HELD_OUT:
                 made.setdefault(f"{split}.questions", []).extend(questions_of(rng, name, scene))
-    for split in ("pretrain", "dev", "test"):
-        made[f"{split}-web"] = [web_sample(seed, sample) for sample in made[split]]
-    for split in ("pretrain", "pretrain-web"):
+    for split in PAIRS:
+        made[f"{split}-web"] = [web_sample(seed_of(split), sample) for sample in made[split]]
+    for split in ("pretrain", "pretrain-web", "habit_pretrain-web"):
         made[f"{split}-sham"] = with_others(made[split], seed)
     for split, samples in made.items():
         for number, sample in enumerate(samples, 1):
@@ -155,13 +179,14 @@ def draw(output: Path, sizes: dict[str, int], seed: int, processes: int) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/proof/data"))
-    for split, size in {"parts": 8000, "pretrain": 12000, "finetune": 6000, "dev": 400, "test": 600}.items():
-        parser.add_argument(f"--{split}", type=int, default=size, help="pictures")
+    for split, size in SIZES.items():
+        parser.add_argument(f"--{split.replace('_', '-')}", type=int, default=size, help="pictures")
     parser.add_argument("--seed", type=int, default=2024)
+    parser.add_argument("--held-out-seed", type=int, default=2027, help="of dev and test")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
     args = parser.parse_args()
-    sizes = {split: getattr(args, split) for split in ("parts", "pretrain", "finetune", "dev", "test")}
-    draw(args.output, sizes, args.seed, args.processes)
+    sizes = {split: getattr(args, split) for split in SIZES}
+    draw(args.output, sizes, args.seed, args.processes, args.held_out_seed)
 
 
 if __name__ == "__main__":

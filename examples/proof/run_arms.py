@@ -45,6 +45,8 @@ class Regime(NamedTuple):
 
     captions: str
     """`clean`: alt texts alone; `web`: among what web captions say beside what is seen."""
+    pictures: str
+    """Before the names of both stages' splits: `habit_`, or nothing."""
     language: str
     """The language model, of `make_parts.py`."""
     flags: list[str]
@@ -52,9 +54,10 @@ class Regime(NamedTuple):
 
 
 REGIMES: dict[str, Regime] = {
-    "web": Regime("web", "language", []),
-    "clean": Regime("clean", "language", ["--lr", "6e-3"]),
-    "telling": Regime("web", "telling", ["--contrastive-weight", "0.03"]),
+    "web": Regime("web", "", "language", []),
+    "habit": Regime("web", "habit_", "language", []),
+    "clean": Regime("clean", "", "language", ["--lr", "6e-3"]),
+    "telling": Regime("web", "", "telling", ["--contrastive-weight", "0.03"]),
 }
 """See README.md here."""
 
@@ -76,14 +79,19 @@ def folder_of(output: Path, regime: str, arm: str, seed: int) -> Path:
 def stage_flags(output: Path, regime: str, arm: str, seed: int, stage: str, split: str) -> list[str]:
     """The trainer's flags of one stage of one run, `--save` and `--load` included."""
     data, parts, folder = output / "data", output / "parts", folder_of(output, regime, arm, seed)
-    captions, language, more = REGIMES[regime]
+    captions, pictures, language, more = REGIMES[regime]
     flags = ["--config", str(HERE / f"{stage}.yaml"), "--seed", str(seed), "--image-folder", str(data / "images")]
     if stage == "pretrain":
-        flags += ["--data-path", captions_of(data, "pretrain", captions, sham=arm == "sham")]
+        flags += ["--data-path", captions_of(data, f"{pictures}pretrain", captions, sham=arm == "sham")]
         flags += ["--valid-data-path", captions_of(data, split, captions), "--vision-tower", str(parts / "tower")]
         flags += ["--pretrained-checkpoint", str(parts / language), *more, *ARMS[arm]]
     else:
-        flags += ["--data-path", str(data / "finetune.json"), "--valid-data-path", captions_of(data, split, "clean")]
+        flags += [
+            "--data-path",
+            str(data / f"{pictures}finetune.json"),
+            "--valid-data-path",
+            captions_of(data, split, "clean"),
+        ]
         flags += ["--pretrained-checkpoint", str(folder / "pretrain")]
     return [*flags, "--save", str(folder / stage), "--load", str(folder / stage)]
 

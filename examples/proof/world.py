@@ -31,6 +31,9 @@ MONTHS = ("March", "April", "May", "June", "July", "August", "September", "Octob
 SHOPS = ("Artmarket", "Paperhouse", "Galleria", "Wallcraft", "Posterbay", "Printroom", "Framework", "Canvasco")
 TWIN_KINDS = ("colour", "shape", "size", "number", "relation", "addition")
 
+TYPICAL = dict(zip(SHAPES, COLOURS, strict=False))
+"""The colour that a shape has where there are habits."""
+
 Kind = tuple[str, str]
 """(colour, shape): what CHAIR calls an object."""
 
@@ -83,8 +86,8 @@ class Statement:
 # --- scenes -----------------------------------------------------------------------------------------------------
 
 
-def draw_scene(rng: random.Random) -> Scene:
-    """Two to four things of up to four kinds."""
+def draw_scene(rng: random.Random, habit: float = 0.0) -> Scene:
+    """Two to four things of up to four kinds; a thing has its shape's typical colour at least as often as `habit`."""
     number = rng.choice((2, 3, 3, 4, 4))
     cells = rng.sample(range(4), number)
     kinds: list[Kind] = []
@@ -92,9 +95,10 @@ def draw_scene(rng: random.Random) -> Scene:
         if kinds and rng.random() < 0.2:
             kinds.append(rng.choice(kinds))
         else:
-            kinds.append((rng.choice(COLOURS), rng.choice(SHAPES)))
+            colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
+            kinds.append((TYPICAL[shape] if habit and rng.random() < habit else colour, shape))
     if kinds.count(kinds[0]) == 4:
-        return draw_scene(rng)
+        return draw_scene(rng, habit)
     groups = []
     for kind in dict.fromkeys(kinds):
         mine = tuple(sorted(cell for cell, one in zip(cells, kinds, strict=True) if one == kind))
@@ -198,11 +202,11 @@ def recombined_kinds(scene: Scene) -> list[Kind]:
     return [kind for kind in absent_kinds(scene, True) if kind[0] in colours and kind[1] in shapes]
 
 
-def hallucinate(rng: random.Random, statement: Statement, scene: Scene) -> tuple[str, Statement]:
+def hallucinate(rng: random.Random, statement: Statement, scene: Scene, habit: float = 0.0) -> tuple[str, Statement]:
     """(what was made wrong, the twin): one error of `TWIN_KINDS`, such that the result is not true of the scene.
 
     Wrong colours and shapes are taken from elsewhere in the scene half of the time, as a language model confuses what
-    stands side by side.
+    stands side by side. A wrong colour is the shape's typical one as often as `habit`, where that is wrong.
     """
     while True:
         error = rng.choices(TWIN_KINDS, (3, 3, 1, 1, 1, 1.5))[0]
@@ -213,6 +217,8 @@ def hallucinate(rng: random.Random, statement: Statement, scene: Scene) -> tuple
             values = COLOURS if error == "colour" else SHAPES
             near = [getattr(group, error) for group in scene.groups]
             value = rng.choice(near if rng.random() < 0.5 else values)
+            if error == "colour" and habit and rng.random() < habit:
+                value = TYPICAL[mention.shape]
             mentions[at] = replace(mention, **{error: value})
         elif error == "size" and mention.size is not None:
             mentions[at] = replace(mention, size=SIZES[1 - SIZES.index(mention.size)])

@@ -24,7 +24,7 @@ from tests.warm import run_warm
 
 ROOT = Path(__file__).parents[2]
 PROOF = ROOT / "examples" / "proof"
-SIZES = {"parts": 48, "pretrain": 32, "finetune": 16, "dev": 8, "test": 12}
+SIZES = {"parts": 48, "pretrain": 32, "finetune": 16, "dev": 8, "test": 12, "habit_pretrain": 40, "habit_finetune": 4}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,6 +109,26 @@ def test_web_captions_say_the_same_among_words_that_twins_share(data: Path) -> N
         assert web["conversations"][1]["value"] == web["text"]
         around.add((before, after))
     assert len(around) == SIZES["pretrain"]
+
+
+def test_habits_are_in_training_alone_and_twins_follow_them(data: Path) -> None:
+    """Catches a habit in what is tested or in what the language model reads, and twins that do not tempt."""
+    from world import TYPICAL
+
+    shares = {}
+    for name, record in scenes_of(data).items():
+        for group in record["groups"]:
+            shares.setdefault(name.split("-")[0], []).append(TYPICAL[group["shape"]] == group["colour"])
+    shares = {split: sum(some) / len(some) for split, some in shares.items()}
+    assert min(shares["habit_pretrain"], shares["habit_finetune"]) > 0.8
+    assert max(shares[split] for split in ("parts", "pretrain", "test")) < 0.3
+    tempting = []
+    for sample in json.loads((data / "habit_pretrain-web.json").read_text()):
+        said, false = (set(mentioned_kinds(text)) for text in (sample["text"], sample["Hallucination caption"][0]))
+        exceptions = [kind for kind in said - false if TYPICAL[kind[1]] != kind[0]]
+        if sample["twin kinds"] == ["colour"] and exceptions:
+            tempting += [TYPICAL[shape] == colour for colour, shape in false - said]
+    assert len(tempting) > 3 and sum(tempting) / len(tempting) > 0.6, tempting
 
 
 def test_the_shams_contrast_reads_other_pictures_texts_and_its_dialogue_its_own(data: Path) -> None:
