@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, LlamaModel, LlamaTokenizerFast, LlavaForConditionalGeneration
+from transformers import LlamaForCausalLM, LlamaModel, LlamaTokenizerFast
 from world import (
     COLOURS,
     DETAILED,
@@ -218,11 +218,28 @@ class LanguageTask(nn.Module):
 Fit = Callable[..., None]
 
 
+@torch.no_grad()
+def told_errors(language_model: LlamaModel, lm_head: nn.Linear, library: Library, quizzes: int) -> float:
+    """The share of yes/no questions about the library's scenes, told without error, that are answered wrong."""
+    task = LanguageTask(language_model, lm_head, library.notes)
+    wrong = asked = 0
+    for _ in range(quizzes):
+        document = library.dialogue(with_system=True, quiz=True)
+        states, (last,) = task.states([document])
+        first = last + 1 - len(document.after)
+        learned = document.learned
+        for at in range(1, len(learned)):
+            if learned[at] and not learned[at - 1]:
+                wrong += int(lm_head(states[0, first + at - 1]).argmax()) != document.after[at]
+                asked += 1
+    return wrong / asked
+
+
 def train_language_model(
-    model: LlavaForConditionalGeneration, library: Library, steps: int, fit: Fit
+    language_model: LlamaModel, lm_head: nn.Linear, library: Library, steps: int, fit: Fit, lr: float = 3e-3
 ) -> dict[str, float]:
     """In place; returns the last values of what `LanguageTask` says of each kind of document."""
-    task = LanguageTask(model.model.language_model, model.lm_head, library.notes)
+    task = LanguageTask(language_model, lm_head, library.notes)
     history: list[dict[str, float]] = []
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -237,7 +254,7 @@ def train_language_model(
         history.append({name: value.item() for name, value in values.items()})
         return read + captioned + described + 2 * quizzed + 0.1 * facts + 0.1 * glanced, history[-1]
 
-    fit(task, loss_of, steps, 3e-3, "language model", line=1)
+    fit(task, loss_of, steps, lr, "language model", line=1)
     return last_values(history)
 
 

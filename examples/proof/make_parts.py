@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import random
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from draw_world import dialogue_sample, read_scene, read_scenes
-from language import Library, train_language_model, train_to_tell
+from language import Library, told_errors, train_language_model, train_to_tell
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -62,6 +63,10 @@ LANGUAGE = {
 GRID = IMAGE_SIZE // PATCH_SIZE
 SHOWN = 0.15
 """A patch shows a thing that covers at least this share of it."""
+QUIZZES = 200
+"""Of six questions each, by which the language model is judged."""
+TOLD_ERRORS, FURTHER_STEPS, FURTHER_ROUNDS, FURTHER_LR = 0.02, 400, 5, 1.5e-3
+"""The language model learns on, a round of steps at a time, until no more of its answers are wrong."""
 SYSTEM = VICUNA_PROMPT.removesuffix("USER: ASSISTANT:")
 
 
@@ -154,13 +159,35 @@ def language_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     model, tokenizer = new_model(data, seed)
-    reached = train_language_model(model, new_library(data, tokenizer, seed), steps, fit)
+    library = new_library(data, tokenizer, seed)
+    reached = train_language_model(model.model.language_model, model.lm_head, library, steps, fit)
     llama = LlamaForCausalLM(model.config.text_config)
     llama.model.load_state_dict(model.model.language_model.state_dict())
     llama.lm_head.load_state_dict(model.lm_head.state_dict())
     llama.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    return reached
+    return reached | {"told errors": told_errors(llama.model, llama.lm_head, held_out(data, tokenizer), QUIZZES)}
+
+
+def held_out(data: Path, tokenizer: LlamaTokenizerFast) -> Library:
+    """Of the scenes of dev."""
+    return new_library(data, tokenizer, seed=0, split="dev")
+
+
+def further_worker(data: Path, language: Path, steps: int, seed: int, number: int) -> dict[str, float]:
+    """A process of its own: the language model in `language` learns on; returns what it reached."""
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(language), AutoTokenizer.from_pretrained(language)
+    library = new_library(data, tokenizer, seed + 100 * number)
+    reached = train_language_model(model.model, model.lm_head, library, steps, fit, FURTHER_LR)
+    partial = language.with_name(f"{language.name}.part")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(language)
+    partial.rename(language)
+    reached["told errors"] = told_errors(model.model, model.lm_head, held_out(data, tokenizer), QUIZZES)
+    return reached | {"further rounds": number}
 
 
 def telling_worker(data: Path, language: Path, output: Path, steps: int, seed: int) -> dict[str, float]:
@@ -188,33 +215,51 @@ def tower_worker(data: Path, output: Path, steps: int, seed: int) -> dict[str, f
 
 
 def make_parts(
-    data: Path, output: Path, *, tower_steps: int, language_steps: int, telling_steps: int, seed: int
+    data: Path,
+    output: Path,
+    *,
+    tower_steps: int,
+    language_steps: int,
+    telling_steps: int,
+    seed: int,
+    further_rounds: int = FURTHER_ROUNDS,
 ) -> None:
     """Trains the tower and the language model, both at once, then the second language model from the first.
 
+    The first learns on until it answers what it is told. When it jumps from guessing to knowing depends on the
+    arithmetic of the machine and the libraries: the same steps left 0.5 % of the answers wrong, and elsewhere 24 %.
     OUTPUT/parts.json lists what is finished, which is not repeated.
     """
     record = output / "parts.json"
     reached: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     output.mkdir(parents=True, exist_ok=True)
-    rounds = (
-        {
-            "language": (language_worker, data, output / "language", language_steps, seed),
-            "tower": (tower_worker, data, output / "tower", tower_steps, seed),
-        },
-        {"telling": (telling_worker, data, output / "language", output / "telling", telling_steps, seed)}
-        if telling_steps
-        else {},
-    )
+    language, telling = output / "language", output / "telling"
+
+    def train(**jobs: tuple[Any, ...]) -> None:
+        start = time.monotonic()
+        waiting = {name: pool.submit(*job) for name, job in jobs.items()}
+        for name, one in waiting.items():
+            before = reached.get(name, {}).get("seconds", 0)
+            reached[name] = one.result() | {"seconds": before + round(time.monotonic() - start)}
+            record.write_text(json.dumps(reached, indent=1) + "\n")
+
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for jobs in rounds:
-            start = time.monotonic()
-            waiting = {name: pool.submit(*job) for name, job in jobs.items() if name not in reached}
-            for name, one in waiting.items():
-                reached[name] = one.result() | {"seconds": round(time.monotonic() - start)}
-                record.write_text(json.dumps(reached, indent=1) + "\n")
+        first = {
+            "language": (language_worker, data, language, language_steps, seed),
+            "tower": (tower_worker, data, output / "tower", tower_steps, seed),
+        }
+        train(**{name: job for name, job in first.items() if name not in reached})
+        while reached["language"]["told errors"] > TOLD_ERRORS:
+            done = reached["language"].get("further rounds", 0)
+            if done == further_rounds:
+                break
+            train(language=(further_worker, data, language, FURTHER_STEPS, seed, done + 1))
+        if telling_steps and "telling" not in reached:
+            train(telling=(telling_worker, data, language, telling, telling_steps, seed))
     for name, values in reached.items():
         print(f"{name}: {values}")
+    if (errors := reached["language"]["told errors"]) > TOLD_ERRORS:
+        print(f"The language model still gets {errors:.1%} of the questions about what it is told wrong.")
 
 
 def main() -> None:
@@ -223,6 +268,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/proof/parts"))
     parser.add_argument("--tower-steps", type=int, default=2000)
     parser.add_argument("--language-steps", type=int, default=1500)
+    parser.add_argument("--further-rounds", type=int, default=FURTHER_ROUNDS, help="of the language model, at most")
     parser.add_argument("--telling-steps", type=int, default=800, help="0: no second language model")
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args()
@@ -233,6 +279,7 @@ def main() -> None:
         language_steps=args.language_steps,
         telling_steps=args.telling_steps,
         seed=args.seed,
+        further_rounds=args.further_rounds,
     )
 
 

@@ -1,57 +1,43 @@
 #!/usr/bin/env bash
-# Does HACL hallucinate less? A controlled world, three regimes, up to seven arms, five or ten seeds:  bash examples/proof/run.sh [--small] [--more] [--fresh]
-# In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated.
+# Which objective of this trainer hallucinates less? A controlled world, eight arms, 24 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--fresh]
+# In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated, and a stop costs one run.
 # --small: three arms, two seeds, less of everything; too little to conclude from.
-# --more: fifteen further seeds of three arms on web captions, told from 0 more finely.
+# --seeds N: the first N seeds (24), in their order, so that a stop leaves whole blocks of arms.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . tools/install_venv.sh
-"$VENV/bin/python" -c "import sklearn" 2>/dev/null || "$VENV/bin/python" -m pip -q install -c tests/constraints.txt -e '.[plots]'
+"$VENV/bin/python" -c "import scipy, matplotlib" 2>/dev/null || "$VENV/bin/python" -m pip -q install -c tests/constraints.txt -e '.[plots]'
 
-out=output/proof fresh= small= more=
-draw=() parts=() teacher=() arms=()
-for word in "$@"; do
-  case $word in
+out=output/proof fresh= small= seeds=24
+draw=() parts=(--telling-steps 0) runs=(--limit 1500 --limit-stage1 500)
+report=(--answers examples/proof/answers.jsonl.xz)
+while [ $# -gt 0 ]; do
+  case $1 in
     --fresh) fresh=1 ;;
-    --more) more=1 ;;
+    --seeds) seeds=${2:-}; shift ;;
     --small)
-      small=1
+      small=1 seeds=2
       out=output/proof-small
-      draw=(--parts 3000 --pretrain 2000 --finetune 1000 --test 200)
-      parts=(--tower-steps 800 --language-steps 300 --telling-steps 0)
-      teacher=(--steps 500)
-      arms=(--arms none contrastive "HACL own" --seeds 1 2 --limit 100) ;;
-    *) echo "unknown: $word" >&2; exit 2 ;;
+      draw=(--parts 3000 --pretrain 2000 --finetune 1000 --habit-pretrain 1 --habit-finetune 1 --test 200 --dev 200)
+      parts=(--tower-steps 800 --language-steps 300 --telling-steps 0 --further-rounds 0)
+      runs=(--limit 100 --arms none contrastive phrase) ;;
+    *) echo "unknown: $1" >&2; exit 2 ;;
   esac
+  shift
 done
+[[ $seeds =~ ^[1-9][0-9]*$ ]] || { echo "--seeds '$seeds': expected a number of seeds" >&2; exit 2; }
 [ -z "$fresh" ] || rm -rf "$out"
+[ -z "$small" ] || report=(--answers $out/answers.jsonl.xz --output $out)
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 
 if [ ! -f $out/data/scenes.jsonl ]; then
-  step 1/5 "Drawing the world"
+  step 1/4 "Drawing the world"
   "$VENV/bin/python" examples/proof/draw_world.py --output $out/data ${draw[@]+"${draw[@]}"}
 fi
-step 2/5 "Training the vision tower and the language models, before any arm"
-"$VENV/bin/python" examples/proof/make_parts.py --data $out/data --output $out/parts ${parts[@]+"${parts[@]}"}
-step 3/5 "Stage 1 and stage 2 of every arm at every seed, two at once, each scored on held-out scenes"
-"$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web ${arms[@]+"${arms[@]}"}
-three=(--arms none contrastive "HACL own")
-if [ -z "$small" ]; then
-  "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes clean "${three[@]}"
-  "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes telling "${three[@]}" --seeds {1..10}
-fi
-[ -z "$more" ] || "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web "${three[@]}" --seeds {6..20}
-step 4/5 "What the language model says, and tells apart, of scenes told without error; gradients of both losses; Figure 1 of the paper"
-"$VENV/bin/python" examples/proof/ceiling.py --data $out/data --parts $out/parts
-"$VENV/bin/python" examples/proof/teacher.py --data $out/data --parts $out/parts ${teacher[@]+"${teacher[@]}"}
-for regime in web clean telling; do
-  with=$out/runs/$regime/HACL-own-1/pretrain without=$out/runs/$regime/none-1/pretrain
-  [ -d $with ] && [ -d $without ] && [ ! -f $out/representations/$regime/representations.json ] || continue
-  "$VENV/bin/python" examples/proof/gradients.py --load $with --data $out/data
-  "$VENV/bin/python" tools/plot_representations.py --before $without --load $with --data-path $out/data/test.json \
-    --image-folder $out/data/images --output $out/representations/$regime
-done
-step 5/5 "The table and the verdict"
-"$VENV/bin/python" examples/proof/report_arms.py --output $out
-[ -z "$more" ] || "$VENV/bin/python" examples/proof/report_arms.py --output $out --first-seed 6
+step 2/4 "Training the vision tower and the language model, before any arm"
+"$VENV/bin/python" examples/proof/make_parts.py --data $out/data --output $out/parts "${parts[@]}"
+step 3/4 "Stage 1 and stage 2 of every arm at every seed, two runs at once, each scored on held-out scenes"
+"$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web --seeds $(seq 1 "$seeds") "${runs[@]}"
+step 4/4 "The tables, the tests and the figure"
+"$VENV/bin/python" examples/proof/report.py --collect $out "${report[@]}"
