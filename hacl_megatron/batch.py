@@ -55,6 +55,9 @@ Its rows then take features of its views, a learned newline row, or pooled featu
 model lays them in one table, whose rows `feature_rows` name: all features of the I views, the newline, the pooled ones.
 
 A micro-batch may be cut into two packs (`MicroBatch`): one that runs ahead, forward only, and the main one.
+
+The ranks of a context-parallel group (`--context-parallel-size`) all have the whole pack and run the layers for the
+rows of their own `RowShare`.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -62,6 +65,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 HOST_FIELDS = ("sample_ids", "hallucinated_owner", "image_keys", "caption_keys", "hallucinated_keys", "twin_sample_ids")
 """Fields of a pack that stay on the host: the model does not need them, and what is made of them decides sizes."""
@@ -181,6 +185,8 @@ class PackedBatch:
     """Rows of caption and hallucinated-caption segments."""
     lengths: "SegmentLengths" = None  # type: ignore[assignment]
     """Lengths on the host, wherever the tensors are; left out, they are read from the tensors of a pack on the host."""
+    share: "RowShare | None" = None
+    """The rows of this context-parallel rank; None: all of them."""
 
     def __post_init__(self) -> None:
         if self.lengths is None:
@@ -198,6 +204,11 @@ class PackedBatch:
     @property
     def num_preferences(self) -> int:
         return self.preference_lengths.numel() // self.answers_per_twin
+
+    @property
+    def eos_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """EOS rows of images, captions and hallucinated captions."""
+        return self.image_eos_rows, self.caption_eos_rows, self.hallucinated_eos_rows
 
     @property
     def num_images(self) -> int:
@@ -242,6 +253,56 @@ class SegmentLengths:
             branches=tuple(branch_lengths.tolist()),
             branch_sizes=tuple(branch_sizes.tolist()),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShare:
+    """The rows of a pack that one context-parallel rank runs, and whom each may see (`assemble.row_shares`).
+
+    A rank holds *pieces* of segments, in the pack's order: T' = T / ranks rows in all, counted from 0 on here. A piece
+    sees its segment from the beginning (of a branch its prefix first) to its own end. These rows stand on all ranks, so
+    keys and values are gathered.
+    """
+
+    group: ProcessGroup
+    """The ranks that share the pack."""
+    token_ids: Tensor
+    """int64 [T'], as the pack's of this name; so are the next three."""
+    position_ids: Tensor
+    """int64 [T']"""
+    image_rows: Tensor
+    """int64 [R']"""
+    feature_rows: Tensor
+    """int64 [R']"""
+    read_rows: Tensor
+    """int64 [Q']: own rows that are read, at the end of each piece; at least one on every rank."""
+    token_rows: Tensor
+    """int64 [K' + J']: own rows with logits."""
+    token_places: Tensor
+    """int64 [K' + J']: which of the pack's targets, then rejected tokens, each of them predicts."""
+    eos_rows: Tensor
+    """int64 [E']: own EOS rows."""
+    eos_places: Tensor
+    """int64 [E']: which of the pack's EOS rows each is: images', then captions', then hallucinated captions'."""
+    context_rows: Tensor
+    """int64 [sum of lengths]: rows that each piece's last row sees, piece after piece, its own rows last; as they are
+    numbered where all ranks' rows stand one after another."""
+    sizes: Tensor
+    """int32 [pieces]: rows of each piece."""
+    reads: Tensor
+    """int32 [pieces]: how many rows at its end are read."""
+    lengths: Tensor
+    """int32 [pieces]: how many rows its last row sees."""
+    on_host: "PieceLengths"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceLengths:
+    """The last three of a `RowShare` on the host."""
+
+    sizes: tuple[int, ...]
+    reads: tuple[int, ...]
+    lengths: tuple[int, ...]
 
 
 def rows_to_read(cu_seqlens: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:

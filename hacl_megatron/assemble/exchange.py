@@ -1,22 +1,24 @@
 """Hands each micro-batch from the rank that loaded it to the ranks that share its model replica.
 
-One rank of a replica (tensor-parallel rank 0 of the first pipeline stage) reads and decodes; the others receive. So an
-image is decoded once a replica, and all ranks agree on which samples were unusable.
+One rank of a replica (rank 0 of its tensor- and context-parallel ones, on the first pipeline stage) reads and decodes;
+the others receive. So an image is decoded once a replica, and all ranks agree on which samples were unusable.
 
     host     sizes, lengths and whatever stays on the host, of all packs of the step in one message
     device   all other integers of all packs in one tensor; pixels to the tensor-parallel ranks of the first stage alone
 
-Nothing is read back from the device, and no copy to it is waited for.
+Nothing is read back from the device, and no copy to it is waited for. Where context-parallel ranks share the rows of a
+pack, the other integers go by way of the hosts too, which take each rank's share out (`row_shares`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hacl_megatron.batch import HOST_FIELDS, MicroBatch, PackedBatch, SegmentLengths
+from hacl_megatron.assemble.row_shares import share_of_rows
+from hacl_megatron.batch import HOST_FIELDS, MicroBatch, PackedBatch, RowShare, SegmentLengths
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.platform.device import to_device
 from hacl_megatron.platform.host_groups import broadcast_integers
@@ -33,30 +35,34 @@ _DEVICE_FIELDS = tuple(
     if item.type is Tensor and item.name != "pixel_values" and item.name not in HOST_FIELDS
 )
 
+_SHARE_FIELDS = tuple(item.name for item in fields(RowShare) if item.type is Tensor)
+
 
 def exchange_step(
     micro_batches: Sequence[MicroBatch] | None, module: HaclModel, device: torch.device
 ) -> list[MicroBatch]:
-    """The source's micro-batches, on `device`, on every rank of the model-parallel group of `module`.
+    """The source's micro-batches, on `device`, on every rank of the replica of `module`.
 
-    The source is rank 0 of that group; it is rank 0 of its tensor-parallel group too. Other ranks pass None. Ranks
-    without a vision tower get `pixel_values` on the meta device: the shape without the pixels.
+    The source is rank 0 of it; it is rank 0 of its tensor-parallel group too. Other ranks pass None. Ranks without a
+    vision tower get `pixel_values` on the meta device: the shape without the pixels.
     """
+    groups = module.groups
     packs = None
     if micro_batches is not None:
         packs = [pack for batch in micro_batches for pack in (batch.main, batch.ahead) if pack is not None]
-    if module.groups.mp.size() == 1 and device.type == "cpu":
+    if groups.replica.size() == 1 and device.type == "cpu":
         moved = iter([pack.to(device) for pack in packs])
         return [MicroBatch(main=next(moved), ahead=batch.ahead and next(moved)) for batch in micro_batches]
 
     told = None if packs is None else torch.cat([_header(micro_batches), *map(_facts, packs)])
-    if module.groups.mp.size() > 1:
-        told = broadcast_integers(told, module.groups.mp_host)
+    if groups.replica.size() > 1:
+        told = broadcast_integers(told, groups.replica_host)
     rest = _Reader(told)
     num_micro_batches, has_ahead = rest.numbers(2)
     facts = [_PackFacts.read(rest) for _ in range(num_micro_batches * (1 + has_ahead))]
 
-    integers = _send_integers(packs, facts, module, device)
+    is_shared = groups.cp.size() > 1
+    integers = _send_integers(packs, facts, module, torch.device("cpu") if is_shared else device)
     received = [
         PackedBatch(
             **of_pack,
@@ -67,6 +73,8 @@ def exchange_step(
         )
         for index, (of_pack, fact) in enumerate(zip(integers, facts, strict=True))
     ]
+    if is_shared:
+        received = [_on_device(replace(pack, share=share_of_rows(pack, groups.cp)), device) for pack in received]
     if not has_ahead:
         return [MicroBatch(main=main) for main in received]
     return [MicroBatch(main=main, ahead=ahead) for main, ahead in zip(received[::2], received[1::2], strict=True)]
@@ -123,8 +131,8 @@ class _PackFacts:
 def _send_integers(
     packs: Sequence[PackedBatch] | None, facts: Sequence[_PackFacts], module: HaclModel, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Each pack's integer fields on the device of every rank."""
-    group, sizes = module.groups.mp, [size for fact in facts for size in fact.sizes.values()]
+    """Each pack's integer fields on `device` of every rank."""
+    group, sizes = module.groups.replica, [size for fact in facts for size in fact.sizes.values()]
     if packs is not None:
         flat = torch.cat([_as_integers(pack, name) for pack in packs for name in _DEVICE_FIELDS])
         flat = to_device(flat, device)
@@ -151,9 +159,20 @@ def _from_integers(name: str, part: Tensor) -> Tensor:
     return part.view(-1, 4) if name in _BY_FOUR else part
 
 
+def _on_device(pack: PackedBatch, device: torch.device) -> PackedBatch:
+    """A pack and its share, whose integers are on the host, with those on `device` that the model needs there."""
+
+    def moved(record: PackedBatch | RowShare, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: to_device(getattr(record, name), device) for name in names}
+
+    share = replace(pack.share, **moved(pack.share, _SHARE_FIELDS))
+    return replace(pack, share=share, **moved(pack, _DEVICE_FIELDS))
+
+
 def _send_pixels(pixels: Tensor | None, facts: _PackFacts, module: HaclModel, device: torch.device) -> Tensor:
     """A pack's pixels on the ranks with a vision tower; their shape elsewhere."""
-    shape, group = (facts.num_images, 3, module.image_size, module.image_size), module.groups.tp
+    shape, groups = (facts.num_images, 3, module.image_size, module.image_size), module.groups
+    group = groups.tp_cp if groups.cp.size() > 1 else groups.tp
     if not module.pre_process:
         return torch.empty(shape, device="meta")
     pixels = torch.empty(shape, device=device) if pixels is None else to_device(pixels, device)

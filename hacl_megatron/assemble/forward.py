@@ -11,12 +11,29 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from hacl_megatron.assemble.exchange import exchange_step
 from hacl_megatron.batch import MicroBatch, PackedBatch
 from hacl_megatron.model.hacl import HaclModel, ModelOutput
+from hacl_megatron.objective.generation import generation_losses
+from hacl_megatron.platform.context_parallel.placed_rows import placed_rows
 
 Result = TypeVar("Result")
+
+
+def losses_of_tokens(output: ModelOutput, batch: PackedBatch, *, vocab_size: int, tp_group: ProcessGroup) -> Tensor:
+    """float32 [K + J]: cross entropy of a pack's targets, then of its rejected tokens, on every rank of the last stage.
+
+    Args:
+        vocab_size: tokens of the vocabulary, its padding left out.
+    """
+    ids = torch.cat([batch.target_ids, batch.rejected_ids]) if batch.rejected_ids.numel() else batch.target_ids
+    if batch.share is None:
+        return generation_losses(output.logits, ids, vocab_size=vocab_size, tp_group=tp_group)
+    places = batch.share.token_places
+    own = generation_losses(output.logits, ids.index_select(0, places), vocab_size=vocab_size, tp_group=tp_group)
+    return placed_rows(own, places, ids.numel(), batch.share.group)
 
 
 def run_schedule(
@@ -61,7 +78,7 @@ class _KnownShapes(P2PCommunicator):
 
     def __init__(self, stage: HaclModel, packs: Sequence[PackedBatch]) -> None:
         super().__init__(stage.groups.pp, stage.config)
-        parts = stage.groups.tp.size() if stage.sequence_parallel else 1
+        parts = stage.groups.cp.size() * (stage.groups.tp.size() if stage.sequence_parallel else 1)
         shapes = [[pack.num_rows // parts, 1, stage.config.hidden_size] for pack in packs]
         self._hidden, self._gradients = iter(shapes), iter(shapes)
 
@@ -94,7 +111,7 @@ class ForwardOnly:
         """`collect` of every pack, on every rank of the replica.
 
         Args:
-            packs: at least one, on rank 0 of the model-parallel group; None on its other ranks.
+            packs: at least one, on rank 0 of the replica; None on its other ranks.
             collect: called on all ranks of the last stage, pack after pack, each directly after its forward pass; what
                 it returns is sent on by tensor-parallel rank 0, so its tensors should be on the host.
         """
@@ -113,7 +130,7 @@ class ForwardOnly:
         return self._from_last_stage(results)
 
     def _from_last_stage(self, results: list[Result]) -> list[Result]:
-        group, tp = self.groups.mp, self.groups.tp
+        group, tp = self.groups.replica, self.groups.tp
         if group.size() == 1:
             return results
         # The pipeline is the outermost axis of the group, so the last `tp` ranks are the last stage's.

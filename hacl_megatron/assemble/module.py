@@ -22,9 +22,10 @@ from hacl_megatron.model.transformer_configs import language_transformer_config,
 
 
 def pad_multiple(config: RunConfig) -> int:
-    """Packs are padded to a multiple of this: what sequence parallelism splits, and the 32 rows of FP8 products."""
+    """Packs are padded to a multiple of this: what context and sequence parallelism split, and the 32 rows of FP8
+    products."""
     parallel = config.parallel
-    rows = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    rows = parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     return rows * 32 if config.transformer.get("fp8") else rows
 
 

@@ -21,11 +21,21 @@ def initialize_parallelism(config: RunConfig, layout: Layout) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)
     return Groups.of_parallel_state(config.parallel.distributed_timeout_minutes)
+
+
+def draw_apart(config: RunConfig, groups: Groups) -> None:
+    """From here on each context-parallel rank drops out by masks of its own, as its rows are.
+
+    Not before the model is built: its first values are the same on all of them.
+    """
+    if groups.cp.rank() > 0:
+        model_parallel_cuda_manual_seed(config.training.seed + (groups.cp.rank() << 32))
 
 
 @contextlib.contextmanager

@@ -24,4 +24,4 @@ class Run:
     @property
     def reads_data(self) -> bool:
         """Whether this rank reads and decodes for its replica; the others receive (`assemble.exchange`)."""
-        return self.groups.mp.rank() == 0
+        return self.groups.replica.rank() == 0

@@ -34,6 +34,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "transformer": {
         "use --tensor-model-parallel-size": ("tensor_model_parallel_size",),
         "use --pipeline-model-parallel-size": ("pipeline_model_parallel_size",),
+        "use --context-parallel-size": ("context_parallel_size",),
         "use --sequence-parallel": ("sequence_parallel",),
         "use --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers": (
             "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout",
@@ -56,7 +57,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "the trainer draws what no checkpoint holds": ("perform_initialization", "init_model_with_meta_device"),
         _FOR_NOW: (
-            "context_parallel_size", "hierarchical_context_parallel_sizes", "hybrid_context_parallel", "cp_comm_type",
+            "hierarchical_context_parallel_sizes", "hybrid_context_parallel", "cp_comm_type",
             "max_seqlen_per_dp_cp_rank", "use_mup", "mup_*", "tensor_parallel_num_weight_shards",
             "gtp_weight_remat_size", "use_transformer_engine_op_fuser", "delay_wgrad_compute",
             "defer_embedding_wgrad_compute", "wgrad_deferral_limit", "fused_residual_rmsnorm", "use_te_activation_func",

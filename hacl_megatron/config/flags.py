@@ -113,6 +113,10 @@ class ParallelFlags:
 
     tensor_model_parallel_size: int = flag(1, "Ranks that share every layer's matrices.")
     pipeline_model_parallel_size: int = flag(1, "Pipeline stages. The vision tower and connector live on the first.")
+    context_parallel_size: int = flag(
+        1, "Ranks that share the rows of every pack, for long records: each runs the language model for its part, and "
+        "attention gathers keys and values. Images and heads are the same on all of them."
+    )  # fmt: skip
     sequence_parallel: bool = flag(
         False, "Between tensor-parallel layers, split activations by rows over the same ranks: less memory."
     )  # fmt: skip

@@ -20,8 +20,10 @@ class Layout:
     """Tensor-parallel size."""
     pp: int
     """Pipeline stages."""
+    cp: int = 1
+    """Context-parallel size: ranks that share the rows of a pack."""
     dp: int
-    """Data-parallel replicas: world_size / (tp x pp)."""
+    """Data-parallel replicas: world_size / (tp x cp x pp)."""
     micro_batch_size: int
     global_batch_size: int
     num_micro_batches: int | None
@@ -36,13 +38,17 @@ class Layout:
             ValueError: one of them does not divide; one line.
         """
         tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+        cp = config.parallel.context_parallel_size
+        of_replica = tp * cp * pp
+        or_cp, flag = (f" x {cp} context-parallel ranks", ", --context-parallel-size") if cp > 1 else ("", "")
         require(
-            world_size > 0 and min(tp, pp) > 0 and world_size % (tp * pp) == 0,
-            f"{world_size} processes cannot be divided into replicas of {tp} tensor-parallel ranks x {pp} pipeline "
-            "stages",
-            f"start a multiple of {tp * pp}, or change --tensor-model-parallel-size or --pipeline-model-parallel-size",
+            world_size > 0 and min(tp, cp, pp) > 0 and world_size % of_replica == 0,
+            f"{world_size} processes cannot be divided into replicas of {tp} tensor-parallel ranks{or_cp} x {pp} "
+            "pipeline stages",
+            f"start a multiple of {of_replica}, or change --tensor-model-parallel-size{flag} or "
+            "--pipeline-model-parallel-size",
         )
-        dp = world_size // (tp * pp)
+        dp = world_size // of_replica
         micro = config.training.micro_batch_size
         batch = micro * dp if config.training.global_batch_size is None else config.training.global_batch_size
         by_tokens = config.training.micro_batch_tokens is not None
@@ -59,11 +65,18 @@ class Layout:
             world_size=world_size,
             tp=tp,
             pp=pp,
+            cp=cp,
             dp=dp,
             micro_batch_size=micro,
             global_batch_size=batch,
             num_micro_batches=None if by_tokens else batch // (micro * dp),
         )
+
+    def __str__(self) -> str:
+        """`tensor x pipeline x data parallel 2 x 1 x 4`."""
+        if self.cp == 1:
+            return f"tensor x pipeline x data parallel {self.tp} x {self.pp} x {self.dp}"
+        return f"tensor x context x pipeline x data parallel {self.tp} x {self.cp} x {self.pp} x {self.dp}"
 
 
 def iterations_of_epochs(epochs: float, num_samples: int, batch: int, *, done: int = 0, drawn: int = 0) -> int:

@@ -31,6 +31,7 @@ from hacl_megatron.model.llama import LlamaStage
 from hacl_megatron.model.lora import lora_parameters
 from hacl_megatron.model.vision import VisionTower
 from hacl_megatron.platform.attention import packed_segments
+from hacl_megatron.platform.context_parallel.placed_rows import placed_rows
 
 TRAINED_PARTS = ("vision_tower", "connector", "language_model", "heads")
 
@@ -45,7 +46,8 @@ class ModelOutput:
     """What the last pipeline stage hands to the objective."""
 
     logits: Tensor
-    """[K + J, padded vocab / tp]: this tensor-parallel rank's logits of the target rows, then of the rejected ones."""
+    """[K + J, padded vocab / tp]: this tensor-parallel rank's logits of the target rows, then of the rejected ones. Of
+    a share of the pack [K' + J', padded vocab / tp] (`RowShare.token_places`); all else is of the whole pack."""
     image_embeddings: Tensor
     """fp32 [N, hidden / 4], unit length; empty if the pack holds no images."""
     caption_embeddings: Tensor
@@ -188,7 +190,11 @@ class HaclModel(MegatronModule):
             return self.connector.query_states(features) if self.query_states_are_constant else features
 
     def _embed(self, batch: PackedBatch, tower_features: Tensor | None) -> Tensor:
-        """Token embeddings with image features laid over the image rows: [T', 1, H]."""
+        """Token embeddings with image features laid over the image rows: [T', 1, H].
+
+        Context-parallel ranks make all features each, and take those of their own rows. So the gradients of what images
+        go through are each rank's part of the whole, as all others are.
+        """
         # In the order of `__init__`, which is that in which `--overlap-param-gather` fetches updated parameters.
         features = None
         if torch.is_grad_enabled() or batch.image_rows.numel():
@@ -199,10 +205,11 @@ class HaclModel(MegatronModule):
             if self.has_tiles:  # behind the connector's call, for which `--overlap-param-gather` fetches the newline
                 newline = self.connector.image_newline
                 features = table_of_features(features, newline, batch.pooled_rows, batch.pooled_weights)
-        hidden = self.language_model.embed(batch.token_ids)
+        own = batch if batch.share is None else batch.share
+        hidden = self.language_model.embed(own.token_ids)
         if features is not None:
-            rows = features.index_select(0, batch.feature_rows).to(hidden.dtype)
-            hidden = hidden.squeeze(1).index_copy(0, batch.image_rows, rows).unsqueeze(1)
+            rows = features.index_select(0, own.feature_rows).to(hidden.dtype)
+            hidden = hidden.squeeze(1).index_copy(0, own.image_rows, rows).unsqueeze(1)
         if self.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.groups.tp)
         return hidden
@@ -224,29 +231,30 @@ class HaclModel(MegatronModule):
                 called when all before the heads is on its way, so that a GPU has work while the host launches it.
         """
         segments = packed_segments(batch, lengths, read_rows_only=self.read_rows_only)
+        own = batch if batch.share is None else batch.share
         embedded = self._embed(batch, tower_features) if self.pre_process else None
-        hidden = self.language_model(embedded, batch.position_ids, segments)
+        hidden = self.language_model(embedded, own.position_ids, segments)
         if not self.post_process:
             return hidden
         # The same on every tensor-parallel rank from here on, gradients included; the LM head sums its own input's.
         hidden = hidden.squeeze(1)
 
         def states(rows: Tensor) -> Tensor:
-            return hidden.index_select(0, torch.searchsorted(batch.read_rows, rows) if self.read_rows_only else rows)
+            return hidden.index_select(0, torch.searchsorted(own.read_rows, rows) if self.read_rows_only else rows)
 
-        asked = batch.target_rows
-        if batch.rejected_rows.numel():
-            asked = torch.cat([asked, batch.rejected_rows])
+        if batch.share is None:
+            asked = batch.target_rows
+            if batch.rejected_rows.numel():
+                asked = torch.cat([asked, batch.rejected_rows])
+        else:
+            asked = batch.share.token_rows
         logits = self.language_model.logits(states(asked))
+        eos = self._eos_states(states, batch)
         if texts is None:
-            texts = TextStates(
-                captions=states(batch.caption_eos_rows), hallucinated=states(batch.hallucinated_eos_rows)
-            )
+            texts = TextStates(captions=eos(1), hallucinated=eos(2))
         elif not isinstance(texts, TextStates):
             texts = texts()
-        images, captions, hallucinated, temperature = self.heads(
-            states(batch.image_eos_rows), texts.captions, texts.hallucinated
-        )
+        images, captions, hallucinated, temperature = self.heads(eos(0), texts.captions, texts.hallucinated)
         return ModelOutput(
             logits=logits,
             image_embeddings=images,
@@ -255,3 +263,15 @@ class HaclModel(MegatronModule):
             temperature=temperature,
             texts=texts,
         )
+
+    @staticmethod
+    def _eos_states(states: Callable[[Tensor], Tensor], batch: PackedBatch) -> Callable[[int], Tensor]:
+        """Final-norm states at the pack's EOS rows of one kind, as `batch.eos_rows` has them; of a share on all ranks.
+
+        states: of own rows.
+        """
+        if batch.share is None:
+            return lambda kind: states(batch.eos_rows[kind])
+        share, counts = batch.share, [rows.numel() for rows in batch.eos_rows]
+        whole = placed_rows(states(share.eos_rows), share.eos_places, sum(counts), share.group)
+        return whole.split(counts).__getitem__

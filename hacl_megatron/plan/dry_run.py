@@ -43,7 +43,7 @@ def dry_run(config: RunConfig, layout: Layout, *, rank: int | None = None) -> st
     ranks = [rank] if rank is not None else _one_of_each_kind(config, layout)
     counts = {one: _build(config, layout, one) for one in ranks}
     lines = [
-        f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} = {layout.world_size} processes, "
+        f"{layout} = {layout.world_size} processes, "
         f"{layout.global_batch_size} samples a step, micro-batches {_micro_batches(config, layout)} a replica",
         _table(counts, config, layout),
         _trained(counts),
@@ -67,7 +67,7 @@ def _one_of_each_kind(config: RunConfig, layout: Layout) -> list[int]:
     kinds = {
         (stage == 0, stage == layout.pp - 1, layers[stage]): stage for stage in reversed(range(layout.pp))
     }  # fmt: skip
-    return [stage * layout.tp * layout.dp for stage in sorted(kinds.values())]
+    return [stage * layout.tp * layout.cp * layout.dp for stage in sorted(kinds.values())]
 
 
 def _build(config: RunConfig, layout: Layout, rank: int) -> dict[str, tuple[int, int]]:
@@ -131,7 +131,7 @@ def _table(counts: dict[int, dict[str, tuple[int, int]]], config: RunConfig, lay
     columns = [part for part in PARTS if part != "lora" or config.lora.lora_rank is not None]
     rows = []
     for rank, parts in counts.items():
-        stage = rank // (layout.tp * layout.dp)
+        stage = rank // (layout.tp * layout.cp * layout.dp)
         trained, frozen = (sum(column) for column in zip(*parts.values(), strict=True))
         each = [f"{sum(parts[part]):,}" if part in parts else "" for part in columns]
         rows.append((rank, stage, layers[stage], *each, f"{trained:,}", f"{frozen:,}"))

@@ -11,7 +11,7 @@ never with T squared.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,8 +19,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.nn import functional as F
 
-from hacl_megatron.batch import PackedBatch, SegmentLengths
+from hacl_megatron.batch import PackedBatch, RowShare, SegmentLengths
 from hacl_megatron.platform.accelerators import attention_kernel
+from hacl_megatron.platform.context_parallel.attention import attend_over_ranks
 from hacl_megatron.platform.cpu.kernels import has_segment_attention, rotate, segment_attention
 
 
@@ -50,6 +51,9 @@ class PackedSegments(PackedSeqParams):
     """int64: rows that the queries stand on; None: all."""
     branches: "Branches | None" = None
     """None where no image shares a prefix."""
+    share: RowShare | None = None
+    """Where the queries are a context-parallel rank's: the segments are its pieces, over keys and values of all ranks,
+    branches among them."""
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosines and sines [T, 1, d / 2] for attention that rotates queries and keys itself, as it does on the CPU; None:
     megatron-core's layers have rotated them."""
@@ -101,8 +105,10 @@ class Branches:
 def packed_segments(batch: PackedBatch, lengths: SegmentLengths, *, read_rows_only: bool = True) -> PackedSegments:
     """Borders of a pack on the model's device and the same lengths on the host, as one record.
 
-    With `read_rows_only` the last layer runs for `batch.read_rows` alone.
+    With `read_rows_only` the last layer runs for `batch.read_rows` alone. Of a rank's share, pieces are the segments.
     """
+    if batch.share is not None:
+        return _segments_of_share(batch.share, read_rows_only)
     longest = max(lengths.segments)
     branches = None
     if lengths.branches:
@@ -113,6 +119,16 @@ def packed_segments(batch: PackedBatch, lengths: SegmentLengths, *, read_rows_on
         max_seqlen_q=longest, max_seqlen_kv=longest, lengths=lengths.segments, query_lengths=lengths.segments,
         read_rows=batch.read_rows if read_rows_only else None, read_lengths=lengths.read,
         read_borders=_borders(batch.read_lengths), branches=branches,
+    )  # fmt: skip
+
+
+def _segments_of_share(share: RowShare, read_rows_only: bool) -> PackedSegments:
+    on_host = share.on_host
+    return PackedSegments(
+        qkv_format="sbhd", cu_seqlens_q=_borders(share.sizes), cu_seqlens_kv=_borders(share.lengths),
+        max_seqlen_q=max(on_host.sizes), max_seqlen_kv=max(on_host.lengths), lengths=on_host.lengths,
+        query_lengths=on_host.sizes, read_rows=share.read_rows if read_rows_only else None, read_lengths=on_host.reads,
+        read_borders=_borders(share.reads), share=share,
     )  # fmt: skip
 
 
@@ -266,8 +282,12 @@ class PackedAttention(torch.nn.Module):
             read = packed_seq_params.query_rows
             asking = (cos, sin) if read is None else (cos.index_select(0, read), sin.index_select(0, read))
             query, key = rotate(query, *asking), rotate(key, cos, sin)
-        qkv = query, key, value
-        out = kernel(*qkv, packed_seq_params, self.softmax_scale)
+        qkv, share = (query, key, value), packed_seq_params.share
+        if share is not None:
+            own = partial(kernel, segments=packed_seq_params, scale=self.softmax_scale)
+            out = attend_over_ranks(own, *qkv, share.context_rows, share.group)
+        else:
+            out = kernel(*qkv, packed_seq_params, self.softmax_scale)
         branches = packed_seq_params.branches
         if branches is not None:
             out = _attend_to_branches(kernel, out, *qkv, branches, self.softmax_scale)

@@ -16,12 +16,20 @@ from torch.distributed import ProcessGroup
 
 
 class Groups(ProcessGroupCollection):
-    """megatron-core's groups of this rank, and two of them once more, for tensors on the host."""
+    """megatron-core's groups of this rank, two of them once more for tensors on the host, and that of a replica.
+
+    `mp` are tensor-parallel ranks times pipeline stages, `dp` and `mp` leave context parallelism out.
+    """
 
     mp_host: ProcessGroup
-    """The ranks of `mp`: one model replica."""
+    """The ranks of `mp`."""
     dp_host: ProcessGroup
     """The ranks of `dp`."""
+    replica: ProcessGroup
+    """The ranks that work on the same samples: `mp` times context-parallel ranks, in the order of their ranks. Takes
+    host tensors where there are context-parallel ranks."""
+    replica_host: ProcessGroup
+    """The same ranks."""
 
     @classmethod
     def of_parallel_state(cls, timeout_minutes: int) -> "Groups":
@@ -31,17 +39,38 @@ class Groups(ProcessGroupCollection):
         if not takes_host_tensors(groups.mp):
             groups.mp_host = _host_twin(groups.mp, timedelta(minutes=timeout_minutes))
             groups.dp_host = parallel_state.get_data_parallel_group_gloo()
-        assert groups.mp.size() * groups.dp.size() == dist.get_world_size(), "sums over the world go by way of both"
+        groups.replica, groups.replica_host = groups.mp, groups.mp_host
+        if groups.cp.size() > 1:
+            groups.replica = groups.replica_host = _replica(groups, timedelta(minutes=timeout_minutes))
+        assert groups.replica.size() * groups.dp.size() == dist.get_world_size(), "sums over the world go by both"
         return groups
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over all ranks, in float64."""
-        return host_sums(host_sums(values, self.mp_host), self.dp_host)
+        return host_sums(host_sums(values, self.replica_host), self.dp_host)
 
 
 def takes_host_tensors(group: ProcessGroup) -> bool:
     """Whether the group serves hosts too."""
     return dist.get_backend(group) != "nccl"
+
+
+def _replica(groups: ProcessGroupCollection, timeout: timedelta) -> ProcessGroup:
+    """This rank's group of all ranks of its replica. All ranks of the world make all of them, in one order.
+
+    megatron-core's order of ranks: tensor-parallel ones are neighbours, then context-parallel, data-parallel, stages.
+    """
+    of_stage = groups.tp.size() * groups.cp.size()
+    a_stage = of_stage * groups.dp.size()
+    for index in range(groups.dp.size()):
+        firsts = (stage * a_stage + index * of_stage for stage in range(groups.pp.size()))
+        ranks = [first + rank for first in firsts for rank in range(of_stage)]
+        made = dist.new_group(ranks=ranks, timeout=timeout, backend="gloo")
+        if index == groups.dp.rank():
+            own = made
+            for part in (groups.mp, groups.cp):
+                assert set(dist.get_process_group_ranks(part)) <= set(ranks), (ranks, part)
+    return own
 
 
 def _host_twin(group: ProcessGroup, timeout: timedelta) -> ProcessGroup:

@@ -27,7 +27,7 @@ from hacl_megatron.assemble.module import (
     parts_of_transformers,
 )
 from hacl_megatron.assemble.parameters import trained_and_frozen, whole_model
-from hacl_megatron.assemble.processes import initialize_parallelism
+from hacl_megatron.assemble.processes import draw_apart, initialize_parallelism
 from hacl_megatron.assemble.run import Run
 from hacl_megatron.assemble.same_run import data_facts, facts_of
 from hacl_megatron.checkpoint.run.choose import agree_on_checkpoint
@@ -202,6 +202,7 @@ def build_trainer(
     progress.samples_a_step = length.samples_a_step
 
     module = build_module(config, run.groups, device)
+    draw_apart(config, run.groups)
     changes: list[str] = []
     said = [] if resume_from is not None else [load_pretrained(module, config)]
     trainee = build_trainee(module, config, length.steps)
@@ -401,7 +402,7 @@ def _open_log(run: Run, iteration: int, train_iters: int, num_samples: int, said
     )
     log.say("\n".join([*said, trained_and_frozen(whole_model(config))]))
     log.say(
-        f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp} on {run.device.type}, "
+        f"{layout} on {run.device.type}, "
         f"{layout.global_batch_size} samples a step, {num_samples} an epoch, {train_iters} iterations"
         + "".join(f"\n{line}" for line in (*parts_of_transformers(config), *describe_choice(run.device, dtype)))
     )

@@ -346,6 +346,7 @@ class Trainer:
 
     def _own_numbers(self, micro_batches: list[MicroBatch], waited: float) -> RankNumbers:
         """This rank's, to be compared with the others' and added up."""
+        layout = self.run.layout
         flops = step_flops(
             self.config.architecture,
             micro_batches,
@@ -355,7 +356,7 @@ class Trainer:
             lora=Lora.of(self.config.lora),
         )
         return RankNumbers(
-            flops=flops / (self.run.layout.tp * self.run.layout.pp),
+            flops=flops / (layout.tp * layout.cp * layout.pp),
             own_seconds=self.step.own_time.take(),
             data_wait=waited,
             memory=memory_in_use(self.run.device)[1],

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hacl_megatron.assemble.forward import losses_of_tokens
 from hacl_megatron.assemble.run import Run
 from hacl_megatron.batch import MicroBatch, PackedBatch
 from hacl_megatron.config.flags import PreferenceFlags
 from hacl_megatron.model.hacl import ModelOutput
 from hacl_megatron.objective.contrastive import ContrastiveTerms
-from hacl_megatron.objective.generation import generation_losses
 from hacl_megatron.objective.negatives import PairEmbeddings, PairIntegers, concatenate_integers, concatenate_pairs
 from hacl_megatron.objective.preference import PreferenceTerms, answer_likelihoods, dpo_terms, mdpo_terms, phrase_terms
 from hacl_megatron.training.contrast import CachedGradients, Contrast, pair_embeddings
@@ -188,7 +188,11 @@ class StepLosses:
         self.forward_only = forward_only
         # Shares of a mean over the global batch: the schedule divides by the micro-batches, DDP by the ranks.
         self._num_replicas = run.groups.dp.size()
-        self.scale = len(micro_batches) * self._num_replicas
+        self.scale: float = len(micro_batches) * self._num_replicas
+        if run.groups.cp.size() > 1:
+            # Context-parallel ranks make the same of a pack, each of them, and their gradients are summed. DDP divides
+            # by their number too, the schedule multiplies by it.
+            self.scale /= run.groups.cp.size()
         self.temperature: Tensor | None = None
         self._vocabulary = {"vocab_size": run.config.architecture.language.vocab_size, "tp_group": run.groups.tp}
         self._lm_sums: list[Tensor] = []
@@ -208,10 +212,7 @@ class StepLosses:
     def of_micro_batch(self, output: ModelOutput, index: int) -> tuple[Tensor, Tensor]:
         """What megatron-core's schedule asks for: the loss to back-propagate, and something to keep."""
         batch = self.micro_batches[index].main
-        token_ids = (
-            torch.cat([batch.target_ids, batch.rejected_ids]) if batch.rejected_ids.numel() else batch.target_ids
-        )
-        token_losses = generation_losses(output.logits, token_ids, **self._vocabulary)
+        token_losses = losses_of_tokens(output, batch, **self._vocabulary)
         lm_sum = token_losses[: batch.num_targets].sum()
         loss = lm_sum / max(self.counts.targets, 1)
         if self.weights.generation != 1.0:

@@ -57,8 +57,8 @@ class Saving:
                 newest=checkpoint.save_retain,
                 every=checkpoint.save_keep_interval,
                 check=(lambda: None) if lock is None else lock.check,
-                replica=groups.dp.rank(),
-                num_replicas=groups.dp.size(),
+                replica=groups.dp_cp.rank(),
+                num_replicas=groups.dp_cp.size(),
             )
 
     def save(

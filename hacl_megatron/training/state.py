@@ -202,7 +202,8 @@ def _load_weights(module: HaclModel, weights: dict[str, Any]) -> str | None:
 
 def _layout(trainee: Trainee) -> list[int]:
     groups = trainee.groups
-    return [groups.tp.size(), groups.pp.size(), groups.dp.size()]
+    context = [groups.cp.size()] if groups.cp.size() > 1 else []  # as checkpoints without it have been
+    return [groups.tp.size(), groups.pp.size(), groups.dp.size(), *context]
 
 
 def _optimizer_kind(trainee: Trainee) -> list[bool]:
@@ -218,8 +219,9 @@ def _sharded_random_states(trainee: Trainee) -> ShardedObject:
         **random_states(),
     }
     groups = trainee.groups
-    shape = (groups.pp.size(), groups.tp.size(), groups.dp.size())
-    return ShardedObject("random_states", states, shape, (groups.pp.rank(), groups.tp.rank(), groups.dp.rank()))
+    axes = (groups.pp, groups.tp, groups.dp_cp)
+    sizes, ranks = tuple(axis.size() for axis in axes), tuple(axis.rank() for axis in axes)
+    return ShardedObject("random_states", states, sizes, ranks)
 
 
 def _restore_random_states(states: dict[str, Any]) -> None:
@@ -233,5 +235,5 @@ def _sharded_queue(trainee: Trainee) -> dict[str, Any]:
     queue, groups = trainee.queue, trainee.groups
     if queue is None:
         return {}
-    replica = (0, groups.tp.rank(), groups.dp.rank())
+    replica = (0, groups.tp.rank(), groups.dp_cp.rank())
     return {"queue": ShardedObject("queue", queue.state_dict(), (1,), (0,), replica_id=replica)}

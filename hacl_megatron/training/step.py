@@ -237,8 +237,8 @@ class Step:
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.device)
         if self.is_last_stage:
             of_rank = losses.sums()
-            # The last stage's tensor-parallel ranks hold equal sums; one of them speaks for all.
-            if self.groups.tp.rank() == 0:
+            # The last stage's tensor- and context-parallel ranks hold equal sums; one of them speaks for all.
+            if self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0:
                 sums = of_rank
         dist.all_reduce(sums)
         return StepSums(sums=sums, weights=losses.weights, counts=losses.counts)

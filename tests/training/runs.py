@@ -90,9 +90,9 @@ def _write_stages(folder: Path, samples: int, given: dict[str, Any]) -> Path:
 
 
 def layout_flags(layout: str, *, samples: int = 8) -> tuple[int, list[str]]:
-    """`tp2-pp2` -> (4 processes, flags); parts are tpN, ppN, dpN, sp, dist (distributed optimiser) and first1 for one
-    layer on the first stage. One micro-batch of `samples` over all ranks."""
-    sizes = {"tp": 1, "pp": 1, "dp": 1}
+    """`tp2-pp2` -> (4 processes, flags); parts are tpN, ppN, dpN, cpN, sp, dist (distributed optimiser) and first1 for
+    one layer on the first stage. One micro-batch of `samples` over all ranks."""
+    sizes = {"tp": 1, "pp": 1, "dp": 1, "cp": 1}
     flags = []
     for part in layout.split("-"):
         if part == "sp":
@@ -104,8 +104,9 @@ def layout_flags(layout: str, *, samples: int = 8) -> tuple[int, list[str]]:
         else:
             sizes[part[:2]] = int(part[2:])
     flags += ["--tensor-model-parallel-size", str(sizes["tp"]), "--pipeline-model-parallel-size", str(sizes["pp"])]
+    flags += ["--context-parallel-size", str(sizes["cp"])] * (sizes["cp"] > 1)
     flags += ["--micro-batch-size", str(samples // sizes["dp"])]
-    return sizes["tp"] * sizes["pp"] * sizes["dp"], flags
+    return math.prod(sizes.values()), flags
 
 
 def _run_all(commands: Sequence[Sequence[str] | Callable[[], None]]) -> None:

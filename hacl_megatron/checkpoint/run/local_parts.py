@@ -27,7 +27,7 @@ def local_parts(state: dict[str, Any], *, replica: int = 0, num_replicas: int = 
 
     Args:
         state: fresh, for megatron-core changes it in place.
-        replica: this rank's among the `num_replicas` data-parallel ranks, which hold the same model.
+        replica: this rank's among the `num_replicas` data-parallel (and context-parallel) ranks, which hold the same.
     """
     sharded_state, common = save_preprocess(state, validate_access_integrity=False)
     own: list[Part] = []

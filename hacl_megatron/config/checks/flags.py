@@ -36,12 +36,12 @@ _FINITE = below(math.inf)
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         (
-            "tensor_model_parallel_size", "pipeline_model_parallel_size", "decoder_first_pipeline_num_layers",
-            "decoder_last_pipeline_num_layers", "make_vocab_size_divisible_by", "distributed_timeout_minutes",
-            "model_max_length", "num_workers", "io_threads", "prefetch_steps", "max_image_pixels", "max_skipped_steps",
-            "micro_batch_size", "micro_batch_tokens", "queue_size", "global_batch_size", "train_iters",
-            "exit_interval", "eval_iters", "log_interval", "world_size", "save_retain", "save_keep_interval",
-            "profile_step_start", "profile_step_end", "lora_rank",
+            "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size",
+            "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "make_vocab_size_divisible_by",
+            "distributed_timeout_minutes", "model_max_length", "num_workers", "io_threads", "prefetch_steps",
+            "max_image_pixels", "max_skipped_steps", "micro_batch_size", "micro_batch_tokens", "queue_size",
+            "global_batch_size", "train_iters", "exit_interval", "eval_iters", "log_interval", "world_size",
+            "save_retain", "save_keep_interval", "profile_step_start", "profile_step_end", "lora_rank",
         ),
         (1, _FINITE),
     ),

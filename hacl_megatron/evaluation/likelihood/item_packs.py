@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from hacl_megatron.assemble.forward import losses_of_tokens
 from hacl_megatron.assemble.module import pad_multiple
 from hacl_megatron.batch import PackedBatch
 from hacl_megatron.config.run import RunConfig
@@ -24,7 +25,6 @@ from hacl_megatron.data.store import FolderStore
 from hacl_megatron.evaluation.image_files import read_images
 from hacl_megatron.evaluation.likelihood.task import AnswerLikelihood, ItemOutput, Task
 from hacl_megatron.model.hacl import ModelOutput
-from hacl_megatron.objective.generation import generation_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class PackResult:
 
 def result_of_pack(output: ModelOutput, batch: PackedBatch, *, vocab_size: int, tp_group: ProcessGroup) -> PackResult:
     """On every tensor-parallel rank of the last stage, whose logits are parts of one vocabulary."""
-    losses = generation_losses(output.logits, batch.target_ids, vocab_size=vocab_size, tp_group=tp_group)
+    losses = losses_of_tokens(output, batch, vocab_size=vocab_size, tp_group=tp_group)
     return PackResult(
         losses=losses.float().cpu(),
         images=output.image_embeddings.cpu(),

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hacl_megatron.assemble.forward import ForwardOnly
 from hacl_megatron.assemble.run import Run
@@ -25,6 +24,7 @@ from hacl_megatron.evaluation.likelihood.item_packs import (
 )
 from hacl_megatron.evaluation.likelihood.task import Task
 from hacl_megatron.model.hacl import HaclModel, ModelOutput
+from hacl_megatron.platform.host_groups import Groups
 
 Collect = Callable[[ModelOutput, PackedBatch], PackResult]
 NOT_FINITE = "not finite"
@@ -37,7 +37,7 @@ class TaskRunner:
     """One per process; every rank calls `run` for the same tasks in the same order.
 
     Args:
-        reader: on the reading rank of each replica (rank 0 of its model-parallel group), None on the others.
+        reader: on the reading rank of each replica (rank 0 of it), None on the others.
         vocab_size: tokens of the vocabulary, its padding left out.
         batch_size: items in a pack.
         collect: makes a pack's result on the last stage; default: losses and embeddings.
@@ -49,13 +49,13 @@ class TaskRunner:
         forward: Forward,
         reader: ItemReader | None,
         *,
-        groups: ProcessGroupCollection,
+        groups: Groups,
         vocab_size: int,
         batch_size: int,
         collect: Collect | None = None,
         refuse_not_finite: bool = False,
     ) -> None:
-        assert (reader is not None) == (groups.mp.rank() == 0)
+        assert (reader is not None) == (groups.replica.rank() == 0)
         self.forward = forward
         self.reader = reader
         self.groups = groups

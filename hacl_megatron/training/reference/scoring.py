@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
-from hacl_megatron.assemble.forward import ForwardOnly
+from hacl_megatron.assemble.forward import ForwardOnly, losses_of_tokens
 from hacl_megatron.assemble.run import Run
 from hacl_megatron.batch import BadSample, PackedBatch, PackPlan, Parts, StepBatches
 from hacl_megatron.config.run import RunConfig
@@ -23,7 +23,6 @@ from hacl_megatron.data.loader import StepLoader
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.evaluation.journal import Journal, settings_path
 from hacl_megatron.model.hacl import ModelOutput
-from hacl_megatron.objective.generation import generation_losses
 from hacl_megatron.objective.preference import answer_likelihoods
 from hacl_megatron.training.reference.scores import ReferenceScores
 from hacl_megatron.training.signals import StoppedEarly
@@ -149,8 +148,7 @@ def _likelihoods_of_pack(
     """int64 [P] sample ids and float64 [P, A], on the host; on every tensor-parallel rank of the last stage."""
     if not batch.num_preferences:
         return batch.twin_sample_ids, torch.empty(0, batch.answers_per_twin, dtype=torch.float64)
-    token_ids = torch.cat([batch.target_ids, batch.rejected_ids])
-    losses = generation_losses(output.logits, token_ids, vocab_size=vocab_size, tp_group=tp_group)
+    losses = losses_of_tokens(output, batch, vocab_size=vocab_size, tp_group=tp_group)
     likelihoods = answer_likelihoods(losses, batch.preference_tokens, batch.preference_lengths, batch.answers_per_twin)
     return batch.twin_sample_ids, likelihoods.double().cpu()
 

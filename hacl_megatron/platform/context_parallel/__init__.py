@@ -1,0 +1,2 @@
+"""What context-parallel ranks exchange (`batch.RowShare`): keys and values in every layer, and what each makes of its
+own rows."""
