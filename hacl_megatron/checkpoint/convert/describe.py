@@ -151,7 +151,8 @@ def _origin(holdings: Holdings) -> Iterator[tuple[str, str]]:
     if "progress" in common:
         yield "iteration", f"{common['progress']['iteration']}"
         sizes = common.get("layout")
-        yield "written at", f"tensor x pipeline x data parallel {' x '.join(map(str, sizes))}" if sizes else "unknown"
+        axes = f"tensor x pipeline x data{' x context' * (sizes is not None and len(sizes) > 3)} parallel"
+        yield "written at", f"{axes} {' x '.join(map(str, sizes))}" if sizes else "unknown"
         frozen = [
             part
             for part, is_frozen in (
