@@ -50,10 +50,10 @@ class Start:
 SOME = {
     Start("llama", False, False, "pretrain"): ("tp2-sp", "tp2-pp2-sp-first1"),
     Start("llama", True, True, "finetune"): ("tp2", "pp2-first1"),
-    Start("qwen2", False, False, "finetune"): ("tp2", "pp2-first1"),
+    Start("qwen2", False, False, "finetune"): ("tp2", "pp2-first1", "cp2"),
     Start("qwen2", True, True, "pretrain"): ("tp2-sp", "tp2-pp2-sp-first1"),
     Start("qwen3", False, True, "pretrain"): ("tp2", "pp2-first1"),
-    Start("qwen3", True, False, "finetune"): ("tp2-sp", "tp2-pp2-sp-first1"),
+    Start("qwen3", True, False, "finetune"): ("tp2-sp", "tp2-pp2-sp-first1", "cp2"),
     Start("mistral", False, True, "finetune"): ("tp2-sp", "tp2-pp2-sp-first1"),
     Start("mistral", True, False, "pretrain"): ("tp2", "pp2-first1"),
     Start("qwen2", False, True, "finetune", by_three=True): ("tp3-sp",),

@@ -27,7 +27,7 @@ from tests.training.tile_cases import MODELS, flags_of, make_tiled_inputs
 
 SAMPLES = 8
 STAGES = ("pretrain", "finetune")
-LAYOUTS = {"next": ("tp2-sp", "tp2-pp2-sp-first1"), "onevision": ("pp2-first1", "tp2")}
+LAYOUTS = {"next": ("tp2-sp", "tp2-pp2-sp-first1", "cp2"), "onevision": ("pp2-first1", "tp2")}
 REFERENCES = [Case("all", "prompt"), Case("own", "image", preference="phrase")]
 CUT = [Case("all", "prompt", micro_batches=4), Case("own", "image", preference="phrase", tokens=1500)]
 """The same in micro-batches; by tokens their number is uneven, and sizes are read ahead."""

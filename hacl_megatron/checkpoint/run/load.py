@@ -83,12 +83,7 @@ def load_common_state(folder: Path) -> dict[str, Any]:
     progress, layout = found.get("progress", {"iteration": 0}), found.get("layout", [1, 1, 1])
     if type(progress) is not dict or type(progress.get("iteration")) is not int:
         raise _not_saved(path, "progress", progress)
-    # Tensor, pipeline and data parallel; context parallel where that is not 1.
-    if (
-        type(layout) is not list
-        or len(layout) not in (3, 4)
-        or not all(type(size) is int and size > 0 for size in layout)
-    ):
+    if type(layout) is not list or len(layout) not in (3, 4) or not all(type(n) is int and n > 0 for n in layout):
         raise _not_saved(path, "layout", layout)
     return found
 
