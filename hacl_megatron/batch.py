@@ -206,6 +206,11 @@ class PackedBatch:
         return self.preference_lengths.numel() // self.answers_per_twin
 
     @property
+    def wanted_rows(self) -> Tensor:
+        """int64 [K + J + 2N + M]: rows whose final states are wanted: targets', rejected tokens', and `eos_rows`."""
+        return torch.cat([self.target_rows, self.rejected_rows, *self.eos_rows])
+
+    @property
     def eos_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """EOS rows of images, captions and hallucinated captions."""
         return self.image_eos_rows, self.caption_eos_rows, self.hallucinated_eos_rows
@@ -276,14 +281,13 @@ class RowShare:
     """int64 [R']"""
     read_rows: Tensor
     """int64 [Q']: own rows that are read, at the end of each piece; at least one on every rank."""
-    token_rows: Tensor
-    """int64 [K' + J']: own rows with logits."""
+    wanted_rows: Tensor
+    """int64 [W']: own rows whose final states are wanted, of the pack's `PackedBatch.wanted_rows`."""
+    wanted_places: Tensor
+    """int64 [W']: which of these they are."""
     token_places: Tensor
-    """int64 [K' + J']: which of the pack's targets, then rejected tokens, each of them predicts."""
-    eos_rows: Tensor
-    """int64 [E']: own EOS rows."""
-    eos_places: Tensor
-    """int64 [E']: which of the pack's EOS rows each is: images', then captions', then hallucinated captions'."""
+    """int64 [K' + J']: which of the pack's targets, then rejected tokens, this rank makes logits of: an equal part of
+    all, whoever has their rows."""
     context_rows: Tensor
     """int64 [sum of lengths]: rows that each piece's last row sees, piece after piece, its own rows last; as they are
     numbered where all ranks' rows stand one after another."""

@@ -11,7 +11,8 @@ would one piece a rank, of fewer rows the later it stands: everything but attent
 
 What does not divide goes to the ranks with the fewest rows so far; so all have as many in the end (a pack's rows are
 padded to a multiple), even of segments shorter than the ranks are many. The last piece goes to the rank with the fewest
-read rows so far, which stand at the ends of segments, and are all that the last layer and LM head run for.
+read rows so far, which stand at the ends of segments, and are all that the last layer runs for. The LM head is shared
+out evenly, whatever ranks the rows that it is to see are on.
 """
 
 from collections.abc import Sequence
@@ -42,8 +43,8 @@ def share_of_rows(batch: PackedBatch, group: ProcessGroup) -> RowShare:
         return mine, place[rows[mine]] - first
 
     images, image_rows = own(batch.image_rows)
-    tokens, token_rows = own(torch.cat([batch.target_rows, batch.rejected_rows]))
-    eos, eos_rows = own(torch.cat(batch.eos_rows))
+    wanted, wanted_rows = own(batch.wanted_rows)
+    num_tokens = batch.num_targets + batch.rejected_rows.numel()
     seen = _seen_rows(batch)
     own_pieces = [piece for piece in pieces if piece.rank == rank]
     contexts = [seen(piece) for piece in own_pieces]
@@ -58,10 +59,9 @@ def share_of_rows(batch: PackedBatch, group: ProcessGroup) -> RowShare:
         image_rows=image_rows,
         feature_rows=batch.feature_rows[images],
         read_rows=_last_rows(sizes, reads),
-        token_rows=token_rows,
-        token_places=tokens,
-        eos_rows=eos_rows,
-        eos_places=eos,
+        wanted_rows=wanted_rows,
+        wanted_places=wanted,
+        token_places=torch.arange(num_tokens).tensor_split(group.size())[rank],
         context_rows=place[torch.cat(contexts)],
         sizes=torch.tensor(sizes, dtype=torch.int32),
         reads=torch.tensor(reads, dtype=torch.int32),

@@ -246,10 +246,14 @@ class HaclModel(MegatronModule):
             asked = batch.target_rows
             if batch.rejected_rows.numel():
                 asked = torch.cat([asked, batch.rejected_rows])
+            of_tokens = states(asked)
+
+            def eos(kind: int) -> Tensor:
+                return states(batch.eos_rows[kind])
         else:
-            asked = batch.share.token_rows
-        logits = self.language_model.logits(states(asked))
-        eos = self._eos_states(states, batch)
+            of_tokens, *of_eos = _wanted_of_all_ranks(states(batch.share.wanted_rows), batch)
+            eos = of_eos.__getitem__
+        logits = self.language_model.logits(of_tokens)
         if texts is None:
             texts = TextStates(captions=eos(1), hallucinated=eos(2))
         elif not isinstance(texts, TextStates):
@@ -264,14 +268,13 @@ class HaclModel(MegatronModule):
             texts=texts,
         )
 
-    @staticmethod
-    def _eos_states(states: Callable[[Tensor], Tensor], batch: PackedBatch) -> Callable[[int], Tensor]:
-        """Final-norm states at the pack's EOS rows of one kind, as `batch.eos_rows` has them; of a share on all ranks.
 
-        states: of own rows.
-        """
-        if batch.share is None:
-            return lambda kind: states(batch.eos_rows[kind])
-        share, counts = batch.share, [rows.numel() for rows in batch.eos_rows]
-        whole = placed_rows(states(share.eos_rows), share.eos_places, sum(counts), share.group)
-        return whole.split(counts).__getitem__
+def _wanted_of_all_ranks(own: Tensor, batch: PackedBatch) -> list[Tensor]:
+    """States [W', H] of a share's wanted rows -> those that this rank makes logits of [K' + J', H], and on every rank
+    all at the EOS rows of images, captions and hallucinated captions."""
+    share, counts = batch.share, [rows.numel() for rows in batch.eos_rows]
+    num_tokens = batch.num_targets + batch.rejected_rows.numel()
+    whole = placed_rows(own, share.wanted_places, num_tokens + sum(counts), share.group)
+    of_tokens, *of_eos = whole.split([num_tokens, *counts])
+    # Copies, or all of the whole would be kept for the backward pass.
+    return [of_tokens.index_select(0, share.token_places), *(states.clone() for states in of_eos)]

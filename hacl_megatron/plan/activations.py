@@ -18,12 +18,13 @@ trains: a frozen matrix product keeps nothing):
     LoRA                   of each target: that input, and the rank's e r (dropped inputs are not counted)
 
 Sequence parallelism divides the norms and the inputs of the first product of each half by the tensor-parallel size. The
-last layer runs on gathered rows, and behind keys and values for the read rows alone.
+last layer runs on gathered rows, and behind keys and values for the read rows alone. Context parallelism divides the
+rows; of keys and values a rank keeps its own, as a copy, and images are each rank's own.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hacl_megatron.assemble.parameters import layers_by_stage
 from hacl_megatron.config.architecture import ModelConfig
@@ -32,6 +33,7 @@ from hacl_megatron.config.families import language_family
 from hacl_megatron.config.lora import Lora, split_of
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.model.hacl import VIEWS_AT_ONCE
+from hacl_megatron.plan.context_share import fullest_share, gathered_bytes
 from hacl_megatron.plan.image_parts import kept_by_connector, kept_by_tower
 from hacl_megatron.plan.workload import MicroBatchShape, PackShape
 
@@ -113,7 +115,11 @@ def stage_activations(
     config: RunConfig, micro_batch: MicroBatchShape, stage: int, *, kernels: Kernels = GPU
 ) -> ActivationBytes:
     """Activations of one micro-batch on every rank of pipeline stage `stage`."""
-    pack, model = micro_batch.main, config.architecture
+    model, ranks = config.architecture, config.parallel.context_parallel_size
+    pack = fullest_share(micro_batch.main, ranks)
+    if ranks > 1:  # own keys and values are kept, put together to be gathered once more
+        kernels = replace(kernels, copies_values=True)
+        pack = replace(pack, segments=tuple(replace(part, context=0) for part in pack.segments))
     stages, tp = config.parallel.pipeline_model_parallel_size, config.parallel.tensor_model_parallel_size
     shard = tp if config.parallel.sequence_parallel else 1
     e = 2 if config.model.bf16 else 4
@@ -152,6 +158,10 @@ def stage_activations(
     if kernels.rotates_itself and e == FP32 and keeps_angles:
         kept += FP32 * rows * language.head_dim  # the layers' table of angles
     working = again + rows * e * (3 * language.ffn_hidden_size / tp + 2 * language.hidden_size)
+    if ranks > 1:  # a layer's gathered keys and values backward, and all gradients of them
+        row = 2 * e * language.head_dim * language.num_query_groups / tp
+        gathered, seen = gathered_bytes(micro_batch.main, ranks, row)
+        working += gathered + 2 * seen
     logits = logits_peak = 0.0
     if is_first:
         kept += _front(config, pack, e)

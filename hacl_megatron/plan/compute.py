@@ -2,7 +2,7 @@
 
 FLOPs are counted as `training.flops` does (2 per multiply-add of matrix products; forward once, input gradients once,
 weight gradients once where they train) but by pipeline stage, and with what is computed twice beside them. Rank order
-is megatron-core's: tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages.
+is megatron-core's: tensor-parallel ranks are neighbours, then context-parallel, data-parallel, then pipeline stages.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from hacl_megatron.training.flops import lora_flops, qformer_flops, tower_flops,
 
 @dataclass(frozen=True, kw_only=True)
 class StageFlops:
-    """FLOPs of one micro-batch on one pipeline stage, over all its tensor-parallel ranks."""
+    """FLOPs of one micro-batch on one pipeline stage, over all its tensor- and context-parallel ranks."""
 
     model: float
     repeated: float
     """Forward passes of recomputed layers, what gradient caching runs ahead of the main pass, and the same images in
-    towers of transformers, which every tensor-parallel rank has whole."""
+    towers of transformers, which every tensor-parallel rank has whole, and in all towers of context-parallel ranks."""
 
     @property
     def hardware(self) -> float:
@@ -38,6 +38,8 @@ class SentBytes:
     """Bytes that one GPU sends in one optimiser step."""
 
     tensor_parallel: float
+    context_parallel: float
+    """Keys and values of every layer, and their gradients."""
     pipeline: float
     data_parallel: float
     contrastive: float
@@ -51,6 +53,7 @@ class StepTime:
     weights: float
     """Reading the weights in every pass and adding up their gradients, once a micro-batch: what small ones cost."""
     tensor_parallel: float
+    context_parallel: float
     pipeline: float
     """Sending between stages."""
     bubble: float
@@ -94,8 +97,10 @@ def stage_flops(config: RunConfig, micro_batch: MicroBatchShape, stage: int) -> 
             if tower_trained or qformer_trained:
                 again += sum(qformer_flops(model))
             repeated += again * main.images
+        repeats = parallel.context_parallel_size
         if model.vision.backend == "hf":
-            repeated += (total + repeated - before_images) * (parallel.tensor_model_parallel_size - 1)
+            repeats *= parallel.tensor_model_parallel_size
+        repeated += (total + repeated - before_images) * (repeats - 1)
     if is_last:
         total += 2 * main.target_rows * language.hidden_size * language.vocab_size * passes
     return StageFlops(model=total, repeated=repeated)
@@ -134,25 +139,36 @@ def sent_bytes(
 ) -> SentBytes:
     """By ring algorithms: an all-gather or reduce-scatter of n bytes over r ranks sends n (r - 1) / r a rank."""
     e, model = 2 if config.model.bf16 else 4, config.architecture
-    tp, dp, hidden = layout.tp, layout.dp, model.language.hidden_size
+    tp, cp, dp, hidden = layout.tp, layout.cp, layout.dp, model.language.hidden_size
     layers = layers_by_stage(config.parallel, model.language.num_layers)[stage]
-    rows = micro_batch.main.rows * e * hidden
-    ahead = micro_batch.ahead.rows * e * hidden if micro_batch.ahead is not None else 0.0
+    rows = micro_batch.main.rows * e * hidden / cp
+    ahead = micro_batch.ahead.rows * e * hidden / cp if micro_batch.ahead is not None else 0.0
     # Each layer: one all-reduce (or a gather and a scatter) behind attention and MLP, forward and backward each.
-    passes = 2 + (recompute_of(config).granularity == "full")
+    recomputes = recompute_of(config).granularity
+    passes = 2 + (recomputes == "full")
     tensor = layers * 2 * 2 * (passes * rows + ahead) * (tp - 1) / tp * layout.num_micro_batches
+    # Keys and values are gathered in every pass, backward too, where their gradients are scattered besides.
+    pairs = 2 * model.language.head_dim * model.language.num_query_groups / tp / hidden
+    gathers = 2 + (recomputes == "full" or "core_attn" in recompute_of(config).modules * (recomputes == "selective"))
+    context = layers * pairs * ((gathers + 1) * rows + ahead) * (cp - 1) * layout.num_micro_batches
     to_next, to_previous = stage < layout.pp - 1, stage > 0
     shard = tp if config.parallel.sequence_parallel else 1
     pipeline = ((to_next + to_previous) * rows + to_next * ahead) / shard * layout.num_micro_batches
     trained = [p for p in parameters if p.trained]
     gradients = sum(p.numel for p in trained) * FP32
     gathered = sum(p.num_bytes for p in trained) if config.parallel.use_distributed_optimizer else gradients
-    data = (gradients + gathered) * (dp - 1) / dp
+    data = (gradients + gathered) * (dp * cp - 1) / (dp * cp)
     contrastive = 0.0
     if stage == layout.pp - 1:
         pool = micro_batch.eos_rows * layout.num_micro_batches * dp * model.projection_size * FP32
         contrastive = 2 * pool * (dp - 1) / dp  # embeddings forward, their gradients backward
-    return SentBytes(tensor_parallel=tensor, pipeline=pipeline, data_parallel=data, contrastive=contrastive)
+    return SentBytes(
+        tensor_parallel=tensor,
+        context_parallel=context,
+        pipeline=pipeline,
+        data_parallel=data,
+        contrastive=contrastive,
+    )
 
 
 def _flops_a_second(config: RunConfig, cluster: Cluster) -> float:
@@ -187,17 +203,20 @@ def step_time(
         link = gpu.node_bandwidth if reach <= nodes else gpu.network_bandwidth
         return num_bytes / (link * cluster.bandwidth_efficiency)
 
-    compute = [one.hardware * layout.num_micro_batches / layout.tp / reached for one in flops]
+    of_replica = layout.tp * layout.cp
+    a_stage = of_replica * layout.dp
+    compute = [one.hardware * layout.num_micro_batches / of_replica / reached for one in flops]
     tensor = [seconds(one.tensor_parallel, layout.tp) for one in sent]
-    pipeline = [seconds(one.pipeline, layout.tp * layout.dp * 2) for one in sent]
+    context = [seconds(one.context_parallel, of_replica) for one in sent]
+    pipeline = [seconds(one.pipeline, a_stage * 2) for one in sent]
     passes = 2 + (recompute_of(config).granularity == "full") + runs_ahead
     weights = [
         layout.num_micro_batches * (passes * one.weights + 2 * one.gradients) / gpu.memory_bandwidth for one in states
     ]
-    busy = [sum(times) for times in zip(compute, weights, tensor, pipeline, strict=True)]
+    busy = [sum(times) for times in zip(compute, weights, tensor, context, pipeline, strict=True)]
     slowest = max(range(layout.pp), key=busy.__getitem__)
     bubble = busy[slowest] * (layout.pp - 1) / layout.num_micro_batches
-    data = max(seconds(one.data_parallel, layout.tp * layout.dp) for one in sent)
+    data = max(seconds(one.data_parallel, a_stage) for one in sent)
     one_micro_batch = compute[slowest] / layout.num_micro_batches
     if config.parallel.overlap_grad_reduce:
         hidden = data / 2 * (1 + config.parallel.overlap_param_gather)
@@ -206,9 +225,10 @@ def step_time(
         compute=compute[slowest],
         weights=weights[slowest],
         tensor_parallel=tensor[slowest],
+        context_parallel=context[slowest],
         pipeline=pipeline[slowest],
         bubble=bubble,
         data_parallel=data,
-        contrastive=seconds(sent[-1].contrastive, layout.tp * layout.dp),
+        contrastive=seconds(sent[-1].contrastive, a_stage),
         optimizer=max(2 * one.optimizer for one in states) / gpu.memory_bandwidth,
     )

@@ -7,6 +7,7 @@ from tabulate import tabulate
 
 from hacl_megatron.assemble.parameters import PARTS
 from hacl_megatron.plan.activations import recompute_of
+from hacl_megatron.plan.compute import SentBytes
 from hacl_megatron.plan.planner import Plan, StageMemory
 from hacl_megatron.plan.workload import PUBLISHED_SAMPLES, PackShape, views_and_rows
 from hacl_megatron.platform.hardware import GIB
@@ -57,6 +58,7 @@ def ranking(plans: Sequence[Plan], count: int = 8) -> str:
     flags = [
         f"--tensor-model-parallel-size {best.layout.tp}",
         f"--pipeline-model-parallel-size {best.layout.pp}",
+        *([f"--context-parallel-size {best.layout.cp}"] if best.layout.cp > 1 else []),
         f"--sequence-parallel {str(best.config.parallel.sequence_parallel).lower()}",
         f"--micro-batch-size {best.layout.micro_batch_size}",
         f"--global-batch-size {best.layout.global_batch_size}",
@@ -78,7 +80,7 @@ def _head(plan: Plan) -> str:
         micro_batches += f" (on average, of up to {tokens:,} rows)"
     return (
         f"{layout.world_size} x {plan.cluster.gpu_name} ({nodes:g} node{'s' * (nodes != 1)}): "
-        f"tensor x pipeline x data parallel {layout.tp} x {layout.pp} x {layout.dp}, "
+        f"{layout}, "
         f"{layout.global_batch_size} samples a step, micro-batches {micro_batches}, "
         f"recompute {recompute_of(plan.config).label}, {precision}"
     )
@@ -132,7 +134,7 @@ def _binding(plan: Plan) -> str:
 
 
 def _traffic(plan: Plan) -> str:
-    kinds = ("tensor_parallel", "pipeline", "data_parallel", "contrastive")
+    kinds = [item.name for item in fields(SentBytes) if _is_there(plan, item.name)]
     rows = [
         (kind.replace("_", " "), f"{max(getattr(stage.sent, kind) for stage in plan.stages) / 1e9:,.3f}")
         for kind in kinds
@@ -142,7 +144,11 @@ def _traffic(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     time = plan.time
-    rows = [(name.replace("_", " "), f"{value:.3f}", f"{value / time.total:.0%}") for name, value in vars(time).items()]
+    rows = [
+        (name.replace("_", " "), f"{value:.3f}", f"{value / time.total:.0%}")
+        for name, value in vars(time).items()
+        if _is_there(plan, name)
+    ]
     rows.append(("step", f"{time.total:.3f}", ""))
     table = tabulate(
         rows, ("seconds a step", "estimate", ""), disable_numparse=True, colalign=("left", "right", "right")
@@ -163,6 +169,10 @@ def _time(plan: Plan) -> str:
         lines.append(f"run: {plan.iterations:,} iterations, {_hours(plan.seconds)}")
     published = _published(plan)
     return "\n".join([*lines, published] if published else lines)
+
+
+def _is_there(plan: Plan, kind: str) -> bool:
+    return kind != "context_parallel" or plan.layout.cp > 1
 
 
 def _published(plan: Plan) -> str | None:

@@ -44,18 +44,19 @@ def state_bytes(
 ) -> StateBytes:
     """Exact bytes on data-parallel rank `dp_rank` of a stage with these `parameters`.
 
-    With the distributed optimiser these ranks differ by the padding that falls into their slices.
+    Context-parallel ranks are data-parallel ones here, `dp_rank` counts both. With the distributed optimiser these
+    ranks differ by the padding that falls into their slices.
     """
-    distributed = config.parallel.use_distributed_optimizer
+    distributed, dp = config.parallel.use_distributed_optimizer, layout.dp * layout.cp
     weights = sum(p.num_bytes for p in parameters if not p.trained)
     gradients = optimizer = 0
     for bytes_each in sorted({p.bytes_each for p in parameters if p.trained}):
         members = [p for p in parameters if p.trained and p.bytes_each == bytes_each]
-        buckets = _buckets(members, config, layout.dp, stage)
+        buckets = _buckets(members, config, dp, stage)
         numel = buckets[-1].end
         gradients += numel * _gradient_bytes_each(config, bytes_each)
         weights += (numel if distributed else sum(p.numel for p in members)) * bytes_each
-        owned = sum(_owned(bucket, layout.dp, dp_rank) if distributed else _used(bucket) for bucket in buckets)
+        owned = sum(_owned(bucket, dp, dp_rank) if distributed else _used(bucket) for bucket in buckets)
         optimizer += owned * (2 + (bytes_each < FP32)) * FP32  # moments, master copy
     return StateBytes(weights=weights, gradients=gradients, optimizer=optimizer)
 

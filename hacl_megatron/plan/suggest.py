@@ -19,7 +19,8 @@ def suggest_layouts(config: RunConfig, world_size: int, cluster: Cluster, sample
     """Plans of every layout with `config`'s global batch that fits, fastest first; of equals, the one with most room.
 
     Tensor-parallel sizes stay inside a node and are sequence parallel; pipeline stages are even; micro-batches are
-    powers of two; activations are recomputed in every layer or in none. Everything else stays as it is.
+    powers of two; activations are recomputed in every layer or in none. Everything else stays as it is, the
+    context-parallel size too.
     """
     plans = []
     for candidate in _candidates(config, world_size, cluster.gpus_per_node):
@@ -38,6 +39,7 @@ def suggest_layouts(config: RunConfig, world_size: int, cluster: Cluster, sample
 def _candidates(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:
     num_layers = config.architecture.language.num_layers
     batch = config.training.global_batch_size or config.training.micro_batch_size * world_size
+    world_size //= config.parallel.context_parallel_size
     for tp in _powers_of_two(min(gpus_per_node, world_size)):
         for pp in range(1, min(world_size // tp, num_layers) + 1):
             if world_size % (tp * pp) or num_layers % pp:

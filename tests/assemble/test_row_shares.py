@@ -73,7 +73,7 @@ def test_every_row_has_one_rank_and_sees_there_what_it_sees_in_the_whole_pack(ra
 def test_what_is_read_of_a_pack_is_read_once_and_on_every_rank_something(ranks: int) -> None:
     batch = pack()
     found = shares(batch, ranks)
-    places: dict[str, list[Tensor]] = {"token": [], "eos": [], "image": []}
+    places: dict[str, list[Tensor]] = {"wanted": [], "image": []}
     read = torch.zeros(96, dtype=torch.int64)
     for share in found:
         rows = share.token_ids - 1000
@@ -81,20 +81,21 @@ def test_what_is_read_of_a_pack_is_read_once_and_on_every_rank_something(ranks: 
         ends = torch.tensor(share.on_host.sizes).cumsum(0).tolist()
         by_piece = [torch.arange(e - n, e) for e, n in zip(ends, share.on_host.reads, strict=True)]
         assert torch.equal(torch.cat(by_piece), share.read_rows) and len(share.read_rows)
-        places["token"].append(torch.stack([share.token_places, rows[share.token_rows]]))
-        places["eos"].append(torch.stack([share.eos_places, rows[share.eos_rows]]))
+        places["wanted"].append(torch.stack([share.wanted_places, rows[share.wanted_rows]]))
         places["image"].append(torch.stack([share.feature_rows, rows[share.image_rows]]))
-        assert torch.isin(torch.cat([share.token_rows, share.eos_rows]), share.read_rows).all()
+        assert torch.isin(share.wanted_rows, share.read_rows).all()
     assert read[batch.read_rows].eq(1).all() and read.sum() - len(batch.read_rows) < ranks
     whole = {
-        "token": torch.cat([batch.target_rows, batch.rejected_rows]),
-        "eos": torch.cat(batch.eos_rows),
+        "wanted": batch.wanted_rows,
         "image": batch.image_rows.flip(0),  # by the features that they take
     }
     for name, rows in whole.items():
         place, row = torch.cat(places[name], dim=1)
         assert torch.equal(place.sort().values, torch.arange(len(rows))), name
         assert torch.equal(row[place.argsort()], rows), name
+    heads = [share.token_places for share in found]
+    assert torch.equal(torch.cat(heads), torch.arange(batch.num_targets + batch.rejected_rows.numel()))
+    assert max(map(len, heads)) - min(map(len, heads)) <= 1
 
 
 def work(pieces: list[Piece], borders: list[int], ranks: int) -> list[int]:

@@ -3,15 +3,18 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from hacl_megatron.assemble.forward import losses_of_tokens
 from hacl_megatron.assemble.module import build_module
 from hacl_megatron.assemble.parameters import stage_parameters
 from hacl_megatron.assemble.processes import initialize_parallelism
+from hacl_megatron.assemble.row_shares import share_of_rows
 from hacl_megatron.assemble.start_from import resolve_architecture
 from hacl_megatron.batch import MicroBatch, PackedBatch, SegmentLengths
 from hacl_megatron.config.checks.architecture import check_architecture
@@ -22,10 +25,10 @@ from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedPair, EncodedSample
 from hacl_megatron.data.packing import PackSlot, pack
 from hacl_megatron.data.preferences import RejectedAnswer
-from hacl_megatron.objective.generation import generation_losses
 from hacl_megatron.plan.activations import cpu_kernels, stage_activations
 from hacl_megatron.plan.state import StateBytes, state_bytes
 from hacl_megatron.plan.workload import MicroBatchShape, PackShape, Segments
+from hacl_megatron.platform.context_parallel.attention import _ContextRows
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.packs import pack_plan
 from hacl_megatron.training.trainee import Trainee, build_trainee
@@ -77,7 +80,7 @@ def state_on_this_rank(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]
         config, layout, device, groups = _prepare(arguments)
         module = build_module(config, groups, device)
         trainee = build_trainee(module, config, 1)
-        stage, dp_rank = groups.pp.rank(), groups.dp.rank()
+        stage, dp_rank = groups.pp.rank(), groups.dp_cp.rank()
         planned = stage_parameters(config, stage)
         found.append(
             {
@@ -108,6 +111,7 @@ MICRO_BATCHES: dict[str, list[tuple[int, int, bool, int, tuple[int, ...]]]] = {
     "pairs": [(49, 1, True, 7, (9,)), (60, 10, True, 9, ()), (25, 5, False, 0, ())],
     "long": [(161, 70, True, 0, ()), (95, 95, False, 0, ())],
     "images": [(38, 1, True, 6, ())] * 5,
+    "record": [(1501, 420, True, 0, ())],
 }
 """Samples of micro-batches of different make: (rows of the dialogue, targets at its end, has an image, rows of the
 caption or 0, rows of each hallucinated caption)."""
@@ -121,8 +125,9 @@ def make_micro_batch(name: str, config: RunConfig, num_micro_batches: int) -> Mi
     pixels = torch.randn(sum(has_image for _, _, has_image, _, _ in samples), 3, size, size)
     slots = [_slot(index, *sample, visual, shares_prefix=shares_prefix) for index, sample in enumerate(samples)]
     plan = pack_plan(config, num_micro_batches, with_gradients=True)
+    multiple = 2 * config.parallel.context_parallel_size
     packs = [
-        None if parts is None else pack(slots, pixels, visual_tokens=visual, pad_multiple=2, parts=parts)
+        None if parts is None else pack(slots, pixels, visual_tokens=visual, pad_multiple=multiple, parts=parts)
         for parts in (plan.main, plan.ahead)
     ]
     return MicroBatch(main=packs[0], ahead=packs[1])
@@ -222,12 +227,24 @@ def kept_by_autograd(module, micro_batch: MicroBatch, vocab_size: int, set_input
     def total() -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    pack_rows = _ContextRows.pack
+
+    def save_context(rows: _ContextRows, tensor: Tensor) -> Any:
+        """The hooks inside these, of keys and values that are gathered once more, and what those are gathered from."""
+        packed = pack_rows(rows, tensor)
+        for one in (rows.own, packed):
+            save(one) if isinstance(one, Tensor) else None
+        return packed
+
+    with (
+        mock.patch.object(_ContextRows, "pack", save_context),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+    ):
         output = module(main, SegmentLengths.of(main), tower_features=features, texts=texts)
         of_model = total()
         if not module.post_process:
             return of_model, 0
-        generation_losses(output.logits, main.target_ids, vocab_size=vocab_size, tp_group=module.groups.tp).sum()
+        losses_of_tokens(output, main, vocab_size=vocab_size, tp_group=module.groups.tp).sum()
         return of_model, total() - of_model
 
 
@@ -245,6 +262,9 @@ def activations_on_this_rank(cases: Sequence[tuple[Sequence[str], str, str, int]
         )
         micro_batch = make_micro_batch(samples, config, num_micro_batches)
         shape = shape_of(micro_batch)
+        if layout.cp > 1:
+            main = micro_batch.main
+            micro_batch = replace(micro_batch, main=replace(main, share=share_of_rows(main, groups.cp)))
 
         def set_input(batch: PackedBatch, module=module, config=config, layout=layout) -> None:
             if not module.pre_process:

@@ -76,6 +76,7 @@ STATE_RUNS: dict[int, list[tuple[str, list[str]]]] = {
     2: [
         ("tp2", []), ("tp2-sp", ["--bf16"]), ("pp2", []), ("pp2", ["--bf16"]), ("pp2-first1", []),
         ("dp2", []), ("dp2-dist", []), ("dp2-dist", ["--bf16"]), ("dp2-dist", ["--bf16", *OVERLAP]), ("dp2", OVERLAP),
+        ("cp2-dist", ["--bf16", *OVERLAP]),
     ],
 }  # fmt: skip
 
@@ -105,7 +106,7 @@ def states(folder: Path) -> dict[str, list[dict]]:
 
 
 def test_planned_parameters_are_the_models(states):
-    assert len(states) == 46
+    assert len(states) == 48
     newlines = [p for rank in states["tiled finetune pp2"] for p in rank["parameters"] if "newline" in p[0]]
     assert newlines == [("connector.image_newline", (48,), True, 4)]
     for run, ranks in states.items():
@@ -192,6 +193,36 @@ def test_activations_are_near_what_autograd_keeps(folder: Path):
         assert found["planned loss"] == pytest.approx(found["loss"], rel=0.05), run
 
 
+CONTEXT_RUNS = [
+    (stage, extra, recompute, samples)
+    for stage, extra, recompute, samples in (
+        ("even finetune", [], "none", "record"),
+        ("even finetune", [], "full", "record"),
+        ("even finetune", PROMPT, "none", "pairs"),
+        ("even pretrain", [], "none", "long"),
+    )
+]
+
+
+def test_memory_falls_with_context_parallel_ranks_as_planned(folder: Path):
+    """Fails where a rank keeps others' keys and values, the projection that its own are views of, or other rows."""
+    kept: dict[int, list[float]] = {}
+    for ranks in (1, 4):
+        cases = [
+            (in_folder(folder, stage, f"cp{ranks}", *extra), recompute, samples, 1)
+            for stage, extra, recompute, samples in CONTEXT_RUNS
+        ]
+        found = run_distributed(activations_on_this_rank, ranks, cases)
+        for number, run in enumerate(CONTEXT_RUNS):
+            fullest = max((rank[number] for rank in found), key=lambda one: one["kept"])
+            print(ranks, run, [{k: round(v) for k, v in rank[number].items()} for rank in found])
+            assert fullest["planned"] == pytest.approx(fullest["kept"], rel=0.1), (ranks, run)
+            most = max(rank[number]["loss"] for rank in found)
+            assert fullest["planned loss"] == pytest.approx(most, rel=0.1), (ranks, run)
+            kept.setdefault(ranks, []).append(fullest["kept"])
+    assert kept[4][0] < 0.3 * kept[1][0]
+
+
 # ------------------------------------------------------------------------------------------------------------ workload
 
 WORKLOADS = {
@@ -236,7 +267,7 @@ def test_flops_of_a_q_former_in_the_stages(folder: Path, extra: list[str], numbe
     stages = [stage_flops(config, shape_of(micro_batch), stage) for stage in range(2)]
     assert sum(stage.model for stage in stages) == pytest.approx(expected, rel=1e-9)
     logged = SimpleNamespace(
-        config=config, run=SimpleNamespace(layout=SimpleNamespace(tp=1, pp=2), device=torch.device("cpu")),
+        config=config, run=SimpleNamespace(layout=SimpleNamespace(tp=1, cp=1, pp=2), device=torch.device("cpu")),
         step=SimpleNamespace(own_time=SimpleNamespace(take=lambda: 0.0)),
     )  # fmt: skip
     assert Trainer._own_numbers(logged, [micro_batch], 0.0).flops == pytest.approx(expected / 2, rel=1e-9)

@@ -17,14 +17,16 @@ class _PlacedRows(Function):
         ctx.save_for_backward(places)
         ctx.group = group
         whole = own.new_zeros(total, *own.shape[1:]).index_copy_(0, places, own)
-        dist.all_reduce(whole, group=group)
+        if total:
+            dist.all_reduce(whole, group=group)
         return whole
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (places,) = ctx.saved_tensors
         gradient = gradient.clone()
-        dist.all_reduce(gradient, group=ctx.group)
+        if len(gradient):
+            dist.all_reduce(gradient, group=ctx.group)
         return gradient.index_select(0, places), None, None, None
 
 
