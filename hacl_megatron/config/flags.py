@@ -115,7 +115,7 @@ class ParallelFlags:
     pipeline_model_parallel_size: int = flag(1, "Pipeline stages. The vision tower and connector live on the first.")
     context_parallel_size: int = flag(
         1, "Ranks that share the rows of every pack, for long records: each runs the language model for its part, and "
-        "attention gathers keys and values. Images and heads are the same on all of them."
+        "attention gathers keys and values. Images are shared out too; heads and losses are the same on all."
     )  # fmt: skip
     sequence_parallel: bool = flag(
         False, "Between tensor-parallel layers, split activations by rows over the same ranks: less memory."

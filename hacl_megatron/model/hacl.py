@@ -32,6 +32,7 @@ from hacl_megatron.model.lora import lora_parameters
 from hacl_megatron.model.vision import VisionTower
 from hacl_megatron.platform.attention import packed_segments
 from hacl_megatron.platform.context_parallel.placed_rows import placed_rows
+from hacl_megatron.platform.device import to_device
 
 TRAINED_PARTS = ("vision_tower", "connector", "language_model", "heads")
 
@@ -172,6 +173,8 @@ class HaclModel(MegatronModule):
     def tower_features(self, pixel_values: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] -> features [I, F, vision hidden] of the tower; a constant if it is frozen.
 
+        Context-parallel ranks share the views out, each gets the features of its own (`own_views`).
+
         Views of pictures in tiles go through a frozen tower `VIEWS_AT_ONCE`.
 
         Behind a tower and a Q-Former that are both frozen, the states [I, V, Q-Former hidden] of the query tokens: so
@@ -180,6 +183,8 @@ class HaclModel(MegatronModule):
         Without images it is one blank image: every micro-batch must touch every trained parameter (megatron-core
         reduces gradients as they arrive), the connector behind this one among them.
         """
+        if self.groups.cp.size() > 1:
+            pixel_values = pixel_values[self.own_views(pixel_values.shape[0])]
         if pixel_values.shape[0] == 0:
             pixel_values = pixel_values.new_zeros(1, 3, self.image_size, self.image_size)
         with nullcontext() if self.vision_tower_is_trained else torch.no_grad():
@@ -189,19 +194,29 @@ class HaclModel(MegatronModule):
             features = self.vision_tower(pixel_values)
             return self.connector.query_states(features) if self.query_states_are_constant else features
 
-    def _embed(self, batch: PackedBatch, tower_features: Tensor | None) -> Tensor:
-        """Token embeddings with image features laid over the image rows: [T', 1, H].
+    def own_views(self, number: int) -> slice:
+        """Which of a pack's views this context-parallel rank's tower and connector see: as many as any other's."""
+        ranks, rank = self.groups.cp.size(), self.groups.cp.rank()
+        return slice(number * rank // ranks, number * (rank + 1) // ranks)
 
-        Context-parallel ranks make all features each, and take those of their own rows. So the gradients of what images
-        go through are each rank's part of the whole, as all others are.
-        """
+    def _of_all_views(self, features: Tensor, number: int) -> Tensor:
+        """Connector's output of this rank's views -> of all [I, V, H]; their gradients are summed over the ranks."""
+        if self.groups.cp.size() == 1:
+            return features
+        own = torch.arange(number)[self.own_views(number)]
+        # A blank image, where it has none, is left out.
+        return placed_rows(features[: len(own)], to_device(own, features.device), number, self.groups.cp)
+
+    def _embed(self, batch: PackedBatch, tower_features: Tensor | None) -> Tensor:
+        """Token embeddings with image features laid over the image rows: [T', 1, H]."""
         # In the order of `__init__`, which is that in which `--overlap-param-gather` fetches updated parameters.
         features = None
         if torch.is_grad_enabled() or batch.image_rows.numel():
             if tower_features is None:
                 tower_features = self.tower_features(batch.pixel_values)
             options = {"from_queries": True} if self.query_states_are_constant else {}
-            features = self.connector(tower_features, **options).flatten(0, 1)  # [I * V, H]
+            features = self.connector(tower_features, **options)
+            features = self._of_all_views(features, batch.num_images).flatten(0, 1)  # [I * V, H]
             if self.has_tiles:  # behind the connector's call, for which `--overlap-param-gather` fetches the newline
                 newline = self.connector.image_newline
                 features = table_of_features(features, newline, batch.pooled_rows, batch.pooled_weights)

@@ -19,7 +19,7 @@ trains: a frozen matrix product keeps nothing):
 
 Sequence parallelism divides the norms and the inputs of the first product of each half by the tensor-parallel size. The
 last layer runs on gathered rows, and behind keys and values for the read rows alone. Context parallelism divides the
-rows; of keys and values a rank keeps its own, as a copy, and images are each rank's own.
+rows and the views of images; of keys and values a rank keeps its own, as a copy.
 """
 
 import math

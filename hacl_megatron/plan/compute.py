@@ -26,7 +26,7 @@ class StageFlops:
     model: float
     repeated: float
     """Forward passes of recomputed layers, what gradient caching runs ahead of the main pass, and the same images in
-    towers of transformers, which every tensor-parallel rank has whole, and in all towers of context-parallel ranks."""
+    towers of transformers, which every tensor-parallel rank has whole."""
 
     @property
     def hardware(self) -> float:
@@ -97,10 +97,8 @@ def stage_flops(config: RunConfig, micro_batch: MicroBatchShape, stage: int) -> 
             if tower_trained or qformer_trained:
                 again += sum(qformer_flops(model))
             repeated += again * main.images
-        repeats = parallel.context_parallel_size
         if model.vision.backend == "hf":
-            repeats *= parallel.tensor_model_parallel_size
-        repeated += (total + repeated - before_images) * (repeats - 1)
+            repeated += (total + repeated - before_images) * (parallel.tensor_model_parallel_size - 1)
     if is_last:
         total += 2 * main.target_rows * language.hidden_size * language.vocab_size * passes
     return StageFlops(model=total, repeated=repeated)

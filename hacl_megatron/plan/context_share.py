@@ -1,5 +1,6 @@
 """What of a pack one context-parallel rank runs: an equal part of the rows, of read ones as many as the cut gives."""
 
+import math
 from dataclasses import replace
 
 from hacl_megatron.assemble.row_shares import cut_into_pieces
@@ -9,7 +10,7 @@ from hacl_megatron.plan.workload import PackShape, Segments
 def fullest_share(pack: PackShape, ranks: int) -> PackShape:
     """The share of the rank that reads most rows: few long segments end, where they are read, on few ranks.
 
-    Images are all of them each rank's own, targets are shared out evenly.
+    Views of images and targets are shared out evenly.
     """
     if ranks == 1:
         return pack
@@ -17,6 +18,7 @@ def fullest_share(pack: PackShape, ranks: int) -> PackShape:
     return replace(
         pack,
         segments=tuple(replace(p, count=p.count / ranks, read=p.read * read * ranks) for p in pack.segments),
+        images=math.ceil(pack.images / ranks),
         image_rows=pack.image_rows / ranks,
         target_rows=pack.target_rows / ranks,
     )

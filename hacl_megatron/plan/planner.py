@@ -198,7 +198,7 @@ def _left_behind(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape
     left = 0.0
     if stage == 0 and micro_batch.ahead.image_rows:
         # The connector's input: of the micro-batches in flight it is among the activations.
-        features = e * micro_batch.main.images * features_for_a_second_pass(config.model, model)
+        features = e * micro_batch.main.images * features_for_a_second_pass(config.model, model) / layout.cp
         left += features * (layout.num_micro_batches - in_flight)
     if stage == layout.pp - 1:
         texts = micro_batch.pairs + micro_batch.hallucinated
