@@ -62,7 +62,7 @@ def exchange_step(
     facts = [_PackFacts.read(rest) for _ in range(num_micro_batches * (1 + has_ahead))]
 
     is_shared = groups.cp.size() > 1
-    integers = _send_integers(packs, facts, module, torch.device("cpu") if is_shared else device)
+    integers = _send_integers(packs, facts, module, device)
     received = [
         PackedBatch(
             **of_pack,
@@ -131,15 +131,17 @@ class _PackFacts:
 def _send_integers(
     packs: Sequence[PackedBatch] | None, facts: Sequence[_PackFacts], module: HaclModel, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Each pack's integer fields on `device` of every rank."""
-    group, sizes = module.groups.replica, [size for fact in facts for size in fact.sizes.values()]
+    """Each pack's integer fields on the device of every rank; with context-parallel ranks on its host."""
+    groups, sizes = module.groups, [size for fact in facts for size in fact.sizes.values()]
+    flat = None
     if packs is not None:
         flat = torch.cat([_as_integers(pack, name) for pack in packs for name in _DEVICE_FIELDS])
-        flat = to_device(flat, device)
+    if groups.cp.size() > 1:
+        flat = broadcast_integers(flat, groups.replica_host)
     else:
-        flat = torch.empty(sum(sizes), dtype=torch.int64, device=device)
-    if group.size() > 1:
-        dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
+        flat = torch.empty(sum(sizes), dtype=torch.int64, device=device) if flat is None else to_device(flat, device)
+        if groups.mp.size() > 1:
+            dist.broadcast(flat, dist.get_global_rank(groups.mp, 0), group=groups.mp)
     parts = iter(flat.split(sizes))
     for _ in facts:
         fields_of_pack = dict(zip(_DEVICE_FIELDS, parts, strict=False))

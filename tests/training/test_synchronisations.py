@@ -44,6 +44,7 @@ CASES = {
     "dp2-dist": ("one pool", "each micro-batch", "full queue"),
     "tp2-sp": ("prompt", "LoRA"),
     "pp2": ("one pool", "full queue"),
+    "cp2": ("one pool", "prompt"),
     "pp2-dp2": ("each micro-batch", "prompt"),
     "tp2-pp2-sp": ("full queue",),
 }
@@ -59,7 +60,8 @@ def watched_steps(folder: str, stage: str, flags: list[str]) -> list[list[str]]:
     with mock.patch.object(host_groups, "takes_host_tensors", return_value=False):  # groups for hosts alone, as on GPUs
         trainer = build_trainer(config, layout, None, start_platform("cpu"))
     groups = trainer.run.groups
-    watch = DeviceWatch(device_tensors(trainer.trainee), {groups.mp_host.group_name, groups.dp_host.group_name})
+    of_hosts = {group.group_name for group in (groups.mp_host, groups.dp_host, groups.replica_host)}
+    watch = DeviceWatch(device_tensors(trainer.trainee), of_hosts)
     trainer.beat = lambda: begins.append(len(watch.events))
     if trainer.loader is not None:
         trainer.loader = _OnHost(trainer.loader, watch)
