@@ -11,6 +11,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from hacl_megatron.platform import attention
 from hacl_megatron.platform.accelerators import attention_kernel, has_torch_varlen
 from hacl_megatron.platform.attention import PackedAttention, flash_varlen, sdpa_per_segment, torch_varlen
+from tests.platform import context_cases
 from tests.platform.segment_cases import (
     LENGTHS,
     READ,
@@ -111,6 +112,21 @@ def test_bf16_branches_see_their_prefix_and_themselves(kernel, heads, monkeypatc
     dense = with_gradients(lambda q, k, v: dense_attention(q, k, v, allowed.cuda()), exact)
     for ours_, dense_ in zip(found, dense, strict=True):
         torch.testing.assert_close(ours_.float(), dense_, rtol=0.05, atol=0.02 * dense_.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_bf16_over_the_keys_of_two_context_parallel_ranks(kernel, heads):
+    """What is gathered is gathered once more, not kept, whatever a kernel saves."""
+    half = draw(sum(context_cases.LENGTHS), *HEADS[heads], dtype=torch.bfloat16, device="cuda")
+    mine, out, gradients, calls = context_cases.first_ranks_attention(kernel, *half)
+    exact = [tensor.detach().float().requires_grad_() for tensor in half]
+    dense = dense_attention(*exact, causal_within_segments(context_cases.LENGTHS).cuda())[mine]
+    dense.square().sum().backward()
+    expected = (dense, exact[0].grad[mine], *(tensor.grad for tensor in exact[1:]))
+    for found, value in zip((out, *gradients), expected, strict=True):
+        torch.testing.assert_close(found.float(), value, rtol=0.05, atol=0.02 * value.abs().max().item())
+    assert calls == ["gather", "forward is done", "gather", "scatter"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)

@@ -1,0 +1,21 @@
+"""Own queries over gathered keys and values, by the CPU's kernels; `tests/gpu` has the GPU's."""
+
+import pytest
+import torch
+
+from hacl_megatron.platform.attention import sdpa_per_segment
+from tests.platform.context_cases import LENGTHS, first_ranks_attention
+from tests.platform.segment_cases import causal_within_segments, dense_attention, draw
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 16), (6, 2, 8)], ids=["own kernel", "torch's"])
+def test_a_ranks_attention_and_its_gradients_are_those_of_its_rows_among_all(heads: tuple[int, int, int]) -> None:
+    """Nothing gathered is kept: it is gathered once more when the backward pass comes to it."""
+    q, k, v = draw(sum(LENGTHS), *heads)
+    mine, out, gradients, calls = first_ranks_attention(sdpa_per_segment, q, k, v)
+    dense = dense_attention(q, k, v, causal_within_segments(LENGTHS))[mine]
+    dense.square().sum().backward()
+    torch.testing.assert_close(out, dense)
+    for found, expected in zip(gradients, (q.grad[mine], k.grad, v.grad), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert calls == ["gather", "forward is done", "gather", "scatter"]
