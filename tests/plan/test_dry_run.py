@@ -110,6 +110,15 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--config", str(BACKBONES / "llama3_1_8b.yaml"), "--world-size", "1024", *TP4_PP4, "--micro-batch-size", "1"],
         ["4 x 4 x 64 = 1024", "73,730,304", "567,607,296", "436,273,152", "would train: connector, LLM, heads", "fits"],
     ),
+    "context": (  # at the last rank, whose replica is the last to be made
+        ["--config", FINETUNE, "--world-size", "16", "--tensor-model-parallel-size", "2", "--dry-run-rank", "15",
+         "--context-parallel-size", "4"],
+        ["tensor x context x pipeline x data parallel 2 x 4 x 1 x 2 = 16", "3,369,340,928", "fits"],
+    ),
+    "replicas": (
+        ["--config", FINETUNE, "--world-size", "12", "--context-parallel-size", "8"],
+        ["ValueError", "12 processes cannot be divided", "8 context-parallel ranks", "start a multiple of 8"],
+    ),
     "heads": (
         ["--config", FINETUNE, "--world-size", "48", "--tensor-model-parallel-size", "3", "--micro-batch-size", "8"],
         ["ValueError", "num_attention_heads 32 cannot be shared by 3"],
@@ -187,7 +196,7 @@ def built_and_planned(cases: Sequence[tuple[Sequence[str], int]]) -> list[dict[s
                     "planned parameters": [(p.name, p.shape, p.trained, p.bytes_each) for p in planned],
                     "state": state_of(trainee),
                     "planned": state_bytes(
-                        planned, config, layout, stage=groups.pp.rank(), dp_rank=groups.dp.rank()
+                        planned, config, layout, stage=groups.pp.rank(), dp_rank=groups.dp_cp.rank()
                     ),
                 }
             )  # fmt: skip
@@ -209,6 +218,7 @@ def test_state_is_exact_at_the_sizes_of_a_cluster(files: Path):
         ([*uneven, "--bf16", "false", "--freeze-ViT", "false"], 8),
         ([*seventy, *overlap], 3),
         ([*seventy, *overlap], 1023),
+        ([*seventy, *overlap, "--context-parallel-size", "2"], 1023),
     ]
     for (arguments, rank), found in zip(cases, apart(built_and_planned, cases), strict=True):
         assert found["planned parameters"] == found["parameters"], (arguments, rank)

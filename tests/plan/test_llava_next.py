@@ -1,5 +1,6 @@
 """examples/llava_next: plans of pictures in tiles, rows by their size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,21 @@ def test_more_and_larger_pictures_take_more(capfd: pytest.CaptureFixture[str]) -
     assert "an image of 640 x 480 pixels (5 views, 2,929 rows)" in rows()
     assert "an image of 2000 x 900 pixels (19 views, " in rows("--image-size", "2000x900")
     assert "3 images of 640 x 480 pixels (1 views, 730 rows)" in rows("--images-per-sample", "3")
+
+
+def test_the_readme_has_the_plans_numbers_of_a_long_record() -> None:
+    """Catches a plan in which context-parallel ranks have whole packs, images or gathered rows for good."""
+    text = (FOLDER / "README.md").read_text()
+    long = ["--model-max-length", "32768", "--micro-batch-tokens", "32768", "--context-parallel-size"]
+    found, seconds = [], []
+    for ranks in ("1", "4"):
+        config = parse_run_config(["--config", str(FOLDER / "qwen2_7b.yaml"), *long, ranks])
+        layout = check_flags(config, 8, files=False)
+        samples = replace(assumed_samples(config), images_per_sample=11)
+        plan = make_plan(config, layout, Cluster(gpu_name="a100-80g", gpus_per_node=8), samples)
+        memory = plan.stages[0].memory
+        found.append((memory.activations + memory.logits + memory.working) / 2**30)
+        seconds.append(plan.time.total)
+    assert f"Of packs of {plan.micro_batch.main.rows:,.0f} rows" in text
+    assert f"take {found[1]:.1f} GiB a GPU, without the flag\n{found[0]:.1f} GiB" in text
+    assert f"a step {seconds[1] / seconds[0] - 1:.0%} longer".replace("%", " %") in text
