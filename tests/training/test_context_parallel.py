@@ -38,6 +38,8 @@ DROPOUT = [*LORA, "--lora-dropout", "0.3"]
 
 def command(folder: Path, layout: str, name: str, save: str, *extra: str) -> list[str]:
     stage, flags, transformer = RUNS[name]
+    if name == "pretrain":  # with the optimiser that every rank has whole
+        layout = layout.removesuffix("-dist")
     config = folder / f"{stage}.yaml"
     if transformer and "cp" in layout:
         settings = yaml.safe_load(config.read_text()) | {"transformer": transformer}
