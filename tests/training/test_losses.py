@@ -14,12 +14,16 @@ def losses_of(weights: list[float], targets: int) -> list[float]:
     """The loss of one micro-batch with one target token, of `targets` in the step, by the weight of L_G."""
     parallel_state.initialize_model_parallel()
     groups = SimpleNamespace(
-        dp=parallel_state.get_data_parallel_group(), tp=parallel_state.get_tensor_model_parallel_group()
+        dp=parallel_state.get_data_parallel_group(),
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
     )
     config = SimpleNamespace(architecture=SimpleNamespace(language=SimpleNamespace(vocab_size=4)))
     counts = GlobalCounts(targets=targets, pairs=0, twins=0, rows=1, images=0, pairs_of_ranks=[])
     none = torch.zeros(0, dtype=torch.int64)
-    batch = SimpleNamespace(target_ids=torch.tensor([2]), rejected_ids=none, num_targets=1, num_preferences=0)
+    batch = SimpleNamespace(
+        target_ids=torch.tensor([2]), rejected_ids=none, num_targets=1, num_preferences=0, share=None
+    )
     output = SimpleNamespace(logits=torch.zeros(1, 4, requires_grad=True), temperature=torch.ones(1))
     found = []
     for weight in weights:
