@@ -1,62 +1,94 @@
-"""Writes a page that shows what the model will see of some samples: pixels, tokens, targets, captions, faults.
+"""Writes a page that shows what the model will see of samples: pixels, tokens, targets, captions, faults.
 
     python tools/inspect_data.py --data-path F.json --image-folder DIR --tokenizer DIR --output page.html
     python tools/inspect_data.py ... --ids 000000033471 '#12'        # by their `id`, or by number in the file
+    python tools/inspect_data.py ... --random 3000                   # or --all: the page is searched and ordered
+    python tools/inspect_data.py ... --all --load CKPT               # also which hallucinations the model believes
 
-The page is one file without scripts; open it in any browser. Flags that change what the model sees are the trainer's.
+The page is one file that fetches nothing; open it in any browser. Flags that change what the model sees are the
+trainer's. With --load they are by default those of the run, and larger models may be laid out under torchrun.
 """
 
 import argparse
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from hacl_megatron.config.console import exit_with_error, say, streams_that_may_fail
+from checkpoint_arguments import add_layout_arguments, load_settings
+
+from hacl_megatron.config.console import exit_with_error, is_first_rank, say, streams_that_may_fail
 from hacl_megatron.config.flags import MAX_IMAGE_PIXELS
 from hacl_megatron.data.templates import check_template, template_names
 
-TEMPLATE = Path(__file__).with_name("inspect_data.html.j2")
 LLAVA_IMAGE_SIZE, LLAVA_PATCH_SIZE = 336, 14
-CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 0x7F) if chr(code) != "\n"}
-"""Control characters as escapes, which a page can show."""
+MANY, SMALL = 64, 192
+"""From more than so many samples on, pictures have at most so many pixels a side."""
+DEFAULTS = {
+    "version": "v1", "image_aspect_ratio": "pad", "image_transparency": "drop", "image_orientation": "ignore",
+    "image_backend": "auto", "model_max_length": 2048, "contrastive_image_context": "image",
+    "max_image_pixels": MAX_IMAGE_PIXELS,
+}  # fmt: skip
+"""Of the flags that are a run's own with --load."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", nargs="+", required=True, help="LLaVA JSON file(s)")
     parser.add_argument("--image-folder", default=".", help="folder that the image names are relative to")
-    parser.add_argument("--tokenizer", help="folder of the tokenizer; default: --pretrained-checkpoint's")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer; default: --pretrained-checkpoint's or --load's")
     parser.add_argument(
         "--pretrained-checkpoint",
         help="Hugging Face LLaVA or checkpoint of the trainer, whose image size counts; default: LLaVA-1.5's 336 / 14",
     )
-    parser.add_argument("--version", choices=template_names(), default="v1", help="conversation template")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--ids", nargs="+", metavar="ID", help="samples by their `id`, or '#N' by number from 0")
     which.add_argument("--random", type=int, default=16, metavar="N", help="so many samples drawn at random (16)")
+    which.add_argument("--all", action="store_true", help="all samples")
     parser.add_argument("--seed", type=int, default=1234, help="of --random")
-    parser.add_argument("--image-aspect-ratio", choices=("pad", "square", "stretch"), default="pad")
-    parser.add_argument("--image-transparency", choices=("drop", "fill"), default="drop")
-    parser.add_argument("--image-orientation", choices=("ignore", "exif"), default="ignore")
-    parser.add_argument("--image-backend", choices=("auto", "dali", "pillow"), default="auto")
-    parser.add_argument("--model-max-length", type=int, default=2048)
-    parser.add_argument("--contrastive-image-context", choices=("image", "prompt"), default="image")
     parser.add_argument(
+        "--picture-size", type=int, metavar="PIXELS", help="pictures as WebP of at most so many pixels a side; 0: as "
+        f"PNG, each pixel as the model sees it (default: {SMALL} from more than {MANY} samples on, else 0)"
+    )  # fmt: skip
+    seen = parser.add_argument_group("what the model sees", "Defaults are the run's own with --load.")
+    seen.add_argument("--version", choices=template_names(), help="conversation template (v1)")
+    seen.add_argument("--image-aspect-ratio", choices=("pad", "square", "stretch"), help="(pad)")
+    seen.add_argument("--image-transparency", choices=("drop", "fill"), help="(drop)")
+    seen.add_argument("--image-orientation", choices=("ignore", "exif"), help="(ignore)")
+    seen.add_argument("--image-backend", choices=("auto", "dali", "pillow"), help="(auto)")
+    seen.add_argument("--model-max-length", type=int, help="(2048)")
+    seen.add_argument("--contrastive-image-context", choices=("image", "prompt"), help="(image)")
+    seen.add_argument(
         "--preference-loss",
         choices=("none", "dpo", "mdpo", "phrase"),
         default="none",
         help="also show the tokens that it compares",
     )
-    parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS)
+    seen.add_argument("--max-image-pixels", type=int, help=f"({MAX_IMAGE_PIXELS})")
+    asked = parser.add_argument_group("what a model believes", "By caption preference and retrieval of evaluate.py.")
+    asked.add_argument("--load", type=Path, metavar="CKPT", help="SAVE folder of a run, one of its iter_* folders, or "
+                       "a Hugging Face LLaVA: scores each caption and each twin")  # fmt: skip
+    asked.add_argument("--batch-size", type=int, default=8, help="samples that are scored at once")
+    asked.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    asked.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on the CPU and for a run "
+                       "in fp32 float32")  # fmt: skip
+    add_layout_arguments(asked)
     parser.add_argument("--output", required=True, type=Path, help="page to write")
     args = parser.parse_args()
-    if not (args.tokenizer or args.pretrained_checkpoint):
-        parser.error("give --tokenizer or --pretrained-checkpoint, the folder of the tokenizer")
+    if not (args.tokenizer or args.pretrained_checkpoint or args.load):
+        parser.error("give --tokenizer, --pretrained-checkpoint or --load, the folder of the tokenizer")
+    if args.load is not None and (args.tokenizer or args.pretrained_checkpoint):
+        parser.error(
+            "--load brings its own tokenizer and image size; leave --tokenizer and --pretrained-checkpoint out"
+        )
     return args
 
 
-def choose(manifest: Sequence, ids: Sequence[str] | None, number: int, seed: int) -> list[int]:
-    """Indices of the samples to show, in the order asked for; ValueError names what is not there."""
+def choose(manifest: Sequence, ids: Sequence[str] | None, number: int | None, seed: int) -> list[int]:
+    """Indices of the samples to show, in the order asked for; `number` None: of all. ValueError names what is not
+    there."""
+    if ids is None and number is None:
+        return [*range(len(manifest))]
     if ids is None:
         if number < 1:
             raise ValueError(f"--random is {number}, expected at least 1")
@@ -77,6 +109,19 @@ def choose(manifest: Sequence, ids: Sequence[str] | None, number: int, seed: int
     return list(dict.fromkeys(index for key in wanted for index in found[key]))
 
 
+class Chosen(Sequence):
+    """Some samples of a manifest, built when they are asked for."""
+
+    def __init__(self, manifest: Sequence, indices: list[int]) -> None:
+        self._manifest, self._indices = manifest, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, place: int) -> Any:  # slices are not supported
+        return self._manifest[self._indices[place]]
+
+
 def sizes_and_tokenizer(args: argparse.Namespace):
     """(ImageConfig, ImageLayout, tokenizer folder)."""
     from hacl_megatron.checkpoint.hf.config_read import read_model_config
@@ -93,30 +138,15 @@ def sizes_and_tokenizer(args: argparse.Namespace):
     return config.image, config.image_layout, args.tokenizer or str(assets_of(folder))
 
 
-def visible(value: object) -> object:
-    """Text with its control characters made visible; anything else as it is."""
-    return value.translate(CONTROL) if isinstance(value, str) else value
-
-
-def inspect(args: argparse.Namespace) -> None:
-    import jinja2
-
+def way_of_flags(args: argparse.Namespace):
+    """(EncodingSettings, ImageDecoder, tokenizer folder) without a run to take them from."""
     from hacl_megatron.data.encoding import EncodingSettings
     from hacl_megatron.data.images import ImageDecoder, resolve_backend
-    from hacl_megatron.data.manifest import Manifest
-    from hacl_megatron.data.show import show
-    from hacl_megatron.data.store import ImageStore
-    from hacl_megatron.data.tokenizer import load_tokenizer
 
-    manifest = Manifest.read(args.data_path, version=args.version)
-    chosen = choose(manifest, args.ids, args.random, args.seed)
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     image, layout, folder = sizes_and_tokenizer(args)
-    tokenizer, store, backend = (
-        load_tokenizer(folder),
-        ImageStore(args.image_folder),
-        resolve_backend(args.image_backend),
-    )
-    check_template(args.version, tokenizer)
     settings = EncodingSettings(
         version=args.version,
         model_max_length=args.model_max_length,
@@ -127,36 +157,137 @@ def inspect(args: argparse.Namespace) -> None:
     decoder = ImageDecoder(
         image,
         aspect_ratio=args.image_aspect_ratio,
-        backend=backend,
+        backend=resolve_backend(args.image_backend),
         max_image_pixels=args.max_image_pixels,
         transparency=args.image_transparency,
         orientation=args.image_orientation,
         layout=layout,
     )
-    samples = [
-        show(manifest[index], store=store, decoder=decoder, tokenizer=tokenizer, settings=settings) for index in chosen
-    ]
+    return settings, decoder, folder
+
+
+def way_of_run(args: argparse.Namespace):
+    """(folder of the checkpoint, RunConfig): the run's, with the flags that are given laid over it."""
+    from dataclasses import replace
+
+    from hacl_megatron.assemble.loaded_model import forward_config
+
+    source, config = forward_config(args.load, load_settings(args))
+    parts = {}
+    for part in ("data", "objective", "preference"):
+        names = [name for name in (*DEFAULTS, "preference_loss") if hasattr(getattr(config, part), name)]
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        parts[part] = replace(getattr(config, part), **given)
+    return source, replace(config, **parts)
+
+
+def kinds_of_edits(args: argparse.Namespace, manifest, chosen: list[int]) -> tuple[dict[int, dict], list[str]]:
+    """Kinds of edit of the chosen samples' hallucinated captions, by index; prepared folders whose records are gone."""
+    from hacl_megatron.hallucinate.items import kinds_in
+
+    found, without, start = {}, [], 0
+    for path, number in zip(map(Path, args.data_path), manifest.samples_per_file, strict=True):
+        own = [index - start for index in chosen if 0 <= index - start < number]
+        own = [at for at in own if (s := manifest[start + at]).hallucinated_captions or s.listed_pairs]
+        if own and path.is_dir():
+            without.append(str(path))
+        elif own:
+            found |= {start + at: kinds for at, kinds in kinds_in(path, own).items()}
+        start += number
+    return found, without
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from hacl_megatron.data.manifest import Manifest
+
+    for name, least in (("batch_size", 1), ("picture_size", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}, expected at least {least}")
+    if not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it, or name another")
+    if args.load is None:
+        manifest = Manifest.read(args.data_path, version=args.version or DEFAULTS["version"])
+        chosen = choose(manifest, args.ids, None if args.all else args.random, args.seed)
+        settings, decoder, tokenizer = way_of_flags(args)
+        write(args, manifest, chosen, settings, decoder, tokenizer)
+        return
+    from hacl_megatron.train import quiet_libraries
+
+    quiet_libraries()
+    from hacl_megatron.checkpoint.run.folder import assets_of
+    from hacl_megatron.data.encoding import EncodingSettings
+    from hacl_megatron.data.images import ImageDecoder
+    from hacl_megatron.evaluation.likelihood.beliefs import beliefs
+
+    source, config = way_of_run(args)
+    manifest = Manifest.read(args.data_path, version=config.data.version)
+    chosen = choose(manifest, args.ids, None if args.all else args.random, args.seed)
+    believed = beliefs(source, config, Chosen(manifest, chosen), batch_size=args.batch_size)
+    if is_first_rank():
+        settings, decoder = EncodingSettings.of(config), ImageDecoder.of(config)
+        write(args, manifest, chosen, settings, decoder, str(assets_of(source)), believed)
+
+
+def write(
+    args: argparse.Namespace, manifest, chosen: list[int], settings, decoder, tokenizer_folder: str, believed=None
+) -> None:
+    """Writes the page of the chosen samples.
+
+    Args:
+        believed: what `evaluation.likelihood.beliefs` returned for them.
+    """
+    from sample_page import SamplePage
+    from tqdm import tqdm
+
+    from hacl_megatron.data.show import Pictures, show
+    from hacl_megatron.data.store import ImageStore
+    from hacl_megatron.data.tokenizer import load_tokenizer
+
+    tokenizer, store = load_tokenizer(tokenizer_folder), ImageStore(args.image_folder)
+    check_template(settings.version, tokenizer)
+    kinds, without_kinds = kinds_of_edits(args, manifest, chosen)
+    size = (SMALL if len(chosen) > MANY else 0) if args.picture_size is None else args.picture_size
+    pictures = Pictures(size=size or None)
+    by_sample, scores, no_cosines = believed or ({}, [], None)
+    measures = () if believed is None else ("sum", "per token", "cosine")[: 3 if no_cosines is None else 2]
+    page, bad = SamplePage(measures=measures), 0
+    for place, index in enumerate(tqdm(chosen, desc="samples", delay=2)):
+        shown = show(
+            manifest[index], store=store, decoder=decoder, tokenizer=tokenizer, settings=settings, pictures=pictures
+        )
+        bad += bool(shown.reasons)
+        page.add(shown, kinds.get(index, {}), by_sample.get(place))
     decoder.close()
-    bad = sum(bool(shown.reasons) for shown in samples)
-    shape = args.image_aspect_ratio if layout.tiles is None else "in tiles"
+    layout, image = settings.image_layout, decoder.config
+    shape = decoder.aspect_ratio if layout.tiles is None else "in tiles"
+    small = "" if pictures.size is None else f", shown as WebP of at most {pictures.size} x {pictures.size}"
     facts = {
-        "template": args.version,
-        "tokenizer": folder,
-        "images": f"{image.size} x {image.size}, {shape}, by {backend}",
+        "template": settings.version,
+        "tokenizer": tokenizer_folder,
+        "images": f"{image.size} x {image.size}, {shape}, by {decoder.backend}{small}",
         "rows an image": layout.visual_tokens if layout.tiles is None else "by its size",
-        "shown": f"{len(samples)} of {len(manifest):,} samples, {bad} unusable",
+        "shown": f"{len(chosen):,} of {len(manifest):,} samples, {bad:,} unusable",
     }
-    environment = jinja2.Environment(
-        autoescape=True, finalize=visible, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"What the model sees of {', '.join(Path(path).name for path in args.data_path)}",
-        facts=facts,
-        samples=samples,
-    )
-    # A lone surrogate, which a broken sample may hold, is no character of UTF-8: shown as its escape.
-    args.output.write_text(page, encoding="utf-8", errors="backslashreplace")
-    say(f"{args.output}: {facts['shown']}")
+    if without_kinds:
+        facts["kinds of edit"] = f"not known of {', '.join(without_kinds)}, which is prepared; give the JSON"
+    if believed is not None:
+        facts["model"] = args.load
+        facts |= {
+            f"{task.task} {name}": f"{value:.3f}"
+            for task in scores
+            for name, value in task.metrics.items()
+            if value is not None and ("accuracy" in name or "margin" in name)
+        }
+        facts |= {} if no_cosines is None else {"contrast": no_cosines}
+    title = f"What the model sees of {', '.join(Path(path).name for path in args.data_path)}"
+    num_bytes = page.write(args.output, title, facts)
+    say(f"{args.output}: {facts['shown']}, {num_bytes / 1e6:,.1f} MB")
+    for task in scores:
+        for note in task.notes:
+            say(f"note: {task.task}: {note}")
+    for name in ("contrast", "kinds of edit"):
+        if name in facts:
+            say(f"note: {name}: {facts[name]}")
 
 
 if __name__ == "__main__":

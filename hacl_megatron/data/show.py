@@ -1,7 +1,7 @@
 """What the model will see of a sample, as plain records that a page can print (tools/inspect_data.py).
 
     Sample ─┬ encode ─→ segments ─→ Segment of Token (text, position, target or not)
-            ├ ImageStore ──→ ImageDecoder ─→ pixels ─de-normalised→ PNGs
+            ├ ImageStore ──→ ImageDecoder ─→ pixels ─de-normalised→ PNGs, or small WebPs
             └ captions ─difflib→ Word (same, left out, written in)
 
 Everything goes through the trainer's own readers, templates and decoder; nothing is computed a second time here.
@@ -26,6 +26,14 @@ from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import IMAGE_TAG, Sample
 from hacl_megatron.data.store import ImageStore, UnusableImage
 from hacl_megatron.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """How pixels are shown."""
+
+    size: int | None = None
+    """Most pixels a side, for pages of many; such pictures are WebP with loss. None: PNG, each pixel as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +101,8 @@ class ShownSample:
     sample: Sample
     reasons: list[str] = field(default_factory=list)
     """Why it cannot be trained on; empty for a good sample."""
+    faults: list[str] = field(default_factory=list)
+    """Classes of what is wrong with it, such as "unusable: the file is empty"; samples of one fault share one."""
     notes: list[str] = field(default_factory=list)
     """What the trainer does to it that one may not expect."""
     images: list[ShownImage] = field(default_factory=list)
@@ -103,34 +113,46 @@ class ShownSample:
 
 
 def show(
-    sample: Sample, *, store: ImageStore, decoder: ImageDecoder, tokenizer: Tokenizer, settings: EncodingSettings
+    sample: Sample,
+    *,
+    store: ImageStore,
+    decoder: ImageDecoder,
+    tokenizer: Tokenizer,
+    settings: EncodingSettings,
+    pictures: Pictures | None = None,
 ) -> ShownSample:
-    """The sample as the loader would take it, with the reasons if it would not."""
+    """The sample as the loader would take it, with the reasons if it would not. `pictures`: default PNGs."""
     shown = ShownSample(sample=sample)
     sizes, alone = [], len(sample.images) == 1
     for image, stored in zip(sample.images, sample.stored, strict=True):
         try:
             data = store.fetch(image, stored)
             sizes.append(decoder.size_of(data, alone=alone))
-            shown.images.append(_shown_image(image, data, decoder, alone=alone))
+            shown.images.append(_shown_image(image, data, decoder, pictures or Pictures(), alone=alone))
         except UnusableImage as error:
             shown.images.append(ShownImage(name=image))
             shown.reasons.append(str(error) if alone else f"{image}: {error}")
+            shown.faults.append(f"unusable: {reason_class(str(error))}")
     encoded = None
     if len(sizes) == len(sample.images) or not settings.image_layout.needs_sizes:
         try:
             encoded = encode(sample, tokenizer, settings, sizes)
         except UnusableSample as error:
             shown.reasons.append(str(error))
+            shown.faults.append(f"unusable: {reason_class(str(error))}")
     if encoded is not None:
         shown.segments = list(_segments(encoded, tokenizer))
         if encoded.truncated:
             shown.notes.append(f"The dialogue is cut at --model-max-length {settings.model_max_length}.")
+            shown.faults.append("cut at --model-max-length")
+        if encoded.untrained is not None:
+            shown.faults.append(f"trains nothing: {encoded.untrained}")
         if encoded.tokenization_mismatch:
             shown.notes.append("Its rounds do not tokenize to the length of the whole: LLaVA ignores all its labels.")
         elif shown.segments[0].num_targets == 0:
             shown.notes.append("Nothing of the dialogue is a target.")
         shown.notes += [f"A twin is not compared: {reason}." for reason in encoded.uncompared]
+        shown.faults += [f"has a twin that is not compared: {reason_class(reason)}" for reason in encoded.uncompared]
     if sample.caption is not None:
         shown.captions = [_shown_caption(sample.caption, sample.hallucinated_captions)]
         if not sample.images:
@@ -145,6 +167,15 @@ def show(
         if settings.preference_loss == "none":
             shown.notes.append("Its rejected answers are not used: --preference-loss is none.")
     return shown
+
+
+def reason_class(reason: str) -> str:
+    """The reason without what is one sample's own: quoted texts, paths, numbers, at most 100 characters.
+
+    "the name '../a.jpg' leaves the image folder /data" gives "the name … leaves the image folder …".
+    """
+    text = re.sub(r"""b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*"|(?<![\w.])/\S+|\d[\d.,]*""", "…", reason)
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def compare(caption: str, hallucinated: str) -> list[Word]:
@@ -167,26 +198,33 @@ def _shown_caption(caption: str, hallucinated: Sequence[str], image: int | None 
     return ShownCaption(caption=caption, image=image, hallucinated=[compare(caption, text) for text in hallucinated])
 
 
-def _shown_image(name: str, data: bytes, decoder: ImageDecoder, *, alone: bool) -> ShownImage:
+def _shown_image(name: str, data: bytes, decoder: ImageDecoder, pictures: Pictures, *, alone: bool) -> ShownImage:
     """An image's pixels. Raises UnusableImage."""
     decoded = decoder.decode([data], [alone])
     if decoded.reasons[0] is not None:
         raise UnusableImage(decoded.reasons[0])
-    whole, *tiles = (png_url(view, decoder.config) for view in decoded.pixel_values)
+    whole, *tiles = decoded.pixel_values
     wide = decoder.layout.cut(*decoder.size_of(data)).grid[1] if tiles else 1
+    small = Pictures(size=pictures.size and max(pictures.size // wide, 1))
+    urls = [picture_url(tile, decoder.config, small) for tile in tiles]
     with Image.open(io.BytesIO(data)) as image:
         file = f"{image.format} of {image.width} x {image.height}, {len(data) / 1000:,.1f} kB"
-    rows = tuple(tuple(tiles[start : start + wide]) for start in range(0, len(tiles), wide))
-    return ShownImage(name=name, url=whole, tiles=rows, file=file)
+    rows = tuple(tuple(urls[start : start + wide]) for start in range(0, len(urls), wide))
+    return ShownImage(name=name, url=picture_url(whole, decoder.config, pictures), tiles=rows, file=file)
 
 
-def png_url(pixels: Tensor, config: ImageConfig) -> str:
-    """float32 [3, S, S] of normalised pixels → a `data:` URL of the PNG with their levels."""
+def picture_url(pixels: Tensor, config: ImageConfig, pictures: Pictures) -> str:
+    """float32 [3, S, S] of normalised pixels → a `data:` URL of the picture with their levels."""
     mean, std = np.array(config.mean), np.array(config.std)
     levels = (pixels.double().movedim(0, -1).numpy() * std + mean) * 255
-    file = io.BytesIO()
-    Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    image, file = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)), io.BytesIO()
+    if pictures.size is None:
+        image.save(file, "PNG")
+    else:
+        image.thumbnail((pictures.size, pictures.size))
+        image.save(file, "WEBP", quality=75)
+    kind = "png" if pictures.size is None else "webp"
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _segments(encoded: EncodedSample, tokenizer: Tokenizer) -> Iterator[Segment]:

@@ -2,20 +2,25 @@
 
 "text": "A cat."            one item     "Hallucination caption": "A dog."
 "text": ["A cat.", null]    two items    "Hallucination caption": [["A dog."], []]     of several images
+
+The kinds of their edits are read back: "Hallucination edits": [[{"kind": "object", ...}]] -> {"A dog.": ("object",)}.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hacl_megatron.data.prepare.llava_json import name_of
 from hacl_megatron.data.prepare.records.captions import clean_caption
 from hacl_megatron.data.prepare.records.keys import HALLUCINATED_KEY
 from hacl_megatron.data.prepare.records.values import value_of
-from hacl_megatron.hallucinate.files import EDITS_KEY, caption_of, num_images
+from hacl_megatron.hallucinate.files import EDITS_KEY, caption_of, num_images, read_records
 from hacl_megatron.hallucinate.rules import Hallucination
 
 _WRITTEN = (HALLUCINATED_KEY, EDITS_KEY)
+Kinds = dict[str, tuple[str, ...]]
+"""A hallucinated caption as the manifest has it → its kinds, each once, sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +88,42 @@ def _of_several(record: dict[str, Any], name: str, captions: list[str | None]) -
 
 def _has_any(hallucinated: Any) -> bool:
     return any(map(_has_any, hallucinated)) if isinstance(hallucinated, list) else bool(hallucinated)
+
+
+def kinds_of(record: dict[str, Any]) -> Kinds:
+    """Of the hallucinated captions of a record those whose edits it lists; edits of another shape say nothing."""
+    texts, edits = value_of(record, HALLUCINATED_KEY), value_of(record, EDITS_KEY)
+    found: Kinds = {}
+    for text, own in _matched([texts] if isinstance(texts, str) else texts, edits):
+        kinds = {edit["kind"] for edit in own if isinstance(edit, dict) and isinstance(edit.get("kind"), str)}
+        if kinds:
+            found[clean_caption(text)] = tuple(sorted(kinds))
+    return found
+
+
+def kinds_in(path: Path, wanted: Iterable[int]) -> dict[int, Kinds]:
+    """`kinds_of` the records of a LLaVA JSON file with these numbers. Reads it up to the last of them.
+
+    Raises ValueError naming the file and what is wrong with it.
+    """
+    wanted = set(wanted)
+    last, found = max(wanted, default=-1), {}
+    if last < 0:
+        return found
+    for number, (_, record) in enumerate(read_records(path)):
+        if number in wanted:
+            found[number] = kinds_of(record)
+        if number == last:
+            break
+    return found
+
+
+def _matched(texts: Any, edits: Any) -> Iterator[tuple[str, list[Any]]]:
+    """Each text with its list of edits: the two lists are alike, of several images one level deeper."""
+    if not (isinstance(texts, list) and isinstance(edits, list)):
+        return
+    for text, own in zip(texts, edits, strict=False):
+        if isinstance(text, str) and isinstance(own, list):
+            yield text, own
+        else:
+            yield from _matched(text, own)

@@ -1,8 +1,11 @@
-"""The page of tools/inspect_data.py, read back with Python's HTML parser."""
+"""The page of tools/inspect_data.py, read back with Python's HTML parser and used in a browser."""
 
 import base64
+import hashlib
 import io
 import json
+import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import pytest
 from PIL import Image
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
-from hacl_megatron.data.show import compare
+from hacl_megatron.data.show import compare, reason_class
+from tests.browser import Browser, needs_browser
 from tests.data import drawn_images
 from tests.data.tiny_tokenizer import write_tokenizer
 from tests.tiny_tiles import write_tiny_onevision
@@ -22,16 +26,23 @@ EVIL = '<script>alert("x")</script> & <b>cat</b> \u202e\x07'
 
 
 class Page(HTMLParser):
-    """Sections of a page: their tokens, reasons, notes, captions, images; and every tag and outside address."""
+    """Sections of a page, unpacked in the file's order: their tokens, reasons, notes, captions, images; every tag and
+    address in them; the page's `index`, and `around`, what it has besides."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        whole = path.read_text(encoding="utf-8")
+        packed = re.compile(r'<script type="text/plain" id="s(\d+)">([A-Za-z0-9+/=]+)</script>')
+        self.around = packed.sub("", whole)
+        self.index = json.loads(re.search(r'<script type="application/json" id="index">(.*?)</script>', whole)[1])
         self.sections: list[dict] = []
         self.tags: set[str] = set()
         self.addresses: list[str] = []
         self._open: list[tuple[str, str]] = []
-        self.feed(path.read_text(encoding="utf-8"))
-        assert not self._open, self._open
+        for place, (number, chunk) in enumerate(packed.findall(whole)):
+            assert int(number) == place
+            self.feed(zlib.decompress(base64.b64decode(chunk)).decode("utf-8"))
+            assert not self._open, self._open
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
@@ -274,3 +285,130 @@ def test_which_samples(dataset, capsys):
     assert run(dataset, dataset / "no.html", "--ids", "pairs") == 2
     assert "--ids 'pairs': no such sample; did you mean pair?" in capsys.readouterr().err
     assert run(dataset, dataset / "no.html", "--random", 0) == 2 and not (dataset / "no.html").exists()
+    assert run(dataset, dataset / "no" / "no.html") == 2
+    assert f"there is no folder {dataset / 'no'}; make it" in capsys.readouterr().err
+
+
+def test_nothing_but_the_page_itself_is_run_or_fetched(dataset):
+    """Catches a text that ends the index's script, another script that its policy lets run, and outside addresses."""
+    page = inspect(dataset, "--all")
+    assert EVIL.replace("\x07", "\\x07") in page.index["samples"][1]["text"]
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page.around)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    *data, script = re.findall(r"<script([^>]*)>(.*?)</script>", page.around, re.DOTALL)
+    assert [kind for kind, _ in data] == [' type="application/json" id="index"'] and script[0] == ""
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert (rules["default-src"], rules["img-src"], rules["script-src"]) == ("'none'", "data:", f"'sha256-{digest}'")
+    assert not re.search(r"(src|href|srcset)=|url\(|@import|https?:", page.around)
+
+
+def test_pictures_of_many_samples_are_small(dataset):
+    """Catches a page of thousands that has each pixel of all of them, and one of few that has lost some."""
+    many = inspect(dataset, "--data-path", dataset / "data.json", dataset / "data.json", "--all")
+    assert len(many.sections) == 74
+    for size, page in ((192, many), (50, inspect(dataset, "--ids", "pair", "--picture-size", 50))):
+        kind, _, data = page.sections[0]["image"].partition(",")
+        assert kind == "data:image/webp;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (size, size)
+
+
+def test_reasons_of_one_class() -> None:
+    """Catches a class for each file, and classes that are thrown together."""
+    for reason, expected in (
+        ("no such file in the image folder /data/a b.c", "no such file in the image folder … b.c"),
+        ("the name '../a\\'b.jpg' leaves the image folder /data", "the name … leaves the image folder …"),
+        ("a JPEG of 12,000 scans; expected at most 500", "a JPEG of … scans; expected at most …"),
+        ("not an image: it starts with b'\\x00 1'", "not an image: it starts with …"),
+        ("it has no answer with words", "it has no answer with words"),
+        ("and/or", "and/or"),
+    ):
+        assert reason_class(reason) == expected
+    assert len(reason_class("x" * 500)) == 100
+
+
+# --------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def many(dataset: Path) -> tuple[Path, list[dict]]:
+    """A page of 60 samples, and its records: of five edit kinds, with faults, of many lengths."""
+    kinds = ("colour", "object", "count", "action", "size")
+    records = []
+    for n in range(60):
+        record = {"id": f"s{n}", "image": "wide.jpg", "conversations": turns("What?", "a cat " * (n * 7 % 31 + 1))}
+        if n % 3 == 0:
+            edits = [{"kind": kinds[n % 5], "before": "red", "after": "blue"}]
+            record |= {"text": f"A red cat {n}.", "Hallucination caption": f"A blue cat {n}."}
+            record |= {"Hallucination edits": [edits]} if n % 2 else {}
+        records.append(record | ({"image": "gone.jpg"} if n % 10 == 4 else {}))
+    records[7]["id"] = '<img src="x" onerror="window.evil=1">'
+    records[8]["conversations"] = turns("What?", "")
+    (dataset / "many.json").write_text(json.dumps(records))
+    out = dataset / "many.html"
+    assert run(dataset, out, "--data-path", dataset / "many.json", "--all", "--picture-size", 16) == 0
+    return out, records
+
+
+@needs_browser
+def test_a_page_is_searched_filtered_ordered_and_turned(many):
+    """Catches choices that show others than they say or are lost with the address, pictures of pages that nobody looks
+    at, texts that become elements, what the policy stops, and a page that is wider than a telephone."""
+    path, records = many
+    lengths = {f"s{n}": n * 7 % 31 for n in range(60)}
+    with Browser() as browser:
+
+        def shown() -> list[str]:
+            return browser.run("[...document.querySelectorAll('h2')].map(title => title.textContent)")
+
+        def choose(control: str, value: str) -> list[str]:
+            before = browser.run("drawing")
+            browser.run(
+                f"{{ const control = document.getElementById({json.dumps(control)});"
+                f"control.value = {json.dumps(value)}; control.dispatchEvent(new Event('input')); }}"
+            )
+            browser.wait(f"drawing > {before} && drawn === drawing")
+            return shown()
+
+        def names(wanted) -> list[str]:
+            return [record["id"] for n, record in enumerate(records) if wanted(n, record)]
+
+        browser.open(path)
+        browser.wait("drawn && drawn === drawing")
+        assert shown() == names(lambda n, _: n < 20) and shown()[7] == '<img src="x" onerror="window.evil=1">'
+        pictures = [address for address in browser.requests if address.startswith("data:image/webp")]
+        assert len(pictures) <= 20 and len(browser.requests) - len(pictures) <= 2, "the page, and about:blank"
+        browser.run("document.querySelector('.on').click()")
+        browser.wait("document.querySelector('h2').textContent === 's20'")
+        assert shown() == names(lambda n, _: 20 <= n < 40) and browser.run("location.hash") == "#page=2"
+        assert browser.run("document.querySelector('.shown').textContent") == "21–40 of 60"
+
+        gone = names(lambda n, _: n % 10 == 4)
+        (unusable,) = browser.run(
+            "[...document.getElementById('fault').options].map(one => one.value).filter(one => one.includes('no such'))"
+        )
+        assert choose("fault", unusable) == gone and browser.run("document.querySelector('.page').value") == "1"
+        assert choose("fault", "any") == names(lambda n, _: n % 10 == 4 or n == 8)
+        faults = browser.run("document.getElementById('fault').textContent")
+        assert "trains nothing: it has no answer with words (1)" in faults
+        assert choose("fault", "none")[:5] == names(lambda n, _: n in (0, 1, 2, 3, 5))
+        choose("fault", "")
+        colours = names(lambda n, _: n % 3 == 0 and n % 2 and n % 5 == 0)
+        assert choose("kind", "colour") == colours
+        assert choose("text", "CAT 45") == ["s45"]
+        choose("kind", "")
+        assert choose("text", "blue CAT 9.") == ["s9"] and choose("text", "no such words") == []
+        assert browser.run("document.querySelector('.shown').textContent") == "none, chosen from 60"
+        choose("text", "")
+        found = choose("sort", "longest")
+        own = [lengths.get(name, 49 % 31) for name in found]
+        assert own == sorted(own, reverse=True) and own[0] == 30
+        assert choose("per", "50")[:20] == found
+
+        browser.open(path, "sort=shortest&text=cat&page=3&fault=nonsense")
+        browser.wait("drawn && drawn === drawing")
+        own = [lengths.get(name, 49 % 31) for name in shown()]
+        assert own == sorted(own) and browser.run("location.hash") == "#text=cat&sort=shortest&page=3"
+        for width in (390, 900, 1100):
+            browser.open(path, width=width)
+            browser.wait("drawn && drawn === drawing")
+            assert browser.run("document.documentElement.scrollWidth") <= width
+        assert not browser.problems and browser.run("window.evil") is None

@@ -4,5 +4,5 @@ task.py        items in, records out, scores of them      item_packs.py         
 run.py         a request, from checkpoint to results      task_run.py             a task over all replicas, resumable
 task_table.py  all tasks by name                          validation_tasks.py     tasks while a model trains
 preference.py, retrieval.py, yesno.py (POPE): the tasks   representations.py      HACL's Figure 1 in numbers
-                                                          representation_plots.py ... and drawn
+beliefs.py     of each sample, for a page to show         representation_plots.py ... and drawn
 """

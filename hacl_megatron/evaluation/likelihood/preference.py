@@ -54,16 +54,21 @@ class Preference(ManifestTask):
         return len(sample.images) == len(sample.pairs) == 1 and len(twins(sample)) > 0
 
     def encode(self, key: int, size: tuple[int, int]) -> list[EncodedSample]:
-        sample = self.manifest[key]
-        question = _own_question(sample) or self.question
-        caption, *others = [
-            with_answer(question, text, size, self.tokenizer, self.settings)
-            for text in (sample.caption, *twins(sample))
-        ]
-        different = [twin for twin in others if not np.array_equal(twin.dialogue, caption.dialogue)]
+        caption, different = self.answers(key, size)
         if not different:
             raise UnusableSample("each of its hallucinated captions is its caption, token for token")
-        return [caption, *different]
+        return [caption, *(twin for _, twin in different)]
+
+    def texts(self, sample: Sample) -> tuple[str, str, tuple[str, ...]]:
+        """What is asked, the caption that answers it, and its twins."""
+        return _own_question(sample) or self.question, sample.caption, twins(sample)
+
+    def answers(self, key: int, size: tuple[int, int]) -> tuple[EncodedSample, list[tuple[str, EncodedSample]]]:
+        """The dialogue with the caption for answer; and each twin whose tokens are others, with its dialogue."""
+        question, true, false = self.texts(self.manifest[key])
+        caption, *others = [with_answer(question, text, size, self.tokenizer, self.settings) for text in (true, *false)]
+        named = zip(false, others, strict=True)
+        return caption, [(text, twin) for text, twin in named if not np.array_equal(twin.dialogue, caption.dialogue)]
 
     def measured(self, key: int, output: ItemOutput) -> dict[str, Any]:
         caption, *hallucinated = [

@@ -1,8 +1,11 @@
 """Evaluations without generation: the same at every layout as transformers on the export; resumed; with a bad image."""
 
+import base64
 import json
 import re
+import shutil
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,12 @@ import torch
 from megatron.core import parallel_state
 
 from hacl_megatron.evaluation.answers.benchmarks import BENCHMARKS
+from hacl_megatron.evaluation.likelihood.beliefs import why_no_heads
 from hacl_megatron.evaluation.likelihood.preference import CAPTION_QUESTION
 from hacl_megatron.evaluation.likelihood.task_run import from_text
 from hacl_megatron.evaluation.likelihood.task_table import TASKS as TABLE
 from hacl_megatron.evaluation.likelihood.yesno import SHORT_ANSWER
+from tests.browser import Browser, needs_browser
 from tests.distributed import context, run_distributed
 from tests.evaluation.exports import write_pope_questions
 from tests.evaluation.likelihood.likelihood_oracle import PLAIN, Oracle, records
@@ -28,6 +33,7 @@ LAYOUTS = {"tp1": (1, 1, 1), "tp2": (2, 2, 1), "tp2-sp": (2, 2, 1), "pp2": (2, 1
 """Processes, tensor-parallel size, pipeline stages."""
 TASKS = ("preference", "retrieval", "yesno")
 TOLERANCE = 1e-4
+QUESTION, CHOSEN, REJECTED = "What is there?", "A blue square on the left.", "A red circle."
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             commands.append(
                 command(folder, folder / "export", "tp1", "--version", "plain", "--limit", "4", name="plain")
             )
+            commands.append(page_command(folder))
         run_distributed(evaluate_all, size, commands)
     return folder
 
@@ -72,9 +79,22 @@ def command(folder: Path, load: Path, layout: str, *extra: str, name: str | None
     ]  # fmt: skip
 
 
+def page_command(folder: Path) -> list[str]:
+    """Of tools/inspect_data.py, with a rejected answer beside the samples, and one record more than it is to show."""
+    samples = json.loads((folder / "data" / "contrastive.json").read_text())
+    more = {"question": QUESTION, "image": samples[0]["image"], "chosen": CHOSEN, "rejected": [REJECTED, CHOSEN]}
+    (folder / "data" / "page.json").write_text(json.dumps([{**more, "id": "left out"}, *samples, more]))
+    ids = [f"#{number}" for number in range(1, NUM_SAMPLES + 2)]
+    return [
+        "--data-path", str(folder / "data" / "page.json"), "--image-folder", str(folder / "data" / "images"),
+        "--load", str(folder / "export"), "--output", str(folder / "page.html"), "--batch-size", "3",
+        "--image-backend", "pillow", "--device", "cpu", "--ids", *ids,
+    ]  # fmt: skip
+
+
 def evaluate_all(commands: list[list[str]]) -> None:
     for arguments in commands:
-        assert run_tool("evaluate", *arguments) == 0, arguments
+        assert run_tool("evaluate" if "--tasks" in arguments else "inspect_data", *arguments) == 0, arguments
 
 
 def numbers(record: dict) -> np.ndarray:
@@ -131,6 +151,77 @@ def test_captions_are_as_likely_as_transformers_finds_them(folder: Path, oracle:
             assert answer["log_likelihood"] == pytest.approx(float(expected.sum()), abs=TOLERANCE)
         spread.append(answers[0]["log_likelihood"])
     assert np.std(spread) > 1  # not one number for all
+
+
+def test_the_page_shows_what_is_believed(folder: Path, oracle: Oracle) -> None:
+    """Catches margins of another sample or twin than they stand by, with the sign turned, or other than evaluate.py
+    measures. The twin that is the caption, token for token, has none, nor has the rejected answer that was chosen."""
+    page = (folder / "page.html").read_text()
+    rows = json.loads(re.search(r'id="index">(.*?)</script>', page)[1])["samples"]
+    likely = {record["key"]: record for record in records(folder / "tp1.json", "preference")}
+    near = {record["key"]: record for record in records(folder / "tp1.json", "retrieval")}
+    assert len(rows) == NUM_SAMPLES + 1
+    for key, row in enumerate(rows[:-1]):
+        if key in (2, BROKEN):
+            assert row["margins"] == {}
+            continue
+        caption, *others = [
+            (one["log_likelihood"], one["log_likelihood"] / one["num_tokens"])
+            for one in (likely[key]["caption"], *likely[key]["hallucinated"])
+        ]
+        image, own, *twins = [
+            from_text(text)
+            for text in (
+                near[key]["image_embedding"], near[key]["caption_embedding"], *near[key]["hallucinated_embeddings"]
+            )
+        ]  # fmt: skip
+        expected = {
+            "sum": min(caption[0] - other[0] for other in others),
+            "per token": min(caption[1] - other[1] for other in others),
+            "cosine": min(float(image @ own - image @ twin) for twin in twins),
+        }
+        assert row["margins"] == pytest.approx(expected, abs=TOLERANCE), key
+    image = json.loads((folder / "data" / "contrastive.json").read_text())[0]["image"]
+    chosen, rejected = (oracle.log_likelihood(image, QUESTION, text) for text in (CHOSEN, REJECTED))
+    expected = {"sum": chosen.sum() - rejected.sum(), "per token": chosen.mean() - rejected.mean()}
+    assert rows[-1]["margins"] == pytest.approx({name: float(value) for name, value in expected.items()}, abs=TOLERANCE)
+    chunks = [zlib.decompress(base64.b64decode(text)).decode() for text in re.findall(r'id="s\d+">(.*?)<', page)]
+    for row, chunk in zip(rows, chunks, strict=True):
+        assert ("believed, by" in chunk) == any(margin <= 0 for margin in row["margins"].values())
+    assert "Not scored" not in chunks[BROKEN] and "Unusable" in chunks[BROKEN] and "caption ahead by" not in chunks[2]
+    assert f"log-likelihood {likely[0]['caption']['log_likelihood']:.2f} " in chunks[0]
+    result = json.loads((folder / "tp1.json").read_text())["tasks"]["retrieval"]["metrics"]
+    assert f"retrieval hallucination margin <b>{result['hallucination margin']:.3f}</b>" in page
+
+
+@needs_browser
+def test_what_is_believed_is_found_in_the_page(folder: Path) -> None:
+    """Catches a filter that turns the sign, samples without a score that count as believed, and another order."""
+    page = (folder / "page.html").read_text()
+    rows = json.loads(re.search(r'id="index">(.*?)</script>', page)[1])["samples"]
+    margins = [row["margins"] for row in rows]
+    shown = "[...document.querySelectorAll('.where')].map(line => Number(line.textContent.split(' ')[1]) - 1)"
+    with Browser() as browser:
+        for measure in ("sum", "per token", "cosine"):
+            believed = sorted(
+                (own[measure], at) for at, own in enumerate(margins) if measure in own and own[measure] <= 0
+            )
+            scored = sorted((own.get(measure, np.inf), at) for at, own in enumerate(margins))
+            for choice, expected in (("&believed=" + measure, believed), ("", scored)):
+                browser.open(folder / "page.html", f"sort={measure}{choice}".replace(" ", "+"))
+                browser.wait("drawn && drawn === drawing")
+                assert browser.run(shown) == [at for _, at in expected], (measure, choice)
+            assert len(believed) < len(rows) - 2 and (believed or measure != "sum")
+        assert not browser.problems
+
+
+def test_heads_that_nobody_trained_give_no_cosines(folder: Path, tmp_path: Path) -> None:
+    """Catches numbers on the page that are those of random heads."""
+    assert "drawn at random when it was converted" in why_no_heads(folder / "save")
+    assert "has no hacl_heads.safetensors" in why_no_heads(folder / "source")
+    assert why_no_heads(folder / "export") is None
+    shutil.copytree(folder / "save" / "iter_0000000", tmp_path / "iter_0000000")  # what a run's own start would save
+    assert why_no_heads(tmp_path / "iter_0000000") is None
 
 
 def test_metrics_of_preference(folder: Path) -> None:
