@@ -17,6 +17,7 @@ from hacl_megatron.config.lora import settle_lora
 from hacl_megatron.config.run import RunConfig, with_architecture
 from hacl_megatron.config.tiles import tiles_of
 from hacl_megatron.data.templates import find_template, template_names
+from hacl_megatron.data.templates.template import with_blank_behind_images
 from hacl_megatron.data.tokenizer import load_tokenizer
 
 
@@ -104,11 +105,15 @@ def assets_folder(config: RunConfig, resume_from: Path | None) -> Path:
     raise ValueError("no tokenizer: give --tokenizer FOLDER, since there is no --pretrained-checkpoint to take it from")
 
 
-def chat_template(config: RunConfig, tokenizer: Path) -> ChatTemplate | None:
+def chat_template(config: RunConfig, tokenizer: Path, *, checks_only: bool = False) -> ChatTemplate | None:
     """What exports of the run get of its `--version`; None where that has no such thing, or is not known here.
+
+    Rendered and tokenized by transformers it gives the very rows that training saw.
 
     Args:
         tokenizer: folder of the run's.
+        checks_only: nothing will be exported, so that the tokenizer, which takes its time, is read only where that may
+            raise.
 
     Raises:
         ValueError: it is not for this tokenizer.
@@ -119,13 +124,18 @@ def chat_template(config: RunConfig, tokenizer: Path) -> ChatTemplate | None:
     if template.chat_template is None:
         return None
     stops: list[str] = []
-    if template.needed_tokens or template.renders is not None:
+    jinja, has_needs = template.chat_template, bool(template.needed_tokens or template.renders is not None)
+    has_tokenizer = any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    if has_needs or (has_tokenizer and not checks_only):
         found = load_tokenizer(str(tokenizer))
-        template.check(found)
-        stops = found.backend.convert_ids_to_tokens(template.stop_ids(found))
+        if has_needs:
+            template.check(found)
+            stops = found.backend.convert_ids_to_tokens(template.stop_ids(found))
+        if template.renders is None and found.eats_dummy_space:
+            jinja = with_blank_behind_images(jinja)
     return ChatTemplate(
         version=template.name,
-        jinja=template.chat_template,
+        jinja=jinja,
         is_tokenizers=template.renders is not None,
         replaces=template.name not in ("plain", data_flags(config.architecture).version),
         stop_tokens=tuple(stops),
@@ -135,7 +145,7 @@ def chat_template(config: RunConfig, tokenizer: Path) -> ChatTemplate | None:
 def refuse_without_export(config: RunConfig, resume_from: Path | None) -> list[str]:
     """ValueError where what the run trains could not be exported; else lines to know about its export."""
     assets = assets_folder(config, resume_from)
-    return check_export(config, assets, chat_template(config, Path(config.model.tokenizer or assets)))
+    return check_export(config, assets, chat_template(config, Path(config.model.tokenizer or assets), checks_only=True))
 
 
 def starts_from_hf(config: RunConfig, resume_from: Path | None) -> bool:

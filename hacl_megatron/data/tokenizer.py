@@ -76,6 +76,16 @@ class Tokenizer:
         """LLaVA pads with `<unk>` (llava/train/train.py); EOS where a tokenizer has none."""
         return self.eos_id if self.unk_id is None else self.unk_id
 
+    @property
+    def eats_dummy_space(self) -> bool:
+        """Whether a text behind a special token lacks the dummy space that it has on its own, and a blank brings it."""
+
+        def behind(text: str) -> list[int]:
+            return self.backend(f"{self.eos_token}{text}", add_special_tokens=False).input_ids[1:]
+
+        alone = self.encode("\nA", bos=False)
+        return behind("\nA") != alone and behind(" \nA") == alone
+
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """Token ids of `text`, behind BOS if asked, never followed by EOS; special tokens in the text are parsed.
 

@@ -1,6 +1,7 @@
 """Chat templates of exports: ours say exactly what training saw, and a model's own is not lost."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE, locate_checkpoi
 from hacl_megatron.data.encoding import checked_dialogue
 from hacl_megatron.data.manifest import Sample
 from hacl_megatron.data.templates import find_template, template_names
-from hacl_megatron.data.templates.template import IMAGE
+from hacl_megatron.data.templates.template import IMAGE, with_blank_behind_images
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.evaluation.answers.answerer import Answerer, GenerationSettings, Question
 from tests.data.tiny_bpe import LLAMA_3, QWEN, Kind, write_bpe
@@ -124,7 +125,8 @@ def messages(turns: list[tuple[str, str]], *, in_parts: bool) -> list[dict[str, 
 @pytest.mark.parametrize("name", DIALOGUES)
 @pytest.mark.parametrize("version", template_names())
 def test_rendered_by_transformers_it_is_our_prompt(processors, saves, version, name, in_parts):
-    """Catches an export without a template, and one that is a blank, a line or a `</s>` off what training saw."""
+    """Catches an export without a template, and one that is a blank, a line or a `</s>` off what training saw; also in
+    the tokens behind an image, which training tokenizes on their own."""
     turns, processor = DIALOGUES[name], processors[version]
     if version == "plain" and name in ("text alone", "two rounds", "two rounds, whole"):
         with pytest.raises(Exception, match="plain template"):
@@ -134,10 +136,15 @@ def test_rendered_by_transformers_it_is_our_prompt(processors, saves, version, n
     found = processor.apply_chat_template(
         messages(turns, in_parts=in_parts), add_generation_prompt=turns[-1][1] == "", tokenize=False
     )
-    assert found == prompt_of(version, turns, tokenizer)
-    if "<image>" not in found:
-        bos = [] if version in BYTE_LEVEL else [1]  # their tokenizers put none there of themselves
-        assert processor.tokenizer(found)["input_ids"] == [*bos, *tokenizer.encode(found, bos=False)]
+    expected = prompt_of(version, turns, tokenizer)
+    blank = tokenizer.eats_dummy_space
+    assert blank is (version not in BYTE_LEVEL), "Vicuna's, and those of byte-level BPE"
+    assert found == re.sub("<image>(?=.)", "<image> ", expected, flags=re.DOTALL) if blank else found == expected
+    bos = [] if version in BYTE_LEVEL else [1]  # their tokenizers put none there of themselves
+    rows = [*bos]
+    for number, text in enumerate(expected.split("<image>")):
+        rows += [processor.image_token_id] * (number > 0) + tokenizer.encode(text, bos=False)
+    assert processor.tokenizer(found)["input_ids"] == rows
 
 
 @pytest.mark.parametrize("version", template_names())
@@ -236,6 +243,37 @@ def test_a_models_own_template_comes_through(tmp_path, where):
     assert processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a|"
 
 
+PARTS = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for content in message['content'] | "
+    "selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}{% for content in message['content'] | "
+    "selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""What llava-hf/llava-1.5-7b-hf has."""
+
+
+def test_a_models_own_template_shows_messages_that_are_texts(tmp_path, capsys):
+    """Of such a message, as lmms-eval makes them, it showed nothing: every question was answered unseen."""
+    source = hf(tmp_path)
+    for path in source.glob("chat_template*"):
+        path.unlink()
+    (source / "chat_template.jinja").write_text(PARTS)
+    save = to_megatron(source, tmp_path / "save")
+    before, after = AutoProcessor.from_pretrained(source), AutoProcessor.from_pretrained(to_hf(save, tmp_path / "out"))
+    assert "showed nothing of a message that is a text" in capsys.readouterr().out
+    told, asked = ({"role": "user", "content": text} for text in ("Be kind.", "<image>\nWhat is it?"))
+    for processor, expected in ((before, "USER: ASSISTANT:"), (after, "USER: <image>\nWhat is it? ASSISTANT:")):
+        assert processor.tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True) == expected
+    parts = {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image"}]}
+    for messages in ([parts], [told, parts], [parts, told, parts]):
+        found = after.apply_chat_template(messages, add_generation_prompt=True)
+        assert found.count("What is it?") == found.count("<image>\n") == messages.count(parts)
+        assert found.count("Be kind.") == messages.count(told)
+    assert after.apply_chat_template([parts]) == before.apply_chat_template([parts])
+    again = to_hf(to_megatron(tmp_path / "out", tmp_path / "again"), tmp_path / "twice")
+    assert (again / "chat_template.jinja").read_bytes() == (tmp_path / "out" / "chat_template.jinja").read_bytes()
+
+
 def test_a_language_models_template_gives_way_and_that_is_said(saved, tmp_path, capsys):
     """It knows no images, so answers would be made without seeing any."""
     source = original(tmp_path)
@@ -243,7 +281,8 @@ def test_a_language_models_template_gives_way_and_that_is_said(saved, tmp_path, 
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": OWN}))
     save = to_megatron(source, tmp_path / "save")
     processor = AutoProcessor.from_pretrained(to_hf(save, tmp_path / "out"))
-    assert processor.chat_template == processor.tokenizer.chat_template == find_template("v1").chat_template
+    own = with_blank_behind_images(find_template("v1").chat_template)
+    assert processor.chat_template == processor.tokenizer.chat_template == own
     assert "note: the chat template is that of --version v1, in place of the tokenizer's" in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor, GenerationConfig, LlamaTokenizer
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
@@ -82,6 +83,17 @@ def test_what_transformers_4_cannot_read_is_not_there(exports, kind):
     assert not name.endswith(("Pil", "Fast"))
 
 
+def test_an_index_tells_the_models_weights_from_the_heads(exports, tmp_path, capsys):
+    """vLLM takes every *.safetensors of a folder without an index, and failed on the heads' `temperature`."""
+    for kind in KINDS:
+        index = json.loads((exports[kind] / "model.safetensors.index.json").read_text())
+        found = {name for file in {*index["weight_map"].values()} for name in load_file(exports[kind] / file)}
+        assert {*index["weight_map"]} == found and "hacl_heads.safetensors" not in index["weight_map"].values()
+    capsys.readouterr()
+    to_megatron(exports["hf"], tmp_path / "save")
+    assert "is read, as transformers does" not in capsys.readouterr().out, "the index names no other file"
+
+
 # ------------------------------------------------------------------------------------------------------ special tokens
 
 
@@ -127,7 +139,7 @@ def test_an_image_token_of_another_name(tmp_path):
     processor = AutoProcessor.from_pretrained(to_hf(to_megatron(source, tmp_path / "save"), tmp_path / "out"))
     assert (processor.image_token, processor.image_token_id) == ("[IMG]", 320)
     prompt = processor.apply_chat_template(open_export.QUESTION, add_generation_prompt=True)
-    assert "USER: [IMG]\nA red" in prompt
+    assert "USER: [IMG] \nA red" in prompt
     ids = processor(text=prompt, images=[np.zeros((40, 40, 3), dtype=np.uint8)])["input_ids"][0]
     assert ids.count(320) == 36
 

@@ -258,6 +258,8 @@ class _Stream:
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        # Without an index vLLM takes every *.safetensors of the folder for the model's, and fails on the heads.
+        if len(shards) > 1 or layout == "hf":
             write_json(folder / "model.safetensors.index.json", {
                 "metadata": {"total_size": sum(_num_bytes(*one) for one in plan.values())},
                 "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},

@@ -27,6 +27,12 @@ left behind."""
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
+def _names_only(index: Path, file: str) -> bool:
+    """Whether an index is one of this file alone, as our exports have it."""
+    found = read_json(index).get("weight_map")
+    return isinstance(found, dict) and bool(found) and all(shard == file for shard in found.values())
+
+
 class WeightFiles:
     """The tensors of one or several weight files, by the names that stand in them.
 
@@ -56,7 +62,7 @@ class WeightFiles:
                 continue
             if not is_index:
                 weights, index = cls([path]), folder / f"{name}.index.json"
-                if index.is_file():
+                if index.is_file() and not _names_only(index, name):
                     weights.passed_over = (
                         f"{path} is read, as transformers does, and not the shards that {index.name} beside it names; "
                         f"if those are meant, move {name} away"

@@ -57,6 +57,17 @@ TURNS = """
 """Jinja behind it and `system`: `turns` from the first question on, and the dialogue's own `system` if it has one."""
 
 
+def with_blank_behind_images(chat_template: str) -> str:
+    """A template that renders a blank between each image and the text behind it, for `Tokenizer.eats_dummy_space`.
+
+    In training the text behind an image is tokenized on its own.
+    """
+    return f"""{{%- set rendered -%}}{chat_template}{{%- endset -%}}
+{{%- for text in rendered.split('{IMAGE_TAG}') -%}}
+    {{{{- ('' if loop.first else '{IMAGE_TAG} ' if text else '{IMAGE_TAG}') + text -}}}}
+{{%- endfor -%}}"""
+
+
 class UnusableSample(ValueError):
     """This sample cannot be used; its message is the reason for `bad_samples.jsonl`. The run goes on."""
 

@@ -7,12 +7,26 @@ and, for the tokenizer alone, `tokenizer_config.json` {chat_template}. An export
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from hacl_megatron.checkpoint.hf.json_files import one_line, read_json
 from hacl_megatron.config.checks.foreign_files import LARGEST_CONFIG, own_file
 
 IMAGE = "<image>"
 """How a template that knows images writes one."""
 JINJA_FILE, OLD_FILE, FOLDER = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
+TEXTS_AS_PARTS = """\
+{%- set parted = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- set content = message['content'] -%}
+    {%- if content is string -%}
+        {%- set content = [{'type': 'text', 'text': content}] -%}
+    {%- endif -%}
+    {%- set parted.messages = parted.messages + [dict(message, content=content)] -%}
+{%- endfor -%}
+{%- set messages = parted.messages -%}"""
+"""Jinja in front of a template that knows messages in parts alone, as those of transformers' LLaVA do: of a
+message that is a text, as lmms-eval and many programs have it, such a template shows nothing, and says nothing of it."""
 Templates = dict[str, str]
 """Name -> Jinja text; the one that is used where none is named is `default`."""
 
@@ -76,14 +90,39 @@ def choose_templates(
             )
         return {"default": text if IMAGE in text else f"{own}{text}"}
     if of_whole_model and found and not replaces:
-        return found
+        return _with_texts(found, notes)
     if of_whole_model and "image" in beside.get("default", "") and not replaces:
-        return beside
+        return _with_texts(beside, notes)
     if own is None:
         return found or beside
     if any(text != own for text in (found | beside).values()):
         notes.append(f"the chat template is that of {own_name}, in place of the tokenizer's, which has no images")
     return {"default": own}
+
+
+def _with_texts(templates: Templates, notes: list[str]) -> Templates:
+    """The templates, such that all of them show messages that are texts."""
+    found = {name: text if _shows_texts(text) else TEXTS_AS_PARTS + text for name, text in templates.items()}
+    if found != templates:
+        notes.append("the model's own chat template showed nothing of a message that is a text, not parts; now it does")
+    return found
+
+
+def _shows_texts(template: str) -> bool:
+    """Whether it does, or shows nothing of a message in parts either, in transformers' own sandbox."""
+    word = "probe"
+
+    def shows(content: str | list[dict[str, str]]) -> bool:
+        try:
+            rendered, _ = render_jinja_template(
+                conversations=[[{"role": "user", "content": content}]], chat_template=template,
+                add_generation_prompt=True, bos_token="", eos_token="", pad_token="", unk_token="",
+            )  # fmt: skip
+        except Exception:  # whatever a stranger's template raises
+            return False
+        return word in rendered[0]
+
+    return shows(word) or not shows([{"type": "text", "text": word}])
 
 
 def write_templates(folder: Path, templates: Templates) -> None:
