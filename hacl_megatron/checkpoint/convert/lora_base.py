@@ -32,7 +32,7 @@ def find_base(reader: ShardedReader, run: RunConfig, given: Path | None) -> tupl
             raise ValueError(f"--peft-base {given}: {why}; leave the flag out, and the base is written too")
         return given, ""
     why = "the run started from random weights"
-    for folder in _origins(run):
+    for folder in origins(run):
         if not (found := why_no_base(folder, reader)):
             return folder, ""
         why = f"{folder}: {found}"
@@ -69,7 +69,7 @@ def why_no_base(folder: Path, reader: ShardedReader) -> str | None:
     return None
 
 
-def _origins(run: RunConfig) -> Iterator[Path]:
+def origins(run: RunConfig) -> Iterator[Path]:
     """What the run started from, what that was made from, and so on; checkpoints themselves left out."""
     seen: set[Path] = set()
     while run.model.pretrained_checkpoint is not None:

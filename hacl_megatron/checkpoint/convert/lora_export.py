@@ -16,7 +16,7 @@ from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.adapters.low_rank import lora_targets
 from hacl_megatron.checkpoint.hf.adapters.settings import ADAPTER_CONFIG
 from hacl_megatron.checkpoint.hf.config_write import to_config_json
-from hacl_megatron.checkpoint.hf.export import ExportReport, Provider, cast, write_heads
+from hacl_megatron.checkpoint.hf.export import ExportReport, Provider, WriteCard, cast, write_heads
 from hacl_megatron.checkpoint.hf.fresh_folder import check_target, fresh_folder
 from hacl_megatron.checkpoint.hf.import_weights import HEADS_FILE
 from hacl_megatron.checkpoint.hf.safetensors_writer import SafetensorsWriter
@@ -63,6 +63,7 @@ def export_peft(
     base: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
     force: bool = False,
+    write_card: WriteCard | None = None,
 ) -> ExportReport:
     """Write what `PeftModel.from_pretrained(LlavaForConditionalGeneration, out)` loads.
 
@@ -104,7 +105,8 @@ def export_peft(
             for name, tensor in _tensors(provider, reader, lora):
                 writer.write(name, cast(tensor, dtype, name))
         write_heads(reader.table, provider, folder / HEADS_FILE)
-    notes = [f"load it beside {settings.base_model_name_or_path}"]
+        card_notes = [] if write_card is None else write_card(folder, out, "PeftModel")
+    notes = [*card_notes, f"load it beside {settings.base_model_name_or_path}"]
     if written is not None:
         notes.append(
             f"that base, {written.num_bytes / 1e9:.3f} GB, is written too, for there is none elsewhere ({why}); "

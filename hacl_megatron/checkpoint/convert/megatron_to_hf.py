@@ -1,7 +1,8 @@
 """A checkpoint of this trainer -> a Hugging Face folder: what `tools/convert_megatron_to_hf.py` does.
 
 .distcp chunks ─ worker threads read ahead ─ our unsharded tensors ─ `hf.export` ─→ OUT
-hf_assets/: tokenizer, generation config, carried.safetensors ────────┘
+hf_assets/: tokenizer, generation config, carried.safetensors ────────┤
+run_config.yaml, metrics.jsonl: the model card ───────────────────────┘
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hacl_megatron.checkpoint.convert.lora_export import Merged, export_peft
+from hacl_megatron.checkpoint.convert.model_card import model_card
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.hf.assets.write import ChatTemplate
 from hacl_megatron.checkpoint.hf.carried import CarriedTensors
@@ -85,7 +87,11 @@ def export_checkpoint(
             return report
         lora = Lora.of(run.lora)
 
-        def whole(provider: Provider, out: str | Path, layout: Layout, force: bool) -> ExportReport:
+        def write_card(folder: Path, before: Path, model_class: str) -> list[str]:
+            library = {"hf": "transformers", "peft": "peft"}.get(format)
+            return model_card(checkpoint, run, model_class=model_class, library=library).write(folder, before)
+
+        def whole(provider: Provider, out: str | Path, layout: Layout, force: bool, *, is_run: bool) -> ExportReport:
             return export_hf(
                 provider,
                 model,
@@ -100,6 +106,7 @@ def export_checkpoint(
                 tower=tower,
                 max_shard_size=max_shard_size,
                 force=force,
+                write_card=write_card if is_run else None,
             )
 
         if format == "peft":
@@ -108,13 +115,14 @@ def export_checkpoint(
                 reader,
                 run,
                 out,
-                write_base=lambda base: whole(provider, base, "hf", False),
+                write_base=lambda base: whole(provider, base, "hf", False, is_run=False),
                 base=None if peft_base is None else Path(peft_base),
                 dtype=dtype,
                 force=force,
+                write_card=write_card,
             )
         merged = provider if lora is None or not merge_lora else Merged(provider, reader, lora)
-        report = whole(merged, out, format, force)
+        report = whole(merged, out, format, force, is_run=lora is None or merge_lora)
         if stated := [f"{key} {ways[key]}" for key, (default, _) in IMAGE_FLAGS.items() if ways[key] != default]:
             report.notes.append(
                 f"transformers' image processors have no {' or '.join(stated)}: treat pictures so before they do"

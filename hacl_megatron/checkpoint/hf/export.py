@@ -38,6 +38,8 @@ Provider = Callable[[str], Tensor]
 """Our name of a parameter -> its unsharded tensor; called once for each, in the table's order."""
 Dtypes = Callable[[str], torch.dtype]
 """Our name of a parameter -> the dtype in which its tensors are written."""
+WriteCard = Callable[[Path, Path, str], list[str]]
+"""Writes a model card into a folder that is to replace another, for a model of this class; returns notes."""
 Tower = Literal["inside", "folder", "named"]
 Plan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name in a file -> dtype and shape."""
@@ -70,6 +72,7 @@ def export_hf(
     tower: Tower | None = None,
     max_shard_size: str | int = "5GB",
     force: bool = False,
+    write_card: WriteCard | None = None,
 ) -> ExportReport:
     """Write a folder of transformers ("hf") or one in the original layout ("llava").
 
@@ -137,6 +140,8 @@ def export_hf(
                        to_preprocessor_json(replace(config, tiles=None), image_aspect_ratio="square"))  # fmt: skip
             stream.write(tower_folder, tower_plan, "tower", ("vision.",), parse_size(max_shard_size))
         write_heads(table, provider, folder / HEADS_FILE)
+        if write_card is not None:
+            notes += write_card(folder, out, settings["architectures"][0])
     return ExportReport(folder=out, num_tensors=len(plan) + len(tower_plan), num_bytes=total, notes=notes)
 
 

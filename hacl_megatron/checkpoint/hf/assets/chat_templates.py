@@ -25,8 +25,8 @@ TEXTS_AS_PARTS = """\
     {%- set parted.messages = parted.messages + [dict(message, content=content)] -%}
 {%- endfor -%}
 {%- set messages = parted.messages -%}"""
-"""Jinja in front of a template that knows messages in parts alone, as those of transformers' LLaVA do: of a
-message that is a text, as lmms-eval and many programs have it, such a template shows nothing, and says nothing of it."""
+"""Jinja in front of a template that knows messages in parts alone, as those of transformers' LLaVA do. Of a message
+that is a text, as lmms-eval and many programs have it, such a template shows nothing, and says nothing of it."""
 Templates = dict[str, str]
 """Name -> Jinja text; the one that is used where none is named is `default`."""
 
