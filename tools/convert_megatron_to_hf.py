@@ -56,7 +56,7 @@ def convert(args: argparse.Namespace) -> None:
     from hacl_megatron.checkpoint.convert.megatron_to_hf import export_checkpoint
     from hacl_megatron.checkpoint.convert.reader import ShardedReader
     from hacl_megatron.checkpoint.hf.export import DTYPES
-    from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, locate_checkpoint, read_run_config
+    from hacl_megatron.checkpoint.run.folder import ASSETS_FOLDER, iteration_folder, locate_checkpoint, read_run_config
 
     keep_freed_memory()
     if args.verify and args.format != "hf":
@@ -71,7 +71,9 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError("--peft-base is for --format peft alone; leave it out")
     checkpoint, dtype = locate_checkpoint(args.load), DTYPES[args.dtype] if args.dtype else None
     run = read_run_config(checkpoint)
-    if (template := chat_template(run, checkpoint / ASSETS_FOLDER)) is None and args.format == "hf":
+    trained = checkpoint.name != iteration_folder(checkpoint.parent, 0).name  # else it is a conversion
+    template = chat_template(run, checkpoint / ASSETS_FOLDER, trained=trained)
+    if template is None and args.format == "hf":
         print(f"note: no chat template for --version {run.data.version} is known here; the export has the source's")
     total = ShardedReader(checkpoint).num_bytes if args.format in ("hf", "llava") else None
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.format, delay=0.2) as bar:

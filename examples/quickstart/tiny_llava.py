@@ -26,6 +26,13 @@ except ImportError:
 PROMPT, NAMED_TOKENS = VICUNA_PROMPT, LLAVA_TOKENS
 ASPECT: Aspect = "pad"
 VISION = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}" + VICUNA_PROMPT.split(" USER:")[0] + "{% for message in messages %}"
+    "{% if message['role'] == 'user' %} USER: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% else %} ASSISTANT: {% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
 
 
 def build(
@@ -64,7 +71,7 @@ def make_processor(tokenizer: LlamaTokenizerFast) -> LlavaProcessor:
         image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD),
     )  # fmt: skip
     return LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=PATCH_SIZE,
+        image_processor=images, tokenizer=tokenizer, patch_size=PATCH_SIZE, chat_template=CHAT_TEMPLATE,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,
     )  # fmt: skip
 

@@ -105,13 +105,16 @@ def assets_folder(config: RunConfig, resume_from: Path | None) -> Path:
     raise ValueError("no tokenizer: give --tokenizer FOLDER, since there is no --pretrained-checkpoint to take it from")
 
 
-def chat_template(config: RunConfig, tokenizer: Path, *, checks_only: bool = False) -> ChatTemplate | None:
+def chat_template(
+    config: RunConfig, tokenizer: Path, *, trained: bool, checks_only: bool = False
+) -> ChatTemplate | None:
     """What exports of the run get of its `--version`; None where that has no such thing, or is not known here.
 
     Rendered and tokenized by transformers it gives the very rows that training saw.
 
     Args:
         tokenizer: folder of the run's.
+        trained: whether it has made a step, or will have.
         checks_only: nothing will be exported, so that the tokenizer, which takes its time, is read only where that may
             raise.
 
@@ -138,6 +141,7 @@ def chat_template(config: RunConfig, tokenizer: Path, *, checks_only: bool = Fal
         jinja=jinja,
         is_tokenizers=template.renders is not None,
         replaces=template.name not in ("plain", data_flags(config.architecture).version),
+        trained=trained and template.name != "plain",
         stop_tokens=tuple(stops),
     )
 
@@ -145,7 +149,8 @@ def chat_template(config: RunConfig, tokenizer: Path, *, checks_only: bool = Fal
 def refuse_without_export(config: RunConfig, resume_from: Path | None) -> list[str]:
     """ValueError where what the run trains could not be exported; else lines to know about its export."""
     assets = assets_folder(config, resume_from)
-    return check_export(config, assets, chat_template(config, Path(config.model.tokenizer or assets), checks_only=True))
+    template = chat_template(config, Path(config.model.tokenizer or assets), trained=True, checks_only=True)
+    return check_export(config, assets, template)
 
 
 def starts_from_hf(config: RunConfig, resume_from: Path | None) -> bool:

@@ -274,6 +274,30 @@ def test_a_models_own_template_shows_messages_that_are_texts(tmp_path, capsys):
     assert (again / "chat_template.jinja").read_bytes() == (tmp_path / "out" / "chat_template.jinja").read_bytes()
 
 
+def test_a_model_that_a_run_has_trained_is_asked_as_it_was_trained(tmp_path, capsys):
+    """Of a LLaVA of transformers the export kept the template that says no system prompt, and every other program asked
+    otherwise than training; one that says the very same stays, with what it knows besides."""
+    source = hf(tmp_path)
+    for path in source.glob("chat_template*"):
+        path.unlink()
+
+    def exported(template: str, name: str, *, trained: bool) -> str:
+        (source / "chat_template.jinja").write_text(template)
+        save = to_megatron(source, tmp_path / f"save-{name}")
+        if trained:
+            (save / "iter_0000000").rename(save / "iter_0000007")
+            (save / "latest_checkpointed_iteration.txt").write_text("7")
+        capsys.readouterr()
+        return AutoProcessor.from_pretrained(to_hf(save, tmp_path / name)).chat_template
+
+    assert PARTS in exported(PARTS, "converted", trained=False)
+    assert "by which the run trained" not in capsys.readouterr().out
+    own = with_blank_behind_images(find_template("v1").chat_template)
+    assert exported(PARTS, "run", trained=True) == own
+    assert "that of --version v1, by which the run trained; the model's own asked otherwise" in capsys.readouterr().out
+    assert exported("{# videos, too #}" + own, "alike", trained=True) == "{# videos, too #}" + own
+
+
 def test_a_language_models_template_gives_way_and_that_is_said(saved, tmp_path, capsys):
     """It knows no images, so answers would be made without seeing any."""
     source = original(tmp_path)

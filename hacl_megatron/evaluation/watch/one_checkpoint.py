@@ -78,7 +78,7 @@ def export(found: FoundCheckpoint, scratch: Path) -> Path:
         if wrong := damage(found.folder):
             raise ValueError(wrong)
         run = read_run_config(found.folder)
-        template = chat_template(run, found.folder / ASSETS_FOLDER)
+        template = chat_template(run, found.folder / ASSETS_FOLDER, trained=True)
         export_checkpoint(found.folder, out, chat_template=template)
     return out
 

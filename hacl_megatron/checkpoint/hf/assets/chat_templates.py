@@ -63,6 +63,7 @@ def choose_templates(
     notes: list[str],
     replaces: bool = False,
     is_tokenizers: bool = False,
+    trained: bool = False,
 ) -> Templates:
     """The templates that an export gets.
 
@@ -75,6 +76,7 @@ def choose_templates(
         notes: get a line where a template gives way.
         replaces: whether `own` is another than the model came with, and so wins.
         is_tokenizers: whether the tokenizer's own was trained with, to which `own` makes texts of images' parts.
+        trained: whether a run has trained by `own`, which then wins over one that asks in other words.
 
     Raises:
         ValueError: the tokenizer's own was trained with, and it has none.
@@ -89,10 +91,14 @@ def choose_templates(
                 "chat_template in tokenizer_config.json: add it, or give another --version"
             )
         return {"default": text if IMAGE in text else f"{own}{text}"}
-    if of_whole_model and found and not replaces:
-        return _with_texts(found, notes)
-    if of_whole_model and "image" in beside.get("default", "") and not replaces:
-        return _with_texts(beside, notes)
+    models = found or (beside if "image" in beside.get("default", "") else {})
+    if of_whole_model and models and not replaces:
+        if not trained or own is None or _asks_alike(models.get("default", ""), own):
+            return _with_texts(models, notes)
+        notes.append(
+            f"the chat template is that of {own_name}, by which the run trained; the model's own asked otherwise"
+        )
+        return {"default": own}
     if own is None:
         return found or beside
     if any(text != own for text in (found | beside).values()):
@@ -109,20 +115,35 @@ def _with_texts(templates: Templates, notes: list[str]) -> Templates:
 
 
 def _shows_texts(template: str) -> bool:
-    """Whether it does, or shows nothing of a message in parts either, in transformers' own sandbox."""
-    word = "probe"
+    """Whether it does, or shows nothing of a message in parts either."""
 
     def shows(content: str | list[dict[str, str]]) -> bool:
-        try:
-            rendered, _ = render_jinja_template(
-                conversations=[[{"role": "user", "content": content}]], chat_template=template,
-                add_generation_prompt=True, bos_token="", eos_token="", pad_token="", unk_token="",
-            )  # fmt: skip
-        except Exception:  # whatever a stranger's template raises
-            return False
-        return word in rendered[0]
+        return "probe" in (_rendered(template, [{"role": "user", "content": content}]) or "")
 
-    return shows(word) or not shows([{"type": "text", "text": word}])
+    return shows("probe") or not shows([{"type": "text", "text": "probe"}])
+
+
+def _asks_alike(one: str, other: str) -> bool:
+    """Whether two templates make the same of a dialogue about a picture."""
+    parts = {name: [{"type": "text", "text": name}] for name in ("What?", "This.", "And?")}
+    dialogue = [
+        {"role": "user", "content": [{"type": "image"}, *parts["What?"]]},
+        {"role": "assistant", "content": parts["This."]},
+        {"role": "user", "content": parts["And?"]},
+    ]
+    return (text := _rendered(one, dialogue)) is not None and text == _rendered(other, dialogue)
+
+
+def _rendered(template: str, messages: list[dict[str, Any]]) -> str | None:
+    """In transformers' own sandbox, asking for an answer; None where that fails."""
+    try:
+        rendered, _ = render_jinja_template(
+            conversations=[messages], chat_template=template, add_generation_prompt=True,
+            bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        )  # fmt: skip
+    except Exception:  # whatever a stranger's template raises
+        return None
+    return rendered[0]
 
 
 def write_templates(folder: Path, templates: Templates) -> None:

@@ -44,6 +44,8 @@ class ChatTemplate:
     """Whether the tokenizer's own was trained with, in front of which `jinja` goes."""
     replaces: bool = False
     """Whether it is another than the model came with, so that the model's own gives way."""
+    trained: bool = False
+    """Whether a run has trained by it; the model's own then gives way unless it asks in the very same words."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a turn, besides EOS."""
 
@@ -132,6 +134,7 @@ class Assets:
                     own_name="" if own is None else f"--version {own.version}",
                     notes=self.notes,
                     replaces=own is not None and own.replaces,
+                    trained=own is not None and own.trained,
                     is_tokenizers=own is not None and own.is_tokenizers,
                 ),
             )
