@@ -59,6 +59,9 @@ setup(
         "llm": ["openai>=2.0"],  # --method llm of tools/generate_hallucinations.py: retries, back-off, time-outs
         "wandb": ["wandb>=0.18"],  # --wandb-project: curves of many runs side by side, on its server or one's own
         "lora": ["peft>=0.17"],  # --format peft of tools/convert_megatron_to_hf.py: its own adapter_config.json
+        # --data-path s3://...: ranges, retries, cut bodies resumed, no hold on the interpreter, in one wheel of 6 MB.
+        # s3fs keeps all requests in one Python thread, and pins botocore's version for everything else.
+        "stores": ["obstore>=0.12"],
         "quickstart": ["matplotlib>=3.9"],  # the report's plots
         "plots": ["scikit-learn>=1.5", "matplotlib>=3.9"],  # tools/plot_representations.py: PCA, t-SNE; pictures
         "evaluate": ["textblob>=0.20"],  # CHAIR, AMBER: singulars as published, a tagger without downloads; brings NLTK
@@ -77,6 +80,10 @@ setup(
             "peft>=0.17",  # oracle of LoRA
             "webdataset>=1.0",  # reads the tar shards as other programs do
             "wandb>=0.18",  # --wandb-project, offline
+            "obstore>=0.12",  # --data-path s3://... against the next one
+            "moto>=5.1",  # a server that speaks S3 and checks signatures and rights
+            "flask>=3.0",  # moto's server, without the rest of moto[server]
+            "flask-cors>=5.0",
             "scikit-learn>=1.5",  # representation plots, and an oracle of recall
             "ruff>=0.9",  # format and lint
             "import-linter>=2.1",  # holds the layering; brings grimp, which finds circles of files

@@ -23,7 +23,7 @@ from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.tokenizer import Tokenizer
 
 PACKAGE = Path(__file__).parents[1]
-_OF_THE_NODE = ("data_cache_dir", "num_workers", "io_threads", "prefetch_steps")
+_OF_THE_NODE = ("data_cache_dir", "data_cache_gb", "num_workers", "io_threads", "prefetch_steps")
 """Flags that change nothing but time and place."""
 _OF_RANK_0 = ("tensorboard_dir", "wandb_project")
 _PATHS = (

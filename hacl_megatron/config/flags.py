@@ -153,7 +153,8 @@ class DataFlags:
 
     data_path: list[str] = flag(
         [], "LLaVA JSON file(s) (id, image, conversations; text and 'Hallucination caption'), or folders that "
-        "tools/prepare_data.py made of them. A raw file is prepared into a cache when it is first used.", metavar="PATH"
+        "tools/prepare_data.py made of them; paths, or URLs such as s3://BUCKET/FOLDER. A raw file is prepared into a "
+        "cache when it is first used.", metavar="PATH"
     )  # fmt: skip
     data_weights: list[float] = flag(
         [], "How often an epoch draws the samples of each --data-path: 2 twice, 0.5 every other epoch. Default: once."
@@ -164,7 +165,12 @@ class DataFlags:
     valid_data_path: list[str] = flag([], "Data for validation, as for --data-path.", metavar="PATH")
     data_cache_dir: str | None = flag(
         None, "Where raw JSON is kept prepared. Default: .hacl_megatron_cache beside the file, else "
-        "~/.cache/hacl_megatron, else the temporary folder.", metavar="DIR"
+        "~/.cache/hacl_megatron, else the temporary folder. What is read from URLs is kept there too, on each node's "
+        "own disk; default: the temporary folder.", metavar="DIR"
+    )  # fmt: skip
+    data_cache_gb: float = flag(
+        20.0, "Images from URLs that a node keeps, in GB; what finds no room is read again in each epoch. Manifests "
+        "and JSON are copied whole beside them."
     )  # fmt: skip
     group_by_modality_length: bool = flag(
         False, "Fill each global batch with samples that all have an image, or all have none, the longest first."
@@ -174,7 +180,7 @@ class DataFlags:
         "node's cache. 0 shuffles all samples."
     )  # fmt: skip
     image_folder: str = flag(
-        ".", "Folder that the image names in the JSON files are relative to; not needed for prepared shards. "
+        ".", "Folder, or URL, that the image names in the JSON files are relative to; not needed for prepared shards. "
         "Default: the working folder.", metavar="DIR"
     )  # fmt: skip
     version: str = flag(

@@ -19,6 +19,7 @@ from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import Manifest, refuse_where_no_image_is
+from hacl_megatron.data.node_cache import NodeCache
 from hacl_megatron.data.order.sampler import OnceThrough, Sampler
 from hacl_megatron.data.step_maker import MicroBatching, References, StepMaker
 from hacl_megatron.data.store import ImageStore
@@ -186,7 +187,7 @@ def build_loader(
     maker = StepMaker(
         manifests=manifests,
         sampler=sampler,
-        store=ImageStore(data.image_folder),
+        store=ImageStore(data.image_folder, NodeCache.of(data)),
         decoder=ImageDecoder.of(config, device=decode_device),
         tokenizer=tokenizer,
         settings=EncodingSettings.of(config),

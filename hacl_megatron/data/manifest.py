@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from hacl_megatron.config.files.objects import NoSuchObject, StoreError, object_state
+from hacl_megatron.config.files.urls import below, inside, is_url
 from hacl_megatron.data.prepare.cache import open_data
 from hacl_megatron.data.prepare.llava_json import Record, text_or_first_answer
 from hacl_megatron.data.prepare.records.captions import Pair, clean_caption
@@ -237,6 +239,9 @@ def refuse_where_no_image_is(samples: Sequence[Sample], root: str) -> None:
         sample = samples[index]
         files = (name for name, stored in zip(sample.images, sample.stored, strict=True) if stored is None)
         names += [name for name in files if not os.path.isabs(name)]
+    if is_url(root):
+        _refuse_where_no_object_is(names, root)
+        return
     if not os.path.isdir(root):  # the store says so
         return
     if not names or any(_is_file(Path(root, name)) for name in names):
@@ -245,6 +250,22 @@ def refuse_where_no_image_is(samples: Sequence[Sample], root: str) -> None:
         f"--image-folder {root}: none of {len(names)} images of the data that were looked for is there, such as "
         f"{names[0]}; {_where_else(Path(root), names[0])}"
     )
+
+
+def _refuse_where_no_object_is(names: Sequence[str], root: str) -> None:
+    for name in names:
+        try:
+            object_state(below(root, inside(name) or name), first_look=True)
+        except NoSuchObject:
+            continue
+        except StoreError as error:
+            raise ValueError(f"--image-folder {error}") from None
+        return
+    if names:
+        raise ValueError(
+            f"--image-folder {root}: none of {len(names)} images of the data that were looked for is there, such as "
+            f"{names[0]}; give the URL that image names are relative to"
+        )
 
 
 def _where_else(root: Path, name: str) -> str:

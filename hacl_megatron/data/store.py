@@ -3,6 +3,9 @@
     name ("train2014/COCO_x.jpg") ──FolderStore.read──┐
     shard, offset, size ─────────────ShardReader.read─┴→ bytes ─image_key→ int64 that tells equal images
 
+Either may be a path or the URL of an object store, whose bytes go through the node's cache: `image_folder` and
+`ShardReader.read` are where the two part.
+
 A name comes from a user's file, so it is not trusted to stay inside the folder. A shard is never unpacked: its bytes
 are read where the manifest says, and whatever its member headers name is not looked at.
 """
@@ -17,7 +20,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hacl_megatron.config.files.checksum import checksum
+from hacl_megatron.config.files.objects import NoSuchObject, NotThatLong, TooLarge, read_object, read_range
 from hacl_megatron.config.files.regular import NotRegular, only_regular
+from hacl_megatron.config.files.urls import below, check_url, inside, is_url
+from hacl_megatron.data.node_cache import NodeCache
 
 MAX_IMAGE_BYTES = 512 << 20
 """Eight bytes for each of the default `--max-image-pixels`; a larger file is refused unread."""
@@ -91,9 +97,58 @@ class FolderStore:
         return file
 
 
+class ObjectFolder:
+    """Images below one URL of an object store. Threads may share it.
+
+    Raises ValueError where the URL holds a secret, or is of no store that is read.
+    """
+
+    def __init__(self, root: str, cache: NodeCache) -> None:
+        check_url("--image-folder", root)
+        self.root, self._cache = root.rstrip("/"), cache
+
+    def read(self, name: str) -> bytes:
+        """All bytes of the object `name`. Raises UnusableImage when there is none to read, StoreError when the store
+        fails, which is no fault of the image."""
+        plain = inside(name)
+        if plain is None:
+            raise UnusableImage(f"the name {name!r} leaves the image folder {self.root}")
+        url = below(self.root, plain)
+
+        def fetch(version: str | None) -> tuple[bytes, str] | None:
+            found = read_object(url, most=MAX_IMAGE_BYTES, unless=version)
+            if found is None:
+                return None
+            return found[0], found[1].version
+
+        try:
+            data = self._cache.read(url, fetch, fixed=False)
+        except TooLarge as error:
+            raise UnusableImage(_too_large(error.size)) from None
+        except NoSuchObject:
+            raise UnusableImage(f"no such object in the image folder {self.root}") from None
+        if not data:
+            raise UnusableImage("the object is empty")
+        return data
+
+    def open(self, name: str) -> BinaryIO:
+        """The object `name`, as an open file. Raises as `read`."""
+        return io.BytesIO(self.read(name))
+
+
+def image_folder(root: str | os.PathLike[str], cache: NodeCache | None = None) -> "FolderStore | ObjectFolder":
+    """Images below a folder or a URL, read by their names. Raises ValueError as either class."""
+    place = os.fspath(root)
+    return ObjectFolder(place, cache or NodeCache()) if is_url(place) else FolderStore(place)
+
+
 def _check_size(num_bytes: int) -> None:
     if num_bytes > MAX_IMAGE_BYTES:
-        raise UnusableImage(f"{num_bytes:,} bytes are more than an image file may have, {MAX_IMAGE_BYTES:,}")
+        raise UnusableImage(_too_large(num_bytes))
+
+
+def _too_large(num_bytes: int) -> str:
+    return f"{num_bytes:,} bytes are more than an image file may have, {MAX_IMAGE_BYTES:,}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +172,21 @@ MAX_OPEN_SHARDS = 256
 class ShardReader:
     """Random access to the images of tar shards. Threads may share it: reads carry their own position."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: NodeCache | None = None) -> None:
+        self._cache = cache or NodeCache()
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def read(self, stored: StoredImage) -> bytes:
-        """The image's bytes. Raises UnusableImage when the shard does not hold them."""
+        """The image's bytes. Raises UnusableImage when the shard does not hold them, StoreError when a store fails."""
+        if is_url(stored.path):
+            return self._read_object(stored)
         try:
             file, keep = self._open(stored.path)
             try:
                 room = os.fstat(file).st_size - stored.offset
                 if stored.offset < 0 or stored.size < 1 or stored.size > room:
-                    raise UnusableImage(
-                        f"bytes {stored.offset} to {stored.offset + stored.size} are not in the shard: it is cut off "
-                        "or not the one the manifest was made with"
-                    )
+                    raise UnusableImage(_not_in_shard(stored))
                 _check_size(stored.size)
                 return _checked(_read_at(file, stored), stored)
             finally:
@@ -139,6 +194,24 @@ class ShardReader:
                     os.close(file)
         except OSError as error:
             raise UnusableImage(f"the shard cannot be read: {error.strerror or error}") from None
+
+    def _read_object(self, stored: StoredImage) -> bytes:
+        if stored.offset < 0 or stored.size < 1:
+            raise UnusableImage(_not_in_shard(stored))
+        _check_size(stored.size)
+
+        def fetch(_: str | None) -> tuple[bytes, str]:
+            return _checked(read_range(stored.path, stored.offset, stored.size), stored), ""
+
+        try:
+            if stored.checksum is None:  # nothing tells whether what was kept is still what is there
+                return fetch(None)[0]
+            key = f"{stored.path} {stored.offset} {stored.size} {stored.checksum}"
+            return self._cache.read(key, fetch, fixed=True)
+        except NotThatLong:
+            raise UnusableImage(_not_in_shard(stored)) from None
+        except NoSuchObject:
+            raise UnusableImage("the shard is not there any more") from None
 
     def close(self) -> None:
         """Closes the shards. No `read` may be under way."""
@@ -166,6 +239,13 @@ class ShardReader:
             return file, True
 
 
+def _not_in_shard(stored: StoredImage) -> str:
+    return (
+        f"bytes {stored.offset} to {stored.offset + stored.size} are not in the shard: it is cut off or not the one "
+        "the manifest was made with"
+    )
+
+
 def _checked(data: bytes, stored: StoredImage) -> bytes:
     """The bytes, if they are those that were packed. Costs 1/40 of `image_key`."""
     if stored.checksum is not None and checksum(data) != stored.checksum:
@@ -187,12 +267,16 @@ def _read_at(file: int, stored: StoredImage) -> bytes:
 class ImageStore:
     """Images by sample: out of a tar shard where the manifest knows a place, else out of the image folder.
 
+    Args:
+        cache: of the node, for what lies at URLs; default: the one in the temporary folder.
+
     Raises ValueError when `root` is no folder.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.folder = FolderStore(root)
-        self._shards = ShardReader()
+    def __init__(self, root: str | os.PathLike[str], cache: NodeCache | None = None) -> None:
+        cache = cache or NodeCache()
+        self.folder = image_folder(root, cache)
+        self._shards = ShardReader(cache)
 
     def fetch(self, image: str, stored: StoredImage | None) -> bytes:
         """All bytes of an image file. Raises UnusableImage when there is none to read."""
@@ -204,7 +288,10 @@ class ImageStore:
 
     def source(self, image: str, stored: StoredImage | None) -> str:
         """What to name in a complaint about the image."""
-        return str(self.folder.root / image) if stored is None else f"{stored.path}: {image}"
+        if stored is not None:
+            return f"{stored.path}: {image}"
+        root = self.folder.root
+        return below(root, image) if isinstance(root, str) else str(root / image)
 
     def close(self) -> None:
         """Closes the shards. No `fetch` may be under way."""

@@ -14,6 +14,10 @@ from tests.data.tiny_tokenizer import write_tokenizer
 @pytest.fixture
 def dataset(tmp_path) -> Path:
     """`train.json` (12, two of them text only, three with captions), `contrastive.json` (4) and `images/`."""
+    return write_dataset(tmp_path)
+
+
+def write_dataset(tmp_path: Path) -> Path:
     train = [sample(index, "train", **({"text": "a red cat"} if index < 3 else {})) for index in range(NUM_SAMPLES)]
     for index in TEXT_ONLY:
         del train[index]["image"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from hacl_megatron.config.checks.require import dashed, require
 from hacl_megatron.config.connectors import connector_file
+from hacl_megatron.config.files.objects import expect_bucket, expect_object
+from hacl_megatron.config.files.urls import check_url, data_object, is_url, refuse_url
 from hacl_megatron.config.flags import MANIFEST_FILE
 from hacl_megatron.config.names import did_you_mean
 from hacl_megatron.config.run import RunConfig
@@ -19,7 +21,29 @@ class HoldsAnotherRun(ValueError):
     """--save is another run's, whose files are to stay as they are, its status too."""
 
 
+_MODEL_PATHS = ("pretrained_checkpoint", "pretrain_mm_mlp_adapter", "vision_tower", "tokenizer")
+
 # os.path says False where pathlib raises, for instance below a folder that may not be searched.
+
+
+def check_places(config: RunConfig) -> None:
+    """ValueError for a URL that holds a secret or is of no store that is read, and for one where a path has to be.
+
+    Before anything is shown or written, for a URL stands wherever the configuration does.
+    """
+    data, checkpoint = config.data, config.checkpoint
+    for name in ("data_path", "contrastive_data_path", "valid_data_path", "image_folder"):
+        places = getattr(data, name)
+        for place in [places] if isinstance(places, str) else places:
+            if is_url(place):
+                check_url(dashed(name), place)
+    for name, place in (("save", checkpoint.save), ("load", checkpoint.load)):
+        refuse_url(f"--{name}", place, "checkpoints stay on file systems: give a folder")
+    others = {name: getattr(config.model, name) for name in _MODEL_PATHS}
+    others |= {"tensorboard_dir": config.logging.tensorboard_dir, "data_cache_dir": data.data_cache_dir}
+    others["reference_scores"] = config.preference.reference_scores
+    for name, place in others.items():
+        refuse_url(dashed(name), place, "only data is read from stores: give a path")
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -28,6 +52,9 @@ def check_inputs(config: RunConfig) -> None:
     require(bool(data.data_path), "--data-path is empty", "give one or more LLaVA JSON files")
     for name in ("data_path", "contrastive_data_path", "valid_data_path"):
         for path in getattr(data, name):
+            if is_url(path):
+                expect_object(dashed(name), data_object(path))
+                continue
             require(
                 os.path.isfile(path) or os.path.isfile(os.path.join(path, MANIFEST_FILE)),
                 f"{dashed(name)} {path}: no such file, or a folder without {MANIFEST_FILE}",
@@ -38,8 +65,10 @@ def check_inputs(config: RunConfig) -> None:
         f"--data-weights has {len(data.data_weights)} numbers for {len(data.data_path)} of --data-path",
         "give one for each",
     )
+    if is_url(data.image_folder):
+        expect_bucket("--image-folder", data.image_folder)
     require(
-        os.path.isdir(data.image_folder),
+        is_url(data.image_folder) or os.path.isdir(data.image_folder),
         f"--image-folder {data.image_folder}: no such folder",
         _instead(data.image_folder, "expected the folder that image names are relative to"),
     )

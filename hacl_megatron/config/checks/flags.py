@@ -7,7 +7,7 @@ too is in `architecture`.
 import math
 from typing import Any
 
-from hacl_megatron.config.checks.files import check_inputs, check_outputs
+from hacl_megatron.config.checks.files import check_inputs, check_outputs, check_places
 from hacl_megatron.config.checks.require import dashed as _dashed
 from hacl_megatron.config.checks.require import require as _require
 from hacl_megatron.config.checks.sections import check_sections
@@ -49,7 +49,7 @@ LIMITS: dict[str, tuple[float, float]] = {
         (
             "contrastive_weight", "preference_weight", "generation_weight", "lr", "min_lr", "connector_lr",
             "heads_lr", "weight_decay", "clip_grad", "eval_interval", "save_interval", "shuffle_block",
-            "dry_run_rank", "hang_timeout", "profile_ranks",
+            "dry_run_rank", "hang_timeout", "profile_ranks", "data_cache_gb",
         ),
         (0, _FINITE),
     ),
@@ -83,6 +83,7 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
     Raises:
         ValueError: one line for the first mistake found.
     """
+    check_places(config)
     _check_limits(config)
     layout = Layout.of(config, world_size)
     if config.model.bf16 and not config.parallel.use_distributed_optimizer:

@@ -20,7 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hacl_megatron.config.files.objects import NoSuchObject, StoreError, names_in, object_state
 from hacl_megatron.config.files.regular import NotRegular, only_regular
+from hacl_megatron.config.files.urls import below, is_url
 from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.llava_json import Record
 from hacl_megatron.data.prepare.records.captions import Pair
@@ -243,7 +245,7 @@ class ArrowManifest:
     """A prepared file, checked against its checksum and mapped into memory. Threads may share it.
 
     Args:
-        file: the open file at `path`, where the caller has looked at it.
+        file: the open file at `path`, where the caller has looked at it; of a URL, its copy.
 
     Raises ValueError when the file is missing, no manifest, damaged, or of another format.
     """
@@ -395,15 +397,33 @@ class ArrowManifest:
 
     def _find_shards(self) -> list[str]:
         names = self.metadata.get("shards", [])
-        folder = os.path.join(os.path.dirname(os.path.abspath(self.path)), SHARDS_FOLDER)
+        remote = is_url(self.path)
+        home = self.path.rpartition("/")[0] if remote else os.path.dirname(os.path.abspath(self.path))
+        folder = below(home, SHARDS_FOLDER) if remote else os.path.join(home, SHARDS_FOLDER)
         for name in names:
             if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
                 raise ValueError(f"{self.path}: names {name!r} as a shard, expected images-000000.tar; is it yours?")
-        there = set(os.listdir(folder)) if names and os.path.isdir(folder) else set()
+        there: set[str] = set()
+        if names and remote:
+            there = _listed(folder, names)
+        elif names and os.path.isdir(folder):
+            there = set(os.listdir(folder))
         missing = [name for name in names if name not in there]
         if missing:
             raise ValueError(
                 f"{self.path}: {len(missing)} of its {len(names)} shards are missing, first {missing[0]}; expected "
                 f"them in {folder}: move them beside the manifest or prepare again"
             )
-        return [os.path.join(folder, name) for name in names]
+        return [below(folder, name) if remote else os.path.join(folder, name) for name in names]
+
+
+def _listed(folder: str, names: Sequence[str]) -> set[str]:
+    """The shards in the folder of a store; where it does not list them, all but the first, if that one is missing."""
+    try:
+        return set(names_in(folder))
+    except StoreError:  # web servers have no lists, and keys need not be allowed to list
+        try:
+            object_state(below(folder, names[0]), first_look=True)
+        except NoSuchObject:
+            return set(names[1:])
+        return set(names)

@@ -2,6 +2,8 @@
 
     data.json ─(path, size, mtime)→ .hacl_megatron_cache/data.json-1a2b…-3c4d….arrow ─whose is it?→ ArrowManifest
 
+A URL is copied to the node first (`hacl_megatron.data.node_cache`).
+
 The cache lies beside the file, where all nodes see it; where that folder cannot be written, or where others may write
 what they like, in ~/.cache/hacl_megatron, else in the temporary folder. Its records are the file's, one for one:
 duplicates are dropped by tools/prepare_data.py alone. One that another user made could hold anything: it is used only
@@ -19,8 +21,11 @@ import time
 from collections.abc import Container, Iterator
 
 from hacl_megatron.config.console import notify
+from hacl_megatron.config.files.objects import NoSuchObject
 from hacl_megatron.config.files.regular import check_regular, only_regular
+from hacl_megatron.config.files.urls import check_url, data_object, is_url
 from hacl_megatron.config.flags import MANIFEST_FILE
+from hacl_megatron.data.node_cache import NodeCache
 from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, FORMAT, ArrowManifest
 from hacl_megatron.data.prepare.parts import build_parts, merge_parts, remove_folder
 
@@ -33,10 +38,13 @@ NOTICE_BYTES = 100 << 20
 
 
 def open_data(path: str, cache_dir: str | None = None) -> ArrowManifest:
-    """What `--data-path` names: a folder of tools/prepare_data.py, its manifest.arrow, or raw LLaVA JSON.
+    """What `--data-path` names: a folder of tools/prepare_data.py, its manifest.arrow, or raw LLaVA JSON; or their URL.
 
-    `cache_dir` replaces the places where prepared JSON is kept. Raises ValueError for whatever is wrong with the data.
+    `cache_dir` replaces the places where prepared JSON is kept, and copies of what lies at URLs. Raises ValueError for
+    whatever is wrong with the data.
     """
+    if is_url(path):
+        return _open_url(path, cache_dir)
     if os.path.isdir(path):
         return ArrowManifest(os.path.join(path, MANIFEST_FILE))
     if path.endswith(".arrow"):
@@ -44,7 +52,30 @@ def open_data(path: str, cache_dir: str | None = None) -> ArrowManifest:
     return _open_json(path, cache_dir)
 
 
-def _open_json(path: str, cache_dir: str | None) -> ArrowManifest:
+def _open_url(url: str, cache_dir: str | None) -> ArrowManifest:
+    check_url("data", url)
+    name = data_object(url)
+    try:
+        copy = NodeCache(cache_dir).whole(name)
+        if name.endswith(".arrow"):
+            return ArrowManifest(name, open(copy, "rb"))  # closed by what reads it
+    except NoSuchObject:
+        raise ValueError(
+            f"{name}: no such object; expected LLaVA JSON (.json, .jsonl), or a folder of tools/prepare_data.py"
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"{name}: cannot be copied to this node ({error.strerror or error}); give --data-cache-dir a folder of "
+            "your own with room for it"
+        ) from None
+    try:
+        return _open_json(copy, cache_dir, shown=name)
+    except ValueError as error:
+        raise ValueError(str(error).replace(copy, name)) from None
+
+
+def _open_json(path: str, cache_dir: str | None, shown: str | None = None) -> ArrowManifest:
+    """Of JSON at `path`; `shown` is how records name it where that is not the path."""
     check_regular(path, "a LLaVA JSON or JSONL file, check --data-path")
     name = _cache_name(path)
     folders = [cache_dir] if cache_dir else _default_folders(path)
@@ -64,7 +95,7 @@ def _open_json(path: str, cache_dir: str | None) -> ArrowManifest:
                 if found is not None:
                     return found
                 _remove_abandoned(file, is_alone)
-                _build(path, file)
+                _build(path, file, shown or path)
                 found = _ready(file, trusted)
         except OSError as error:  # read-only, full, over quota, forbidden, others': the next one may do
             problem = error
@@ -174,7 +205,7 @@ def _locked(path: str) -> Iterator[bool]:
         os.close(file)
 
 
-def _build(path: str, output: str) -> None:
+def _build(path: str, output: str, shown: str) -> None:
     name, size = _cache_name(path), os.path.getsize(path)
     if size >= NOTICE_BYTES:
         notify(f"preparing {path} ({size / 1e9:.1f} GB), once: {output}")
@@ -183,7 +214,7 @@ def _build(path: str, output: str) -> None:
         parts, counts = build_parts([path], work, deduplicate=False, num_workers=1)
         if _cache_name(path) != name:
             raise ValueError(f"{path}: changed while it was read; start again when it is finished")
-        merge_parts(parts, output, {"files": [path], FINDINGS: [found.as_json() for found in counts.findings]})
+        merge_parts(parts, output, {"files": [shown], FINDINGS: [found.as_json() for found in counts.findings]})
         os.chmod(output, 0o644)
     finally:
         remove_folder(work)

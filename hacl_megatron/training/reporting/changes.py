@@ -18,7 +18,7 @@ _OF_NO_ACCOUNT = {
     *_STARTS,
     # The sampler compares what is in the files.
     "data_path", "contrastive_data_path", "valid_data_path", "data_cache_dir",
-    "num_workers", "io_threads", "prefetch_steps", "max_bad_fraction",
+    "data_cache_gb", "num_workers", "io_threads", "prefetch_steps", "max_bad_fraction",
     # The global batch is compared as it comes out of them.
     "global_batch_size", "micro_batch_size", "micro_batch_tokens", "balance_micro_batches",
     "exit_interval", "exit_duration_in_mins", "eval_interval", "eval_iters", "eval_tasks", "max_skipped_steps",

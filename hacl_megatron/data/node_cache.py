@@ -1,0 +1,325 @@
+"""What object stores gave, kept on the node's disk for all its ranks, within a bound.
+
+    key ─→ kept/3f/3f91… ─ there ─────────────────────────────────────────→ bytes
+              └ not there ─ one process fetches, the others wait for it ─┬→ bytes
+                                                          room in kept? ─┴→ kept/, else recent/
+
+An epoch reads each image once, so that what was read longest ago is what comes next: evicting it would leave a cache
+of half the data without one hit. What is kept first therefore stays as long as any run uses it, and only a small part,
+`recent`, is turned over: ranks of a node that read the same images at about the same time share them there.
+Manifests and JSON, which are mapped into memory whole, lie beside, in `whole`, and are not counted.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
+
+from hacl_megatron.config.console import notify
+from hacl_megatron.config.files.checksum import checksum
+from hacl_megatron.config.files.objects import object_state, read_range
+from hacl_megatron.config.files.urls import split_url
+from hacl_megatron.config.flags import DataFlags
+
+KEPT, RECENT = 5 / 8, 1 / 8
+"""Of the bound. The rest is for what other processes have written and this one has not seen."""
+_DRAWERS = 64
+"""Folders that either part is divided into, each with its share of the bound."""
+_UNUSED_SECONDS = 24 * 3600
+"""What nobody has read for so long makes room in `kept`."""
+_TOUCH_SECONDS = 3600
+_LOOK_AGAIN_SECONDS = 300
+_PIECE = 8 << 20
+"""Bytes of a large object that are asked for at a time."""
+
+Fetch = Callable[[str | None], "tuple[bytes, str] | None"]
+"""Bytes and their version; None where the version that it is called with is still the newest."""
+
+
+class NodeCache:
+    """The cache of one node, for processes of one user; threads may share it. Nothing is made before it is used.
+
+    Args:
+        folder: where; None: the temporary folder.
+        most_bytes: of images, 0 keeps none.
+    """
+
+    def __init__(self, folder: str | None = None, most_bytes: int = int(DataFlags.data_cache_gb * 1e9)) -> None:
+        self.folder = os.path.join(folder or tempfile.gettempdir(), f"hacl_megatron_objects-{os.geteuid()}")
+        self.most_bytes = most_bytes
+        self.hits, self.fetches = 0, 0
+        self._parts = [
+            _Part(os.path.join(self.folder, "kept"), int(most_bytes * KEPT) // _DRAWERS, turns_over=False),
+            _Part(os.path.join(self.folder, "recent"), int(most_bytes * RECENT) // _DRAWERS, turns_over=True),
+        ]
+        self._made = False
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, data: DataFlags) -> "NodeCache":
+        """As a run of these flags keeps it."""
+        return cls(data.data_cache_dir, int(data.data_cache_gb * 1e9))
+
+    def read(self, key: str, fetch: Fetch, *, fixed: bool) -> bytes:
+        """The bytes under a key, out of the cache or fetched.
+
+        Args:
+            fixed: whether the key tells the bytes; else a version that is found here is asked for again.
+
+        Raises what `fetch` raises. A cache that cannot be written is said once, and does without.
+        """
+        if self.most_bytes <= 0 or not self._is_made():
+            return self._fetched(fetch)[0]
+        name = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        if (found := self._find(name)) is not None:
+            data, version = found
+            if fixed or (newer := fetch(version)) is None:
+                self.hits += 1
+                return data
+            self.fetches += 1
+            with self._held(name) as file:
+                self._keep(name, file, *newer)
+            return newer[0]
+        with self._held(name) as file:
+            if (found := self._find(name)) is not None:  # another has fetched it while this one waited
+                self.hits += 1
+                return found[0]
+            data, version = self._fetched(fetch)
+            self._keep(name, file, data, version)
+        return data
+
+    def whole(self, url: str, *, threads: int = 8) -> str:
+        """Path of a copy of a whole object, which is made where there is none of its newest version.
+
+        Raises NoSuchObject, StoreError, and OSError where it cannot be written.
+        """
+        state = object_state(url, first_look=True)
+        self._make()
+        folder = os.path.join(self.folder, "whole")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        stem = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+        key = hashlib.blake2b(f"{state.size} {state.version}".encode(), digest_size=8).hexdigest()
+        path = os.path.join(folder, f"{stem}-{key}-{split_url(url)[2].rpartition('/')[2][-100:]}")
+        if _is_of_size(path, state.size):
+            return path
+        with _locked(f"{path}.part") as file:
+            if not _is_of_size(path, state.size):
+                if state.size >= 100 << 20:
+                    notify(f"copying {url} ({state.size / 1e9:.1f} GB), once a node: {path}")
+                file.truncate(state.size)
+
+                def copy(start: int) -> None:
+                    size = min(_PIECE, state.size - start)
+                    os.pwrite(file.fileno(), read_range(url, start, size, version=state.version), start)
+
+                with ThreadPoolExecutor(threads, thread_name_prefix="copy") as pool:
+                    try:
+                        list(pool.map(copy, range(0, state.size, _PIECE)))
+                    except BaseException:
+                        pool.shutdown(cancel_futures=True)
+                        raise
+                with contextlib.suppress(FileNotFoundError):  # without locks another may have moved it
+                    os.replace(f"{path}.part", path)
+                for other in os.listdir(folder):
+                    if other.startswith(f"{stem}-") and os.path.join(folder, other) != path:
+                        with contextlib.suppress(OSError):
+                            os.unlink(os.path.join(folder, other))
+        return path
+
+    # ---- files of images: checksum (8 bytes), length of the version (2 bytes), version, bytes
+
+    def _find(self, name: str) -> tuple[bytes, str] | None:
+        for part in self._parts:
+            path = part.path(name)
+            try:
+                with open(path, "rb", opener=_no_link) as file:
+                    if time.time() - os.fstat(file.fileno()).st_mtime > _TOUCH_SECONDS:
+                        os.utime(file.fileno())
+                    content = file.read()
+            except OSError:
+                continue
+            length = int.from_bytes(content[8:10], "little")
+            if len(content) >= 10 + length and checksum(memoryview(content)[8:]).to_bytes(8, "little") == content[:8]:
+                return content[10 + length :], content[10 : 10 + length].decode("utf-8", "replace")
+            with contextlib.suppress(OSError):  # a power cut, a bad disk
+                os.unlink(path)
+        return None
+
+    def _keep(self, name: str, file: BinaryIO | None, data: bytes, version: str) -> None:
+        """Writes into the file that is held, and puts it where there is room."""
+        if file is None:
+            return
+        tag = version.encode("utf-8", "replace")[:0xFFFF]
+        content = len(tag).to_bytes(2, "little") + tag + data
+        try:
+            part = next((part for part in self._parts if part.has_room(name, len(content) + 8)), None)
+            if part is None:
+                return
+            file.truncate(0)
+            file.write(checksum(content).to_bytes(8, "little"))
+            file.write(content)
+            file.flush()
+            os.replace(file.name, part.path(name, make=True))
+            for other in self._parts:
+                if other is not part:  # an earlier version
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(other.path(name))
+        except OSError as error:
+            _say_once(f"{self.folder}: images are not kept ({error.strerror or error})")
+
+    @contextlib.contextmanager
+    def _held(self, name: str) -> Iterator[BinaryIO | None]:
+        """An empty file that one process and thread holds at a time; None where none can be made."""
+        with contextlib.ExitStack() as stack:
+            file = None
+            try:
+                os.makedirs(os.path.join(self.folder, "part"), mode=0o700, exist_ok=True)
+                file = stack.enter_context(_locked(os.path.join(self.folder, "part", name)))
+            except OSError as error:
+                _say_once(f"{self.folder}: images are not kept ({error.strerror or error})")
+            yield file
+
+    def _fetched(self, fetch: Fetch) -> tuple[bytes, str]:
+        self.fetches += 1
+        found = fetch(None)
+        assert found is not None, "nothing was known of it"
+        return found
+
+    def _is_made(self) -> bool:
+        try:
+            self._make()
+        except OSError as error:
+            _say_once(f"{self.folder}: images are not kept ({error.strerror or error})")
+            return False
+        return True
+
+    def _make(self) -> None:
+        """Makes the folder, for this user alone. PermissionError where it is another's, or others may enter it."""
+        with self._lock:
+            if self._made:
+                return
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            found, above = os.lstat(self.folder), os.stat(os.path.dirname(self.folder))
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                raise PermissionError(1, "the folder may be entered by other users", self.folder)
+            if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
+                raise PermissionError(1, "other users may replace the folder", self.folder)
+            self._made = True
+
+
+class _Part:
+    """Part of the cache, in drawers by the names' first digits, each with its bound.
+
+    Args:
+        bound: bytes of a drawer.
+        turns_over: whether the oldest files make room for new ones; else those that nobody has read for a day.
+    """
+
+    def __init__(self, folder: str, bound: int, *, turns_over: bool) -> None:
+        self._folder, self._bound, self._turns_over = folder, bound, turns_over
+        self._used: dict[str, int] = {}
+        self._unseen: dict[str, int] = {}
+        """Bytes written since the last look."""
+        self._full_until: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def path(self, name: str, *, make: bool = False) -> str:
+        folder = os.path.join(self._folder, self._drawer(name))
+        if make:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        return os.path.join(folder, name)
+
+    def has_room(self, name: str, size: int) -> bool:
+        """Whether a file may be added, which is then counted."""
+        drawer = self._drawer(name)
+        with self._lock:
+            if size > self._bound or time.monotonic() < self._full_until.get(drawer, 0):
+                return False
+            unseen = self._unseen.get(drawer, 0)
+            used = self._used.get(drawer)
+            if used is None or unseen > self._bound // 64 or used + size > self._bound:
+                used = self._used[drawer] = self._look(drawer, size)
+                self._unseen[drawer] = 0
+            if used + size > self._bound:
+                self._full_until[drawer] = time.monotonic() + _LOOK_AGAIN_SECONDS
+                return False
+            self._used[drawer] += size
+            self._unseen[drawer] = self._unseen.get(drawer, 0) + size
+            return True
+
+    def _look(self, drawer: str, size: int) -> int:
+        """Bytes that lie there, once what may go has made room where it is needed."""
+        try:
+            found = [(entry.stat(), entry.path) for entry in os.scandir(os.path.join(self._folder, drawer))]
+        except FileNotFoundError:
+            return 0
+        used = sum(about.st_size for about, _ in found)
+        if used + size <= self._bound:
+            return used
+        aim = self._bound // 2 if self._turns_over else self._bound - size
+        for about, path in sorted(found, key=lambda item: item[0].st_mtime):
+            if used <= aim or (not self._turns_over and time.time() - about.st_mtime < _UNUSED_SECONDS):
+                break
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            used -= about.st_size
+        return used
+
+    def _drawer(self, name: str) -> str:
+        return f"{int(name[:2], 16) % _DRAWERS:02x}"
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[BinaryIO]:
+    """A file that this thread alone writes; removed at the end, unless it was moved to its place."""
+    while True:
+        # Whoever has waited may find it moved or removed: another is made.
+        with open(path, "r+b", opener=_make) as file:
+            with contextlib.suppress(OSError):  # a file system without locks: each fetches for itself
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _lies_at(path, file):
+                continue
+            try:
+                yield file
+            finally:
+                if _lies_at(path, file):
+                    os.unlink(path)
+            return
+
+
+def _lies_at(path: str, file: BinaryIO) -> bool:
+    try:
+        return os.stat(path).st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _make(path: str, flags: int) -> int:
+    return _no_link(path, flags | os.O_CREAT)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _is_of_size(path: str, size: int) -> bool:
+    try:
+        return os.stat(path).st_size == size
+    except OSError:
+        return False
+
+
+_said: set[str] = set()
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        notify(line)
