@@ -1,8 +1,11 @@
 """A server that speaks S3 (moto's) on this host, and a proxy before it that is slow and breaks connections.
 
 client ─→ FaultyProxy ─→ moto     answers 503, cuts a body in half, closes without an answer; so many, by a seed
+
+`python -m tests.s3_server OUT` serves a folder until Ctrl-C.
 """
 
+import argparse
 import contextlib
 import http.client
 import logging
@@ -160,3 +163,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serves a folder by S3 on this host, in memory, until Ctrl-C.")
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    if not args.folder.is_dir():
+        parser.error(f"{args.folder}: no such folder")
+    server = S3Server()
+    url = server.upload(args.folder, args.folder.resolve().name)
+    print(f"export AWS_ENDPOINT_URL={server.url} AWS_ACCESS_KEY_ID={KEY} AWS_SECRET_ACCESS_KEY={SECRET}")
+    print(f"--data-path {url}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    server.stop()
+
+
+if __name__ == "__main__":
+    main()

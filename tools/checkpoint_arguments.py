@@ -3,7 +3,6 @@
 from argparse import Namespace
 from argparse import _ArgumentGroup as ArgumentGroup
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from hacl_megatron.config.flags import ParallelFlags
@@ -23,7 +22,7 @@ def add_layout_arguments(group: ArgumentGroup) -> None:
 
 def add_data_arguments(group: ArgumentGroup) -> None:
     """What may differ from the run that left the checkpoint."""
-    group.add_argument("--image-folder", type=Path, metavar="DIR", help="folder that image names are relative to")
+    group.add_argument("--image-folder", metavar="DIR", help="folder, or URL, that image names are relative to")
     group.add_argument("--version", choices=template_names(), help="template (default: the run's own)")
     group.add_argument("--model-max-length", type=int, help="default: the run's own")
     group.add_argument("--image-backend", choices=("auto", "dali", "pillow"), help="default: the run's own")

@@ -25,8 +25,8 @@ class LoadSettings:
 
     parallel: ParallelFlags
     """Layout and device; the vocabulary's padding is the run's own."""
-    image_folder: Path
-    """Folder that image names are relative to."""
+    image_folder: str | Path
+    """Folder, or URL, that image names are relative to."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """float16 is refused. None: bfloat16 on a GPU, unless the run was in fp32, else float32."""
     version: str | None = None

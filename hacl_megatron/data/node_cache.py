@@ -11,6 +11,7 @@ Manifests and JSON, which are mapped into memory whole, lie beside, in `whole`, 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -23,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 from hacl_megatron.config.console import notify
-from hacl_megatron.config.files.checksum import checksum
+from hacl_megatron.config.files.checksum import Checksum, checksum
 from hacl_megatron.config.files.objects import object_state, read_range
 from hacl_megatron.config.files.urls import split_url
 from hacl_megatron.config.flags import DataFlags
@@ -157,18 +158,20 @@ class NodeCache:
         if file is None:
             return
         tag = version.encode("utf-8", "replace")[:0xFFFF]
-        content = len(tag).to_bytes(2, "little") + tag + data
+        head = len(tag).to_bytes(2, "little") + tag
+        digest = Checksum(head)
+        digest.update(data)
         try:
-            part = next((part for part in self._parts if part.has_room(name, len(content) + 8)), None)
+            part = next((part for part in self._parts if part.has_room(name, 8 + len(head) + len(data))), None)
             if part is None:
                 return
-            file.truncate(0)
-            file.write(checksum(content).to_bytes(8, "little"))
-            file.write(content)
-            file.flush()
-            os.replace(file.name, part.path(name, make=True))
-            for other in self._parts:
-                if other is not part:  # an earlier version
+            os.ftruncate(file.fileno(), 0)  # a killed process may have left more
+            written = os.writev(file.fileno(), [digest.value.to_bytes(8, "little"), head, data])
+            if written != 8 + len(head) + len(data):
+                raise OSError(errno.ENOSPC, "no room for all of it")
+            os.replace(file.name, part.path(name))
+            for other in self._parts if tag else ():  # an earlier version
+                if other is not part:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(other.path(name))
         except OSError as error:
@@ -230,11 +233,8 @@ class _Part:
         self._full_until: dict[str, float] = {}
         self._lock = threading.Lock()
 
-    def path(self, name: str, *, make: bool = False) -> str:
-        folder = os.path.join(self._folder, self._drawer(name))
-        if make:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-        return os.path.join(folder, name)
+    def path(self, name: str) -> str:
+        return os.path.join(self._folder, self._drawer(name), name)
 
     def has_room(self, name: str, size: int) -> bool:
         """Whether a file may be added, which is then counted."""
@@ -256,10 +256,12 @@ class _Part:
 
     def _look(self, drawer: str, size: int) -> int:
         """Bytes that lie there, once what may go has made room where it is needed."""
-        try:
-            found = [(entry.stat(), entry.path) for entry in os.scandir(os.path.join(self._folder, drawer))]
-        except FileNotFoundError:
-            return 0
+        folder = os.path.join(self._folder, drawer)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        found = []
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room
+                found.append((entry.stat(), entry.path))
         used = sum(about.st_size for about, _ in found)
         if used + size <= self._bound:
             return used

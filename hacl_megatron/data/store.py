@@ -136,7 +136,11 @@ class ObjectFolder:
         return io.BytesIO(self.read(name))
 
 
-def image_folder(root: str | os.PathLike[str], cache: NodeCache | None = None) -> "FolderStore | ObjectFolder":
+ImageFolder = FolderStore | ObjectFolder
+"""Images by their names."""
+
+
+def image_folder(root: str | os.PathLike[str], cache: NodeCache | None = None) -> ImageFolder:
     """Images below a folder or a URL, read by their names. Raises ValueError as either class."""
     place = os.fspath(root)
     return ObjectFolder(place, cache or NodeCache()) if is_url(place) else FolderStore(place)

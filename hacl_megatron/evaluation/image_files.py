@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hacl_megatron.data.images import ImageDecoder
-from hacl_megatron.data.store import FolderStore, UnusableImage, image_key
+from hacl_megatron.data.store import ImageFolder, UnusableImage, image_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class NamedImages:
     """Why a name has no image."""
 
 
-def read_images(names: Iterable[str], store: FolderStore, decoder: ImageDecoder) -> NamedImages:
+def read_images(names: Iterable[str], store: ImageFolder, decoder: ImageDecoder) -> NamedImages:
     """Read and decode the images of `names`, in which a name may be repeated."""
     files: dict[str, bytes] = {}
     reasons: dict[str, str] = {}

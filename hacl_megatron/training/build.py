@@ -370,7 +370,7 @@ def _open_tasks(run: Run, trainee: Trainee, tokenizer: Tokenizer | None) -> Vali
         return ValidationTasks(dict.fromkeys(names), make_runner, None)
     tasks = manifest_tasks(
         names,
-        Manifest.read(config.data.valid_data_path, version=config.data.version),
+        Manifest.read(config.data.valid_data_path, version=config.data.version, cache_dir=config.data.data_cache_dir),
         tokenizer,
         EncodingSettings.of(config),
         limit=config.training.eval_iters * layout.global_batch_size,

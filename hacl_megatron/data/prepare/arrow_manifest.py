@@ -421,7 +421,7 @@ def _listed(folder: str, names: Sequence[str]) -> set[str]:
     """The shards in the folder of a store; where it does not list them, all but the first, if that one is missing."""
     try:
         return set(names_in(folder))
-    except StoreError:  # web servers have no lists, and keys need not be allowed to list
+    except (NoSuchObject, StoreError):  # web servers have no lists, and keys need not be allowed to list
         try:
             object_state(below(folder, names[0]), first_look=True)
         except NoSuchObject:

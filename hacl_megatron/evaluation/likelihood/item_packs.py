@@ -20,8 +20,9 @@ from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodedSample, UnusableSample
 from hacl_megatron.data.images import ImageDecoder
+from hacl_megatron.data.node_cache import NodeCache
 from hacl_megatron.data.packing import PackSlot, pack, with_views
-from hacl_megatron.data.store import FolderStore
+from hacl_megatron.data.store import ImageFolder, image_folder
 from hacl_megatron.evaluation.image_files import read_images
 from hacl_megatron.evaluation.likelihood.task import AnswerLikelihood, ItemOutput, Task
 from hacl_megatron.model.hacl import ModelOutput
@@ -74,7 +75,7 @@ class ItemReader:
     """
 
     def __init__(
-        self, store: FolderStore, decoder: ImageDecoder, *, layout: ImageLayout, pad_multiple: int = 1
+        self, store: ImageFolder, decoder: ImageDecoder, *, layout: ImageLayout, pad_multiple: int = 1
     ) -> None:
         self.store = store
         self.decoder = decoder
@@ -85,7 +86,7 @@ class ItemReader:
     def of(cls, config: RunConfig) -> "ItemReader":
         """Reads images as a run of this configuration does."""
         return cls(
-            FolderStore(config.data.image_folder),
+            image_folder(config.data.image_folder, NodeCache.of(config.data)),
             ImageDecoder.of(config),
             layout=config.architecture.image_layout,
             pad_multiple=pad_multiple(config),
