@@ -95,7 +95,7 @@ def _open_json(path: str, cache_dir: str | None, shown: str | None = None) -> Ar
                 if found is not None:
                     return found
                 _remove_abandoned(file, is_alone)
-                _build(path, file, shown or path)
+                _build(path, file, shown)
                 found = _ready(file, trusted)
         except OSError as error:  # read-only, full, over quota, forbidden, others': the next one may do
             problem = error
@@ -205,7 +205,7 @@ def _locked(path: str) -> Iterator[bool]:
         os.close(file)
 
 
-def _build(path: str, output: str, shown: str) -> None:
+def _build(path: str, output: str, shown: str | None = None) -> None:
     name, size = _cache_name(path), os.path.getsize(path)
     if size >= NOTICE_BYTES:
         notify(f"preparing {path} ({size / 1e9:.1f} GB), once: {output}")
@@ -214,7 +214,7 @@ def _build(path: str, output: str, shown: str) -> None:
         parts, counts = build_parts([path], work, deduplicate=False, num_workers=1)
         if _cache_name(path) != name:
             raise ValueError(f"{path}: changed while it was read; start again when it is finished")
-        merge_parts(parts, output, {"files": [shown], FINDINGS: [found.as_json() for found in counts.findings]})
+        merge_parts(parts, output, {"files": [shown or path], FINDINGS: [found.as_json() for found in counts.findings]})
         os.chmod(output, 0o644)
     finally:
         remove_folder(work)

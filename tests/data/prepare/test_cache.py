@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 def builds(monkeypatch) -> list[str]:
     """Where files are prepared, in order."""
     found: list[str] = []
-    monkeypatch.setattr(cache, "_build", lambda path, to, build=cache._build: found.append(to) or build(path, to))
+    monkeypatch.setattr(cache, "_build", lambda *given, build=cache._build: found.append(given[1]) or build(*given))
     return found
 
 
@@ -170,10 +170,10 @@ import os, sys, time
 from hacl_megatron.data.prepare import cache
 from hacl_megatron.data.manifest import Manifest
 build = cache._build
-def slow(path, output):
+def slow(*given):
     os.write(1, b"prepared\\n")
     time.sleep(1.0)  # long enough for all to have come
-    build(path, output)
+    build(*given)
 cache._build = slow
 manifest = Manifest.read([sys.argv[1]], version="v1")
 os.write(1, f"{len(manifest)} {manifest.digest}\\n".encode())
