@@ -5,6 +5,10 @@
 
 OUT is then a `--data-path`. Records whose id and content were met before are dropped; the same id with other content
 becomes `id#2`, `id#3`, ... Killed half-way, the same command goes on where it stood.
+
+Many processes share the work with --num-shards N and each its --shard-index, from 0; then one with --num-shards N
+--merge makes of it what a single process would have made. With --write-shards both are run twice: the second time the
+processes write the images' shards. JSON lines are divided among them, a JSON list is not.
 """
 
 import argparse
@@ -33,6 +37,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images-per-shard", type=int, default=4096, help="images of one shard")
     parser.add_argument("--keep-duplicates", action="store_true", help="keep every record and its id as it is")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="threads")
+    parser.add_argument("--num-shards", type=int, default=1, help="processes that share the work, on any nodes")
+    parser.add_argument("--shard-index", type=int, help="which of them this one is, from 0")
+    parser.add_argument("--merge", action="store_true", help="join what the processes of --num-shards have done")
     parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are unusable")
     return parser.parse_args()
 
@@ -44,11 +51,15 @@ def main(args: argparse.Namespace) -> None:
 
     values = vars(args)
     report = run_prepare(PrepareSettings(inputs=values.pop("input"), **values))
+    to_do = report.pop("to do", None)
     for line in report.pop("to look at", []):
         say(f"note: {line}")
     for label, value in report.items():
         text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
         say(f"{label}: {text}")
+    if to_do is not None:
+        print(f"left to do: {to_do}")
+        return
     print(f"written to {args.output}; train with --data-path {args.output}")
 
 

@@ -28,9 +28,8 @@ from hacl_megatron.data.prepare.records.captions import Pair, clean_caption, rea
 from hacl_megatron.data.prepare.records.images import IMAGE_KEYS, first_image, read_images
 from hacl_megatron.data.prepare.records.keys import ANSWER_KEYS, CAPTION_KEYS, HALLUCINATED_KEY
 from hacl_megatron.data.prepare.records.values import describe, is_gap, value_of
+from hacl_megatron.data.prepare.share import LINES_ENDINGS, Span
 
-LINES_ENDINGS = (".jsonl", ".ndjson")
-"""Of the names of files of JSON lines, in small or capital letters."""
 LIST_KEYS = ("data", "annotations", "records", "samples")
 """Where one JSON object holds the list of records instead of being it, as `datasets` and COCO write it."""
 
@@ -64,7 +63,7 @@ class Record:
 
 
 def read_records(
-    path: str, *, window_bytes: int = WINDOW_BYTES, findings: Findings | None = None
+    path: str, *, window_bytes: int = WINDOW_BYTES, findings: Findings | None = None, span: Span | None = None
 ) -> Iterator[tuple[Record, int]]:
     """Yields the records of a JSON list, or of JSON lines where the name says so, and the bytes read so far.
 
@@ -72,33 +71,45 @@ def read_records(
     key for whatever is missing, broken or of the wrong type.
     """
     findings = Findings() if findings is None else findings
-    index = -1
-    for index, (record, line, position) in enumerate(decoded_records(path, window_bytes=window_bytes)):
+    number = -1
+    for number, (record, line, position) in enumerate(decoded_records(path, window_bytes=window_bytes, span=span)):
         findings.total += 1
+        index = number if span is None else span.skipped + number
         yield parse_record(record, path, index, line, findings), position
-    if index < 0:
+    if number < 0 and span is None:
         raise ValueError(f"{path}: holds no samples; expected at least one, leave the file out")
 
 
-def decoded_records(path: str, *, window_bytes: int = WINDOW_BYTES) -> Iterator[tuple[Any, int, int]]:
-    """Yields (record as JSON has it, its line, bytes read so far), nothing about it checked.
+def decoded_records(
+    path: str, *, window_bytes: int = WINDOW_BYTES, span: Span | None = None
+) -> Iterator[tuple[Any, int, int]]:
+    """Yields (record as JSON has it, its line, bytes read so far), nothing about it checked; with `span` its part.
 
     Raises ValueError with the place of whatever is no JSON, or where there is no regular file.
     """
     check_regular(path, "a LLaVA JSON or JSONL file, check --data-path")
     with open(path, "rb", opener=only_regular) as file:
-        read = _json_lines if path.lower().endswith(LINES_ENDINGS) else _json_list
-        for line, record in read(path, file, window_bytes):
+        if path.lower().endswith(LINES_ENDINGS):
+            records = _json_lines(path, file, span)
+        else:
+            records = _json_list(path, file, window_bytes)
+        for line, record in records:
             yield record, line, file.tell()
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-def _json_lines(path: str, file: Any, window_bytes: int) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, value)."""
+def _json_lines(path: str, file: Any, span: Span | None) -> Iterator[tuple[int, Any]]:
+    """Yields (line number, value); of a span's lines alone, before which lines are counted, and not looked at."""
     start = 0
     for number, data in enumerate(file, start=1):
+        if span is not None and not span.first <= start < span.end:
+            if start >= span.end:
+                return
+            span.skipped += not _is_blank(data, number)
+            start += len(data)
+            continue
         data = data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
         try:
             text = data.decode("utf-8", _LONE_SURROGATES)
@@ -118,6 +129,17 @@ def _json_lines(path: str, file: Any, window_bytes: int) -> Iterator[tuple[int, 
             ) from error
         except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
             raise ValueError(f"{path}: unreadable JSON in line {number} ({error}); repair or remove the line") from None
+
+
+def _is_blank(data: bytes, number: int) -> bool:
+    """Whether a line holds no record; one that is no UTF-8 does, for whoever reads it to refuse."""
+    if data[:1] == b"{":
+        return False
+    data = data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
+    try:
+        return not data.decode("utf-8", _LONE_SURROGATES).strip()
+    except UnicodeDecodeError:
+        return False
 
 
 def _not_utf8(path: str, byte: int) -> ValueError:

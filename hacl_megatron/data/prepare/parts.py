@@ -25,13 +25,15 @@ from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.json_text import is_text
 from hacl_megatron.data.prepare.llava_json import Record, read_records
 from hacl_megatron.data.prepare.sealed_arrow import open_sealed, write_sealed
+from hacl_megatron.data.prepare.share import Share
 
 CHUNK_SAMPLES = 4096
 CHUNK_BYTES = 16 << 20
 """A chunk ends at whichever comes first."""
 
-_UNTRAINED = b"untrained"
-"""Key of a part's metadata: `Findings.as_json`; a start that takes the part over measures nothing anew."""
+_UNTRAINED, _ROWS = b"untrained", b"rows"
+"""Keys of a part's metadata: `Findings.as_json`, so that a start that takes the part over measures nothing anew; and
+of each row what only whoever joins shares needs, `num_bytes` and, where there is one, the kind of `untrained`."""
 
 Measure = Callable[[Sequence[Record]], Measures]
 """Finds out about the images and texts of a chunk; runs in several threads at once."""
@@ -62,12 +64,14 @@ def build_parts(
     deduplicate: bool,
     num_workers: int,
     progress: Callable[[int], Any] = lambda num_bytes: None,
+    share: Share | None = None,
 ) -> tuple[list[str], Counts]:
     """Writes the record batches of some JSON files into `folder`, each a file; returns those files and the counts.
 
     Args:
         fingerprint: says what `measure` depends on besides the records; parts made under another are not taken over.
         progress: called with the number of bytes read since the last call.
+        share: reads this part of the files alone.
 
     Raises ValueError for the first fault of the files' structure.
     """
@@ -76,7 +80,7 @@ def build_parts(
     pending: deque[Future[str]] = deque()
     with ThreadPoolExecutor(num_workers, thread_name_prefix="prepare") as threads:
         try:
-            for entries in _chunks(_entries(paths, deduplicate, counts, progress)):
+            for entries in _chunks(_entries(paths, deduplicate, counts, progress, share)):
                 path = os.path.join(folder, f"{len(parts) + len(pending):06d}-{_chunk_key(entries, fingerprint)}.arrow")
                 pending.append(threads.submit(_write_part, path, entries, measure))
                 while len(pending) > num_workers + 1:
@@ -116,12 +120,19 @@ def _write_part(path: str, entries: list[Entry], measure: Measure | None) -> str
     if not is_whole(path):
         measures = Measures() if measure is None else measure([entry.record for entry in entries])
         untrained = Findings({"total": len(entries)})
-        for entry, kind in zip(entries, measures.untrained or (), strict=False):
-            if kind is not None:
-                untrained.count(kind, entry.record.name)
-        batch = build_batch(entries, measures)
-        write_part(path, batch.replace_schema_metadata({_UNTRAINED: json.dumps(untrained.as_json())}))
+        kinds = {row: kind for row, kind in enumerate(measures.untrained or ()) if kind is not None}
+        for row, kind in kinds.items():
+            untrained.count(kind, entries[row].record.name)
+        rows = {"num_bytes": [entry.num_bytes for entry in entries], "untrained": kinds}
+        about = {_UNTRAINED: json.dumps(untrained.as_json()), _ROWS: json.dumps(rows)}
+        write_part(path, build_batch(entries, measures).replace_schema_metadata(about))
     return path
+
+
+def about_rows(part: pa.RecordBatch) -> tuple[list[int], dict[int, str]]:
+    """Of a part of `build_parts` the bytes of each row, and why rows will train nothing, where that was looked for."""
+    rows = json.loads(part.schema.metadata[_ROWS])
+    return rows["num_bytes"], {int(row): kind for row, kind in rows["untrained"].items()}
 
 
 def is_whole(path: str) -> bool:
@@ -141,12 +152,17 @@ def _chunk_key(entries: list[Entry], fingerprint: str) -> str:
     return digest.hexdigest()
 
 
+def is_full(num_samples: int, num_bytes: int) -> bool:
+    """Whether a chunk of so much ends here."""
+    return num_samples >= CHUNK_SAMPLES or num_bytes >= CHUNK_BYTES
+
+
 def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
     chunk, num_bytes = [], 0
     for entry in entries:
         chunk.append(entry)
         num_bytes += entry.num_bytes
-        if len(chunk) >= CHUNK_SAMPLES or num_bytes >= CHUNK_BYTES:
+        if is_full(len(chunk), num_bytes):
             yield chunk
             chunk, num_bytes = [], 0
     if chunk:
@@ -154,29 +170,38 @@ def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 
 
 def _entries(
-    paths: Sequence[str], deduplicate: bool, counts: Counts, progress: Callable[[int], Any]
+    paths: Sequence[str],
+    deduplicate: bool,
+    counts: Counts,
+    progress: Callable[[int], Any],
+    share: Share | None,
 ) -> Iterator[Entry]:
     """The records to keep, in the files' order."""
-    seen: dict[bytes, int | list[int]] = {}
-    for file, path in enumerate(paths):
+    names = Names()
+    spans = [None] * len(paths) if share is None else share.spans(paths)
+    for file, (path, span) in enumerate(zip(paths, spans, strict=True)):
         counts.samples_per_file.append(0)
         counts.findings.append(Findings())
-        reported = 0
-        for number, (record, position) in enumerate(read_records(path, findings=counts.findings[-1])):
+        if share is not None and span is None:
+            continue
+        reported = 0 if span is None else span.first
+        records = read_records(path, findings=counts.findings[-1], span=span)
+        for number, (record, position) in enumerate(records):
             entry = make_entry(record, file)
             if not entry.fits and (kind := _unusable_text(record)) is not None:
                 counts.findings[-1].count(kind, record.name)
             if deduplicate:
-                kept = _unless_duplicate(entry, seen, counts)
-                if kept is None:
+                name = names.of(entry.record.name, entry.content, counts)
+                if name is None:
                     continue
-                entry = kept
+                if name != entry.record.name:
+                    entry = make_entry(entry.record, entry.file, name)
             counts.samples_per_file[-1] += 1
             yield entry
             if number % 256 == 0:
                 progress(position - reported)
                 reported = position
-        progress(os.path.getsize(path) - reported)
+        progress((os.path.getsize(path) if span is None else span.end) - reported)
 
 
 def _unusable_text(record: Record) -> str | None:
@@ -190,27 +215,38 @@ def _unusable_text(record: Record) -> str | None:
     return None
 
 
-def _unless_duplicate(entry: Entry, seen: dict[bytes, int | list[int]], counts: Counts) -> Entry | None:
-    """The entry, under another name where its own is taken; None where it repeats an earlier one.
+class Names:
+    """The names that records have taken, and their contents; some 180 bytes a record."""
 
-    `seen` has the contents met under each name (its hash): one number, or a list where there are more.
-    """
-    key = hashlib.blake2b(entry.record.name.encode("utf-8", "surrogatepass"), digest_size=12).digest()
-    known = seen.get(key)
-    if known is None:
-        seen[key] = entry.content
-        return entry
-    contents = known if isinstance(known, list) else [known]
-    if entry.content in contents:
-        counts.dropped += 1
-        return None
-    seen[key] = [*contents, entry.content]
-    counts.renamed += 1
-    name = f"{entry.record.name}#{len(contents) + 1}"
-    while (key := hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=12).digest()) in seen:
-        name += "#2"  # the file has such a name itself
-    seen[key] = entry.content
-    return make_entry(entry.record, entry.file, name)
+    def __init__(self) -> None:
+        self._seen: dict[bytes, int | list[int]] = {}
+        """The contents met under each name (its hash): one number, or a list where there are more."""
+
+    def of(self, name: str, content: int, counts: Counts) -> str | None:
+        """The name that a record is kept under, another where its own is taken; None where it repeats an earlier one.
+
+        Counts what it drops and renames.
+        """
+        key = _name_key(name)
+        known = self._seen.get(key)
+        if known is None:
+            self._seen[key] = content
+            return name
+        contents = known if isinstance(known, list) else [known]
+        if content in contents:
+            counts.dropped += 1
+            return None
+        self._seen[key] = [*contents, content]
+        counts.renamed += 1
+        name = f"{name}#{len(contents) + 1}"
+        while (key := _name_key(name)) in self._seen:
+            name += "#2"  # the file has such a name itself
+        self._seen[key] = content
+        return name
+
+
+def _name_key(name: str) -> bytes:
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
 def remove_folder(folder: str) -> None:

@@ -6,6 +6,7 @@ OUT/.partial/          what a killed start had finished; removed at the end
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -17,35 +18,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from hacl_megatron.config.architecture import ImageConfig
 from hacl_megatron.config.console import notify
 from hacl_megatron.config.files.regular import check_regular
+from hacl_megatron.config.files.urls import is_url, refuse_url
 from hacl_megatron.config.flags import MANIFEST_FILE, MAX_IMAGE_PIXELS
 from hacl_megatron.config.tiles import ImageLayout
 from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
-from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, SHARDS_FOLDER, ArrowManifest, Measures
-from hacl_megatron.data.prepare.json_text import json_text
+from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, FORMAT, SHARDS_FOLDER, ArrowManifest, Measures
+from hacl_megatron.data.prepare.join import join_shares, read_done, read_joined, share_folder, write_done
 from hacl_megatron.data.prepare.llava_json import Record
 from hacl_megatron.data.prepare.parts import Counts, build_parts, merge_parts, remove_folder
-from hacl_megatron.data.prepare.shards import write_shards
+from hacl_megatron.data.prepare.report import write_report
+from hacl_megatron.data.prepare.shards import ShardedImages, write_shards
+from hacl_megatron.data.prepare.share import Share, uneven
 from hacl_megatron.data.prepare.token_lengths import count_tokens, untrained_kinds
-from hacl_megatron.data.store import FolderStore, UnusableImage
+from hacl_megatron.data.store import UnusableImage, image_folder
 from hacl_megatron.data.templates import check_template
 from hacl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hacl_megatron.platform.folder_lock import held
 
 WORK_FOLDER = ".partial"
-REPORT_FILE = "report.json"
-BAD_IMAGES_FILE = "bad_images.jsonl"
-NUM_NAMED = 3
-"""Images of one colour that the report names."""
 _HALF_WRITTEN = re.compile(r".+\.arrow\.tmp-\d+|images-\d{6}\.tar\.tmp")
 
 
@@ -71,33 +68,40 @@ class PrepareSettings:
     num_workers: int = 2
     max_image_pixels: int = MAX_IMAGE_PIXELS
     progress_bar: bool = True
+    num_shards: int = 1
+    """Processes that share the work."""
+    shard_index: int | None = None
+    """Which of them this one is; None: what all have done is joined, with `merge`, or there are no others."""
+    merge: bool = False
+
+    @property
+    def share(self) -> Share | None:
+        """The part of the work that is this process's; None: all of it."""
+        return None if self.shard_index is None else Share(number=self.shard_index, count=self.num_shards)
 
 
 def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
-    """Prepares a folder and returns its report (also in OUT/report.json).
+    """Prepares a folder, or a share of it, and returns its report (a folder's is also in OUT/report.json).
 
     Raises ValueError for a user's mistake and for the first fault of the files' structure.
     """
     _check(settings)
-    os.makedirs(settings.output, exist_ok=True)
-    work = os.path.join(settings.output, WORK_FOLDER)
-    os.makedirs(work, exist_ok=True)
-    with _alone(settings.output):
-        _remove_leftovers(settings.output)
+    work, share = os.path.join(settings.output, WORK_FOLDER), settings.share
+    own = work if share is None else share_folder(work, share)
+    os.makedirs(own, exist_ok=True)
+    with _alone(settings.output, share):
+        _remove_leftovers(settings.output, own)
         tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
         check_template(settings.version, tokenizer)
-        images = _Images(settings, work) if settings.verify_images or settings.write_shards else None
-        total = sum(os.path.getsize(path) for path in settings.inputs)
-        with _bar(settings, total=total, unit="B", unit_scale=True, desc="records") as bar:
-            parts, counts = build_parts(
-                settings.inputs,
-                work,
-                measure=partial(_measure, settings, tokenizer, None if settings.write_shards else images),
-                fingerprint=_fingerprint(settings, tokenizer),
-                deduplicate=not settings.keep_duplicates,
-                num_workers=settings.num_workers,
-                progress=bar.update,
-            )
+        images = _Images(settings, own) if settings.verify_images or settings.write_shards else None
+        if share is not None:
+            return _prepare_share(settings, share, tokenizer, images)
+        deduplicate = not settings.keep_duplicates
+        if settings.merge:
+            key = _share_key(settings, tokenizer)
+            parts, counts = join_shares(work, settings.inputs, settings.num_shards, key, deduplicate=deduplicate)
+        else:
+            parts, counts = _read(settings, tokenizer, images, work, deduplicate=deduplicate)
         for path, found in zip(settings.inputs, counts.findings, strict=True):
             # Which template will be trained with is not known: what only some of them hide is no reason to refuse.
             found.refuse_if_all(path, without=("image in the dialogue",))
@@ -110,27 +114,99 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
         edit = None
         if settings.write_shards:
             assert images is not None
-            with _bar(settings, unit=" images", desc="shards") as bar:
-                sharded = write_shards(
-                    parts,
-                    images.store,
-                    settings.output,
-                    work,
-                    measure=images.measure_bytes,
-                    fingerprint=_fingerprint(settings, None),
-                    images_per_shard=settings.images_per_shard,
-                    num_workers=settings.num_workers,
-                    progress=bar.update,
-                )
+            sharded = _write_shards(settings, parts, images)
+            if sharded is None:
+                left = "run every share once more, for the images' shards, then --merge"
+                return {"records joined": sum(counts.samples_per_file), "to do": left}
             metadata["shards"], edit = sharded.shards, sharded.place
         manifest_path = os.path.join(settings.output, MANIFEST_FILE)
         merge_parts(parts, manifest_path, metadata, edit)
-        report = _report(ArrowManifest(manifest_path), settings, counts, images)
+        report = write_report(
+            ArrowManifest(manifest_path),
+            settings.output,
+            counts,
+            version=settings.version,
+            with_tokens=tokenizer is not None,
+            with_images=images is not None,
+            blank=images.blank() if settings.verify_images else None,
+        )
         remove_folder(work)
     return report
 
 
+def _read(
+    settings: PrepareSettings, tokenizer: Tokenizer | None, images: "_Images | None", work: str, *, deduplicate: bool
+) -> tuple[list[str], Counts]:
+    """The parts of all records, or of a share's."""
+    total = sum(os.path.getsize(path) for path in settings.inputs) // settings.num_shards
+    with _bar(settings, total=total, unit="B", unit_scale=True, desc="records") as bar:
+        return build_parts(
+            settings.inputs,
+            work,
+            measure=partial(_measure, settings, tokenizer, None if settings.write_shards else images),
+            fingerprint=_fingerprint(settings, tokenizer),
+            deduplicate=deduplicate,
+            num_workers=settings.num_workers,
+            progress=bar.update,
+            share=settings.share,
+        )
+
+
+def _write_shards(settings: PrepareSettings, parts: Sequence[str], images: "_Images") -> ShardedImages | None:
+    """The images' shards, or those of a share; None where others' are missing."""
+    with _bar(settings, unit=" images", desc="shards") as bar:
+        return write_shards(
+            parts,
+            images.store,
+            settings.output,
+            os.path.join(settings.output, WORK_FOLDER),
+            measure=images.measure_bytes,
+            fingerprint=_fingerprint(settings, None),
+            images_per_shard=settings.images_per_shard,
+            num_workers=settings.num_workers,
+            progress=bar.update,
+            share=settings.share,
+            all_there=settings.merge,
+        )
+
+
+def _prepare_share(
+    settings: PrepareSettings, share: Share, tokenizer: Tokenizer | None, images: "_Images | None"
+) -> dict[str, Any]:
+    """The share's records; once all are joined, its part of the images' shards."""
+    work = os.path.join(settings.output, WORK_FOLDER)
+    folder, key = share_folder(work, share), _share_key(settings, tokenizer)
+    if (line := uneven(settings.inputs, share.count)) is not None:
+        notify(f"note: {line}")
+    if read_done(folder, key) is None:
+        write_done(folder, key, *_read(settings, tokenizer, images, folder, deduplicate=False))
+    joined = read_joined(work, key) if settings.write_shards else None
+    if joined is not None:
+        _write_shards(settings, joined, images)
+    left = f"--merge, when all {share.count} shares are done"
+    if settings.write_shards and joined is None:
+        left += ", and then all once more, for the images' shards"
+    return {"share": str(share), "records read": sum(read_done(folder, key)["samples"]), "to do": left}
+
+
+def _share_key(settings: PrepareSettings, tokenizer: Tokenizer | None) -> str:
+    """Of what has to be the same for all shares."""
+    files = [(os.path.abspath(path), os.path.getsize(path)) for path in settings.inputs]
+    return json.dumps([FORMAT, _fingerprint(settings, tokenizer), files, settings.num_shards])
+
+
 def _check(settings: PrepareSettings) -> None:
+    refuse_url("--output", settings.output, "it goes to a file system: give a folder, and upload it afterwards")
+    for path in settings.inputs:
+        refuse_url("--input", path, "give a file")
+    Share(number=settings.shard_index or 0, count=settings.num_shards)  # or a ValueError
+    if settings.num_shards > 1 and settings.merge == (settings.shard_index is not None):
+        raise ValueError(
+            f"--num-shards {settings.num_shards}: give either --shard-index, for one of these shares, or --merge, when "
+            "all are done"
+        )
+    if settings.merge and settings.num_shards == 1:
+        raise ValueError("--merge is given without --num-shards; say how many shares there are")
     for name in ("num_workers", "images_per_shard", "max_image_pixels", "model_max_length", "visual_tokens"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
@@ -148,28 +224,38 @@ def _check(settings: PrepareSettings) -> None:
 
 
 @contextlib.contextmanager
-def _alone(output: str) -> Iterator[None]:
-    """Keeps a second start of the tool out of the folder for as long as this one runs."""
-    file = os.open(os.path.join(output, WORK_FOLDER), os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--output {output} is being prepared by another process; wait for it, or give another folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+def _alone(output: str, share: Share | None) -> Iterator[None]:
+    """Keeps a second start of the tool out of the folder, or of the share, for as long as this one runs."""
+    work = os.path.join(output, WORK_FOLDER)
+    wanted = [(work, fcntl.LOCK_EX if share is None else fcntl.LOCK_SH)]
+    if share is not None:
+        wanted.append((share_folder(work, share), fcntl.LOCK_EX))
+    with contextlib.ExitStack() as stack:
+        for folder, kind in wanted:
+            file = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, file)
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"--output {output} is being prepared by another process; wait for it, or give another folder"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
         # Where the kernel's locks are each host's own, this one is not.
-        with held(Path(output), what=f"--output {output}", name=WORK_FOLDER, say=notify):
-            yield
-    finally:
-        os.close(file)
+        place, name = (output, WORK_FOLDER) if share is None else (work, f"share-{share}")
+        stack.enter_context(held(Path(place), what=f"--output {output}", name=name, say=notify))
+        yield
 
 
-def _remove_leftovers(output: str) -> None:
-    """Removes what a killed start had half written. No other is at work: that is what `_alone` is for."""
-    for folder in (output, os.path.join(output, WORK_FOLDER), os.path.join(output, SHARDS_FOLDER)):
+def _remove_leftovers(output: str, own: str) -> None:
+    """Removes what a killed start had half written. No other is at work: that is what `_alone` is for.
+
+    Args:
+        own: the work folder, or a share's, beside which others are at work.
+    """
+    is_share = own != os.path.join(output, WORK_FOLDER)
+    for folder in (own,) if is_share else (output, own, os.path.join(output, SHARDS_FOLDER)):
         for name in os.listdir(folder) if os.path.isdir(folder) else ():
             if _HALF_WRITTEN.fullmatch(name):
                 os.unlink(os.path.join(folder, name))
@@ -187,7 +273,7 @@ class _Images:
     """
 
     def __init__(self, settings: PrepareSettings, work: str) -> None:
-        self.store = FolderStore(settings.image_folder)
+        self.store = image_folder(settings.image_folder)
         self._decode = settings.verify_images
         # `square` has no bound on padding: whether an image may be padded is for the run to say.
         self._decoder = ImageDecoder(
@@ -206,11 +292,14 @@ class _Images:
         return width, height
 
     def blank(self) -> set[str]:
-        """Names of the images found to be nearly of one colour."""
-        if not os.path.isfile(self._blank_file):
-            return set()
-        with open(self._blank_file, encoding="ascii") as file:
-            return {json.loads(line) for line in file if line.endswith("\n")}  # a killed start's last may be cut
+        """Names of the images found to be nearly of one colour, by this process or by the shares that it joins."""
+        folder, name = os.path.split(self._blank_file)
+        found: set[str] = set()
+        for path in (self._blank_file, *glob.glob(f"{glob.escape(folder)}/share-*/{name}")):
+            if os.path.isfile(path):
+                with open(path, encoding="ascii") as file:  # a killed start's last line may be cut
+                    found |= {json.loads(line) for line in file if line.endswith("\n")}
+        return found
 
     def measure(self, name: str) -> tuple[int | None, int | None, str | None]:
         """Width, height and fault of the image of that name."""
@@ -251,9 +340,13 @@ def _fingerprint(settings: PrepareSettings, tokenizer: Tokenizer | None) -> str:
     if tokenizer is not None:
         parts += [settings.version, _tokenizer_key(tokenizer), settings.model_max_length, settings.visual_tokens]
     if settings.verify_images or settings.write_shards:
-        parts += [os.path.realpath(str(settings.image_folder)), settings.verify_images, settings.max_image_pixels]
+        parts += [_place(str(settings.image_folder)), settings.verify_images, settings.max_image_pixels]
         parts += [settings.write_shards]
     return json.dumps(parts)
+
+
+def _place(folder: str) -> str:
+    return folder if is_url(folder) else os.path.realpath(folder)
 
 
 def _tokenizer_key(tokenizer: Tokenizer) -> str:
@@ -261,121 +354,3 @@ def _tokenizer_key(tokenizer: Tokenizer) -> str:
     for name, content in sorted(tokenizer.files.items()):
         digest.update(name.encode() + len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------------------- report
-
-
-def _report(
-    manifest: ArrowManifest, settings: PrepareSettings, counts: Counts, images: _Images | None
-) -> dict[str, Any]:
-    """Counts and quantiles; writes report.json, bad_images.jsonl and histograms.png."""
-    image, _ = manifest.of_images("image")
-    several = manifest.column("more_images").is_valid()
-    with_pairs = manifest.column("pairs")
-    report: dict[str, Any] = {
-        "samples": len(manifest),
-        "files": dict(zip(manifest.files, counts.samples_per_file, strict=True)),
-        "duplicates dropped": counts.dropped,
-        "renamed, same id as another record": counts.renamed,
-        "text only": manifest.column("image").null_count,
-        "several images": _number_of(several),
-        "distinct images": len(image.unique()),
-        "with caption": _number_of(
-            pc.if_else(
-                several,
-                with_pairs.is_valid(),
-                pc.or_(manifest.column("text").is_valid(), manifest.column("first_answer_is_caption")),
-            )
-        ),
-        "with hallucinated captions": sum(
-            any(pair["hallucinated"] for pair in pairs) for pairs in with_pairs.drop_null().to_pylist()
-        )
-        + _number_of(
-            pc.and_(pc.invert(several), pc.greater(pc.list_value_length(manifest.column("hallucinated_captions")), 0))
-        ),
-        "preference records": len(manifest) - manifest.column("rejected_answers").null_count,
-        "rejected answers": pc.sum(pc.list_value_length(manifest.column("rejected_answers"))).as_py() or 0,
-    }
-    lengths = {
-        "words of a dialogue": "num_words", "tokens of a dialogue, image as one": "dialogue_tokens",
-        "tokens of a caption": "caption_tokens", "width": "width", "height": "height",
-    }  # fmt: skip
-    columns = {
-        label: manifest.of_images(name)[0] if name in ("width", "height") else manifest.column(name)
-        for label, name in lengths.items()
-    }
-    values = {label: column.drop_null().to_numpy() for label, column in columns.items()}
-    values = {label: found for label, found in values.items() if len(found)}
-    for label, found in values.items():
-        report[label] = dict(
-            zip(("min", "median", "99 %", "max"), np.percentile(found, [0, 50, 99, 100]).round().astype(int).tolist())  # noqa: B905
-        )
-    if settings.tokenizer:
-        report["unusable text"] = manifest.column("dialogue_tokens").null_count
-    if images is not None:
-        report["bad images"] = _write_bad_images(manifest, os.path.join(settings.output, BAD_IMAGES_FILE))
-    blank: list[str] = []
-    if settings.verify_images:
-        assert images is not None
-        there, known = image.unique().to_pylist(), images.blank()
-        blank = [name for name in there if name in known]
-        report["images (nearly) of one colour"] = len(blank)
-    found = [
-        f"{path}: {line}"
-        for path, about in zip(manifest.files, manifest.findings, strict=True)
-        for line in about.lines(without=("rejected answers",))  # counted above; which loss will train is not known
-    ]
-    found += [
-        f"as this tokenizer and --version {settings.version} have it, {line}" for line in counts.untrained.lines()
-    ]
-    if blank:
-        first = ", ".join(map(repr, blank[:NUM_NAMED]))
-        found.append(
-            f"{len(blank)} images are (nearly) of one colour, first {first}; look at them with inspect_data.py"
-        )
-    if found:
-        report["to look at"] = found
-    with open(os.path.join(settings.output, REPORT_FILE), "w", encoding="utf-8") as file:
-        file.write(json_text(report, indent=2))
-    _draw_histograms(values, os.path.join(settings.output, "histograms.png"))
-    return report
-
-
-def _number_of(column: pa.ChunkedArray) -> int:
-    """How many are true."""
-    return pc.sum(column).as_py() or 0
-
-
-def _write_bad_images(manifest: ArrowManifest, path: str) -> int:
-    """One JSON object for each unusable image, with the samples that name it; returns their number."""
-    (faults, rows), (names, _), ids = (
-        manifest.of_images("image_fault"),
-        manifest.of_images("image"),
-        manifest.column("id"),
-    )
-    bad: dict[str, dict[str, Any]] = {}
-    for at in pc.indices_nonzero(faults.is_valid()).to_pylist():
-        name, sample = names[at].as_py(), ids[int(rows[at])].as_py()
-        known = bad.setdefault(name, {"image": name, "reason": faults[at].as_py(), "samples": {}})
-        known["samples"][int(rows[at])] = sample  # once, however often it names the image
-    for entry in bad.values():
-        entry["samples"] = [*entry["samples"].values()]
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json_text(entry) + "\n" for entry in bad.values())
-    return len(bad)
-
-
-def _draw_histograms(values: dict[str, np.ndarray], path: str) -> None:
-    """Lengths and sizes as a picture; left out where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(4 * len(values), 3), layout="constrained")
-    for axes, (label, found) in zip(np.atleast_1d(figure.subplots(1, len(values))), values.items(), strict=True):
-        top = np.percentile(found, 99.5)
-        axes.hist(np.minimum(found, top), bins=50)  # the rest is in the last bar
-        axes.set_xlabel(label)
-        axes.set_ylabel("samples")
-    figure.savefig(path, dpi=100)

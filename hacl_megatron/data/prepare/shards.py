@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 from hacl_megatron.config.files.checksum import checksum
 from hacl_megatron.data.prepare.arrow_manifest import SCHEMA, SHARDS_FOLDER, images_of
 from hacl_megatron.data.prepare.parts import is_whole, read_part, write_part
-from hacl_megatron.data.store import FolderStore, UnusableImage
+from hacl_megatron.data.prepare.share import Share
+from hacl_megatron.data.store import ImageFolder, UnusableImage
 
 MeasureImage = Callable[[str, bytes], tuple[int, int]]
 """Width and height of an image by its name and its file's bytes; raises UnusableImage."""
@@ -69,7 +70,7 @@ class ShardedImages:
 
 def write_shards(
     parts: Sequence[str],
-    store: FolderStore,
+    store: ImageFolder,
     output: str,
     work: str,
     *,
@@ -78,8 +79,12 @@ def write_shards(
     images_per_shard: int,
     num_workers: int,
     progress: Callable[[int], Any] = lambda num_images: None,
-) -> ShardedImages:
+    share: Share | None = None,
+    all_there: bool = False,
+) -> ShardedImages | None:
     """Packs every image of the parts' records into `output`/shards; a shard that is there already is left alone.
+
+    None where not all are there: with `share`, which writes each of its own, and with `all_there`, which writes none.
 
     Args:
         work: folder of the shards' indices, by which a second start knows what is finished.
@@ -104,12 +109,16 @@ def write_shards(
             found.append(_llava_record(batches[number], row - int(first_row[number])))
         return found
 
-    def write(number: int) -> pa.RecordBatch:
+    def write(number: int) -> pa.RecordBatch | None:
         begin = number * images_per_shard
         some = names[begin : begin + images_per_shard].to_pylist()
         key = hashlib.blake2b(json.dumps([fingerprint, begin, some]).encode(), digest_size=8).hexdigest()
         shard, index = os.path.join(folder, shard_name(number)), os.path.join(work, f"shard-{number:06d}-{key}.arrow")
+        if share is not None and number % share.count != share.number:
+            return None
         if not (is_whole(index) and os.path.isfile(shard)):
+            if all_there:
+                return None
             write_part(index, _write_shard(shard, number, begin, some, store, records, measure))
         progress(len(some))
         return read_part(index)
@@ -121,6 +130,8 @@ def write_shards(
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
+    if any(index is None for index in indices):
+        return None
     table = pa.Table.from_batches(indices, _PLACES).combine_chunks()
     places = table.to_batches()[0] if len(names) else pa.record_batch([[]] * len(_PLACES), schema=_PLACES)
     return ShardedImages(shards=[shard_name(number) for number in range(count)], names=names, places=places)
@@ -136,7 +147,7 @@ def _write_shard(
     number: int,
     first_key: int,
     names: list[str],
-    store: FolderStore,
+    store: ImageFolder,
     records: Callable[[int], list[dict[str, Any]]],
     measure: MeasureImage,
 ) -> pa.RecordBatch:
