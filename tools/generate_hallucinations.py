@@ -10,6 +10,9 @@ G.json.rejected.jsonl.
 The caption is a record's "text", else its first answer; of several images "text" lists one each. Records without one
 stay as they are, and so do those that hold hallucinated captions already (unless --replace). The rules' "Hallucination
 edits" say what was changed.
+
+Many processes share the work with --num-shards N and each its --shard-index, from 0; then one with --num-shards N
+--merge writes what a single process would have written. JSON lines are divided among them, a JSON list is not.
 """
 
 import argparse
@@ -29,6 +32,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--replace", action="store_true", help="also where a record has hallucinated captions already")
     parser.add_argument("--report", type=Path, help="page with numbers and examples side by side, .html or .md")
     parser.add_argument("--force", action="store_true", help="replace an existing --output (never the answers)")
+    parser.add_argument("--num-shards", type=int, default=1, help="processes that share the work, on any nodes")
+    parser.add_argument("--shard-index", type=int, help="which of them this one is, from 0")
+    parser.add_argument("--merge", action="store_true", help="join what the processes of --num-shards have done")
     llm = parser.add_argument_group("--method llm", "the key is read from OPENAI_API_KEY alone")
     llm.add_argument("--model", help="the endpoint's name of the model")
     llm.add_argument("--base-url", help="e.g. http://localhost:8000/v1; default: OPENAI_BASE_URL, or OpenAI")
@@ -58,13 +64,33 @@ def parse() -> argparse.Namespace:
 
 def generate(args: argparse.Namespace) -> int:
     """The exit status: 1 where a language model answered nothing of use."""
+    from hacl_megatron.data.prepare.share import check_sharing, uneven
+    from hacl_megatron.hallucinate import shares
     from hacl_megatron.hallucinate.ask import Endpoint
     from hacl_megatron.hallucinate.run import check_paths, generate_by_llm, generate_by_rules
 
-    check_paths(args.input, args.output, force=args.force)
-    shared = {"per_caption": args.per_caption, "replace": args.replace}
+    share = check_sharing(args.num_shards, args.shard_index, args.merge)
+    settings, target = {}, args.output
+    if args.num_shards > 1:
+        if args.report:
+            raise ValueError("--report tells of the records of one process; leave it out with --num-shards")
+        names = ("method", "seed", "per_caption", "replace", "model", "temperature", "attempts", "fill_with_rules")
+        check_paths(args.input, args.output, force=args.force)
+        settings = shares.settings_of(args.input, **{name: getattr(args, name) for name in names})
+    if args.merge:
+        print(f"written to {args.output}, {shares.merge(args.output, args.num_shards, settings):,} bytes")
+        return 0
+    if share is not None:
+        target = shares.share_target(args.output, share)
+        if shares.is_done(target, settings):
+            print(f"share {share} is done already")
+            return 0
+        if (line := uneven([str(args.input)], share.count)) is not None:
+            say(f"note: {line}")
+    check_paths(args.input, target, force=args.force or share is not None)
+    shared = {"per_caption": args.per_caption, "replace": args.replace, "share": share}
     if args.method == "rules":
-        totals = generate_by_rules(args.input, args.output, seed=args.seed, workers=args.num_workers, **shared)
+        totals = generate_by_rules(args.input, target, seed=args.seed, workers=args.num_workers, **shared)
     else:
         endpoint = Endpoint(
             model=args.model,
@@ -77,9 +103,7 @@ def generate(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
         )
         fill_seed = args.seed if args.fill_with_rules else None
-        totals = generate_by_llm(
-            args.input, args.output, endpoint, attempts=args.attempts, fill_seed=fill_seed, **shared
-        )
+        totals = generate_by_llm(args.input, target, endpoint, attempts=args.attempts, fill_seed=fill_seed, **shared)
     say(totals.summary())
     say(totals.report.for_terminal())
     if args.report:
@@ -87,9 +111,12 @@ def generate(args: argparse.Namespace) -> int:
     if totals.asked and totals.unanswered == totals.asked:
         report_error(
             f"none of {totals.asked:,} captions got a usable answer, the last: {totals.last_refusal}; all are in "
-            f"{args.output}.rejected.jsonl: check --model and --base-url, and start again with --force"
+            f"{target}.rejected.jsonl: check --model and --base-url, and start again with --force"
         )
         return 1
+    if share is not None:
+        shares.write_done(target, settings)
+        print(f"share {share} is done; --merge, when all {share.count} are")
     return 0
 
 

@@ -21,6 +21,7 @@ from hacl_megatron.data.prepare.preference_json import PREFERENCE_IMAGE_KEYS, is
 from hacl_megatron.data.prepare.records.captions import read_captions
 from hacl_megatron.data.prepare.records.images import IMAGE_KEYS, count_images
 from hacl_megatron.data.prepare.records.values import Wrong, describe
+from hacl_megatron.data.prepare.share import Span
 
 EDITS_KEY = "Hallucination edits"
 """Beside the released key: for each hallucinated caption a list of {"kind", "before", "after"}."""
@@ -43,11 +44,15 @@ def num_images(record: dict[str, Any]) -> int:
     return count_images(record, PREFERENCE_IMAGE_KEYS if is_preference(record) else IMAGE_KEYS)
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (bytes read so far, record). Raises ValueError naming the file, the record and what is wrong with it."""
-    for index, (record, line, position) in enumerate(decoded_records(str(path))):
+def read_records(path: Path, span: Span | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yields (bytes read so far, the record's index in the file, record), with `span` its records alone.
+
+    Raises ValueError naming the file, the record and what is wrong with it.
+    """
+    for number, (record, line, position) in enumerate(decoded_records(str(path), span=span)):
+        index = number if span is None else span.skipped + number
         _check(record, path, index, line)
-        yield position, record
+        yield position, index, record
 
 
 def _check(record: Any, path: Path, index: int, line: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hacl_megatron.data.prepare.json_text import is_text
+from hacl_megatron.data.prepare.share import Share
 from hacl_megatron.hallucinate.answers import AnswerLog
 from hacl_megatron.hallucinate.ask import Endpoint, Verdict, ask_all, import_openai, judge, request_key
 from hacl_megatron.hallucinate.by_rules import hallucinate_all
@@ -98,19 +99,29 @@ def check_paths(source: Path, target: Path, *, force: bool) -> None:
 
 
 def generate_by_rules(
-    source: Path, target: Path, *, seed: int, per_caption: int, workers: int, replace: bool
+    source: Path,
+    target: Path,
+    *,
+    seed: int,
+    per_caption: int,
+    workers: int,
+    replace: bool,
+    share: Share | None = None,
 ) -> Totals:
-    """Writes `target`; see `hacl_megatron.hallucinate.rules`. Memory does not grow with the file."""
+    """Writes `target`; see `hacl_megatron.hallucinate.rules`. Memory does not grow with the file.
+
+    `share`: of the records, those alone.
+    """
     totals = Totals()
     with writing(target) as file, _bar(source, "rules") as bar:
         writer = RecordWriter(file, lines=target.suffix == ".jsonl")
         items = (
             (item, item.name, item.caption if item.caption and is_text(item.caption) else None)
-            for item in _items(source, totals, bar, replace)
+            for item in _items(source, totals, bar, replace, share)
         )
         for item, found in hallucinate_all(items, seed=seed, count=per_caption, workers=workers):
             totals.take(writer, item, found)
-        _end(writer, source, totals)
+        _end(writer, source, totals, share)
     return totals
 
 
@@ -123,24 +134,28 @@ def generate_by_llm(
     attempts: int,
     replace: bool,
     fill_seed: int | None = None,
+    share: Share | None = None,
 ) -> Totals:
     """Asks for what `TARGET.answers.jsonl` lacks, then `target` and, where answers failed, `TARGET.rejected.jsonl`.
 
-    `fill_seed`: of the rules that write what the model did not; None: nothing does. Raises ValueError as `ask_all`.
+    `fill_seed`: of the rules that write what the model did not; None: nothing does. `share`: of the records, those
+    alone. Raises ValueError as `ask_all`.
     """
     import_openai()
     with AnswerLog(target.with_name(target.name + ".answers.jsonl")) as log:
         totals = Totals()
         with _bar(source, "ask") as bar:
             asked = (
-                (item.name, item.caption) for item in _items(source, totals, bar, replace) if item.caption is not None
+                (item.name, item.caption)
+                for item in _items(source, totals, bar, replace, share)
+                if item.caption is not None
             )
             requests, failed = ask_all(asked, endpoint, log, count=per_caption, attempts=attempts, progress=bar.refresh)
         totals = Totals(requests=requests)
         rejects = target.with_name(target.name + ".rejected.jsonl")
         with writing(target) as file, writing(rejects) as rejected, _bar(source, "write") as bar:
             writer = RecordWriter(file, lines=target.suffix == ".jsonl")
-            for item in _items(source, totals, bar, replace):
+            for item in _items(source, totals, bar, replace, share):
                 name, caption, found = item.name, item.caption, []
                 if caption is not None:
                     verdict = judge(log, endpoint, name, caption, count=per_caption, attempts=attempts)
@@ -155,7 +170,7 @@ def generate_by_llm(
                         if fill_seed is not None and is_text(caption):
                             found = _filled(found, name, caption, per_caption, fill_seed, totals)
                 totals.take(writer, item, found)
-            _end(writer, source, totals)
+            _end(writer, source, totals, share)
         if not totals.rejected:
             rejects.unlink()
     return totals
@@ -186,10 +201,13 @@ def _bar(source: Path, name: str) -> tqdm:
     return tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc=name, delay=0.5, dynamic_ncols=True)
 
 
-def _items(source: Path, totals: Totals, bar: tqdm, replace: bool) -> Iterator[Item]:
+def _items(source: Path, totals: Totals, bar: tqdm, replace: bool, share: Share | None) -> Iterator[Item]:
     """The items of each record, counted."""
-    for at, record in read_records(source):
-        index, totals.records = totals.records, totals.records + 1
+    (span,) = [None] if share is None else share.spans([str(source)])
+    if share is not None and span is None:
+        return
+    for at, index, record in read_records(source, span):
+        totals.records += 1
         if at != bar.n:
             bar.update(at - bar.n)
         items, becomes = items_of(record, index, replace=replace)
@@ -202,7 +220,7 @@ def _items(source: Path, totals: Totals, bar: tqdm, replace: bool) -> Iterator[I
         yield from items
 
 
-def _end(writer: RecordWriter, source: Path, totals: Totals) -> None:
-    if not totals.records:
+def _end(writer: RecordWriter, source: Path, totals: Totals, share: Share | None) -> None:
+    if not totals.records and share is None:
         raise ValueError(f"{source}: holds no records; expected at least one")
     writer.close()

@@ -35,7 +35,7 @@ from hacl_megatron.data.prepare.llava_json import Record
 from hacl_megatron.data.prepare.parts import Counts, build_parts, merge_parts, remove_folder
 from hacl_megatron.data.prepare.report import write_report
 from hacl_megatron.data.prepare.shards import ShardedImages, write_shards
-from hacl_megatron.data.prepare.share import Share, uneven
+from hacl_megatron.data.prepare.share import Share, check_sharing, uneven
 from hacl_megatron.data.prepare.token_lengths import count_tokens, untrained_kinds
 from hacl_megatron.data.store import UnusableImage, image_folder
 from hacl_megatron.data.templates import check_template
@@ -77,7 +77,7 @@ class PrepareSettings:
     @property
     def share(self) -> Share | None:
         """The part of the work that is this process's; None: all of it."""
-        return None if self.shard_index is None else Share(number=self.shard_index, count=self.num_shards)
+        return check_sharing(self.num_shards, self.shard_index, self.merge)
 
 
 def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
@@ -199,14 +199,7 @@ def _check(settings: PrepareSettings) -> None:
     refuse_url("--output", settings.output, "it goes to a file system: give a folder, and upload it afterwards")
     for path in settings.inputs:
         refuse_url("--input", path, "give a file")
-    Share(number=settings.shard_index or 0, count=settings.num_shards)  # or a ValueError
-    if settings.num_shards > 1 and settings.merge == (settings.shard_index is not None):
-        raise ValueError(
-            f"--num-shards {settings.num_shards}: give either --shard-index, for one of these shares, or --merge, when "
-            "all are done"
-        )
-    if settings.merge and settings.num_shards == 1:
-        raise ValueError("--merge is given without --num-shards; say how many shares there are")
+    check_sharing(settings.num_shards, settings.shard_index, settings.merge)
     for name in ("num_workers", "images_per_shard", "max_image_pixels", "model_max_length", "visual_tokens"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least 1")

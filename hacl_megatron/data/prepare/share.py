@@ -60,6 +60,22 @@ class Share:
         return spans
 
 
+def check_sharing(num_shards: int, shard_index: int | None, merge: bool) -> Share | None:
+    """The share that the flags of these names ask for; None for all of the work, or for `merge`.
+
+    Raises ValueError, one line, where they do not go together.
+    """
+    share = Share(number=shard_index or 0, count=num_shards)
+    if num_shards > 1 and merge == (shard_index is not None):
+        raise ValueError(
+            f"--num-shards {num_shards}: give either --shard-index, for one of these shares, or --merge, when all are "
+            "done"
+        )
+    if merge and num_shards == 1:
+        raise ValueError("--merge is given without --num-shards; say how many shares there are")
+    return None if shard_index is None or num_shards == 1 else share
+
+
 def uneven(paths: Sequence[str], count: int) -> str | None:
     """A line on lists that are larger than a share may be, so that others wait; None where there are none."""
     fair = sum(map(os.path.getsize, paths)) / count

@@ -1,0 +1,71 @@
+"""A file that several processes write in shares is, once joined, byte for byte what one process writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.hallucinate.test_files import llava, run, save, some
+from tests.hallucinate.test_llm import KEY, ChatServer
+from tests.tool_runs import run_tool
+
+
+def records() -> list[dict]:
+    """Some without a name, whose number in the file then decides what the rules write."""
+    found = [*some(30), llava("A red car.", 99, text="A dog \ud83d.")]
+    for record in found[1::3]:
+        del record["id"], record["image"]
+    return found
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_rules(tmp_path: Path, ending: str) -> None:
+    """Catches records at a border that are written twice or not at all, and choices that depend on the share."""
+    source = save(tmp_path / "in.jsonl", records())
+    whole, shared = tmp_path / f"whole.{ending}", tmp_path / f"shared.{ending}"
+    assert run(source, whole, "--per-caption", 2) == 0
+    flags = ["--per-caption", 2, "--num-shards", 3]
+    for index in (2, 0):
+        assert run(source, shared, *flags, "--shard-index", index) == 0
+    assert run(source, shared, *flags, "--merge") == 2, "share 1 is missing"
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shared.share-*")}
+    for index in (0, 1, 2):
+        assert run(source, shared, *flags, "--shard-index", index) == 0
+    assert all(path.stat().st_mtime_ns == before for path, before in done.items()), "what was done stays done"
+    assert run(source, shared, "--per-caption", 1, "--num-shards", 3, "--merge") == 2, "made with other settings"
+    assert not shared.exists()
+    assert run(source, shared, *flags, "--merge") == 0
+    assert shared.read_bytes() == whole.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", whole.name, shared.name}
+
+
+def test_more_shares_than_lists(tmp_path: Path, capfd) -> None:
+    """A list is one share's; the others have nothing, and the file is whole all the same."""
+    source = save(tmp_path / "in.json", records())
+    assert run(source, tmp_path / "whole.json") == 0
+    for index in range(2):
+        assert run(source, tmp_path / "shared.json", "--num-shards", 2, "--shard-index", index) == 0
+    assert "is one JSON list, which one share reads alone" in capfd.readouterr().out
+    assert run(source, tmp_path / "shared.json", "--num-shards", 2, "--merge") == 0
+    assert (tmp_path / "shared.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_an_llm_is_asked_once_by_whichever_share_and_what_it_refused_is_joined(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    captions = [f"A red dog number {number} on a table." for number in range(9)]
+    save(tmp_path / "in.jsonl", [{"id": str(i), "conversations": [], "text": text} for i, text in enumerate(captions)])
+
+    def falsify(caption: str, _: int = 1) -> str:
+        return "No." if "number 4" in caption else caption.replace("red dog", "yellow cat")
+
+    with ChatServer(falsify) as server:
+        common = ["--method", "llm", "--model", "m", "--base-url", server.url, "--input", tmp_path / "in.jsonl"]
+        assert run_tool("generate_hallucinations", *common, "--output", tmp_path / "whole.jsonl") == 0
+        shared = [*common, "--output", tmp_path / "shared.jsonl", "--num-shards", 4]
+        for index in range(4):
+            assert run_tool("generate_hallucinations", *shared, "--shard-index", index) == 0
+        assert run_tool("generate_hallucinations", *shared, "--merge") == 0
+    for ending in ("", ".rejected.jsonl"):
+        one, other = (tmp_path / f"{name}.jsonl{ending}" for name in ("whole", "shared"))
+        assert one.read_bytes() == other.read_bytes()
+    assert json.loads((tmp_path / "shared.jsonl.rejected.jsonl").read_text())["id"] == "4"
