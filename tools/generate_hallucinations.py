@@ -65,8 +65,8 @@ def parse() -> argparse.Namespace:
 def generate(args: argparse.Namespace) -> int:
     """The exit status: 1 where a language model answered nothing of use."""
     from hacl_megatron.data.prepare.share import check_sharing, uneven
-    from hacl_megatron.hallucinate import shares
     from hacl_megatron.hallucinate.ask import Endpoint
+    from hacl_megatron.hallucinate.files import is_done, merge_shares, settings_of, share_target, write_done
     from hacl_megatron.hallucinate.run import check_paths, generate_by_llm, generate_by_rules
 
     share = check_sharing(args.num_shards, args.shard_index, args.merge)
@@ -76,13 +76,13 @@ def generate(args: argparse.Namespace) -> int:
             raise ValueError("--report tells of the records of one process; leave it out with --num-shards")
         names = ("method", "seed", "per_caption", "replace", "model", "temperature", "attempts", "fill_with_rules")
         check_paths(args.input, args.output, force=args.force)
-        settings = shares.settings_of(args.input, **{name: getattr(args, name) for name in names})
+        settings = settings_of(args.input, **{name: getattr(args, name) for name in names})
     if args.merge:
-        print(f"written to {args.output}, {shares.merge(args.output, args.num_shards, settings):,} bytes")
+        print(f"written to {args.output}, {merge_shares(args.output, args.num_shards, settings):,} bytes")
         return 0
     if share is not None:
-        target = shares.share_target(args.output, share)
-        if shares.is_done(target, settings):
+        target = share_target(args.output, share)
+        if is_done(target, settings):
             print(f"share {share} is done already")
             return 0
         if (line := uneven([str(args.input)], share.count)) is not None:
@@ -115,7 +115,7 @@ def generate(args: argparse.Namespace) -> int:
         )
         return 1
     if share is not None:
-        shares.write_done(target, settings)
+        write_done(target, settings)
         print(f"share {share} is done; --merge, when all {share.count} are")
     return 0
 

@@ -69,6 +69,8 @@ def check_command(words: list[str], find_config: Callable[[str], str], monkeypat
     elif program == "python":
         _check_program(ROOT / arguments[0], arguments[1:], find_config, monkeypatch)
     elif program in ("bash", "sbatch"):
+        while program == "sbatch" and arguments[0].startswith("--"):  # its own options: --array=0-15
+            del arguments[0]
         _check_script(ROOT / arguments[0], arguments[1:], monkeypatch)
     elif program == "pip":
         for name in arguments[arguments.index("-e") + 1 :]:

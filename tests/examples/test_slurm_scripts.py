@@ -188,3 +188,33 @@ def test_the_evaluation_waits_for_the_training_and_follows_its_folder(tmp_path: 
     words = done.stdout.splitlines()
     assert words[1:5] == ["python", "tools/evaluate.py", "--watch", "out/mine"]
     assert words[-4:] == ["--tasks", "pope", "--keep-best", "pope f1"]
+
+
+def prepared(folder: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:
+    """prepare.sbatch, whose tool writes into `folder`; srun, where there is none, runs what it is given."""
+    (folder / "srun").write_text('#!/bin/bash\nshift\nexec "$@"\n')
+    (folder / "srun").chmod(0o755)
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**_SITE, "SLURM_SUBMIT_DIR": str(ROOT), "PATH": path, "RUN_IN": "", "DATA": str(folder / "out"), **env}
+    command = ["bash", str(ROOT / "examples/slurm/prepare.sbatch"), *flags]
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+
+
+def test_an_array_prepares_and_a_job_behind_it_joins(tmp_path: Path) -> None:
+    """Catches tasks that divide by another number than the array's, as when some are submitted again alone."""
+    turns = [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": "a cat"}]
+    lines = [json.dumps({"id": number, "image": "a.jpg", "conversations": turns}) + "\n" for number in range(50)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    flags = ["--num-shards", "2", "--input", str(tmp_path / "a.jsonl")]
+    for index in "10":
+        done = prepared(tmp_path, *flags, SLURM_ARRAY_TASK_ID=index, SLURM_ARRAY_TASK_COUNT="1")
+        assert done.returncode == 0 and "left to do: --merge, when all 2 shares are done" in done.stdout, done.stderr
+    done = prepared(tmp_path, *flags, "--merge")
+    assert done.returncode == 0 and "samples: 50" in done.stdout, done.stderr
+    assert not (tmp_path / "out/.partial").exists()
+
+
+def test_an_array_without_a_number_of_shares_is_refused(tmp_path: Path) -> None:
+    """Catches an array of which each task prepares everything, into one folder."""
+    done = prepared(tmp_path, "--input", "a.jsonl", SLURM_ARRAY_TASK_ID="0")
+    assert done.returncode == 2 and done.stderr == "an array needs --num-shards, the number of its tasks\n"

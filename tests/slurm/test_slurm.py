@@ -1,5 +1,6 @@
 """The shipped sbatch files on a real Slurm of two nodes: chained, preempted, killed, laid out anew."""
 
+import json
 import math
 import random
 import re
@@ -12,6 +13,7 @@ import pytest
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
 from tests.slurm.cluster import Cluster, Job
 from tests.training.runs import LOSSES, assert_same_state, common_state, layout_flags, metrics, train, weights
 
@@ -62,6 +64,24 @@ def test_chain_trains_all_stages_on_two_nodes_and_exports_the_last(cluster: Clus
     temperature = temperatures[-1]
     with safe_open(saves[3] / "hacl_heads.safetensors", "pt") as heads:
         assert heads.get_tensor("temperature").item() == temperature.item()
+
+
+@pytest.mark.timeout(600)
+def test_an_array_of_tasks_prepares_what_one_process_does(cluster: Cluster) -> None:
+    """The job behind it joins; byte for byte the manifest of one process."""
+    source = sorted((cluster.folder / "data").glob("*.json"))[0]
+    lines = cluster.folder / "lines.jsonl"
+    lines.write_text("".join(json.dumps(record) + "\n" for record in json.loads(source.read_text())))
+    one, shared = cluster.folder / "one", cluster.folder / "shared"
+    run_prepare(PrepareSettings(inputs=[str(lines)], output=str(one), progress_bar=False))
+    script = ["examples/slurm/prepare.sbatch", "--num-shards", "3", "--input", str(lines)]
+    env = {**cluster.job_env("prepare", 1), "DATA": str(shared)}
+    options = ["--parsable", "--nodes=1", "--cpus-per-task=1"]
+    array = cluster.run("sbatch", *options, "--array=0-2", *script, **env)
+    behind = cluster.run("sbatch", *options, f"--dependency=afterok:{array}", *script, "--merge", **env)
+    job = Job(cluster, behind, shared)
+    assert job.wait(300) == "COMPLETED", job.log()[-3000:]
+    assert (shared / "manifest.arrow").read_bytes() == (one / "manifest.arrow").read_bytes()
 
 
 # From here on one rank a node, for a start costs a processor 10 s for each.
