@@ -157,6 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        with self.proxy.lock:
+            self.proxy.counts["bytes"] += len(body)
         with contextlib.suppress(OSError):
             self.wfile.write(body[: len(body) // 2] if cut else body)
         self.close_connection = cut

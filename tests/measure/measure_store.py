@@ -1,6 +1,6 @@
 """What training out of an object store costs beside the folder: the loader alone, and a tiny training.
 
-    OMP_NUM_THREADS=1 python -m tests.measure.measure_store [--pairs 5] [--latency-ms 20] [--cache-gb 0]
+    OMP_NUM_THREADS=1 python -m tests.measure.measure_store [--pairs 5] [--latency-ms 20] [--cache-gb 0] [--train]
 
 600 JPEGs of 640 x 480 (some 100 KB) in shards. The store is a server of this host, in a process of its own, which
 answers GET with ranges as S3 does, each after the latency. It shares the cores, so its CPU time is shown too. Pairs are
@@ -16,16 +16,20 @@ import re
 import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
+from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
+from hacl_megatron.data.step_maker import MicroBatching
 from tests.data.loader_runs import loader_of
 from tests.data.tiny_tokenizer import write_tokenizer
+from tests.training.runs import make_inputs
 
 NUM_IMAGES, BATCH = 600, 16
 
@@ -97,13 +101,9 @@ def load(folder: Path, place: str, cache: Path, gb: float, threads: int) -> tupl
     """Images a second of the loader over an epoch, the first step left out; and its CPU time."""
     start_cpu = resource.getrusage(resource.RUSAGE_SELF)
     flags = {"data_cache_dir": str(cache), "data_cache_gb": gb, "io_threads": threads, "num_workers": 1}
-    settings = {"global_batch_size": BATCH, "micro_batching": SimpleNamespace()}
-    del settings["micro_batching"]
-    from hacl_megatron.data.step_maker import MicroBatching
-
     with loader_of(
         folder, data_paths=[place], contrastive_paths=[], micro_batching=MicroBatching(micro_batch_size=BATCH),
-        flags=flags, **settings,
+        global_batch_size=BATCH, flags=flags,
     ) as loader:  # fmt: skip
         next(loader)
         start = time.perf_counter()
@@ -115,19 +115,39 @@ def load(folder: Path, place: str, cache: Path, gb: float, threads: int) -> tupl
     return steps * BATCH / seconds, cpu.ru_utime + cpu.ru_stime - start_cpu.ru_utime - start_cpu.ru_stime
 
 
+def train(folder: Path, place: str, cache: Path, gb: float, threads: int) -> tuple[float, float]:
+    """The same of a training of a tiny LLaVA, from its second step on; CPU time of the whole process."""
+    save = folder / "run"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [
+        sys.executable, "-m", "hacl_megatron.train", "--config", str(folder / "tiny/pretrain.yaml"),
+        "--data-path", place, "--image-folder", ".", "--save", str(save), "--device", "cpu", "--global-batch-size",
+        str(BATCH), "--micro-batch-size", str(BATCH), "--train-iters", str(NUM_IMAGES // BATCH), "--io-threads",
+        str(threads), "--data-cache-dir", str(cache), "--data-cache-gb", str(gb), "--save-interval", "0",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()][1:]
+    shutil.rmtree(save)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return len(rows) * BATCH / sum(row["iteration-time"] for row in rows), cpu
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--latency-ms", type=float, default=20)
     parser.add_argument("--cache-gb", type=float, default=20)
     parser.add_argument("--io-threads", type=int, default=8)
+    parser.add_argument("--train", action="store_true", help="a training in the loader's place")
     args = parser.parse_args()
+    one = train if args.train else load
     folder = Path(tempfile.mkdtemp(prefix="measure_store-"))
     context = multiprocessing.get_context("fork")
     port, cpu = context.Value("i", 0), context.Value("d", 0)
     draw_data(folder)
-    from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
-
+    if args.train:
+        make_inputs(folder / "tiny")
     run_prepare(
         PrepareSettings(
             inputs=[str(folder / "data.json")], output=str(folder / "prepared"), image_folder=str(folder / "images"),
@@ -145,12 +165,12 @@ def main() -> None:
     try:
         for number in range(args.pairs):
             cache = folder / f"cache-{number}"
-            local, local_cpu = load(folder, str(folder / "prepared"), cache, args.cache_gb, args.io_threads)
+            local, local_cpu = one(folder, str(folder / "prepared"), cache, args.cache_gb, args.io_threads)
             before = cpu.value
-            store, store_cpu = load(folder, "s3://bucket/prepared", cache, args.cache_gb, args.io_threads)
+            store, store_cpu = one(folder, "s3://bucket/prepared", cache, args.cache_gb, args.io_threads)
             time.sleep(0.1)
             served = cpu.value - before
-            again, _ = load(folder, "s3://bucket/prepared", cache, args.cache_gb, args.io_threads)
+            again, _ = one(folder, "s3://bucket/prepared", cache, args.cache_gb, args.io_threads)
             ratios.append(store / local)
             warm.append(again / local)
             print(

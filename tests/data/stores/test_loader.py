@@ -65,9 +65,10 @@ def test_steps_are_those_of_the_folder(server, prepared, url, tmp_path, monkeypa
     found = draw(5, prepared, flags=flags(tmp_path, image_folder=f"{url}/images"), **remote)
     assert_same_steps(expected, found)
     assert not any(step.bad_samples for step in found)
-    before = proxy.counts["requests"]
+    before, bytes_before = proxy.counts["requests"], proxy.counts["bytes"]
     assert_same_steps(expected, draw(5, prepared, flags=flags(tmp_path, image_folder=f"{url}/images"), **remote))
     again = proxy.counts["requests"] - before
+    assert proxy.counts["bytes"] - bytes_before < bytes_before / 2, "what is there still is not sent again"
     assert again < before / 2 if form == "prepared" else again > 0, "raw names are asked for again, shards are not"
     proxy.stop()
 
