@@ -151,12 +151,16 @@ class Sampler:
         return sum(self._draws) if self._draws else self._identity["num_samples"]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """int64 [epoch_size]: the sample ids of one epoch in order; the last two asked for are kept."""
+        """int32 or int64 [epoch_size]: the sample ids of one epoch in order; the last two asked for are kept, until all
+        of them are drawn: of 20 million samples each takes 80 MB."""
         if epoch not in self._orders:
-            self._orders[epoch] = self._draw_order(epoch)
+            order = self._draw_order(epoch)
+            self._orders[epoch] = order.astype(np.int32) if len(order) < 2**31 else order
             while len(self._orders) > 2:
                 self._orders.popitem(last=False)
         self._orders.move_to_end(epoch)
+        for drawn in [other for other in self._orders if other < min(epoch, self._consumed // self.epoch_size)]:
+            del self._orders[drawn]
         return self._orders[epoch]
 
     def _draw_order(self, epoch: int) -> np.ndarray:

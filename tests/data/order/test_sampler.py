@@ -1,6 +1,7 @@
 """The sampler's promises, as properties over sizes, seeds and batch sizes."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -117,3 +118,16 @@ def test_resume_far_into_a_run_is_immediate():
     sampler = Sampler(100, 10, seed=3, global_batch_size=7)
     sampler.load_state_dict({**sampler.state_dict(), "consumed_samples": 110 * 10**12 + 109})
     assert [epoch for epoch, _ in sampler.next_batch()] == [10**12] + [10**12 + 1] * 6
+
+
+def test_an_order_takes_four_bytes_a_sample_and_goes_when_it_is_drawn() -> None:
+    """Of 20 million samples a rank may hold 150 MB in all: catches eight bytes, and the last epoch's order beside."""
+    tracemalloc.start()
+    try:
+        sampler = Sampler(200_000, 0, seed=1, global_batch_size=1000)
+        for _ in range(250):
+            sampler.next_batch()
+            sampler.peek(1000)
+        assert tracemalloc.get_traced_memory()[0] < 1.2 * 4 * 200_000
+    finally:
+        tracemalloc.stop()
