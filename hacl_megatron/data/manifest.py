@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from hacl_megatron.config.files.objects import NoSuchObject, StoreError, object_state
 from hacl_megatron.config.files.urls import below, inside, is_url
@@ -204,7 +205,8 @@ class Manifest(Sequence[Sample]):
         """
         digest = hashlib.blake2b(digest_size=16)
         for part in self._parts:
-            digest.update(np.ascontiguousarray(part.numbers("content"), dtype="<u8").tobytes())
+            digest.update(np.ascontiguousarray(part.numbers("content"), dtype="<u8"))
+        pa.default_memory_pool().release_unused()  # else each rank goes on holding whole columns' worth of memory
         return digest.hexdigest()
 
     def modality_lengths(self) -> np.ndarray:

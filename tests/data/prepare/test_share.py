@@ -24,7 +24,7 @@ def records(seed: int, count: int, images: int) -> list[dict]:
             record["id"] = rng.choice(
                 [f"{rng.randrange(count)}", f"{rng.randrange(9)}", f"{rng.randrange(9)}#2", "7#2#2"]
             )
-        if kind != 3:
+        if kind not in (3, 11):  # the last have no name either: `record 7`
             record["image"] = f"{rng.randrange(images)}.jpg"
         if kind == 4:
             record["conversations"] = [{"from": "human", "value": "<image>\n<image>?"}, {"from": "gpt", "value": "b"}]
@@ -43,6 +43,10 @@ def records(seed: int, count: int, images: int) -> list[dict]:
 def write_files(folder: Path) -> list[str]:
     """Two of lines, the second with blank ones, and a list between them."""
     one, two, three = (records(seed, count, 4) for seed, count in ((1, 300), (2, 40), (3, 500)))
+    # Names that stand there once, before or behind the record that is given them.
+    names = [(one, "early#2"), (one, "early"), (one, "late"), (three, "early"), (three, "late"), (three, "late#2")]
+    for number, (records_of, name) in enumerate(names):
+        records_of.append({"id": name, "image": "0.jpg", "conversations": turns(f"said {number}")})
     (folder / "one.jsonl").write_text("".join(json.dumps(record) + "\n" for record in one))
     (folder / "two.json").write_text(json.dumps(two))
     blank = ["", "\n", "  \t\n", "\u2003\n"]
@@ -60,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
     monkeypatch.setattr(prepare, "CHUNK_SAMPLES", 64)
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 12_000)
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 8_000)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +105,9 @@ def test_shares_take_each_record_once_and_name_it_as_in_the_file(source) -> None
         found = [read_records(path, span=span) for span in shares if span is not None]
         assert [(record.name, record.turns) for some in found for record, _ in some] == every
     lines = Path(path).read_text().splitlines(keepends=True)
-    Path(path).write_text("".join([*lines[:200], '{"id": 1,\n', *lines[201:]]))
+    Path(path).write_text("".join([*lines[:260], '{"id": 1,\n', *lines[261:]]))
     (span,) = Share(number=2, count=3).spans([path])
-    with pytest.raises(ValueError, match=r"broken JSON in line 201, column"):
+    with pytest.raises(ValueError, match=r"broken JSON in line 261, column"):
         list(read_records(path, span=span))
 
 
@@ -137,7 +141,7 @@ def test_a_killed_share_and_a_killed_join_go_on(source, monkeypatch) -> None:
         run_prepare(settings(source, merge=True, **shared))
     monkeypatch.undo()
     monkeypatch.setattr(prepare, "CHUNK_SAMPLES", 64)
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 12_000)
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 8_000)
     run_prepare(settings(source, merge=True, **shared))
     run_prepare(settings(source, inputs=inputs, output=str(source / "one")))
     assert contents(source / "shared") == contents(source / "one")
