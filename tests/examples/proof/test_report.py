@@ -1,0 +1,181 @@
+"""The report of examples/proof, the answers it is made from, and the children that run the arms."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests.examples.proof import PROOF
+from tests.warm import run_warm
+
+
+@pytest.fixture(scope="module")
+def report(scripts_on_path: None) -> ModuleType:
+    """examples/proof/report.py, whose name a script of the quickstart has too."""
+    spec = importlib.util.spec_from_file_location("proof_report", PROOF / "report.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+BASE, ARM = [0.30, 0.28, 0.33, 0.25, 0.31], [0.20, 0.21, 0.19, 0.18, 0.22]
+
+
+def by_seed(values: list[float]) -> dict[int, dict[str, float]]:
+    return {seed: {"wrong facts": value} for seed, value in enumerate(values)}
+
+
+def test_intervals_and_p_values_are_those_of_a_paired_t_test(report: ModuleType) -> None:
+    TESTS, Interval, cut, p_value = report.TESTS, report.Interval, report.cut, report.p_value
+
+    scale = sum(BASE) / len(BASE)
+    expected = stats.ttest_rel(BASE, ARM)
+    scores = {"none": by_seed(BASE), "phrase": by_seed(ARM)}
+    found = cut(scores, "phrase", "none", "wrong facts")
+    inside = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((inside.low / scale, inside.high / scale))
+    assert p_value(TESTS[0], scores) == pytest.approx(expected.pvalue)
+    assert Interval.of([0.5]).low == float("-inf")  # one seed tells nothing
+    lonely = {"none": by_seed(BASE), "phrase": {7: {"wrong facts": 0.1}}}
+    assert cut(lonely, "phrase", "none", "wrong facts") is None  # no seed that both have
+
+
+@pytest.mark.parametrize("shift", [-0.06, -0.02, 0.0, 0.01, 0.05])
+def test_equivalence_is_shown_where_the_interval_lies_within_its_bounds(report: ModuleType, shift: float) -> None:
+    """The textbook's other form, the interval of 90 %, of two tests at 5 %: catches a swapped side or bound."""
+    EQUIVALENT, LEVEL, Test, p_value = report.EQUIVALENT, report.LEVEL, report.Test, report.p_value
+
+    arm = [value + shift + wobble for value, wobble in zip(BASE, (0.01, -0.01, 0.02, -0.02, 0.0), strict=True)]
+    test = Test("", "HACL own", "contrastive", "wrong facts", equivalence=True)
+    shown = p_value(test, {"contrastive": by_seed(BASE), "HACL own": by_seed(arm)}) < LEVEL
+    inside, bound = stats.ttest_rel(BASE, arm).confidence_interval(0.90), EQUIVALENT * sum(BASE) / len(BASE)
+    assert shown == (-bound < inside.low and inside.high < bound)
+    assert shown == (abs(shift) <= 0.02)
+
+
+def test_several_tests_share_one_level_as_holm_has_it(report: ModuleType) -> None:
+    holm = report.holm
+
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R's p.adjust
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_verdicts_say_what_is_shown_and_what_is_not(report: ModuleType) -> None:
+    verdicts = report.verdicts
+
+    def answer(arm: list[float], number: int = 0) -> str:
+        lines = verdicts({"none": by_seed(BASE), "phrase": by_seed(arm), "sham": by_seed(BASE)})
+        return lines[2 + number].split(" | ")[-1]
+
+    assert answer(ARM) == "yes; at least 30 % |"
+    assert answer([value - 0.05 for value in ARM[::-1]]).startswith("yes; at least 30 %")
+    fewer = [value * 0.9 - wobble for value, wobble in zip(BASE, (0.01, -0.01, 0.0, 0.005, 0.0), strict=True)]
+    assert answer(fewer) == "yes; less than 30 %, and perhaps less than a useful 10 % |"
+    assert answer([value * 1.2 for value in BASE]) == "**more errors** |"
+    assert answer([0.1, 0.4, 0.3, 0.2, 0.35]) == "not told from 0 |"
+
+
+FORKING = """
+import os, sys
+from pathlib import Path
+from forks import call, call_all
+
+def fail():
+    print("what went wrong")
+    raise ValueError("so it is")
+
+def leave(path):
+    (Path(path) / str(os.getpid())).touch()
+
+log = Path(sys.argv[1]) / "log"
+call(lambda: print("said"), log)
+try:
+    call(fail, log)
+except RuntimeError as error:
+    assert "ValueError: so it is" in str(error) and "status 1" in str(error), error
+assert log.read_text().split()[:4] == ["said", "what", "went", "wrong"], log.read_text()
+folder = Path(sys.argv[1]) / "left"
+folder.mkdir()
+assert call_all([lambda: leave(folder), lambda: sys.exit(3), lambda: leave(folder)], 2) == 1
+assert len(list(folder.iterdir())) == 2 and str(os.getpid()) not in [path.name for path in folder.iterdir()]
+print("the parent goes on")
+"""
+
+
+def test_work_in_children_is_logged_and_its_failure_told(tmp_path: Path) -> None:
+    """In a process without threads: catches a child that goes on as its parent, a failure unheard, work left out."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, str(tmp_path)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(PROOF)},
+    )  # fmt: skip
+    assert done.stdout == "the parent goes on\n", done.stdout + done.stderr
+
+
+def answered(data: Path, limit: int, wrong: int) -> dict:
+    """score_run.py's answers: all true, but for the first `wrong` scenes, which are said to show a thing too many."""
+    from draw_world import read_scene, read_scenes
+    from world import absent_kinds, description
+
+    spoken, lines = {}, []
+    questions = json.loads((data / "test.questions.json").read_text())
+    for number, (name, record) in enumerate(list(read_scenes(data, "test").items())[:limit]):
+        scene = read_scene(record)
+        spoken[name] = description(scene)
+        if number < wrong:
+            colour, shape = absent_kinds(scene, True)[0]
+            spoken[name] = f"The picture shows a {colour} {shape}."
+        for line in questions:
+            if line["image"] == name:
+                true, false = ("Yes.", "No.") if line["label"] == "yes" else ("No.", "Yes.")
+                lines.append(line | {"answer": false if number < wrong else true})
+    return {"descriptions": spoken, "yes/no": lines}
+
+
+def test_the_report_is_made_from_stored_answers_alone(data: Path, tmp_path: Path) -> None:
+    """Scores from the digits equal the scorer's own; runs that are stored need not be there any more."""
+    from run_arms import folder_of
+    from score_run import score_answers
+    from stored import read
+
+    output, stored = tmp_path / "proof", tmp_path / "answers.jsonl.xz"
+    output.mkdir()
+    (output / "data").symlink_to(data)
+    scored = {}
+    for arm, wrong in (("none", 6), ("phrase", 3)):
+        for seed in (1, 2):
+            for stage in ("pretrain", "finetune"):
+                answers = answered(data, 12, wrong + seed)
+                scores = score_answers(answers, data) | {"preference accuracy sum": 0.9}
+                scored[arm, seed] = scores
+                path = folder_of(output, "web", arm, seed) / f"{stage}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"split": "test", "scores": scores, "answers": answers}))
+    command = [str(PROOF / "report.py"), "--answers", str(stored), "--output", str(tmp_path / "report")]
+    done = run_warm([*command, "--collect", str(output)])
+    assert done.returncode == 0, done.stderr
+    runs = read(stored)
+    assert len(runs) == 8
+    for run in runs:
+        expected = scored[run.arm, run.seed]
+        for metric in ("yes/no errors", "CHAIR_i", "cover", "preference accuracy sum"):
+            assert run.metrics()[metric] == pytest.approx(expected[metric]), (run.arm, metric)
+        hallucinated = sum(map(int, run.hallucinated))
+        missed = (1 - expected["cover"]) * sum(map(int, run.present))
+        assert run.metrics()["wrong facts"] == pytest.approx((hallucinated + missed) / sum(map(int, run.present)))
+        resampled = np.random.default_rng(0).integers(12, size=(4000, 12))
+        by_scene = np.array(list(map(int, run.wrong))).reshape(12, 2).mean(1)
+        assert run.spread_of_scenes("yes/no errors") == pytest.approx(by_scene[resampled].mean(1).std(), rel=0.15)
+    first = (tmp_path / "report" / "results.md").read_text()
+    assert "| phrase (2) |" in first and (tmp_path / "report" / "forest.png").stat().st_size > 20_000
+    shutil.rmtree(output)
+    done = run_warm(command)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report" / "results.md").read_text() == first
