@@ -25,8 +25,9 @@ PATH = re.compile(r"(?<![\w./-])(?:examples|hacl_megatron|tests|tools)/[\w./*-]*
 FILE = re.compile(r"(?<!`)`([\w-]+\.(?:py|sh|yaml|sbatch))`")
 FILES_ELSEWHERE = {"eval_gpt4.py", "inference.py"}
 """MMHal-Bench's and AMBER's."""
-FLAGS_ELSEWHERE = {"--nproc-per-node", "--shutdown-timeout", "--no-build-isolation"}
-"""torchrun's, and pip's."""
+FLAGS_ELSEWHERE = {"--nproc-per-node", "--shutdown-timeout", "--no-build-isolation", "--include_path", "--model_args"}
+FLAGS_ELSEWHERE |= {"--batch_size", "--output_path"}
+"""torchrun's, pip's, and lmms-eval's."""
 
 
 def blocks(text: str, language: str) -> list[str]:
