@@ -28,16 +28,18 @@ ARMS: dict[str, list[str]] = {
     "HACL own apart": ["--hallucination-negatives", "own", "--heads-init", "independent"],
     "sham": ["--hallucination-negatives", "own"],
     "HACL dosed": ["--hallucination-negatives", "own", "--hallucination-weight", "64"],
-    "phrase": ["--contrastive-weight", "0", "--preference-loss", "phrase"],
-    "dpo": ["--contrastive-weight", "0", "--preference-loss", "dpo"],
-    "HACL + phrase": ["--hallucination-negatives", "own", "--preference-loss", "phrase"],
-}
+    "phrase": ["--contrastive-weight", "0", "--preference-loss", "phrase", "--preference-weight", "0.03"],
+    "dpo": ["--contrastive-weight", "0", "--preference-loss", "dpo", "--preference-weight", "0.3"],
+    "HACL + phrase": [
+        "--hallucination-negatives", "own", "--preference-loss", "phrase", "--preference-weight", "0.03",
+    ],
+}  # fmt: skip
 """Stage 1's flags of each arm, beside pretrain.yaml. The contrast of `sham` reads other pictures' alt texts and twins;
 a twin of `HACL dosed` weighs as much as the 64 captions of the batch."""
 
 
-FIRST_ARMS = list(ARMS)[:7]
-"""Those of README.md's results; the others have not been run."""
+ARMS_OF_THE_PROOF = ("none", "sham", "contrastive", "HACL own", "HACL dosed", "phrase", "dpo", "HACL + phrase")
+"""Of README.md's protocol; the others are those of the first experiment (earlier/README.md)."""
 
 
 class Regime(NamedTuple):
@@ -56,7 +58,7 @@ class Regime(NamedTuple):
 REGIMES: dict[str, Regime] = {
     "web": Regime("web", "", "language", []),
     "habit": Regime("web", "habit_", "language", []),
-    "clean": Regime("clean", "", "language", ["--lr", "6e-3"]),
+    "clean": Regime("clean", "", "language", []),
     "telling": Regime("web", "", "telling", ["--contrastive-weight", "0.03"]),
 }
 """See README.md here."""
@@ -162,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/proof"))
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
-    parser.add_argument("--arms", nargs="+", default=FIRST_ARMS, choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=ARMS_OF_THE_PROOF, choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
