@@ -110,7 +110,7 @@ def kinds_in(path: Path, wanted: Iterable[int]) -> dict[int, Kinds]:
     last, found = max(wanted, default=-1), {}
     if last < 0:
         return found
-    for number, (_, record) in enumerate(read_records(path)):
+    for number, (*_, record) in enumerate(read_records(path)):
         if number in wanted:
             found[number] = kinds_of(record)
         if number == last:
