@@ -182,17 +182,19 @@ def way_of_run(args: argparse.Namespace):
 
 
 def kinds_of_edits(args: argparse.Namespace, manifest, chosen: list[int]) -> tuple[dict[int, dict], list[str]]:
-    """Kinds of edit of the chosen samples' hallucinated captions, by index; prepared folders whose records are gone."""
+    """Kinds of edit of the chosen samples' hallucinated captions, by index; the data of which they are not known here:
+    prepared, or at a URL."""
+    from hacl_megatron.config.files.urls import is_url
     from hacl_megatron.hallucinate.items import kinds_in
 
     found, without, start = {}, [], 0
-    for path, number in zip(map(Path, args.data_path), manifest.samples_per_file, strict=True):
+    for path, number in zip(args.data_path, manifest.samples_per_file, strict=True):
         own = [index - start for index in chosen if 0 <= index - start < number]
         own = [at for at in own if (s := manifest[start + at]).hallucinated_captions or s.listed_pairs]
-        if own and path.is_dir():
-            without.append(str(path))
+        if own and (is_url(path) or path.endswith(".arrow") or Path(path).is_dir()):
+            without.append(path)
         elif own:
-            found |= {start + at: kinds for at, kinds in kinds_in(path, own).items()}
+            found |= {start + at: kinds for at, kinds in kinds_in(Path(path), own).items()}
         start += number
     return found, without
 
@@ -269,7 +271,7 @@ def write(
         "shown": f"{len(chosen):,} of {len(manifest):,} samples, {bad:,} unusable",
     }
     if without_kinds:
-        facts["kinds of edit"] = f"not known of {', '.join(without_kinds)}, which is prepared; give the JSON"
+        facts["kinds of edit"] = f"not known of {', '.join(without_kinds)}; give the JSON, as a file here"
     if believed is not None:
         facts["model"] = args.load
         facts |= {

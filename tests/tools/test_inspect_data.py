@@ -5,7 +5,9 @@ import hashlib
 import io
 import json
 import re
+import runpy
 import zlib
+from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,12 +16,13 @@ import pytest
 from PIL import Image
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
+from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.show import compare, reason_class
 from tests.browser import Browser, needs_browser
 from tests.data import drawn_images
 from tests.data.tiny_tokenizer import write_tokenizer
 from tests.tiny_tiles import write_tiny_onevision
-from tests.tool_runs import run_tool
+from tests.tool_runs import TOOLS, run_tool
 
 V = 576
 EVIL = '<script>alert("x")</script> & <b>cat</b> \u202e\x07'
@@ -309,6 +312,19 @@ def test_pictures_of_many_samples_are_small(dataset):
     for size, page in ((192, many), (50, inspect(dataset, "--ids", "pair", "--picture-size", 50))):
         kind, _, data = page.sections[0]["image"].partition(",")
         assert kind == "data:image/webp;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (size, size)
+
+
+def test_data_that_holds_no_kinds_of_edits(dataset, tmp_path, monkeypatch):
+    """Catches a manifest, which --data-path takes by its name too, and a URL that are read as JSON."""
+    (tmp_path / "one.json").write_text(json.dumps(json.loads((dataset / "data.json").read_text())[:1]))
+    assert run_tool("prepare_data", "--input", tmp_path / "one.json", "--output", tmp_path / "out") == 0
+    arrow = str(tmp_path / "out" / "manifest.arrow")
+    page = inspect(dataset, "--data-path", arrow)
+    assert len(page.sections) == 1 and f"<b>not known of {arrow}; give the JSON, as a file here</b>" in page.around
+    monkeypatch.syspath_prepend(TOOLS)
+    kinds_of_edits = runpy.run_path(str(TOOLS / "inspect_data.py"))["kinds_of_edits"]
+    url = "s3://bucket/one.json"
+    assert kinds_of_edits(Namespace(data_path=[url]), Manifest.read([arrow], version="v1"), [0]) == ({}, [url])
 
 
 def test_reasons_of_one_class() -> None:
