@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
+from hacl_megatron.checkpoint.convert.model_card import ModelCard
 from hacl_megatron.checkpoint.convert.reader import ShardedReader
 from hacl_megatron.checkpoint.run.retain import prune
 from hacl_megatron.evaluation.answers.amber import DIMENSIONS, score_amber
@@ -271,6 +272,28 @@ def test_which_way_a_score_is_better_is_known_of_every_task(tmp_path: Path) -> N
     assert KeepBest(score="chair CHAIRi", folder=where).is_better({"chair CHAIRi": 0.1}, [{"chair CHAIRi": 0.2}, {}])
     best = KeepBest(score="pope f1", folder=where)
     assert not best.is_better({"pope f1": 0.2}, [{"pope f1": 0.2}]) and not best.is_better({}, [])
+
+
+def test_a_readme_of_ones_own_stays_beside_the_next_best_export(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Catches one that goes with the export that it described, and a link through which it gets into the new export."""
+    export, best = tmp_path / "export", KeepBest(score="pope f1", folder=tmp_path / "best")
+    export.mkdir()
+    for name in ("config.json", "hacl_heads.safetensors"):
+        (export / name).write_text("{}")
+    ModelCard(text="# Ours\n").write(export, tmp_path / "none")
+    ours = (export / "README.md").read_text()
+    best.keep(export, {"iteration": 1})
+    (export / "README.md").unlink()  # another export
+    ModelCard(text="# Ours, later\n").write(export, tmp_path / "none")
+    best.keep(export, {"iteration": 2})
+    later = (export / "README.md").read_text()
+    assert (best.folder / "README.md").read_text() == later != ours and not capsys.readouterr().out
+    (best.folder / "README.md").unlink()
+    (best.folder / "README.md").write_text("# Mine")
+    best.keep(export, {"iteration": 3})
+    assert (best.folder / "README.md").read_text() == "# Mine" and (export / "README.md").read_text() == later
+    assert "README.md is your own and stays as it is" in capsys.readouterr().out
+    assert json.loads((best.folder / FACTS_FILE).read_text())["iteration"] == 3
 
 
 @pytest.mark.parametrize(

@@ -48,13 +48,22 @@ class ModelCard:
     def write(self, folder: Path, before: Path) -> list[str]:
         """Write README.md into `folder`, which is to replace `before`; where that has one of the user's own, this
         stays. Returns notes."""
-        theirs = before / CARD_FILE
-        if theirs.is_file() and not is_ours(theirs):
-            (folder / CARD_FILE).write_bytes(theirs.read_bytes())
-            return [f"{theirs} is your own and stays as it is"]
+        if kept := keep_own_card(folder, before):
+            return [kept]
         digest = hashlib.sha256(self.text.encode()).hexdigest()[:16]
         (folder / CARD_FILE).write_text(self.text + "\n" + _MARK.format(digest), encoding="utf-8")
         return self.notes
+
+
+def keep_own_card(folder: Path, before: Path) -> str | None:
+    """Where `before`, which `folder` is to replace, has a README.md of the user's own, put it into `folder` in the place
+    of what is there; returns a note of it."""
+    theirs = before / CARD_FILE
+    if not theirs.is_file() or is_ours(theirs):
+        return None
+    (folder / CARD_FILE).unlink(missing_ok=True)  # it may be a link to another folder's
+    (folder / CARD_FILE).write_bytes(theirs.read_bytes())
+    return f"{theirs} is your own and stays as it is"
 
 
 def is_ours(path: Path) -> bool:

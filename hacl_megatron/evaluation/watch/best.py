@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hacl_megatron.checkpoint.convert.model_card import keep_own_card
 from hacl_megatron.checkpoint.hf.export import why_no_export
 from hacl_megatron.checkpoint.hf.fresh_folder import check_target, fresh_folder
+from hacl_megatron.config.console import say
 from hacl_megatron.config.names import did_you_mean
 from hacl_megatron.evaluation.answers.benchmarks import BENCHMARKS
 
@@ -24,7 +26,7 @@ class KeepBest:
     score: str
     """A task and its metric, `pope f1`."""
     folder: Path
-    """An earlier export there is replaced."""
+    """An earlier export there is replaced, but for a README.md of the user's own."""
 
     def check(self, tasks: Iterable[str]) -> None:
         """Raises ValueError, in one line, for a score that none of `tasks` has, and for a folder of something else."""
@@ -53,7 +55,8 @@ class KeepBest:
             return None
 
     def keep(self, export: Path, record: dict[str, Any]) -> None:
-        """Put a copy of `export` into the folder; of the same file system's files, links to them."""
+        """Put a copy of `export` into the folder; of the same file system's files, links to them. A README.md of the
+        user's own that is there stays, and is said to."""
         self.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         files = [path for path in export.rglob("*") if path.is_file()]
         linked = os.stat(self.folder.absolute().parent).st_dev == os.stat(export).st_dev
@@ -66,6 +69,8 @@ class KeepBest:
                     os.link(path, target)
                 except OSError:  # another file system, or one without links
                     shutil.copyfile(path, target)
+            if kept := keep_own_card(partial, self.folder):
+                say(f"note: {kept}")
             (partial / FACTS_FILE).write_text(json.dumps({"kept for": self.score, **record}, indent=1) + "\n")
 
     def _sign(self) -> int:
