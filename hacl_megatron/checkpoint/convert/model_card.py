@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from hacl_megatron.checkpoint.convert.lora_base import origins
-from hacl_megatron.checkpoint.hf.json_files import read_json
 from hacl_megatron.checkpoint.run.folder import find_checkpoint, read_run_config
 from hacl_megatron.config.checks.foreign_files import LARGEST_CONFIG, own_file
 from hacl_megatron.config.console import printable
@@ -82,15 +81,18 @@ def model_card(checkpoint: Path, run: RunConfig, *, model_class: str, library: s
     """
     bases, notes = _bases(run), []
     names = [_code(hub_name(folder) or _name(str(folder))) for folder in bases]
-    ids = [found for folder in bases if (found := hub_name(folder)) is not None]
-    licence = next((found for folder in bases if (found := _licence(folder))), {})
+    unnamed = [str(folder) for folder in bases if hub_name(folder) is None]
+    ids = [] if unnamed else [hub_name(folder) for folder in bases]
+    licence, licence_notes = _licence_of_all(run, bases)
     metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "image-text-to-text"}
     metadata |= {"base_model": ids[0] if len(ids) == 1 else ids} if ids else {}
     metadata |= {**licence, "tags": ["hacl", "llava", "hallucination"]}
-    missing = [] if ids else ["base_model (the base's name on the hub is not known here)"]
+    of = f" of {', '.join(unnamed)}" if unnamed else ""
+    missing = [] if ids else [f"base_model (the base's name on the hub is not known here{of})"]
     missing += [] if licence else ["license (the base's folder states none)"]
     if missing:
         notes.append(f"{CARD_FILE} lacks {' and '.join(missing)}: add what is right before you upload it")
+    notes += licence_notes
     iteration = int(checkpoint.name.removeprefix("iter_")) if checkpoint.name.startswith("iter_") else None
     rows = {
         "model": f"`{model_class}`",
@@ -120,18 +122,12 @@ def model_card(checkpoint: Path, run: RunConfig, *, model_class: str, library: s
 
 
 def hub_name(folder: Path) -> str | None:
-    """`organisation/name` of a model on the hub, where its folder tells: it lies in the hub's cache, or its config
-    says."""
+    """`organisation/name` of a model on the hub, where its folder lies in the hub's cache. A config's `_name_or_path`
+    says what the base itself was made from, and is not asked."""
     for part in folder.absolute().parts:
         if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
             return f"{match[1]}/{match[2]}"
-    config = folder / "config.json"
-    try:
-        name = read_json(config).get("_name_or_path") if config.is_file() else None
-    except ValueError:
-        return None
-    is_name = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    return name if is_name and not Path(name).exists() else None
+    return None
 
 
 def _bases(run: RunConfig) -> list[Path]:
@@ -154,6 +150,19 @@ def _run_before(run: RunConfig) -> RunConfig | None:
         return None if before is None else read_run_config(before)
     except ValueError:  # gone or damaged meanwhile
         return None
+
+
+def _licence_of_all(run: RunConfig, bases: list[Path]) -> tuple[dict[str, str], list[str]]:
+    """(Licence of the language model, or of the whole model, that the run started from; notes of whose it is, and of
+    other bases' that differ): a tower's licence is not that of the model around it."""
+    folder = next(origins(run), None)
+    licence = _licence(folder) if folder is not None else {}
+    notes = [f"{CARD_FILE} states the license of {folder}, {licence['license']}"] if licence else []
+    for other in bases:
+        theirs = {} if other == folder else _licence(other)
+        if theirs and theirs != licence:
+            notes.append(f"{other} has another license, {theirs['license']}: see that your model keeps to it too")
+    return licence, [printable(note) for note in notes]
 
 
 def _licence(folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hacl_megatron.checkpoint.convert.model_card import hub_name, is_ours
+from hacl_megatron.checkpoint.convert.model_card import hub_name, is_ours, model_card
 from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE, locate_checkpoint, read_run_config
 from hacl_megatron.config.run import to_yaml
 from tests.tiny import write_tiny_llava
@@ -114,18 +114,40 @@ def test_a_licence_that_is_not_there_is_said(
     assert "| started from | `my base` |" in (out / "README.md").read_text()
 
 
-def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a path of this machine that is taken for a name."""
-    for name, expected in (("lmsys/vicuna-7b", "lmsys/vicuna-7b"), ("/data/vicuna", None), ("./a/b", None), (3, None)):
-        (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": name}))
-        assert hub_name(tmp_path) == expected
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "lmsys" / "vicuna-7b").mkdir(parents=True)
+def test_names_on_the_hub(tmp_path: Path) -> None:
+    """Catches the name of what a base was itself tuned from: `save_pretrained` writes it into the base's config."""
     (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "lmsys/vicuna-7b"}))
-    assert hub_name(tmp_path) is None, "a folder here"
-    (tmp_path / "config.json").write_text("{")
     assert hub_name(tmp_path) is None
     assert hub_name(Path("/x/models--a--b-c/snapshots/1")) == "a/b-c"
+
+
+def test_a_towers_licence_and_name_are_not_the_models(
+    tmp_path: Path, save: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Catches a model that bears its tower's licence, where the language model states none or another."""
+    tower = tmp_path / "models--openai--clip" / "snapshots" / "1"
+    language = tmp_path / "llama"
+    for folder, licence in ((tower, "mit"), (language, "")):
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n" if licence else "# A model\n")
+    config = read_run_config(locate_checkpoint(save))
+    config.model.pretrained_checkpoint, config.model.vision_tower = str(language), str(tower)
+
+    def card() -> tuple[dict, str]:
+        made = model_card(save / "iter_0000020", config, model_class="X", library="transformers")
+        made.write(tmp_path, tmp_path / "none")
+        return ModelCard.load(tmp_path / "README.md").data.to_dict(), "\n".join(made.notes)
+
+    metadata, notes = card()
+    assert not {"license", "base_model"} & metadata.keys()
+    assert f"not known here of {language})" in notes and "license (the base's folder states none)" in notes
+    assert f"{tower} has another license, mit" in notes
+    (language / "README.md").write_text("---\nlicense: llama2\n---\n")
+    metadata, notes = card()
+    assert metadata["license"] == "llama2" and f"states the license of {language}, llama2" in notes
+    assert f"{tower} has another license, mit" in notes
+    (tower / "README.md").write_text("---\nlicense: llama2\n---\n")
+    assert "another license" not in card()[1]
 
 
 def test_a_model_that_was_only_converted_tells_no_training(tmp_path: Path) -> None:
