@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ class ModelCard:
 
 
 def keep_own_card(folder: Path, before: Path) -> str | None:
-    """Where `before`, which `folder` is to replace, has a README.md of the user's own, put it into `folder` in the place
-    of what is there; returns a note of it."""
+    """Where `before`, which `folder` is to replace, has a README.md of the user's own, put it into `folder`, over what
+    is there; returns a note of it."""
     theirs = before / CARD_FILE
     if not theirs.is_file() or is_ours(theirs):
         return None
@@ -98,6 +99,7 @@ def model_card(checkpoint: Path, run: RunConfig, *, model_class: str, library: s
         "model": f"`{model_class}`",
         "started from": ", ".join(names) or "random weights",
         "trained on": _names(run.data.data_path),
+        "before that, on": _names(dict.fromkeys(path for one in _runs_before(run) for path in _data(one))),
         "image-caption pairs of": _names(run.data.contrastive_data_path),
         "validated on": _names(run.data.valid_data_path),
         "conversation template": _code(run.data.version),
@@ -132,14 +134,22 @@ def hub_name(folder: Path) -> str | None:
 
 def _bases(run: RunConfig) -> list[Path]:
     """Folders of Hugging Face that the run's weights came from, through the runs before it."""
-    found = [*origins(run)]
-    config: RunConfig | None = run
-    for _ in range(100):
-        if config is None:
-            break
-        found += [Path(config.model.vision_tower)] if config.model.vision_tower else []
-        config = _run_before(config)
-    return [*dict.fromkeys(found)]
+    towers = [config.model.vision_tower for config in (run, *_runs_before(run))]
+    return [*dict.fromkeys([*origins(run), *(Path(tower) for tower in towers if tower)])]
+
+
+def _runs_before(run: RunConfig) -> list[RunConfig]:
+    """The run that its weights came from, the one before that, and so on, as far as they are there."""
+    found: list[RunConfig] = []
+    before = _run_before(run)
+    while before is not None and len(found) < 100:
+        found.append(before)
+        before = _run_before(before)
+    return found
+
+
+def _data(run: RunConfig) -> list[str]:
+    return [*run.data.data_path, *run.data.contrastive_data_path]
 
 
 def _run_before(run: RunConfig) -> RunConfig | None:
@@ -226,7 +236,7 @@ def _command(run: RunConfig) -> str:
             shown = [_name(str(one)) for one in value] if isinstance(value, list | tuple) else [_name(str(value))]
             lines.append(f"--{item.name.replace('_', '-')} {shlex.join(shown)}")
     for section, values in (("transformer", run.transformer), ("ddp", run.ddp), ("optimizer", run.optimizer_overrides)):
-        lines += [f"# {section}: {printable(json.dumps(values, default=str))}"] if values else []
+        lines += [f"# {section}: {printable(json.dumps(_without_paths(values), default=str))}"] if values else []
     flags = [line for line in lines if not line.startswith("#")]
     comments = [line for line in lines if line.startswith("#")]
     return "\n".join([*comments, " \\\n  ".join(flags)]).replace("```", "")
@@ -254,13 +264,22 @@ def _table(rows: dict[str, str]) -> str:
     return "| | |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
 
 
-def _names(paths: list[str] | tuple[str, ...]) -> str:
+def _names(paths: Iterable[str]) -> str:
     return ", ".join(_code(_name(path)) for path in paths)
 
 
 def _name(path: str) -> str:
     """The last name of a path or address, without what may stand behind a `?`; a value that is no path as it is."""
     return re.split(r"[?#]", path)[0].rstrip("/").rpartition("/")[2] if "/" in path else path
+
+
+def _without_paths(value: Any) -> Any:
+    """A value of YAML, with the last names of the paths in it."""
+    if isinstance(value, dict):
+        return {key: _without_paths(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(one) for one in value]
+    return _name(str(value)) if isinstance(value, str | Path) else value
 
 
 def _code(text: str) -> str:

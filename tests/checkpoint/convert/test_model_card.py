@@ -66,6 +66,18 @@ def test_it_tells_the_run_and_nothing_of_its_machine(export: Path, save: Path) -
         assert hidden not in text, hidden
 
 
+def test_it_tells_the_data_of_the_runs_before(save: Path) -> None:
+    """Catches a stage 1 whose data nobody learns of, and paths inside the sections of megatron-core."""
+    config = read_run_config(locate_checkpoint(save))
+    config.model.pretrained_checkpoint = str(save)
+    config.data.data_path, config.data.contrastive_data_path = ["/home/somebody/stage2.json"], []
+    config.transformer = {"one": {"files": ["/home/somebody/a.json"], "size": 3}, "other": "/home/somebody/b.json"}
+    text = model_card(save / "iter_0000020", config, model_class="X", library="transformers").text
+    assert "| trained on | `stage2.json` |\n| before that, on | `llava/'mix'.json`, `part` |\n" in text
+    assert '# transformer: {"one": {"files": ["a.json"], "size": 3}, "other": "b.json"}' in text
+    assert "somebody" not in text
+
+
 def test_a_readme_of_ones_own_stays(save: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Catches a text that --force takes away, and one of ours that stays though the run has gone on."""
     out = to_hf(save, tmp_path / "out")
