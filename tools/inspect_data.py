@@ -27,7 +27,7 @@ MANY, SMALL = 64, 192
 DEFAULTS = {
     "version": "v1", "image_aspect_ratio": "pad", "image_transparency": "drop", "image_orientation": "ignore",
     "image_backend": "auto", "model_max_length": 2048, "contrastive_image_context": "image",
-    "max_image_pixels": MAX_IMAGE_PIXELS,
+    "max_image_pixels": MAX_IMAGE_PIXELS, "preference_loss": "none",
 }  # fmt: skip
 """Of the flags that are a run's own with --load."""
 
@@ -61,8 +61,7 @@ def parse() -> argparse.Namespace:
     seen.add_argument(
         "--preference-loss",
         choices=("none", "dpo", "mdpo", "phrase"),
-        default="none",
-        help="also show the tokens that it compares",
+        help="also show the tokens that it compares (none)",
     )
     seen.add_argument("--max-image-pixels", type=int, help=f"({MAX_IMAGE_PIXELS})")
     asked = parser.add_argument_group("what a model believes", "By caption preference and retrieval of evaluate.py.")
@@ -170,12 +169,14 @@ def way_of_run(args: argparse.Namespace):
     """(folder of the checkpoint, RunConfig): the run's, with the flags that are given laid over it."""
     from dataclasses import replace
 
-    from hacl_megatron.assemble.loaded_model import forward_config
+    from hacl_megatron.assemble.loaded_model import forward_config, saved_config
 
     source, config = forward_config(args.load, load_settings(args))
-    parts = {}
+    own = saved_config(args.load)[1].preference  # a forward pass needs none of it
+    weighed = replace(config.preference, preference_loss=own.preference_loss, preference_weight=own.preference_weight)
+    config, parts = replace(config, preference=weighed), {}
     for part in ("data", "objective", "preference"):
-        names = [name for name in (*DEFAULTS, "preference_loss") if hasattr(getattr(config, part), name)]
+        names = [name for name in DEFAULTS if hasattr(getattr(config, part), name)]
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         parts[part] = replace(getattr(config, part), **given)
     return source, replace(config, **parts)
