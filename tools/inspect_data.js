@@ -1,5 +1,14 @@
 "use strict";
 // Pages through the samples: chooses and orders them by the index, and unpacks the ones that are looked at.
+for (const kind of ["error", "unhandledrejection"]) addEventListener(kind, (event) => {
+  const line = document.createElement("p");
+  line.className = "reason";
+  const why = typeof DecompressionStream === "undefined"
+    ? "this browser cannot unpack them; open the page in a newer one (Chrome 80, Firefox 113, Safari 16.4 or later)"
+    : `${event.reason ?? event.message}; write the page again, or report this`;
+  line.textContent = `The samples cannot be shown: ${why}.`;
+  document.getElementById("samples").replaceChildren(line);
+});
 const index = JSON.parse(document.getElementById("index").textContent);
 const samples = index.samples;
 const byId = (id) => document.getElementById(id);

@@ -148,6 +148,6 @@ def _twin(text: str, kinds: tuple[str, ...], beliefs: "Beliefs | None") -> _Twin
     return _Twin(
         kinds=kinds,
         values=_values(beliefs.twins[text]),
-        margins={measure: f"{value:+.2f}" for measure, value in margins.items()},
+        margins={name: f"{value:+.3f}" if name == "cosine" else f"{value:+.2f}" for name, value in margins.items()},
         believed=[measure for measure, value in margins.items() if value <= 0],
     )

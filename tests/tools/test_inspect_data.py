@@ -445,3 +445,13 @@ def test_a_page_is_searched_filtered_ordered_and_turned(many):
             browser.wait("drawn && drawn === drawing")
             assert browser.run("document.documentElement.scrollWidth") <= width
         assert not browser.problems and browser.run("window.evil") is None
+
+        for broken, says in (
+            ("document.getElementById('s20').textContent = 'AAAA'", "The samples cannot be shown: "),
+            ("window.DecompressionStream = undefined", "this browser cannot unpack them; open the page in a newer one"),
+        ):
+            browser.open(path)
+            browser.wait("drawn && drawn === drawing")
+            browser.run(f"{{ {broken}; document.querySelector('.on').click() }}")
+            browser.wait("document.querySelector('#samples > .reason') !== null")
+            assert says in browser.run("document.getElementById('samples').textContent"), "a page that stays as it was"
