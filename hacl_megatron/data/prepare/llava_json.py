@@ -110,12 +110,12 @@ def _json_lines(path: str, file: Any, span: Span | None) -> Iterator[tuple[int, 
             span.skipped += not _is_blank(data, number)
             start += len(data)
             continue
+        start += len(data)
         data = data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
         try:
             text = data.decode("utf-8", _LONE_SURROGATES)
         except UnicodeDecodeError as error:
-            raise _not_utf8(path, start + error.start) from error
-        start += len(data)
+            raise _not_utf8(path, start - len(data) + error.start) from error
         if not text.strip():
             continue
         try:

@@ -105,6 +105,11 @@ def test_shares_take_each_record_once_and_name_it_as_in_the_file(source) -> None
         found = [read_records(path, span=span) for span in shares if span is not None]
         assert [(record.name, record.turns) for some in found for record, _ in some] == every
     lines = Path(path).read_text().splitlines(keepends=True)
+    Path(path).write_text("".join(lines), encoding="utf-8-sig")  # a byte-order mark is bytes of the first line
+    for count in range(2, 30):
+        shares = [Share(number=number, count=count).spans([path])[0] for number in range(count)]
+        found = [read_records(path, span=span) for span in shares if span is not None]
+        assert [(record.name, record.turns) for some in found for record, _ in some] == every, count
     Path(path).write_text("".join([*lines[:260], '{"id": 1,\n', *lines[261:]]))
     (span,) = Share(number=2, count=3).spans([path])
     with pytest.raises(ValueError, match=r"broken JSON in line 261, column"):
