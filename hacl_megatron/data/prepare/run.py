@@ -191,7 +191,7 @@ def _prepare_share(
 
 def _share_key(settings: PrepareSettings, tokenizer: Tokenizer | None) -> str:
     """Of what has to be the same for all shares."""
-    files = [(os.path.abspath(path), os.path.getsize(path)) for path in settings.inputs]
+    files = [(os.path.abspath(path), (at := os.stat(path)).st_size, at.st_mtime_ns) for path in settings.inputs]
     return json.dumps([FORMAT, _fingerprint(settings, tokenizer), files, settings.num_shards])
 
 

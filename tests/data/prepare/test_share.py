@@ -1,6 +1,7 @@
 """A preparation that several processes share gives, once joined, the very files of a single one."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -160,6 +161,11 @@ def test_shares_of_other_files_or_settings_are_not_joined(source) -> None:
         run_prepare(settings(source, shard_index=index, **shared))
     with pytest.raises(ValueError, match="2 of 2 shares are not done with these settings and files"):
         run_prepare(settings(source, merge=True, tokenizer=str(source / "tokenizer"), **shared))
+    written = os.stat(inputs[0]).st_mtime_ns
+    os.utime(inputs[0], ns=(0, 0))  # written anew, with as many bytes
+    with pytest.raises(ValueError, match="2 of 2 shares are not done with these settings and files"):
+        run_prepare(settings(source, merge=True, **shared))
+    os.utime(inputs[0], ns=(written, written))
     with open(inputs[0], "a") as file:
         file.write(json.dumps(records(9, 1, 1)[0]) + "\n")
     with pytest.raises(ValueError, match="2 of 2 shares are not done with these settings and files"):
