@@ -75,8 +75,9 @@ def generate(args: argparse.Namespace) -> int:
         if args.report:
             raise ValueError("--report tells of the records of one process; leave it out with --num-shards")
         names = ("method", "seed", "per_caption", "replace", "model", "temperature", "attempts", "fill_with_rules")
-        check_paths(args.input, args.output, force=args.force)
+        check_paths(args.input, args.output, force=True)
         settings = settings_of(args.input, **{name: getattr(args, name) for name in names})
+        check_paths(args.input, args.output, force=args.force or (args.merge and is_done(args.output, settings)))
     if args.merge:
         print(f"written to {args.output}, {merge_shares(args.output, args.num_shards, settings):,} bytes")
         return 0

@@ -31,6 +31,7 @@ from hacl_megatron.data.prepare.records.captions import read_captions
 from hacl_megatron.data.prepare.records.images import IMAGE_KEYS, count_images
 from hacl_megatron.data.prepare.records.values import Wrong, describe
 from hacl_megatron.data.prepare.share import Share, Span
+from hacl_megatron.hallucinate.answers import AnswerLog
 
 EDITS_KEY = "Hallucination edits"
 """Beside the released key: for each hallucinated caption a list of {"kind", "before", "after"}."""
@@ -150,7 +151,8 @@ def share_target(target: Path, share: Share) -> Path:
 
 def settings_of(source: Path, **settings: Any) -> dict[str, Any]:
     """What has to be the same for all shares."""
-    return {"input": os.path.abspath(source), "bytes": source.stat().st_size, **settings}
+    found = source.stat()
+    return {"input": os.path.abspath(source), "bytes": found.st_size, "written_ns": found.st_mtime_ns, **settings}
 
 
 def write_done(target: Path, settings: dict[str, Any]) -> None:
@@ -169,11 +171,14 @@ def is_done(target: Path, settings: dict[str, Any]) -> bool:
 
 
 def merge_shares(target: Path, count: int, settings: dict[str, Any]) -> int:
-    """Joins the shares into `target`, and what was rejected likewise; removes them. Returns the bytes of `target`.
+    """Joins the shares into `target`, what was rejected and a model's answers likewise; removes them. Returns the bytes
+    of `target`. Where an earlier start was killed while it removed them, it removes what is left.
 
-    Raises ValueError naming the shares that are not done.
+    Raises ValueError naming the shares that are not done, or where all hold nothing.
     """
     shares = [share_target(target, Share(number=number, count=count)) for number in range(count)]
+    if is_done(target, settings):
+        return _remove(shares, target)
     missing = [number for number, share in enumerate(shares) if not is_done(share, settings)]
     if missing:
         more = ", ..." if len(missing) > 10 else ""
@@ -181,14 +186,30 @@ def merge_shares(target: Path, count: int, settings: dict[str, Any]) -> int:
             f"{len(missing)} of {count} shares of --output {target} are not done with these settings and this input: "
             f"--shard-index {', '.join(map(str, missing[:10]))}{more}; run them (again), then --merge"
         )
+    is_lines = target.suffix == ".jsonl"
+    if all(share.stat().st_size == (0 if is_lines else len(_EMPTY)) for share in shares):
+        raise ValueError(f"{settings['input']}: holds no records; expected at least one")
+    if any(answers_of(share).is_file() for share in shares):
+        with AnswerLog(answers_of(target)):  # of an earlier start, whose last line may be cut
+            pass
+    for place in (answers_of, _rejected):
+        found = [path for share in shares if (path := place(share)).is_file()]
+        if found:
+            earlier = [place(target)] if place is answers_of else []
+            with writing(place(target)) as file:
+                _join(earlier + found, file.buffer, lines=True)
     with writing(target) as file:
-        _join(shares, file.buffer, lines=target.suffix == ".jsonl")
-    rejected = [path for share in shares if (path := _rejected(share)).is_file()]
-    if rejected:
-        with writing(_rejected(target)) as file:
-            _join(rejected, file.buffer, lines=True)
-    for path in (*shares, *map(_done, shares), *rejected):
-        path.unlink()
+        _join(shares, file.buffer, lines=is_lines)
+    write_done(target, settings)
+    return _remove(shares, target)
+
+
+def _remove(shares: list[Path], target: Path) -> int:
+    """Removes joined shares and all that belongs to them; last what says that they are joined."""
+    for share in shares:
+        for path in (share, _done(share), _rejected(share), answers_of(share)):
+            path.unlink(missing_ok=True)
+    _done(target).unlink()
     return target.stat().st_size
 
 
@@ -215,6 +236,11 @@ def _join(paths: list[Path], out: IO[bytes], *, lines: bool) -> None:
 
 def _done(target: Path) -> Path:
     return target.with_name(f"{target.name}.done.json")
+
+
+def answers_of(target: Path) -> Path:
+    """Where a model's answers for `target` are kept."""
+    return target.with_name(f"{target.name}.answers.jsonl")
 
 
 def _rejected(target: Path) -> Path:

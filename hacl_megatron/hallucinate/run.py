@@ -13,7 +13,7 @@ from hacl_megatron.data.prepare.share import Share
 from hacl_megatron.hallucinate.answers import AnswerLog
 from hacl_megatron.hallucinate.ask import Endpoint, Verdict, ask_all, import_openai, judge, request_key
 from hacl_megatron.hallucinate.by_rules import hallucinate_all
-from hacl_megatron.hallucinate.files import RecordWriter, read_records, writing
+from hacl_megatron.hallucinate.files import RecordWriter, answers_of, read_records, writing
 from hacl_megatron.hallucinate.items import Item, items_of
 from hacl_megatron.hallucinate.report import Report
 from hacl_megatron.hallucinate.rules import Hallucination, hallucinate
@@ -142,7 +142,7 @@ def generate_by_llm(
     alone. Raises ValueError as `ask_all`.
     """
     import_openai()
-    with AnswerLog(target.with_name(target.name + ".answers.jsonl")) as log:
+    with AnswerLog(answers_of(target)) as log:
         totals = Totals()
         with _bar(source, "ask") as bar:
             asked = (

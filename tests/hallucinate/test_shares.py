@@ -1,6 +1,7 @@
 """A file that several processes write in shares is, once joined, byte for byte what one process writes."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -68,4 +69,51 @@ def test_an_llm_is_asked_once_by_whichever_share_and_what_it_refused_is_joined(t
     for ending in ("", ".rejected.jsonl"):
         one, other = (tmp_path / f"{name}.jsonl{ending}" for name in ("whole", "shared"))
         assert one.read_bytes() == other.read_bytes()
+        asked = sum(server.seen.values())
+        assert run_tool("generate_hallucinations", *common, "--output", tmp_path / "shared.jsonl", "--force") == 0
+        assert sum(server.seen.values()) == asked, "the joined answers are used again"
     assert json.loads((tmp_path / "shared.jsonl.rejected.jsonl").read_text())["id"] == "4"
+    assert not [*tmp_path.glob("*share-*")]
+
+
+def test_a_join_that_was_killed_while_it_removed_shares_goes_on(tmp_path: Path, monkeypatch) -> None:
+    """Catches a start anew that misses the shares that are joined already, and asks for them again."""
+    source, shared = save(tmp_path / "in.jsonl", some(9)), tmp_path / "shared.jsonl"
+    for index in range(3):
+        assert run(source, shared, "--num-shards", 3, "--shard-index", index) == 0
+    unlink, left = Path.unlink, [5]
+
+    def killed(path: Path, **more) -> None:
+        if "share-" in path.name:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+        unlink(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        assert run(source, shared, "--num-shards", 3, "--merge") != 0
+    whole = shared.read_bytes()
+    assert run(source, shared, "--num-shards", 3, "--merge") == 0
+    assert shared.read_bytes() == whole and {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "shared.jsonl"}
+
+
+def test_other_records_of_the_same_size_are_another_input(tmp_path: Path, capfd) -> None:
+    """Catches shares of two states of a file that are joined."""
+    source, shared = save(tmp_path / "in.jsonl", some(9)), tmp_path / "shared.jsonl"
+    assert run(source, shared, "--num-shards", 2, "--shard-index", 0) == 0
+    os.utime(source, ns=(0, 0))
+    assert run(source, shared, "--num-shards", 2, "--shard-index", 1) == 0
+    assert run(source, shared, "--num-shards", 2, "--merge") == 2
+    assert "--shard-index 0;" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_an_input_without_records_is_refused(tmp_path: Path, capfd, ending: str) -> None:
+    """As by one process: catches an empty file that is written in silence."""
+    source, shared = tmp_path / "in.jsonl", tmp_path / f"shared.{ending}"
+    source.write_text("\n\n")
+    for index in range(2):
+        assert run(source, shared, "--num-shards", 2, "--shard-index", index) == 0
+    assert run(source, shared, "--num-shards", 2, "--merge") == 2
+    assert "in.jsonl: holds no records; expected at least one" in capfd.readouterr().err and not shared.exists()
