@@ -21,6 +21,10 @@ from hacl_megatron.config.files.urls import check_url, split_url, without_secret
 
 RETRY_SECONDS, FIRST_LOOK_SECONDS = 180, 20
 """How long a request is repeated in a run, and at its start, where a wrong name or address is likelier."""
+FIRST_PAUSE_SECONDS = 0.5
+"""Before the second try; later pauses grow, by chance, up to 15 s."""
+_MOST_RETRIES = 100
+"""So many that the time ends them."""
 _KEYS = (
     "AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE",
@@ -191,13 +195,15 @@ def _store(scheme: str, host: str, first_look: bool) -> Any:
     options: dict[str, Any] = {
         "client_options": {"connect_timeout": "10s", "timeout": "60s", "allow_http": endpoint.startswith("http:")},
         "retry_config": {
-            "max_retries": 6 if first_look else 12,
-            "backoff": {
-                "base": 2, "init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15),
+            "max_retries": _MOST_RETRIES,
+            "backoff": {  # each pause is drawn between the first and `base` times the last: less than e does not grow
+                "base": 4,
+                "init_backoff": timedelta(seconds=FIRST_PAUSE_SECONDS),
+                "max_backoff": timedelta(seconds=15),
             },
             "retry_timeout": timedelta(seconds=FIRST_LOOK_SECONDS if first_look else RETRY_SECONDS),
         },
-    }  # fmt: skip
+    }
     if scheme in ("s3", "s3a"):
         options |= _from_profile()
     try:

@@ -26,6 +26,7 @@ def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     if "server" in request.fixturenames:
         monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("server").url)
+    monkeypatch.setattr(objects, "FIRST_PAUSE_SECONDS", 0.05)
     objects._store.cache_clear()
     yield
     objects._store.cache_clear()

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -141,6 +142,18 @@ def test_a_store_that_stays_away_is_no_fault_of_an_object(server, monkeypatch) -
     proxy.stop()
     one_line(error, "answer 503 SlowDown", "retries")
     assert proxy.counts["throttled"] > 2
+
+
+def test_a_store_that_comes_back_costs_nothing(server, monkeypatch) -> None:
+    """For longer than a dozen short pauses: catches a number of retries that ends before their time does."""
+    proxy = FaultyProxy(server.port, rates={"throttled": 1.0})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    objects._store.cache_clear()
+    back = threading.Timer(6, proxy.rates.clear)
+    back.start()
+    assert read_range(url("x.bin"), 5, 10) == DATA[5:15]
+    back.cancel()
+    proxy.stop()
 
 
 def test_a_package_that_is_not_installed_is_said(monkeypatch) -> None:
