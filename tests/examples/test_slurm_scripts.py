@@ -5,6 +5,7 @@ A program called sbatch writes down how it was called, and a launch.sh in a copy
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,15 @@ def test_chain_without_a_preference_is_both_stages_and_the_export(tmp_path: Path
         [["--dependency=afterok:7", "--nodes", "2", script("finetune_13b"), "--train-iters", "3"], variables],
         [["--dependency=afterok:8", script("convert")], variables],
     ]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/slurm/*.s*h*")), ids=lambda path: path.name)
+def test_srun_is_told_the_jobs_cores(path: Path) -> None:
+    """Since Slurm 22.05 it takes them from no job: catches programs that are left with one core of 32."""
+    text = path.read_text().replace("\\\n", "")
+    calls = [line for line in text.splitlines() if re.match(r"(setsid )?srun ", line)]
+    assert all('--cpus-per-task="$' in line for line in calls), calls
+    assert calls or path.name not in ("launch.sh", "prepare.sbatch", "convert.sbatch", "evaluate.sbatch")
 
 
 @pytest.mark.parametrize("given", [["--preference", "phrase", "--nodes=2"], ["--nodes=2", "--preference=phrase"]])
