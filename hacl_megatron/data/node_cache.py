@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 from hacl_megatron.config.console import notify
 from hacl_megatron.config.files.checksum import Checksum, checksum
-from hacl_megatron.config.files.objects import object_state, read_range
+from hacl_megatron.config.files.objects import ObjectChanged, object_state, read_range
 from hacl_megatron.config.files.urls import split_url
 from hacl_megatron.config.flags import DataFlags
 
@@ -99,7 +99,8 @@ class NodeCache:
     def whole(self, url: str, *, threads: int = 8) -> str:
         """Path of a copy of a whole object, which is made where there is none of its newest version.
 
-        Raises NoSuchObject, StoreError, and OSError where it cannot be written.
+        Raises NoSuchObject, StoreError (ObjectChanged where it is replaced meanwhile), and OSError where it cannot be
+        written.
         """
         state = object_state(url, first_look=True)
         self._make()
@@ -118,7 +119,10 @@ class NodeCache:
 
                 def copy(start: int) -> None:
                     size = min(_PIECE, state.size - start)
-                    os.pwrite(file.fileno(), read_range(url, start, size, version=state.version), start)
+                    data = memoryview(read_range(url, start, size, version=state.version))
+                    while data:  # a disk that fills up takes a part first, and says so of the next
+                        written = os.pwrite(file.fileno(), data, start)
+                        start, data = start + written, data[written:]
 
                 with ThreadPoolExecutor(threads, thread_name_prefix="copy") as pool:
                     try:
@@ -126,6 +130,9 @@ class NodeCache:
                     except BaseException:
                         pool.shutdown(cancel_futures=True)
                         raise
+                if not state.version.startswith('"') and object_state(url) != state:  # no tag that pieces are asked by
+                    raise ObjectChanged(f"{url}: changed while it was read; start again when it is finished")
+                os.fsync(file.fileno())
                 with contextlib.suppress(FileNotFoundError):  # without locks another may have moved it
                     os.replace(f"{path}.part", path)
                 for other in os.listdir(folder):

@@ -13,6 +13,7 @@ are read where the manifest says, and whatever its member headers name is not lo
 import hashlib
 import io
 import os
+import re
 import stat
 import threading
 from dataclasses import dataclass
@@ -22,11 +23,17 @@ from typing import BinaryIO
 from hacl_megatron.config.files.checksum import checksum
 from hacl_megatron.config.files.objects import NoSuchObject, NotThatLong, TooLarge, read_object, read_range
 from hacl_megatron.config.files.regular import NotRegular, only_regular
-from hacl_megatron.config.files.urls import below, check_url, inside, is_url
+from hacl_megatron.config.files.urls import below, check_url, inside, is_url, split_url
 from hacl_megatron.data.node_cache import NodeCache
 
 MAX_IMAGE_BYTES = 512 << 20
 """Eight bytes for each of the default `--max-image-pixels`; a larger file is refused unread."""
+
+
+_NOT_IN_KEYS = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+"""What obstore sends no request for: control characters, and halves of surrogate pairs."""
+_MOST_KEY_BYTES = 1024
+"""Of an object's whole name, as S3 has it."""
 
 
 class UnusableImage(ValueError):
@@ -114,6 +121,8 @@ class ObjectFolder:
         if plain is None:
             raise UnusableImage(f"the name {name!r} leaves the image folder {self.root}")
         url = below(self.root, plain)
+        if _NOT_IN_KEYS.search(plain) or len(split_url(url)[2].encode()) > _MOST_KEY_BYTES:
+            raise UnusableImage(f"the name {name[:200]!r} is no object's name: too long, or with control characters")
 
         def fetch(version: str | None) -> tuple[bytes, str] | None:
             found = read_object(url, most=MAX_IMAGE_BYTES, unless=version)

@@ -58,7 +58,16 @@ def _open_url(url: str, cache_dir: str | None) -> ArrowManifest:
     try:
         copy = NodeCache(cache_dir).whole(name)
         if name.endswith(".arrow"):
-            return ArrowManifest(name, open(copy, "rb"))  # closed by what reads it
+            file = open(copy, "rb")  # noqa: SIM115  # closed by what reads it
+            found = os.fstat(file.fileno()).st_ino
+            try:
+                return ArrowManifest(name, file)
+            except ValueError as error:  # the object, or the copy: a power cut, a bad disk
+                notify(f"{str(error).split(';')[0]}: copied anew")
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(copy).st_ino == found:  # else another process has copied it anew
+                    os.unlink(copy)
+            return ArrowManifest(name, open(NodeCache(cache_dir).whole(name), "rb"))
     except NoSuchObject:
         raise ValueError(
             f"{name}: no such object; expected LLaVA JSON (.json, .jsonl), or a folder of tools/prepare_data.py"

@@ -1,13 +1,15 @@
 """Steps out of an object store are those out of the folder, bit for bit, whatever the connection does."""
 
+import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hacl_megatron.config.files import objects
-from hacl_megatron.config.files.objects import StoreError
+from hacl_megatron.config.files.objects import StoreError, read_range
 from hacl_megatron.data.manifest import Manifest, refuse_where_no_image_is
 from hacl_megatron.data.node_cache import NodeCache
 from hacl_megatron.data.prepare.run import PrepareSettings, run_prepare
@@ -81,6 +83,9 @@ def test_a_missing_image_costs_its_sample_alone(server, prepared, tmp_path) -> N
     assert store.fetch("train/2.jpg", None) == (prepared / "images/train/2.jpg").read_bytes()
     with pytest.raises(UnusableImage, match="no such object in the image folder s3://bucket/some"):
         store.fetch("train/3.jpg", None)
+    for name in ("a\nb.jpg", "a\x7f.jpg", "half \ud83d.jpg", "ü" * 600):  # an answer 400 is no outage
+        with pytest.raises(UnusableImage, match="is no object's name"):
+            store.fetch(name, None)
     for name in ("../data/images/train/2.jpg", "/etc/passwd", "a/../../b"):
         with pytest.raises(UnusableImage, match="leaves the image folder"):
             store.fetch(name, None)
@@ -168,10 +173,44 @@ def test_broken_json_is_named_by_its_url(server, tmp_path) -> None:
 
 
 def test_a_large_manifest_is_copied_piece_by_piece(server, tmp_path, monkeypatch) -> None:
-    """Catches pieces in the wrong place, and a copy of two versions."""
+    """Catches pieces in the wrong place, and such that the disk took half of."""
     data = np.random.default_rng(0).bytes(100_003)
     server.put("big.arrow", data)
     monkeypatch.setattr("hacl_megatron.data.node_cache._PIECE", 1000)
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, bytes(data)[:700], at))  # as a full disk does
     copy = NodeCache(str(tmp_path)).whole("s3://bucket/big.arrow")
     assert Path(copy).read_bytes() == data
     assert NodeCache(str(tmp_path)).whole("s3://bucket/big.arrow") == copy
+
+
+def test_an_object_that_is_replaced_while_it_is_copied_is_not_kept(server, tmp_path, monkeypatch) -> None:
+    """Also where a store's tags are weak, by which no piece can be asked for: catches a copy of two versions."""
+    server.put("moving.arrow", bytes(3000))
+    monkeypatch.setattr("hacl_megatron.data.node_cache._PIECE", 1000)
+    state = objects._state
+    weak = lambda meta: replace(state(meta), version=f"W/{meta['e_tag']}")  # noqa: E731
+    monkeypatch.setattr(objects, "_state", weak)
+
+    def replacing(url: str, start: int, *given, **more) -> bytes:
+        if start == 1000:
+            server.put("moving.arrow", b"1" * 3000)
+        return read_range(url, start, *given, **more)
+
+    monkeypatch.setattr("hacl_megatron.data.node_cache.read_range", replacing)
+    with pytest.raises(StoreError, match=r"moving\.arrow: changed while it was read"):
+        NodeCache(str(tmp_path)).whole("s3://bucket/moving.arrow", threads=1)
+    assert not [*tmp_path.rglob("whole/*")]
+
+
+def test_a_damaged_copy_of_a_manifest_is_copied_anew(server, prepared, url, tmp_path, capfd) -> None:
+    """It has the object's size: catches one that is refused at every start until someone removes it."""
+    expected = len(Manifest.read([f"{url}/train-prepared"], version="v1", cache_dir=str(tmp_path)))
+    (copy,) = tmp_path.rglob("whole/*")
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:-300] + bytes(100) + whole[-200:])
+    assert len(Manifest.read([f"{url}/train-prepared"], version="v1", cache_dir=str(tmp_path))) == expected
+    assert copy.read_bytes() == whole and "copied anew" in "".join(capfd.readouterr())
+    server.put("bad/manifest.arrow", whole[:-300] + bytes(100) + whole[-200:])
+    with pytest.raises(ValueError, match=r"s3://bucket/bad/manifest.arrow"):
+        Manifest.read(["s3://bucket/bad"], version="v1", cache_dir=str(tmp_path))
