@@ -15,11 +15,13 @@ over. Without a GPU it runs on the CPU, in fp32.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from checkpoint_arguments import add_data_arguments, add_layout_arguments, filled, load_settings
 
 from hacl_megatron.config.console import exit_with_error, streams_that_may_fail
+from hacl_megatron.config.files.urls import refuse_url
 
 BENCHMARKS = ("pope", "chair", "amber", "mmhal")
 LIKELIHOODS = ("preference", "retrieval", "yesno")
@@ -109,6 +111,8 @@ def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    for given in args.images or ():  # as a path it would lose a slash, and be shown with a password in it
+        refuse_url("--images", re.sub(r"^\w+=", "", given), "benchmarks' images are read from a folder")
     if args.watch is not None:
         evaluate_checkpoints_as_they_come(args)
         return

@@ -156,3 +156,12 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"answer": "yes"}\n{"text": "yes"}\n')
     with pytest.raises(ValueError, match="line 2: found text, expected an object with answer"):
         read_records(path, needed=("answer",), kind="answers")
+
+
+@pytest.mark.parametrize("prefix", ["", "pope="])
+def test_a_url_of_images_is_refused_without_its_password(prefix: str, tmp_path: Path, capfd) -> None:
+    """Catches one that became a path first, and was then shown as it is."""
+    given = ["--task", "pope", "--hf", tmp_path, "--images", f"{prefix}s3://user:hidden@bucket/a"]
+    assert run_tool("evaluate", *given, "--output", tmp_path / "r.json") == 2
+    said = "".join(capfd.readouterr())
+    assert "--images s3://...@bucket/a: found a URL" in said and "hidden" not in said
