@@ -203,11 +203,14 @@ class NodeCache:
         return found
 
     def _is_made(self) -> bool:
+        if self._made:
+            return True
         try:
             self._make()
         except OSError as error:
             _say_once(f"{self.folder}: images are not kept ({error.strerror or error})")
             return False
+        _say_once(f"images of object stores are kept in {self.folder}, {self.most_bytes / 1e9:g} GB a node at most")
         return True
 
     def _make(self) -> None:

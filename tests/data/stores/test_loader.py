@@ -97,13 +97,15 @@ def test_a_missing_image_costs_its_sample_alone(server, prepared, tmp_path) -> N
     assert bad.sample_id == 3 and bad.source == "s3://bucket/some/train/3.jpg"
 
 
-def test_a_replaced_image_is_read_anew(server, prepared, tmp_path) -> None:
-    """A folder is read anew each time too: the cache asks whether it still has the newest."""
+def test_a_replaced_image_is_read_anew(server, prepared, tmp_path, capfd) -> None:
+    """A folder is read anew each time too: the cache asks whether it still has the newest. It says once where it is."""
     server.put("other/a.jpg", b"one")
-    store = ImageStore("s3://bucket/other", NodeCache(str(tmp_path)))
+    store = ImageStore("s3://bucket/other", NodeCache(str(tmp_path), 10**9))
     assert [store.fetch("a.jpg", None) for _ in range(2)] == [b"one"] * 2
     server.put("other/a.jpg", b"two")
     assert store.fetch("a.jpg", None) == b"two"
+    said = "".join(capfd.readouterr())
+    assert said.count(f"are kept in {tmp_path}") == 1 and "1 GB a node at most" in said
 
 
 def test_a_replaced_shard_or_manifest_is_said(server, prepared, tmp_path) -> None:
