@@ -54,6 +54,8 @@ class Kernels:
     """Attention copies the values, so that the product of all three can be let go."""
     rotates_itself: bool
     """Attention rotates queries and keys, with one table of angles for all layers."""
+    attends_again: bool = False
+    """Attention gathers and runs once more backward: its output and what else its kernel would keep are not kept."""
 
 
 GPU = Kernels(
@@ -117,9 +119,8 @@ def stage_activations(
     """Activations of one micro-batch on every rank of pipeline stage `stage`."""
     model, ranks = config.architecture, config.parallel.context_parallel_size
     pack = fullest_share(micro_batch.main, ranks)
-    if ranks > 1:  # own keys and values are kept, put together to be gathered once more
-        kernels = replace(kernels, copies_values=True)
-        pack = replace(pack, segments=tuple(replace(part, context=0) for part in pack.segments))
+    if ranks > 1:
+        kernels = replace(kernels, copies_values=True, attends_again=True)
     stages, tp = config.parallel.pipeline_model_parallel_size, config.parallel.tensor_model_parallel_size
     shard = tp if config.parallel.sequence_parallel else 1
     e = 2 if config.model.bf16 else 4
@@ -162,6 +163,7 @@ def stage_activations(
         row = 2 * e * language.head_dim * language.num_query_groups / tp
         gathered, seen = gathered_bytes(micro_batch.main, ranks, row)
         working += gathered + 2 * seen
+        working += rows * (e * language.head_dim + FP32) * language.num_attention_heads / tp  # its output once more
     logits = logits_peak = 0.0
     if is_first:
         kept += _front(config, pack, e)
@@ -232,7 +234,7 @@ def llama_layer(
         kept += _angles(rows, asking, e * head, kernels, reads, e)
     if language_family(language.family).norms_queries_and_keys:
         kept += _head_norms(model, rows, asking, e, tp, trained, kernels, reads=reads, again=again)
-    if not again:
+    if not again and not kernels.attends_again:
         kept += asking * (e * query + FP32 * language.num_attention_heads / tp)
         kept += e * sum(part.rows * query + part.context_rows * 2 * key for part in pack.branches)
         if not kernels.packed_attention:
@@ -241,7 +243,8 @@ def llama_layer(
             kept += e * sum(
                 part.count * part.read * part.length for part in pack.segments if 1 < part.read < part.length
             )
-    if (trained or "o_proj" in adapted) and (again or pack.branches or not kernels.packed_attention):
+    copies_output = again or kernels.attends_again or pack.branches or not kernels.packed_attention
+    if (trained or "o_proj" in adapted) and copies_output:
         kept += asking * e * query  # the output product's input, where it is not the kernel's output itself
 
     mlp = (2 if kernels.fused_swiglu else 3) * e * ffn + e * ffn * (trained or "down_proj" in adapted)

@@ -25,8 +25,8 @@ class StageFlops:
 
     model: float
     repeated: float
-    """Forward passes of recomputed layers, what gradient caching runs ahead of the main pass, and the same images in
-    towers of transformers, which every tensor-parallel rank has whole."""
+    """Forward passes of recomputed layers and of attention among context-parallel ranks, what gradient caching runs
+    ahead of the main pass, and the same images in towers of transformers, which each tensor-parallel rank has whole."""
 
     @property
     def hardware(self) -> float:
@@ -86,6 +86,8 @@ def stage_flops(config: RunConfig, micro_batch: MicroBatchShape, stage: int) -> 
     if recompute.granularity == "full":
         end = min(recompute.num_layers, layers) if recompute.method == "block" else layers
         repeated += of_layers(main.segments, 1, end=end)
+    if parallel.context_parallel_size > 1:  # attention gathers and runs once more backward
+        repeated += sum(_scores_flops(model, main.segments, reads=index == last) for index in range(layers))
     total += of_layers(micro_batch.runs_once_ahead, 1)
     repeated += of_layers(micro_batch.runs_twice, 1)
     if is_first:
@@ -115,17 +117,26 @@ def _layer_flops(
     width = language.head_dim * language.num_attention_heads
     keys = 2 * language.hidden_size * language.head_dim * language.num_query_groups
     rest = 2 * language.hidden_size * width + 3 * language.hidden_size * language.ffn_hidden_size
-    linear = seen = adapters = 0.0
+    linear = adapters = 0.0
     for part in segments:
         asking = part.read if reads else part.length
         linear += part.count * (part.length * keys + asking * rest)
         if lora is not None:
             each = lora_flops(model, lora, part.length, asking)
             adapters += part.count * (each if passes > 1 else each / 3)
+    attention = _scores_flops(model, segments, reads=reads)
+    return 2 * passes * linear + adapters + attention * (3 if passes > 1 else 1)
+
+
+def _scores_flops(model: ModelConfig, segments: tuple[Segments, ...], *, reads: bool) -> float:
+    """Scores and values of one layer's attention, forward once."""
+    width, seen = model.language.head_dim * model.language.num_attention_heads, 0.0
+    for part in segments:
+        asking = part.read if reads else part.length
         # The last query sees its whole segment, the one before it a row less; a branch's see its prefix besides.
         prefix = part.context - part.length if part.context else 0
         seen += part.count * asking * (part.length - (asking - 1) / 2 + prefix)
-    return 2 * passes * linear + adapters + 4 * width * seen * (3 if passes > 1 else 1)
+    return 4 * width * seen
 
 
 def sent_bytes(

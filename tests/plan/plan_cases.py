@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -28,7 +27,6 @@ from hacl_megatron.data.preferences import RejectedAnswer
 from hacl_megatron.plan.activations import cpu_kernels, stage_activations
 from hacl_megatron.plan.state import StateBytes, state_bytes
 from hacl_megatron.plan.workload import MicroBatchShape, PackShape, Segments
-from hacl_megatron.platform.context_parallel.attention import _ContextRows
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.packs import pack_plan
 from hacl_megatron.training.trainee import Trainee, build_trainee
@@ -227,19 +225,7 @@ def kept_by_autograd(module, micro_batch: MicroBatch, vocab_size: int, set_input
     def total() -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
-    pack_rows = _ContextRows.pack
-
-    def save_context(rows: _ContextRows, tensor: Tensor) -> Any:
-        """The hooks inside these, of keys and values that are gathered once more, and what those are gathered from."""
-        packed = pack_rows(rows, tensor)
-        for one in (rows.own, packed):
-            save(one) if isinstance(one, Tensor) else None
-        return packed
-
-    with (
-        mock.patch.object(_ContextRows, "pack", save_context),
-        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         output = module(main, SegmentLengths.of(main), tower_features=features, texts=texts)
         of_model = total()
         if not module.post_process:

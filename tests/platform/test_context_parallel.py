@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hacl_megatron.platform.attention import sdpa_per_segment
 from tests.platform.context_cases import LENGTHS, first_ranks_attention
@@ -19,3 +21,25 @@ def test_a_ranks_attention_and_its_gradients_are_those_of_its_rows_among_all(hea
     for found, expected in zip(gradients, (q.grad[mine], k.grad, v.grad), strict=True):
         torch.testing.assert_close(found, expected)
     assert calls == ["gather", "forward is done", "gather", "scatter"]
+
+
+def test_nothing_that_a_kernel_copies_is_kept_and_every_kernel_takes_the_same_collectives() -> None:
+    """Catches a second gather that depends on what the own kernel has saved: with grouped queries some kernels save
+    gathered keys and values and some save copies, and ranks on unlike ones would wait for each other for ever."""
+    q, k, v = draw(sum(LENGTHS), 6, 2, 8)
+    copies, alive = [], []
+
+    def with_copies(q: Tensor, k: Tensor, v: Tensor, segments, scale) -> Tensor:
+        keys, values = k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1)
+        copies.extend(StorageWeakRef(part.untyped_storage()) for part in (k, v, keys, values))
+        out = sdpa_per_segment(q, keys, values, segments, scale)
+        out.register_hook(lambda _: alive.append([not copy.expired() for copy in copies[:4]]))  # as backward begins
+        return out
+
+    mine, out, gradients, calls = first_ranks_attention(with_copies, q, k, v)
+    dense = dense_attention(q, k, v, causal_within_segments(LENGTHS))[mine]
+    dense.square().sum().backward()
+    for found, expected in zip([out, *gradients], (dense, q.grad[mine], k.grad, v.grad), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert calls == ["gather", "forward is done", "gather", "scatter"]
+    assert alive == [[False] * 4]
