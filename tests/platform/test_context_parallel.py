@@ -1,11 +1,15 @@
 """Own queries over gathered keys and values, by the CPU's kernels; `tests/gpu` has the GPU's."""
 
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hacl_megatron.platform.attention import sdpa_per_segment
+from hacl_megatron.platform.context_parallel.placed_rows import placed_rows
 from tests.platform.context_cases import LENGTHS, first_ranks_attention
 from tests.platform.segment_cases import causal_within_segments, dense_attention, draw
 
@@ -43,3 +47,14 @@ def test_nothing_that_a_kernel_copies_is_kept_and_every_kernel_takes_the_same_co
         torch.testing.assert_close(found, expected)
     assert calls == ["gather", "forward is done", "gather", "scatter"]
     assert alive == [[False] * 4]
+
+
+def test_gradients_of_placed_rows_are_added_up_row_by_row() -> None:
+    """Catches an all-reduce of a transposed gradient, which on a rank with another layout adds up other elements."""
+    summed = []
+    own = torch.ones(3, 2, requires_grad=True)
+    with mock.patch.object(dist, "all_reduce", lambda tensor, group: summed.append(tensor.stride())):
+        whole = placed_rows(own, torch.tensor([4, 0, 2]), 5, None)
+        whole.backward(torch.arange(10.0).view(2, 5).T)
+    assert summed == [(2, 1), (2, 1)]
+    assert own.grad.tolist() == [[4, 9], [0, 5], [2, 7]]

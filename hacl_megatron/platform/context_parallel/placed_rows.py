@@ -5,6 +5,7 @@ own rows' numbers ── all-reduce, forward and backward ──→ the pack's
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
@@ -24,7 +25,8 @@ class _PlacedRows(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (places,) = ctx.saved_tensors
-        gradient = gradient.clone()
+        # It may come transposed on one rank alone, and all-reduce adds memory up as it lies.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         if len(gradient):
             dist.all_reduce(gradient, group=ctx.group)
         return gradient.index_select(0, places), None, None, None
