@@ -104,7 +104,7 @@ def prepare_machine(config: RunConfig, layout: Layout) -> None:
     from hacl_megatron.platform.processes import prepare_device, select_device
     from hacl_megatron.platform.requirements import check_machine
 
-    device = select_device(config.parallel.device, layout.tp)
+    device = select_device(config.parallel.device, layout.tp, layout.cp)
     prepare_device(device)
     check_machine(config, device)
 

@@ -51,7 +51,7 @@ def joined_processes(config: RunConfig, world_size: int | None = None) -> Iterat
     layout = Layout.of(config, world_size or world_size_from_environment())
     joined_already = dist.is_initialized()
     facts = facts_of(config) if layout.world_size > 1 else None
-    device = start_platform(config.parallel.device, tensor_parallel=layout.tp, facts=facts)
+    device = start_platform(config.parallel.device, tensor_parallel=layout.tp, context_parallel=layout.cp, facts=facts)
     groups = initialize_parallelism(config, layout)
     yield Run(config=config, layout=layout, groups=groups, device=device)
     # Not after a failure: the other ranks may hang in a collective then, and all that helps is to leave.

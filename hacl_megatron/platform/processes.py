@@ -19,16 +19,17 @@ _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _BLACKWELL = (10, 0)
 
 
-def select_device(requested: str = "auto", tensor_parallel: int = 1) -> torch.device:
+def select_device(requested: str = "auto", tensor_parallel: int = 1, context_parallel: int = 1) -> torch.device:
     """The device this process computes on: `auto` takes CUDA if there is one.
 
-    With tensor parallelism CUDA is told to start kernels in the order of their launches, unless the environment has
-    told it something already, see `check_launch_order`. CUDA reads that when it is initialised: select first.
+    With tensor or context parallelism CUDA is told to start kernels in the order of their launches, unless the
+    environment has told it something already, see `check_launch_order`. CUDA reads that when it is initialised: select
+    first.
 
     Raises:
         ValueError: `cuda` was asked for and there is none.
     """
-    if tensor_parallel > 1:
+    if tensor_parallel > 1 or context_parallel > 1:
         os.environ.setdefault(_CONNECTIONS, "1")
     if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -52,8 +53,8 @@ def prepare_device(device: torch.device) -> None:
         adam.use_group_step_adam()
 
 
-def check_launch_order(tensor_parallel: int, capability: tuple[int, int]) -> None:
-    """Refuse an environment in which tensor parallelism does not overlap, as Megatron-LM does.
+def check_launch_order(tensor_parallel: int, context_parallel: int, capability: tuple[int, int]) -> None:
+    """Refuse an environment in which tensor or context parallelism does not overlap, as Megatron-LM does.
 
     megatron-core launches a communication, then the product that is to hide it; over several connections the product
     may get the GPU first.
@@ -65,9 +66,14 @@ def check_launch_order(tensor_parallel: int, capability: tuple[int, int]) -> Non
         ValueError: the environment variable has another value than 1.
     """
     found = os.environ.get(_CONNECTIONS)
-    if tensor_parallel > 1 and capability < _BLACKWELL and found != "1":
+    if max(tensor_parallel, context_parallel) > 1 and capability < _BLACKWELL and found != "1":
+        flag = (
+            f"--tensor-model-parallel-size {tensor_parallel}"
+            if tensor_parallel > 1
+            else f"--context-parallel-size {context_parallel}"
+        )
         raise ValueError(
-            f"{_CONNECTIONS} is {found} in the environment, but --tensor-model-parallel-size {tensor_parallel} on a "
+            f"{_CONNECTIONS} is {found} in the environment, but {flag} on a "
             f"GPU of compute capability {capability[0]}.{capability[1]} needs 1; unset it: the trainer sets it"
         )
 
@@ -76,6 +82,7 @@ def start_platform(
     requested: str = "auto",
     timeout_minutes: int = 30,
     tensor_parallel: int = 1,
+    context_parallel: int = 1,
     facts: Mapping[str, str] | None = None,
 ) -> torch.device:
     """Select and prepare the device, and join torchrun's process group (or form one alone without torchrun).
@@ -86,10 +93,10 @@ def start_platform(
     Raises:
         ValueError: the device is not there, the launcher's address is of no use, or ranks differ.
     """
-    device = select_device(requested, tensor_parallel)
+    device = select_device(requested, tensor_parallel, context_parallel)
     prepare_device(device)
     if device.type == "cuda":
-        check_launch_order(tensor_parallel, torch.cuda.get_device_capability(device))
+        check_launch_order(tensor_parallel, context_parallel, torch.cuda.get_device_capability(device))
     facts = None if facts is None else {**facts, "device": device.type}
     if dist.is_initialized():
         if facts is not None:

@@ -83,7 +83,7 @@ def train(config: RunConfig, layout: Layout) -> None:
     """
     joined_already = dist.is_initialized()
     device = start_platform(
-        config.parallel.device, config.parallel.distributed_timeout_minutes, layout.tp, facts_of(config)
+        config.parallel.device, config.parallel.distributed_timeout_minutes, layout.tp, layout.cp, facts_of(config)
     )
     try:
         _run(config, layout, device)
@@ -276,7 +276,7 @@ def score_reference(config: RunConfig, layout: Layout, output: Path) -> None:
     """
     joined_already = dist.is_initialized()
     device = start_platform(
-        config.parallel.device, config.parallel.distributed_timeout_minutes, layout.tp, facts_of(config)
+        config.parallel.device, config.parallel.distributed_timeout_minutes, layout.tp, layout.cp, facts_of(config)
     )
     run = Run(config=config, layout=layout, groups=initialize_parallelism(config, layout), device=device)
     tokenizer = None

@@ -74,7 +74,7 @@ def test_a_gpu_without_fp8_is_told_apart_by_transformer_engine_itself(monkeypatc
     check_machine(from_yaml("bf16: true\ntransformer: {fp8: hybrid}\n"), CUDA)
 
 
-def test_tensor_parallelism_orders_launches_unless_the_user_says_otherwise(monkeypatch):
+def test_tensor_and_context_parallelism_order_launches_unless_the_user_says_otherwise(monkeypatch):
     name = "CUDA_DEVICE_MAX_CONNECTIONS"
     hopper, blackwell = (9, 0), (10, 0)
     monkeypatch.delenv(name, raising=False)
@@ -82,12 +82,17 @@ def test_tensor_parallelism_orders_launches_unless_the_user_says_otherwise(monke
     assert name not in os.environ
     select_device("cpu", tensor_parallel=2)
     assert os.environ[name] == "1"
-    check_launch_order(2, hopper)
+    check_launch_order(2, 1, hopper)
+    monkeypatch.delenv(name)
+    select_device("cpu", context_parallel=2)
+    assert os.environ[name] == "1"
 
     monkeypatch.setenv(name, "8")
     select_device("cpu", tensor_parallel=2)
     assert os.environ[name] == "8"
-    check_launch_order(2, blackwell)
-    check_launch_order(1, hopper)
+    check_launch_order(2, 2, blackwell)
+    check_launch_order(1, 1, hopper)
     with pytest.raises(ValueError, match=rf"{name} is 8 in the environment, but --tensor-model-parallel-size 2 .* 9.0"):
-        check_launch_order(2, hopper)
+        check_launch_order(2, 1, hopper)
+    with pytest.raises(ValueError, match=rf"{name} is 8 in the environment, but --context-parallel-size 4 .* 9.0"):
+        check_launch_order(1, 4, hopper)
