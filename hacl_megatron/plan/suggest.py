@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from hacl_megatron.config.checks.architecture import check_architecture
 from hacl_megatron.config.checks.flags import check_flags
+from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.plan.planner import Plan, make_plan
 from hacl_megatron.plan.workload import Samples
@@ -21,6 +22,9 @@ def suggest_layouts(config: RunConfig, world_size: int, cluster: Cluster, sample
     Tensor-parallel sizes stay inside a node and are sequence parallel; pipeline stages are even; micro-batches are
     powers of two; activations are recomputed in every layer or in none. Everything else stays as it is, the
     context-parallel size too.
+
+    Raises:
+        ValueError: `world_size` cannot be divided by that size.
     """
     plans = []
     for candidate in _candidates(config, world_size, cluster.gpus_per_node):
@@ -38,8 +42,13 @@ def suggest_layouts(config: RunConfig, world_size: int, cluster: Cluster, sample
 
 def _candidates(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:
     num_layers = config.architecture.language.num_layers
+    context = config.parallel.context_parallel_size
+    if world_size % context:
+        alone = copy.deepcopy(config)
+        alone.parallel.tensor_model_parallel_size = alone.parallel.pipeline_model_parallel_size = 1
+        Layout.of(alone, world_size)  # refuses it
+    world_size //= context
     batch = config.training.global_batch_size or config.training.micro_batch_size * world_size
-    world_size //= config.parallel.context_parallel_size
     for tp in _powers_of_two(min(gpus_per_node, world_size)):
         for pp in range(1, min(world_size // tp, num_layers) + 1):
             if world_size % (tp * pp) or num_layers % pp:

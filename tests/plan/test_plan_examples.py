@@ -344,6 +344,18 @@ def test_suggestions_fit_are_ranked_and_can_be_run(capsys):
     assert code == 0 and "The first: --tensor-model-parallel-size" in text
 
 
+def test_suggestions_divide_by_context_parallel_ranks_first():
+    """Catches a batch that counts a pack once for each rank that shares it, and "No layout fits" of an uneven size."""
+    config = example("finetune_13b")
+    config.training.global_batch_size, config.parallel.context_parallel_size = None, 4
+    cluster = Cluster(gpu_name="a100-80g", gpus_per_node=8)
+    found = suggest_layouts(config, 16, cluster, assumed_samples(config))
+    assert {plan.layout.global_batch_size for plan in found} == {4 * config.training.micro_batch_size}
+    with pytest.raises(ValueError, match=r"16 processes cannot .* 3 context-parallel ranks .* a multiple of 3"):
+        config.parallel.context_parallel_size = 3
+        suggest_layouts(config, 16, cluster, assumed_samples(config))
+
+
 def test_nothing_is_suggested_where_nothing_fits(capsys, tmp_path):
     file = tmp_path / "70b.yaml"
     file.write_text(yaml.safe_dump(seventy_billion()))
