@@ -4,7 +4,7 @@ One rank of a replica (rank 0 of its tensor- and context-parallel ones, on the f
 the others receive. So an image is decoded once a replica, and all ranks agree on which samples were unusable.
 
     host     sizes, lengths and whatever stays on the host, of all packs of the step in one message
-    device   all other integers of all packs in one tensor; pixels to the tensor-parallel ranks of the first stage alone
+    device   all other integers of all packs in one tensor; pixels to the ranks of the first stage alone
 
 Nothing is read back from the device, and no copy to it is waited for. Where context-parallel ranks share the rows of a
 pack, the other integers go by way of the hosts too, which take each rank's share out (`row_shares`).

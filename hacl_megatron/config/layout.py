@@ -76,7 +76,7 @@ class Layout:
         """`tensor x pipeline x data parallel 2 x 1 x 4`."""
         if self.cp == 1:
             return f"tensor x pipeline x data parallel {self.tp} x {self.pp} x {self.dp}"
-        return f"tensor x context x pipeline x data parallel {self.tp} x {self.cp} x {self.pp} x {self.dp}"
+        return f"tensor x pipeline x data x context parallel {self.tp} x {self.pp} x {self.dp} x {self.cp}"
 
 
 def iterations_of_epochs(epochs: float, num_samples: int, batch: int, *, done: int = 0, drawn: int = 0) -> int:

@@ -113,7 +113,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "context": (  # at the last rank, whose replica is the last to be made
         ["--config", FINETUNE, "--world-size", "16", "--tensor-model-parallel-size", "2", "--dry-run-rank", "15",
          "--context-parallel-size", "4"],
-        ["tensor x context x pipeline x data parallel 2 x 4 x 1 x 2 = 16", "3,369,340,928", "fits"],
+        ["tensor x pipeline x data x context parallel 2 x 1 x 2 x 4 = 16", "3,369,340,928", "fits"],
     ),
     "replicas": (
         ["--config", FINETUNE, "--world-size", "12", "--context-parallel-size", "8"],

@@ -2,8 +2,8 @@
 
 A step takes the same time on all ranks, since they meet in its collectives. A rank's *own* time is what it waits for
 data, and what its forward and backward passes take, without receiving from other pipeline stages and without the
-collectives over data-parallel ranks. Tensor-parallel ranks wait for one another inside a pass, so a slow one shows on
-all of its group. Stages with more work than others show too: the run waits for them just the same.
+collectives over data-parallel ranks. Tensor- and context-parallel ranks wait for one another inside a pass, so a slow
+one shows on all of its group. Stages with more work than others show too: the run waits for them just the same.
 """
 
 from collections.abc import Iterator, Sequence
