@@ -39,7 +39,7 @@ class SentBytes:
 
     tensor_parallel: float
     context_parallel: float
-    """Keys and values of every layer, and their gradients."""
+    """Keys and values of every layer, rows of images, and rows that losses are made of; and the gradients of each."""
     pipeline: float
     data_parallel: float
     contrastive: float
@@ -160,6 +160,10 @@ def sent_bytes(
     pairs = 2 * model.language.head_dim * model.language.num_query_groups / tp / hidden
     gathers = 2 + (recomputes == "full" or "core_attn" in recompute_of(config).modules * (recomputes == "selective"))
     context = layers * pairs * ((gathers + 1) * rows + ahead) * (cp - 1) * layout.num_micro_batches
+    # Features of images, and what becomes logits or embeddings: an all-reduce forward and one backward.
+    is_first, is_last = stage == 0, stage == layout.pp - 1
+    placed = is_first * micro_batch.main.image_rows + is_last * (micro_batch.main.target_rows + micro_batch.eos_rows)
+    context += 2 * 2 * placed * e * hidden * (cp - 1) / cp * layout.num_micro_batches
     to_next, to_previous = stage < layout.pp - 1, stage > 0
     shard = tp if config.parallel.sequence_parallel else 1
     pipeline = ((to_next + to_previous) * rows + to_next * ahead) / shard * layout.num_micro_batches
