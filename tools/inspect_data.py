@@ -24,6 +24,8 @@ from hacl_megatron.data.templates import check_template, template_names
 LLAVA_IMAGE_SIZE, LLAVA_PATCH_SIZE = 336, 14
 MANY, SMALL = 64, 192
 """From more than so many samples on, pictures have at most so many pixels a side."""
+LARGE = 300_000_000
+"""Bytes of a page from which on browsers open it slowly, or not at all."""
 DEFAULTS = {
     "version": "v1", "image_aspect_ratio": "pad", "image_transparency": "drop", "image_orientation": "ignore",
     "image_backend": "auto", "model_max_length": 2048, "contrastive_image_context": "image",
@@ -231,6 +233,16 @@ def inspect(args: argparse.Namespace) -> None:
         write(args, manifest, chosen, settings, decoder, str(assets_of(source)), believed)
 
 
+def note_of_size(num_bytes: int, number: int) -> str | None:
+    """What to say of a page of so many samples that will have about so many bytes."""
+    if num_bytes <= LARGE:
+        return None
+    return (
+        f"note: the page of {number:,} samples will have about {num_bytes / 1e6:,.0f} MB, which browsers open slowly "
+        f"or not at all; --random {max(1, number * LARGE // num_bytes)} makes one of {LARGE / 1e6:,.0f} MB"
+    )
+
+
 def write(
     args: argparse.Namespace, manifest, chosen: list[int], settings, decoder, tokenizer_folder: str, believed=None
 ) -> None:
@@ -260,6 +272,8 @@ def write(
         )
         bad += bool(shown.reasons)
         page.add(shown, kinds.get(index, {}), by_sample.get(place))
+        if place == MANY and (size_note := note_of_size(page.expected_bytes(len(chosen)), len(chosen))):
+            say(size_note)
     decoder.close()
     layout, image = settings.image_layout, decoder.config
     shape = decoder.aspect_ratio if layout.tiles is None else "in tiles"

@@ -96,6 +96,11 @@ class SamplePage:
             }
         )
 
+    def expected_bytes(self, number: int) -> int:
+        """Of a page of so many samples, by those that it has."""
+        known = sum(map(len, self._chunks)) + sum(len(row["text"]) for row in self._rows)
+        return number * known // max(1, len(self._chunks))
+
     def write(self, path: Path, title: str, facts: Mapping[str, object]) -> int:
         """Writes the page, which appears whole or not at all; returns its bytes."""
         script = (HERE / "inspect_data.js").read_text(encoding="utf-8")

@@ -16,16 +16,13 @@ import pytest
 from PIL import Image
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
-from hacl_megatron.checkpoint.run.folder import RUN_CONFIG_FILE, locate_checkpoint, read_run_config
-from hacl_megatron.config.run import to_yaml
 from hacl_megatron.data.manifest import Manifest
 from hacl_megatron.data.show import compare, reason_class
 from tests.browser import Browser, needs_browser
 from tests.data import drawn_images
 from tests.data.tiny_tokenizer import write_tokenizer
-from tests.tiny import write_tiny_llava
 from tests.tiny_tiles import write_tiny_onevision
-from tests.tool_runs import TOOLS, run_tool, to_megatron
+from tests.tool_runs import TOOLS, run_tool
 
 V = 576
 EVIL = '<script>alert("x")</script> & <b>cat</b> \u202e\x07'
@@ -328,20 +325,6 @@ def test_data_that_holds_no_kinds_of_edits(dataset, tmp_path, monkeypatch):
     kinds_of_edits = runpy.run_path(str(TOOLS / "inspect_data.py"))["kinds_of_edits"]
     url = "s3://bucket/one.json"
     assert kinds_of_edits(Namespace(data_path=[url]), Manifest.read([arrow], version="v1"), [0]) == ({}, [url])
-
-
-def test_a_runs_own_preference_loss_is_shown(tmp_path, monkeypatch):
-    """Catches a run of DPO whose twins are shown as if nothing compared them, as the flag's default has it."""
-    save = to_megatron(write_tiny_llava(tmp_path / "base", layers=1, vision_layers=2), tmp_path / "save")
-    config = read_run_config(locate_checkpoint(save))
-    config.preference.preference_loss = "dpo"
-    (locate_checkpoint(save) / RUN_CONFIG_FILE).write_text(to_yaml(config))
-    monkeypatch.syspath_prepend(TOOLS)
-    tool = runpy.run_path(str(TOOLS / "inspect_data.py"))
-    for flags, expected in (([], "dpo"), (["--preference-loss", "none"], "none")):
-        monkeypatch.setattr("sys.argv", ["x", "--data-path", "x", "--output", "x", "--load", str(save), *flags])
-        _, shown = tool["way_of_run"](tool["parse"]())
-        assert shown.preference.preference_loss == expected
 
 
 def test_reasons_of_one_class() -> None:
