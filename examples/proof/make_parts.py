@@ -223,6 +223,7 @@ def make_parts(
     telling_steps: int,
     seed: int,
     further_rounds: int = FURTHER_ROUNDS,
+    further_steps: int = FURTHER_STEPS,
 ) -> None:
     """Trains the tower and the language model, both at once, then the second language model from the first.
 
@@ -253,7 +254,7 @@ def make_parts(
             done = reached["language"].get("further rounds", 0)
             if done == further_rounds:
                 break
-            train(language=(further_worker, data, language, FURTHER_STEPS, seed, done + 1))
+            train(language=(further_worker, data, language, further_steps, seed, done + 1))
         if telling_steps and "telling" not in reached:
             train(telling=(telling_worker, data, language, telling, telling_steps, seed))
     for name, values in reached.items():

@@ -195,7 +195,9 @@ def finished(data: Path) -> Path:
     from run_arms import stage_flags
 
     output = data.parent
-    make_parts(data, output / "parts", tower_steps=2, language_steps=2, telling_steps=2, seed=1)
+    steps = {"tower_steps": 2, "language_steps": 2, "telling_steps": 2, "further_steps": 2}
+    make_parts(data, output / "parts", **steps, further_rounds=1, seed=1)
+    assert json.loads((output / "parts" / "parts.json").read_text())["language"]["further rounds"] == 1
     short = ["--train-iters", "2", "--eval-interval", "2", "--eval-iters", "1", "--micro-batch-size", "12"]
     short += ["--global-batch-size", "12"]
     commands = [
