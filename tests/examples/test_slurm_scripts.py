@@ -196,13 +196,14 @@ def test_the_evaluation_waits_for_the_training_and_follows_its_folder(tmp_path: 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/mine/metrics.jsonl").exists()
     words = done.stdout.splitlines()
-    assert words[1:5] == ["python", "tools/evaluate.py", "--watch", "out/mine"]
+    assert words[:2] == ["--ntasks=1", "--cpus-per-task=1"]
+    assert words[2:6] == ["python", "tools/evaluate.py", "--watch", "out/mine"]
     assert words[-4:] == ["--tasks", "pope", "--keep-best", "pope f1"]
 
 
 def prepared(folder: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:
     """prepare.sbatch, whose tool writes into `folder`; srun, where there is none, runs what it is given."""
-    (folder / "srun").write_text('#!/bin/bash\nshift\nexec "$@"\n')
+    (folder / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
     (folder / "srun").chmod(0o755)
     path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**_SITE, "SLURM_SUBMIT_DIR": str(ROOT), "PATH": path, "RUN_IN": "", "DATA": str(folder / "out"), **env}
