@@ -84,7 +84,7 @@ class Interval:
         return f"{self.mean:+.0%}{inside}".replace("%", " %").replace("-", "−")
 
 
-def scores_of(runs: Sequence[Judged], regime: str, stage: str, metric: str | None = None) -> Scores:
+def scores_of(runs: Sequence[Judged], regime: str, stage: str) -> Scores:
     """By arm (in the order of ARMS), seed and metric."""
     chosen = [run for run in runs if (run.regime, run.stage) == (regime, stage)]
     return {

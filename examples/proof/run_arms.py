@@ -88,12 +88,8 @@ def stage_flags(output: Path, regime: str, arm: str, seed: int, stage: str, spli
         flags += ["--valid-data-path", captions_of(data, split, captions), "--vision-tower", str(parts / "tower")]
         flags += ["--pretrained-checkpoint", str(parts / language), *more, *ARMS[arm]]
     else:
-        flags += [
-            "--data-path",
-            str(data / f"{pictures}finetune.json"),
-            "--valid-data-path",
-            captions_of(data, split, "clean"),
-        ]
+        pairs = captions_of(data, split, "clean")
+        flags += ["--data-path", str(data / f"{pictures}finetune.json"), "--valid-data-path", pairs]
         flags += ["--pretrained-checkpoint", str(folder / "pretrain")]
     return [*flags, "--save", str(folder / stage), "--load", str(folder / stage)]
 
@@ -163,7 +159,7 @@ def run_arm(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/proof"))
-    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
+    parser.add_argument("--regimes", nargs="+", default=["web"], choices=list(REGIMES))
     parser.add_argument("--arms", nargs="+", default=ARMS_OF_THE_PROOF, choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
