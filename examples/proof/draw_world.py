@@ -9,7 +9,7 @@ name.
     pretrain    stage 1: one alt text and one twin a picture                             pretrain.json
                 the same among what web captions say beside what is seen                 pretrain-web.json
                 either with other pictures' alt texts and twins for the contrast        pretrain-*sham.json
-    habit_...   both stages where a thing has its shape's typical colour in 9 of 10 cases, and twins follow the habit
+    habit_...   both stages where a thing has its shape's typical colour in 7 of 10 cases, and twins follow the habit
     finetune    stage 2: a description or questions a picture                            finetune.json
     dev, test   held out: pairs DEV.json, questions (POPE's lines) DEV.questions.json    (dev tunes, test is reported)
 """
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from draw import conversation, paint, write_json
 
 SIDE = 64
-HABIT = 0.9
+HABIT = 0.7
 PAIRS = ("pretrain", "habit_pretrain", "dev", "test")
 
 
@@ -134,7 +134,7 @@ def questions_of(rng: random.Random, name: str, scene: Scene) -> list[dict[str, 
 
 HELD_OUT = ("dev", "test")
 SIZES = {
-    "parts": 8000, "pretrain": 12000, "finetune": 6000, "habit_pretrain": 12000, "habit_finetune": 6000,
+    "parts": 8000, "pretrain": 3840, "finetune": 6000, "habit_pretrain": 3840, "habit_finetune": 6000,
     "dev": 1000, "test": 2000,
 }  # fmt: skip
 

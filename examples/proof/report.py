@@ -47,19 +47,20 @@ class Test:
     """One question of the protocol: does `arm` differ from `base`, or is it equivalent to it, in a metric?"""
 
     question: str
+    regime: str
     arm: str
     base: str
-    metric: str
+    metric: str = "wrong facts"
     equivalence: bool = False
 
 
 TESTS: tuple[Test, ...] = (
-    Test("Does phrase make fewer errors than training without it?", "phrase", "none", "wrong facts"),
-    Test("Does the contrast of HACL make fewer errors than a sham contrast?", "HACL own", "sham", "wrong facts"),
-    Test("Do twins add nothing to the contrast?", "HACL own", "contrastive", "wrong facts", equivalence=True),
-    Test("Is the contrast no more than its sham?", "contrastive", "sham", "wrong facts", equivalence=True),
+    Test("Does phrase make fewer errors than training without it?", "habit", "phrase", "none"),
+    Test("Does HACL make fewer errors than a sham contrast?", "habit", "HACL own", "sham"),
+    Test("Do twins add nothing to the contrast?", "habit", "HACL own", "contrastive", equivalence=True),
+    Test("After three passes: is HACL no more than training without it?", "long", "HACL own", "none", equivalence=True),
 )
-"""At most four, of the regime `web` after stage 2."""
+"""At most four, after stage 2."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdicts(scores: Scores) -> list[str]:
-    """A line a test: the cut with its interval, Holm's p, and what it says."""
-    asked = [(test, p) for test in TESTS if (p := p_value(test, scores)) is not None]
+def verdicts(regimes: Mapping[str, Scores]) -> list[str]:
+    """A line a test: the cut with its interval, Holm's p, and what it says. Args: scores after stage 2 by regime."""
+    asked = [(test, p) for test in TESTS if (p := p_value(test, regimes.get(test.regime, {}))) is not None]
     lines = ["| question | cut [95 %] | seeds | p (Holm) | answer |", "| --- | --- | --- | --- | --- |"]
     for (test, _), p in zip(asked, holm([p for _, p in asked]), strict=True):
-        found = cut(scores, test.arm, test.base, test.metric)
+        found = cut(regimes[test.regime], test.arm, test.base, test.metric)
         if test.equivalence:
             answer = f"equivalent within ±{EQUIVALENT:.0%}" if p < LEVEL else "not shown"
         elif p >= LEVEL:
@@ -223,14 +224,13 @@ def report(runs: Sequence[Judged]) -> str:
     """results.md."""
     text = ["Made by `python examples/proof/report.py` from `answers.jsonl.xz`.", ""]
     text += [f"- **{name}**: {meaning}" for name, meaning in METRICS.items()]
-    for regime in REGIMES:
-        if not any(run.regime == regime for run in runs):
-            continue
+    found = [regime for regime in REGIMES if any(run.regime == regime for run in runs)]
+    tests = verdicts({regime: scores_of(runs, regime, "finetune") for regime in found})
+    text += ["", "The protocol's tests, after stage 2:", "", *tests]
+    for regime in found:
         after = {stage: scores_of(runs, regime, stage) for stage in STAGES}
         scenes = sorted({len(run.present) for run in runs if run.regime == regime and run.stage == "finetune"})
         text += ["", f"## `{regime}`, {' or '.join(map(str, scenes))} scenes", ""]
-        if regime == next(iter(REGIMES)):
-            text += ["The protocol's tests, after stage 2:", "", *verdicts(after["finetune"]), ""]
         for number, stage in enumerate(STAGES, 1):
             text += [f"After stage {number}, mean ± standard deviation over seeds:", "", *table(after[stage]), ""]
         text += spreads(runs, regime)

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Which objective of this trainer hallucinates less? A controlled world, eight arms, 24 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--fresh]
+# Which objective of this trainer hallucinates less? A controlled world, nine arms, 24 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--fresh]
 # In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated, and a stop costs one run.
 # --small: three arms, two seeds, less of everything; too little to conclude from.
-# --seeds N: the first N seeds (24), in their order, so that a stop leaves whole blocks of arms.
+# --seeds N: the first N seeds (24, and half as many of the regimes `long` and `web`), in their order, so that a stop
+# leaves whole blocks of arms.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . tools/install_venv.sh
 "$VENV/bin/python" -c "import scipy, matplotlib" 2>/dev/null || "$VENV/bin/python" -m pip -q install -c tests/constraints.txt -e '.[plots]'
 
 out=output/proof fresh= small= seeds=24
-draw=() parts=(--telling-steps 0) runs=(--limit 1500 --limit-stage1 500)
+draw=() parts=(--telling-steps 0) runs=(--limit 1000 --limit-stage1 300)
 report=(--answers examples/proof/answers.jsonl.xz)
 while [ $# -gt 0 ]; do
   case $1 in
@@ -18,7 +19,7 @@ while [ $# -gt 0 ]; do
     --small)
       small=1 seeds=2
       out=output/proof-small
-      draw=(--parts 3000 --pretrain 2000 --finetune 1000 --habit-pretrain 1 --habit-finetune 1 --test 200 --dev 200)
+      draw=(--parts 3000 --pretrain 1 --finetune 1 --habit-pretrain 2000 --habit-finetune 1000 --test 200 --dev 200)
       parts=(--tower-steps 800 --language-steps 300 --telling-steps 0 --further-rounds 0)
       runs=(--limit 100 --arms none contrastive phrase) ;;
     *) echo "unknown: $1" >&2; exit 2 ;;
@@ -38,6 +39,8 @@ fi
 step 2/4 "Training the vision tower and the language model, before any arm"
 "$VENV/bin/python" examples/proof/make_parts.py --data $out/data --output $out/parts "${parts[@]}"
 step 3/4 "Stage 1 and stage 2 of every arm at every seed, two runs at once, each scored on held-out scenes"
-"$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes web --seeds $(seq 1 "$seeds") "${runs[@]}"
+"$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes habit --seeds $(seq 1 "$seeds") "${runs[@]}"
+[ -n "$small" ] ||
+  "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes long web --seeds $(seq 1 $(((seeds + 1) / 2))) "${runs[@]}"
 step 4/4 "The tables, the tests and the figure"
 "$VENV/bin/python" examples/proof/report.py --collect $out "${report[@]}"

@@ -20,6 +20,7 @@ from forks import call, call_all
 HERE = Path(__file__).parent
 ARMS: dict[str, list[str]] = {
     "none": ["--contrastive-weight", "0"],
+    "none, longer": ["--contrastive-weight", "0", "--train-iters", "90", "--eval-interval", "90"],
     "contrastive": ["--hallucination-negatives", "none"],
     "HACL own": ["--hallucination-negatives", "own"],
     "HACL all": ["--hallucination-negatives", "all"],
@@ -28,18 +29,15 @@ ARMS: dict[str, list[str]] = {
     "HACL own apart": ["--hallucination-negatives", "own", "--heads-init", "independent"],
     "sham": ["--hallucination-negatives", "own"],
     "HACL dosed": ["--hallucination-negatives", "own", "--hallucination-weight", "64"],
-    "phrase": ["--contrastive-weight", "0", "--preference-loss", "phrase", "--preference-weight", "0.03"],
-    "dpo": ["--contrastive-weight", "0", "--preference-loss", "dpo", "--preference-weight", "0.3"],
+    "phrase": ["--contrastive-weight", "0", "--preference-loss", "phrase", "--preference-weight", "0.1"],
+    "dpo": ["--contrastive-weight", "0", "--preference-loss", "dpo", "--preference-weight", "1"],
     "HACL + phrase": [
-        "--hallucination-negatives", "own", "--preference-loss", "phrase", "--preference-weight", "0.03",
+        "--hallucination-negatives", "own", "--preference-loss", "phrase", "--preference-weight", "0.1",
     ],
 }  # fmt: skip
 """Stage 1's flags of each arm, beside pretrain.yaml. The contrast of `sham` reads other pictures' alt texts and twins;
-a twin of `HACL dosed` weighs as much as the 64 captions of the batch."""
-
-
-ARMS_OF_THE_PROOF = ("none", "sham", "contrastive", "HACL own", "HACL dosed", "phrase", "dpo", "HACL + phrase")
-"""Of README.md's protocol; the others are those of the first experiment (earlier/README.md)."""
+a twin of `HACL dosed` weighs as much as the 64 captions of the batch; `none, longer` takes the time of the contrast for
+half as many steps again."""
 
 
 class Regime(NamedTuple):
@@ -51,17 +49,26 @@ class Regime(NamedTuple):
     """Before the names of both stages' splits: `habit_`, or nothing."""
     language: str
     """The language model, of `make_parts.py`."""
-    flags: list[str]
+    flags: tuple[str, ...] = ()
     """Stage 1's, beside pretrain.yaml; an arm's come after them."""
+    arms: tuple[str, ...] = ("none", "sham", "contrastive", "HACL own", "phrase")
 
 
 REGIMES: dict[str, Regime] = {
-    "web": Regime("web", "", "language", []),
-    "habit": Regime("web", "habit_", "language", []),
-    "clean": Regime("clean", "", "language", []),
-    "telling": Regime("web", "", "telling", ["--contrastive-weight", "0.03"]),
-}
-"""See README.md here."""
+    "habit": Regime(
+        "web", "habit_", "language",
+        arms=(
+            "none", "none, longer", "sham", "contrastive", "HACL own", "HACL dosed", "phrase", "dpo", "HACL + phrase",
+        ),
+    ),
+    "long": Regime("web", "habit_", "language", ("--train-iters", "180", "--eval-interval", "180")),
+    "web": Regime("web", "", "language", ("--lr", "6e-3")),
+    "clean": Regime("clean", "", "language"),
+    "telling": Regime("web", "", "telling"),
+}  # fmt: skip
+"""The first three are README.md's protocol; the others and the arms that none names are of the first experiment
+(earlier/README.md)."""
+REGIMES_OF_THE_PROOF = ("habit", "long", "web")
 
 
 def languages_in(parts: Path) -> list[str]:
@@ -75,13 +82,13 @@ def captions_of(data: Path, split: str, captions: str, *, sham: bool = False) ->
 
 
 def folder_of(output: Path, regime: str, arm: str, seed: int) -> Path:
-    return output / "runs" / regime / f"{arm.replace(' ', '-').replace('λ', 'weight-')}-{seed}"
+    return output / "runs" / regime / f"{arm.replace(',', '').replace(' ', '-').replace('λ', 'weight-')}-{seed}"
 
 
 def stage_flags(output: Path, regime: str, arm: str, seed: int, stage: str, split: str) -> list[str]:
     """The trainer's flags of one stage of one run, `--save` and `--load` included."""
     data, parts, folder = output / "data", output / "parts", folder_of(output, regime, arm, seed)
-    captions, pictures, language, more = REGIMES[regime]
+    captions, pictures, language, more, _ = REGIMES[regime]
     flags = ["--config", str(HERE / f"{stage}.yaml"), "--seed", str(seed), "--image-folder", str(data / "images")]
     if stage == "pretrain":
         flags += ["--data-path", captions_of(data, f"{pictures}pretrain", captions, sham=arm == "sham")]
@@ -115,6 +122,9 @@ def import_all() -> None:
 
     import hacl_megatron.training.build
     import hacl_megatron.training.loop  # noqa: F401
+    from hacl_megatron.data.dali import dali_is_installed
+
+    dali_is_installed()  # imports it, where it is there
 
 
 def train_stage(flags: list[str]) -> None:
@@ -159,12 +169,12 @@ def run_arm(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/proof"))
-    parser.add_argument("--regimes", nargs="+", default=["web"], choices=list(REGIMES))
-    parser.add_argument("--arms", nargs="+", default=ARMS_OF_THE_PROOF, choices=list(ARMS))
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES_OF_THE_PROOF), choices=list(REGIMES))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: the regime's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
-    parser.add_argument("--limit", type=int, default=300, help="after stage 2, score on the first scenes of the split")
+    parser.add_argument("--limit", type=int, default=1000, help="after stage 2, score on the first scenes of the split")
     parser.add_argument("--limit-stage1", type=int, help="the same after stage 1 (default: --limit)")
     parser.add_argument("--stage1", default="", help="more flags for stage 1 of every arm, as one word")
     parser.add_argument("--stage2", default="", help="more flags for stage 2 of every arm, as one word")
@@ -180,7 +190,7 @@ def main() -> None:
             run_arm, args.output, regime, arm, seed, split=args.split, sizes=sizes, keep=seed in args.keep,
             more={"pretrain": args.stage1.split(), "finetune": args.stage2.split()},
         )
-        for regime in args.regimes for seed in args.seeds for arm in args.arms
+        for regime in args.regimes for seed in args.seeds for arm in args.arms or REGIMES[regime].arms
     )  # fmt: skip
     if failed := call_all(works, args.jobs):
         raise SystemExit(f"{failed} runs failed, see above; repeat the command to run what is missing")

@@ -54,7 +54,7 @@ def test_equivalence_is_shown_where_the_interval_lies_within_its_bounds(report: 
     EQUIVALENT, LEVEL, Test, p_value = report.EQUIVALENT, report.LEVEL, report.Test, report.p_value
 
     arm = [value + shift + wobble for value, wobble in zip(BASE, (0.01, -0.01, 0.02, -0.02, 0.0), strict=True)]
-    test = Test("", "HACL own", "contrastive", "wrong facts", equivalence=True)
+    test = Test("", "habit", "HACL own", "contrastive", equivalence=True)
     shown = p_value(test, {"contrastive": by_seed(BASE), "HACL own": by_seed(arm)}) < LEVEL
     inside, bound = stats.ttest_rel(BASE, arm).confidence_interval(0.90), EQUIVALENT * sum(BASE) / len(BASE)
     assert shown == (-bound < inside.low and inside.high < bound)
@@ -72,7 +72,7 @@ def test_verdicts_say_what_is_shown_and_what_is_not(report: ModuleType) -> None:
     verdicts = report.verdicts
 
     def answer(arm: list[float], number: int = 0) -> str:
-        lines = verdicts({"none": by_seed(BASE), "phrase": by_seed(arm), "sham": by_seed(BASE)})
+        lines = verdicts({"habit": {"none": by_seed(BASE), "phrase": by_seed(arm), "sham": by_seed(BASE)}})
         return lines[2 + number].split(" | ")[-1]
 
     assert answer(ARM) == "yes; at least 30 % |"
@@ -155,7 +155,7 @@ def test_the_report_is_made_from_stored_answers_alone(data: Path, tmp_path: Path
                 answers = answered(data, 12, wrong + seed)
                 scores = score_answers(answers, data) | {"preference accuracy sum": 0.9}
                 scored[arm, seed] = scores
-                path = folder_of(output, "web", arm, seed) / f"{stage}.json"
+                path = folder_of(output, "habit", arm, seed) / f"{stage}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps({"split": "test", "scores": scores, "answers": answers}))
     command = [str(PROOF / "report.py"), "--answers", str(stored), "--output", str(tmp_path / "report")]

@@ -92,7 +92,7 @@ def test_habits_are_in_training_alone_and_twins_follow_them(data: Path) -> None:
         for group in record["groups"]:
             shares.setdefault(name.split("-")[0], []).append(TYPICAL[group["shape"]] == group["colour"])
     shares = {split: sum(some) / len(some) for split, some in shares.items()}
-    assert shares["habit_pretrain"] > 0.8 and shares["habit_finetune"] > 0.6
+    assert shares["habit_pretrain"] > 0.65 and shares["habit_finetune"] > 0.5
     assert max(shares[split] for split in ("parts", "pretrain", "test")) < 0.3
     tempting, rng = [], random.Random(0)
     for _ in range(600):
@@ -102,7 +102,7 @@ def test_habits_are_in_training_alone_and_twins_follow_them(data: Path) -> None:
         said, false = ({(one.colour, one.shape) for one in some.mentions} for some in (statement, twin))
         if error == "colour" and any(TYPICAL[shape] != colour for colour, shape in said - false):
             tempting += [TYPICAL[shape] == colour for colour, shape in false - said]
-    assert len(tempting) > 8 and sum(tempting) / len(tempting) > 0.8, tempting
+    assert len(tempting) > 15 and sum(tempting) / len(tempting) > 0.6, tempting
 
 
 def test_the_shams_contrast_reads_other_pictures_texts_and_its_dialogue_its_own(data: Path) -> None:
