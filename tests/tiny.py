@@ -321,11 +321,13 @@ def tiny_blip2_config(
     )  # fmt: skip
 
 
-def tiny_siglip_config(*, image: int = 50, layers: int = 3) -> SiglipVisionConfig:
+def tiny_siglip_config(
+    *, image: int = 50, layers: int = 3, hidden: int = 30, ffn: int = 50, heads: int = 3
+) -> SiglipVisionConfig:
     """A SigLIP tower: no class token, no pre-norm, tanh GELU, 50 pixels in patches of 8 (36 of them, a rest left)."""
     return SiglipVisionConfig(
-        hidden_size=30, intermediate_size=50, num_hidden_layers=layers, num_attention_heads=3, image_size=image,
-        patch_size=8,
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+        image_size=image, patch_size=8,
     )  # fmt: skip
 
 

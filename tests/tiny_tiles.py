@@ -56,10 +56,13 @@ def tiny_next_config(**sizes: Any) -> LlavaNextConfig:
     )  # fmt: skip
 
 
-def tiny_onevision_config(*, max_tiles: int = 3, **sizes: Any) -> LlavaOnevisionConfig:
-    """A LLaVA-OneVision of a SigLIP without a head and, unless `sizes` say otherwise, a Qwen2."""
+def tiny_onevision_config(
+    *, max_tiles: int = 3, tower: dict[str, int] | None = None, **sizes: Any
+) -> LlavaOnevisionConfig:
+    """A LLaVA-OneVision of a SigLIP without a head and, unless `sizes` say otherwise, a Qwen2; `tower` as for
+    `tiny_siglip_config`."""
     text = tiny_llava_config(**{"family": "qwen2", **sizes}).text_config
-    vision = tiny_siglip_config(image=VIEW)
+    vision = tiny_siglip_config(image=VIEW, **(tower or {}))
     vision.vision_use_head = False
     return LlavaOnevisionConfig(
         vision_config=vision, text_config=text, image_grid_pinpoints=ONEVISION_PINPOINTS,

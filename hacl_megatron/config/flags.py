@@ -308,8 +308,9 @@ class TrainingFlags:
         "many micro-batches as that takes."
     )  # fmt: skip
     balance_micro_batches: bool | None = flag(
-        None, "Even out the packed rows of a step's micro-batches; changes nothing but time. Default: true, except "
-        "with --contrastive-negatives micro-batch, where it is false."
+        None, "Even out the work of a step's replicas and micro-batches: rows, and images' views where samples differ "
+        "in them; changes nothing but time. Default: true, except with --contrastive-negatives micro-batch, where it "
+        "is false."
     )  # fmt: skip
     global_batch_size: int | None = flag(
         None, "Samples of one optimiser step over all ranks. Default: micro-batch size x data-parallel size."

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hacl_megatron.batch import PackedBatch, Parts, rows_to_read
+from hacl_megatron.batch import PackedBatch, Parts, SegmentLengths, rows_to_read
 from hacl_megatron.config.tiles import NEWLINE, ImageRows
 from hacl_megatron.data.encoding import IGNORE, IMAGE, EncodedPair, EncodedSample
 from hacl_megatron.data.preferences import RejectedAnswer, little_left
@@ -156,23 +156,74 @@ def pack(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleShape:
+    """What a sample adds to a pack."""
+
+    lengths: SegmentLengths
+    """Of its segments, in no order."""
+    num_logits: int
+    """Rows with logits."""
+    num_views: int
+    """Views that the vision tower sees, crops included."""
+
+
+def sample_shape(encoded: EncodedSample, parts: Parts = Parts()) -> SampleShape:  # noqa: B008 -- frozen
+    """What `pack` makes of the sample with these parts, counted without packing it."""
+    segments: list[int] = []
+    read: list[int] = []
+    branches: list[tuple[int, int]] = []  # with their prefix, alone
+    num_logits, num_views = 0, sum(image.num_views for image in encoded.images)
+    if parts.dialogues:
+        (targets,) = np.nonzero(encoded.labels[1:] != IGNORE)
+        num_logits += len(targets)
+        first_read = int(targets[0]) if len(targets) else len(encoded.dialogue)
+        twins = encoded.rejected if parts.preferences != "none" else ()
+        if twins and encoded.answers_per_twin == 3:
+            num_views += 1
+            for chosen in _distinct_answers(encoded):
+                segments.append(int(chosen[-1]))
+                read.append(int(chosen[-1] - chosen[0]) + 1)
+                num_logits += len(chosen)
+        for answer in twins:
+            shared = answer.shared if parts.preferences == "branch" else 0
+            is_target = np.zeros(len(answer.rows) + 2, dtype=bool)  # the last token compared stands behind the rows
+            is_target[targets[targets < shared - 1] + 1] = True
+            new = answer.rejected[~is_target[answer.rejected]]
+            num_logits += len(new)
+            if len(new) and new[0] - 1 < shared:
+                first_read = min(first_read, int(new[0]) - 1)
+            if own := len(answer.rows) - shared:
+                segments.append(own)
+                read.append(own if shared else own - int(new[0]) + 1)
+                if shared:
+                    branches.append((len(answer.rows), own))
+        segments.append(len(encoded.dialogue))
+        read.append(len(encoded.dialogue) - first_read)
+    for pair in encoded.pairs if parts.has_pairs else ():
+        if parts.images == "branch" and parts.dialogues and _starts_with_context(encoded, pair):
+            segments.append(1)
+            branches.append((len(pair.image_segment), 1))
+        elif parts.images != "none":
+            segments.append(len(pair.image_segment))
+        if parts.texts:
+            segments += [len(pair.caption_segment), *map(len, pair.hallucinated_segments)]
+        read += [1] * (len(segments) - len(read))  # their EOS
+    return SampleShape(
+        lengths=SegmentLengths(
+            segments=tuple(segments),
+            read=tuple(read),
+            branches=tuple(length for length, _ in branches),
+            branch_sizes=tuple(size for _, size in branches),
+        ),
+        num_logits=num_logits,
+        num_views=num_views,
+    )
+
+
 def num_packed_rows(encoded: EncodedSample | None, parts: Parts = Parts()) -> int:  # noqa: B008 -- frozen
     """Rows that a sample takes in a pack."""
-    if encoded is None:
-        return 0
-    rows = len(encoded.dialogue) if parts.dialogues else 0
-    if parts.dialogues and parts.preferences != "none":
-        rows += sum(len(a.rows) - (a.shared if parts.preferences == "branch" else 0) for a in encoded.rejected)
-        if encoded.answers_per_twin == 3:
-            rows += sum(int(chosen[-1]) for chosen in _distinct_answers(encoded))
-    for pair in encoded.pairs:
-        if parts.images == "branch" and parts.dialogues and _starts_with_context(encoded, pair):
-            rows += 1
-        elif parts.images != "none":
-            rows += len(pair.image_segment)
-        if parts.texts:
-            rows += len(pair.caption_segment) + sum(map(len, pair.hallucinated_segments))
-    return rows
+    return 0 if encoded is None else sum(sample_shape(encoded, parts).lengths.segments)
 
 
 def with_views(batch: PackedBatch, pixel_values: Tensor, views: Tensor, *, visual_tokens: int) -> PackedBatch:

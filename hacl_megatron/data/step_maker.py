@@ -21,7 +21,7 @@ from hacl_megatron.batch import BadSample, MicroBatch, PackedBatch, PackPlan, Pa
 from hacl_megatron.data.encoding import EncodedSample, EncodingSettings, UnusableSample, encode, rows_key
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import Manifest, Sample
-from hacl_megatron.data.order.assignment import balanced, in_order, within_tokens
+from hacl_megatron.data.order.assignment import balanced, evened, evened_within_tokens, in_order, within_tokens
 from hacl_megatron.data.order.sampler import OnceThrough, Sampler
 from hacl_megatron.data.packing import PackSlot, num_packed_rows, pack
 from hacl_megatron.data.read_ahead import ReadAhead
@@ -67,7 +67,10 @@ class MicroBatching:
     micro_batch_tokens: int | None = None
     """Rows of a micro-batch at most; decides the number of micro-batches, and `micro_batch_size` then plays no part."""
     balance: bool = False
-    """Even out the rows of micro-batches; never with negatives of one micro-batch, whose pool it would change."""
+    """Even out the work of micro-batches; never with negatives of one micro-batch, whose pool it would change."""
+    cost: Callable[[EncodedSample, PackPlan], tuple[float, ...]] | None = None
+    """FLOPs of a sample on the stages of a pipeline whose slowest is what counts, with the vision tower's, for samples
+    that give it different work; None: rows alone are evened out."""
     plan: Callable[[int], PackPlan] = field(default=lambda num_micro_batches: PackPlan())
     """The packs of each micro-batch, by the number of micro-batches in the step."""
 
@@ -170,13 +173,14 @@ class StepMaker:
                 self._encode(item, of_images)
             main = settings.plan(1).main
             parts = replace(main, texts=main.has_pairs)  # whichever of the two packs texts are in
-            costs = [num_packed_rows(item.encoded, parts) for item in drawn]
-            shares = self._assign(costs)
+            rows = [num_packed_rows(item.encoded, parts) for item in drawn]
+            views = [sum(image.num_views for image in item.encoded.images) if item.encoded else 0 for item in drawn]
+            shares = self._assign(rows, self._costs(drawn, views, sum(rows)))
             micro_batches = [[drawn[at] for at in micro_batch] for micro_batch in shares]
             for micro_batch in micro_batches:
                 for item in micro_batch:
                     self._read(item)
-            return _Share(micro_batches, rows_key(np.array(costs)) % (1 << 20))
+            return _Share(micro_batches, rows_key(np.array([rows, views])) % (1 << 20))
         shares = self._assign([1] * len(global_batch))
         micro_batches = [[self._drawn(*global_batch[at]) for at in micro_batch] for micro_batch in shares]
         own = [item for micro_batch in micro_batches for item in micro_batch]
@@ -187,15 +191,34 @@ class StepMaker:
                 self._encode(item)
         return _Share(micro_batches)
 
-    def _assign(self, costs: list[int]) -> list[list[int]]:
-        """Positions in the global batch of this rank's micro-batches."""
-        settings, size = self.micro_batching, self.data_parallel_size
+    def _costs(self, drawn: list[_Drawn], views: list[int], num_rows: int) -> np.ndarray | None:
+        """float64 [samples, stages]: `MicroBatching.cost` of each; None where rows alone tell samples apart."""
+        settings = self.micro_batching
+        if settings.cost is None or len({views[at] for at, item in enumerate(drawn) if item.encoded}) < 2:
+            return None
+        of_rank = len(drawn) / self.data_parallel_size / settings.micro_batch_size
         if settings.micro_batch_tokens is not None:
-            ranks = within_tokens(costs, micro_batch_tokens=settings.micro_batch_tokens, data_parallel_size=size)
+            of_rank = num_rows / self.data_parallel_size / settings.micro_batch_tokens
+        plan = settings.plan(max(1, round(of_rank)))
+        costs = [settings.cost(item.encoded, plan) if item.encoded else () for item in drawn]
+        nothing = (0.0,) * max(map(len, costs))
+        return np.array([cost or nothing for cost in costs])
+
+    def _assign(self, rows: list[int], costs: np.ndarray | None = None) -> list[list[int]]:
+        """Positions in the global batch of this rank's micro-batches."""
+        settings, size, tokens = self.micro_batching, self.data_parallel_size, self.micro_batching.micro_batch_tokens
+        by_number = {"micro_batch_size": settings.micro_batch_size, "data_parallel_size": size}
+        if tokens is not None and costs is not None:
+            ranks = evened_within_tokens(costs, rows, micro_batch_tokens=tokens, data_parallel_size=size)
+        elif tokens is not None:
+            ranks = within_tokens(rows, micro_batch_tokens=tokens, data_parallel_size=size)
+        elif costs is not None:
+            weights = rows if costs.shape[1] == 1 else costs.max(axis=1).tolist()
+            ranks = evened(costs, weights, **by_number)
         elif settings.balance:
-            ranks = balanced(costs, micro_batch_size=settings.micro_batch_size, data_parallel_size=size)
+            ranks = balanced(rows, **by_number)
         else:
-            ranks = in_order(len(costs), micro_batch_size=settings.micro_batch_size, data_parallel_size=size)
+            ranks = in_order(len(rows), **by_number)
         return ranks[self.data_parallel_rank]
 
     def _drawn(self, epoch: int, sample_id: int) -> _Drawn:

@@ -11,6 +11,7 @@ from hacl_megatron.plan.compute import SentBytes
 from hacl_megatron.plan.planner import Plan, StageMemory
 from hacl_megatron.plan.workload import PUBLISHED_SAMPLES, PackShape, views_and_rows
 from hacl_megatron.platform.hardware import GIB
+from hacl_megatron.training.sample_cost import row_flops, view_flops
 
 _PUBLISHED_HOURS = {
     ("plain", 4096, 32): ("7B", "pretrain", 3.5),
@@ -204,6 +205,12 @@ def _assumptions(plan: Plan) -> str:
         f"{cluster.bandwidth_efficiency:.0%} of the links' bandwidth, {cluster.reserve / GIB:g} GiB reserve; "
         "data are never waited for; no saving, no validation",
     ]
+    if plan.layout.dp > 1:
+        weight = view_flops(plan.config) / row_flops(plan.config)
+        lines.append(
+            "replicas are taken to have equal work (samples that differ in views are dealt out by it): a view costs "
+            f"the tower as much as {weight:,.1f} rows the language model"
+        )
     if unknown:
         lines.append(f"not in the plan, although the file sets it: {', '.join(unknown)}")
     return "\n".join(lines)

@@ -68,6 +68,7 @@ from hacl_megatron.training.reporting.status import (
     tell_hang,
     write_status,
 )
+from hacl_megatron.training.sample_cost import sample_cost
 from hacl_megatron.training.saving import Saving
 from hacl_megatron.training.signals import StoppedEarly, StopRequests
 from hacl_megatron.training.state import Progress, StartingPoint, restore_run, saved_progress
@@ -322,6 +323,7 @@ def open_loader(
             micro_batch_size=layout.micro_batch_size,
             micro_batch_tokens=config.training.micro_batch_tokens,
             balance=config.objective.contrastive_negatives != "micro-batch" if balance is None else balance,
+            cost=sample_cost(config, layout, forward_only=for_validation or only is not None),
             plan=partial(pack_plan, config, with_gradients=not for_validation) if only is None else lambda _: PLAN,
         ),
         data_parallel_rank=run.groups.dp.rank(),

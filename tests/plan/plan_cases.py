@@ -117,11 +117,9 @@ caption or 0, rows of each hallucinated caption)."""
 
 def make_micro_batch(name: str, config: RunConfig, num_micro_batches: int) -> MicroBatch:
     """Packs of those samples as the trainer would cut them in a step of `num_micro_batches`."""
-    samples = MICRO_BATCHES[name]
-    shares_prefix = config.objective.contrastive_image_context == "prompt"
     size, visual = config.architecture.vision.image_size, config.architecture.visual_tokens
-    pixels = torch.randn(sum(has_image for _, _, has_image, _, _ in samples), 3, size, size)
-    slots = [_slot(index, *sample, visual, shares_prefix=shares_prefix) for index, sample in enumerate(samples)]
+    pixels = torch.randn(sum(has_image for _, _, has_image, _, _ in MICRO_BATCHES[name]), 3, size, size)
+    slots = slots_of(name, config)
     plan = pack_plan(config, num_micro_batches, with_gradients=True)
     multiple = 2 * config.parallel.context_parallel_size
     packs = [
@@ -129,6 +127,15 @@ def make_micro_batch(name: str, config: RunConfig, num_micro_batches: int) -> Mi
         for parts in (plan.main, plan.ahead)
     ]
     return MicroBatch(main=packs[0], ahead=packs[1])
+
+
+def slots_of(name: str, config: RunConfig) -> list[PackSlot]:
+    """Those samples, encoded."""
+    shares_prefix = config.objective.contrastive_image_context == "prompt"
+    visual = config.architecture.visual_tokens
+    return [
+        _slot(index, *sample, visual, shares_prefix=shares_prefix) for index, sample in enumerate(MICRO_BATCHES[name])
+    ]
 
 
 def _slot(
@@ -173,6 +180,15 @@ def shape_of(micro_batch: MicroBatch) -> MicroBatchShape:
         pairs=micro_batch.main.num_pairs,
         hallucinated=micro_batch.main.hallucinated_keys.numel(),
     )
+
+
+def without_padding(shape: MicroBatchShape) -> MicroBatchShape:
+    """The same without padding, which is no sample's."""
+    main, ahead = (
+        pack and replace(pack, segments=tuple(part for part in pack.segments if part.kind != "padding"))
+        for pack in (shape.main, shape.ahead)
+    )
+    return replace(shape, main=main, ahead=ahead)
 
 
 def pack_shape_of(batch: PackedBatch) -> PackShape:

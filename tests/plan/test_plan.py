@@ -16,10 +16,20 @@ from hacl_megatron.plan.compute import stage_flops
 from hacl_megatron.plan.workload import Samples, micro_batch_shape
 from hacl_megatron.training.flops import qformer_flops, step_flops, tower_flops, vision_flops
 from hacl_megatron.training.loop import Trainer
+from hacl_megatron.training.packs import pack_plan
+from hacl_megatron.training.sample_cost import sample_cost
 from tests.distributed import run_distributed
 from tests.model.hf_architecture import architecture as hf_architecture
 from tests.plan.example_plans import plan_of
-from tests.plan.plan_cases import RECOMPUTE, activations_on_this_rank, make_micro_batch, shape_of, state_on_this_rank
+from tests.plan.plan_cases import (
+    RECOMPUTE,
+    activations_on_this_rank,
+    make_micro_batch,
+    shape_of,
+    slots_of,
+    state_on_this_rank,
+    without_padding,
+)
 from tests.tiny import FAMILY_SIZES, tiny_blip2_config, tiny_dinov2_config, tiny_llava_config, tiny_siglip_config
 from tests.training.runs import latest_checkpoint, layout_flags, make_inputs, tensors, train, write_hf_stages
 
@@ -251,6 +261,32 @@ def test_flops_of_the_stages_are_what_the_trainer_reports(folder: Path, name: st
         assert sum(stage.model for stage in stages) == pytest.approx(expected, rel=1e-9)
         caches = number > 1 and name != "no pairs" and samples != "long"
         assert (sum(stage.repeated for stage in stages) > 0) == caches
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_costs_of_samples_add_up_to_the_planned_work(folder: Path, name: str, number: int):
+    """By which samples are dealt out: fails where rows weigh otherwise against views than in the plan, where a pass, a
+    repeated one or a tower that each tensor-parallel rank has whole is forgotten, or rows are counted as not packed."""
+    runs = [("finetune", "dp2", []), ("finetune", "tp2-pp2", ["--freeze-LM"]), ("siglip finetune", "tp2-dp2", [])]
+    runs += [("finetune", "pp2", ["--lora-rank", "3"]), ("minigpt4 pretrain", "dp2", ALL_TRAIN)]
+    for stage, layout, extra in runs:
+        config = parse_run_config(in_folder(folder, stage, layout, *extra, *WORKLOADS[name]))
+        config.architecture = config.architecture or read_model_config(folder / "llava")
+        config.transformer = {"recompute_granularity": "full"} if layout == "dp2" else {}
+        parallel = config.parallel
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        cost = sample_cost(config, SimpleNamespace(dp=2, pp=pp))
+        plan = pack_plan(config, number, with_gradients=True)
+        for samples in ("pairs", "images", *["long"] * (plan.ahead is None)):  # without a pair no tower runs ahead
+            planned = without_padding(shape_of(make_micro_batch(samples, config, number)))
+            stages = [stage_flops(config, planned, stage).hardware for stage in range(pp)]
+            costs = [cost(slot.encoded, plan) for slot in slots_of(samples, config)]
+            assert {len(each) for each in costs} == {pp}
+            total = sum(map(sum, costs))
+            assert total == pytest.approx(sum(stages), rel=1e-9), (stage, tp, samples)
+            if pp == 2:  # the last layer runs for read rows alone, which is not told apart
+                assert sum(first for first, _ in costs) == pytest.approx(stages[0], rel=0.35)
 
 
 @pytest.mark.parametrize("number", [1, 3])
