@@ -21,10 +21,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import BinaryIO
 
 from hacl_megatron.config.console import notify
-from hacl_megatron.config.files.checksum import Checksum, checksum
+from hacl_megatron.config.files.checksum import BLOCK_BYTES, Checksum, checksum
 from hacl_megatron.config.files.objects import ObjectChanged, object_state, read_range
 from hacl_megatron.config.files.urls import split_url
 from hacl_megatron.config.flags import DataFlags
@@ -97,8 +98,9 @@ class NodeCache:
         return data
 
     def whole(self, url: str, *, threads: int = 8) -> str:
-        """Path of a copy of a whole object, which is made where there is none of its newest version.
+        """Path of a copy of a whole object, which is made where there is none of its newest version, or a damaged one.
 
+        Manifests have a checksum in themselves, which whoever opens them holds them to; of others it is kept beside.
         Raises NoSuchObject, StoreError (ObjectChanged where it is replaced meanwhile), and OSError where it cannot be
         written.
         """
@@ -109,10 +111,13 @@ class NodeCache:
         stem = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
         key = hashlib.blake2b(f"{state.size} {state.version}".encode(), digest_size=8).hexdigest()
         path = os.path.join(folder, f"{stem}-{key}-{split_url(url)[2].rpartition('/')[2][-100:]}")
-        if _is_of_size(path, state.size):
+        sums = None if path.endswith(".arrow") else os.path.join(self.folder, "sums", os.path.basename(path))
+        if (fault := _fault_of_copy(path, state.size, sums)) is None:
             return path
         with _locked(f"{path}.part") as file:
-            if not _is_of_size(path, state.size):
+            if (fault := _fault_of_copy(path, state.size, sums)) is not None:  # no other has made it meanwhile
+                if fault:
+                    notify(f"the copy of {url} at {path} {fault}: copied anew")
                 if state.size >= 100 << 20:
                     notify(f"copying {url} ({state.size / 1e9:.1f} GB), once a node: {path}")
                 file.truncate(state.size)
@@ -133,12 +138,17 @@ class NodeCache:
                 if not state.version.startswith('"') and object_state(url) != state:  # no tag that pieces are asked by
                     raise ObjectChanged(f"{url}: changed while it was read; start again when it is finished")
                 os.fsync(file.fileno())
+                if sums is not None:
+                    os.makedirs(os.path.dirname(sums), mode=0o700, exist_ok=True)
+                    with open(sums, "w", opener=_make_anew) as summed:
+                        summed.write(_sum_of(f"{path}.part"))
                 with contextlib.suppress(FileNotFoundError):  # without locks another may have moved it
                     os.replace(f"{path}.part", path)
-                for other in os.listdir(folder):
-                    if other.startswith(f"{stem}-") and os.path.join(folder, other) != path:
-                        with contextlib.suppress(OSError):
-                            os.unlink(os.path.join(folder, other))
+                for place in (folder, os.path.join(self.folder, "sums")):
+                    for other in os.listdir(place) if os.path.isdir(place) else ():
+                        if other.startswith(f"{stem}-") and other != os.path.basename(path):
+                            with contextlib.suppress(OSError):
+                                os.unlink(os.path.join(place, other))
         return path
 
     # ---- files of images: checksum (8 bytes), length of the version (2 bytes), version, bytes
@@ -321,11 +331,36 @@ def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def _is_of_size(path: str, size: int) -> bool:
+def _make_anew(path: str, flags: int) -> int:
+    return _no_link(path, flags | os.O_CREAT | os.O_TRUNC)
+
+
+def _fault_of_copy(path: str, size: int, sums: str | None) -> str | None:
+    """What is wrong with a copy, empty where there is none; None where it is whole.
+
+    Args:
+        sums: the file with its checksum; None: it is not looked at.
+    """
     try:
-        return os.stat(path).st_size == size
+        found = os.stat(path).st_size
     except OSError:
-        return False
+        return ""
+    if found != size:
+        return f"has {found:,} of {size:,} bytes"
+    try:
+        if sums is not None and Path(sums).read_text() != _sum_of(path):
+            return "is damaged: its checksum is not the one that it was copied with"
+    except OSError:
+        return "has no checksum beside it"
+    return None
+
+
+def _sum_of(path: str) -> str:
+    digest = Checksum()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 _said: set[str] = set()

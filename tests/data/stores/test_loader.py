@@ -1,5 +1,6 @@
 """Steps out of an object store are those out of the folder, bit for bit, whatever the connection does."""
 
+import json
 import os
 import random
 from dataclasses import replace
@@ -203,6 +204,26 @@ def test_an_object_that_is_replaced_while_it_is_copied_is_not_kept(server, tmp_p
     with pytest.raises(StoreError, match=r"moving\.arrow: changed while it was read"):
         NodeCache(str(tmp_path)).whole("s3://bucket/moving.arrow", threads=1)
     assert not [*tmp_path.rglob("whole/*")]
+
+
+def test_a_damaged_copy_of_json_is_copied_anew(server, tmp_path, capfd) -> None:
+    """One of the object's size too, which is still JSON: catches another caption trained on, and a copy that is refused
+    at every start until someone removes it."""
+    record = {"id": "1", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a cat"}]}
+    server.put("few.json", whole := json.dumps([record]).encode())
+    copy = Path(NodeCache(str(tmp_path)).whole("s3://bucket/few.json"))
+    assert copy.read_bytes() == whole and not "".join(capfd.readouterr())
+    cut = f"has {len(whole) - 9} of {len(whole)} bytes"
+    for damaged, fault in ((whole.replace(b"cat", b"cow"), "is damaged"), (whole[:-9], cut)):
+        copy.write_bytes(damaged)
+        manifest = Manifest.read(["s3://bucket/few.json"], version="v1", cache_dir=str(tmp_path))
+        assert manifest[0].conversations[1][1] == "a cat" and copy.read_bytes() == whole
+        said = "".join(capfd.readouterr())
+        assert fault in said and "copied anew" in said
+        assert NodeCache(str(tmp_path)).whole("s3://bucket/few.json") == str(copy) and not "".join(capfd.readouterr())
+    server.put("few.json", whole.replace(b"cat", b"dog"))
+    NodeCache(str(tmp_path)).whole("s3://bucket/few.json")
+    assert len([*tmp_path.rglob("whole/*")]) == len([*tmp_path.rglob("sums/*")]) == 1
 
 
 def test_a_damaged_copy_of_a_manifest_is_copied_anew(server, prepared, url, tmp_path, capfd) -> None:
