@@ -77,9 +77,10 @@ def generate(args: argparse.Namespace) -> int:
         names = ("method", "seed", "per_caption", "replace", "model", "temperature", "attempts", "fill_with_rules")
         check_paths(args.input, args.output, force=True)
         settings = settings_of(args.input, **{name: getattr(args, name) for name in names})
-        check_paths(args.input, args.output, force=args.force or (args.merge and is_done(args.output, settings)))
+        check_paths(args.input, args.output, force=args.force or args.merge)
     if args.merge:
-        print(f"written to {args.output}, {merge_shares(args.output, args.num_shards, settings):,} bytes")
+        size = merge_shares(args.output, args.num_shards, settings, force=args.force)
+        print(f"written to {args.output}, {size:,} bytes")
         return 0
     if share is not None:
         target = share_target(args.output, share)

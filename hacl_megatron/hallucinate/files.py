@@ -170,11 +170,14 @@ def is_done(target: Path, settings: dict[str, Any]) -> bool:
     return found == settings and target.is_file()
 
 
-def merge_shares(target: Path, count: int, settings: dict[str, Any]) -> int:
+def merge_shares(target: Path, count: int, settings: dict[str, Any], *, force: bool = False) -> int:
     """Joins the shares into `target`, what was rejected and a model's answers likewise; removes them. Returns the bytes
     of `target`. Where an earlier start was killed while it removed them, it removes what is left.
 
-    Raises ValueError naming the shares that are not done, or where all hold nothing.
+    Args:
+        force: replace whatever is at `target`; else what these shares make alone, as an earlier start left it.
+
+    Raises ValueError naming the shares that are not done, or where all hold nothing, or `target` something else.
     """
     shares = [share_target(target, Share(number=number, count=count)) for number in range(count)]
     if is_done(target, settings):
@@ -189,6 +192,8 @@ def merge_shares(target: Path, count: int, settings: dict[str, Any]) -> int:
     is_lines = target.suffix == ".jsonl"
     if all(share.stat().st_size == (0 if is_lines else len(_EMPTY)) for share in shares):
         raise ValueError(f"{settings['input']}: holds no records; expected at least one")
+    if target.exists() and not force and not _holds(target, shares, lines=is_lines):
+        raise ValueError(f"--output {target} exists; give --force to replace it, or another name")
     if any(answers_of(share).is_file() for share in shares):
         with AnswerLog(answers_of(target)):  # of an earlier start, whose last line may be cut
             pass
@@ -213,7 +218,26 @@ def _remove(shares: list[Path], target: Path) -> int:
     return target.stat().st_size
 
 
-def _join(paths: list[Path], out: IO[bytes], *, lines: bool) -> None:
+def _holds(target: Path, shares: list[Path], *, lines: bool) -> bool:
+    """Whether the file is what the shares make, to the byte."""
+    with target.open("rb") as file:
+        compared = _Compared(file)
+        _join(shares, compared, lines=lines)
+        return compared.is_same and not file.read(1)
+
+
+class _Compared:
+    """Is written to, and tells whether a file goes on with the same."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.is_same = file, True
+
+    def write(self, data: bytes) -> int:
+        self.is_same = self.is_same and self._file.read(len(data)) == data
+        return len(data)
+
+
+def _join(paths: list[Path], out: "IO[bytes] | _Compared", *, lines: bool) -> None:
     written = False
     for path in paths:
         size = path.stat().st_size

@@ -98,6 +98,29 @@ def test_a_join_that_was_killed_while_it_removed_shares_goes_on(tmp_path: Path, 
     assert shared.read_bytes() == whole and {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "shared.jsonl"}
 
 
+def test_a_join_that_was_killed_before_it_said_so_goes_on(tmp_path: Path, monkeypatch, capfd) -> None:
+    """Between the rename and the mark of what is joined: catches a start anew that asks for --force, which a requeued
+    job cannot give. What is not the shares' own is still nobody's to replace."""
+    source, shared = save(tmp_path / "in.jsonl", some(9)), tmp_path / "shared.jsonl"
+    for index in range(2):
+        assert run(source, shared, "--num-shards", 2, "--shard-index", index) == 0
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hacl_megatron.hallucinate.files.write_done", killed)
+        assert run(source, shared, "--num-shards", 2, "--merge") != 0
+    whole = shared.read_bytes()
+    for other in (whole + b"\n", whole[:-3], whole.replace(b"a", b"b", 1)):
+        shared.write_bytes(other)
+        assert run(source, shared, "--num-shards", 2, "--merge") == 2
+        assert "shared.jsonl exists; give --force" in capfd.readouterr().err and shared.read_bytes() == other
+    shared.write_bytes(whole)
+    assert run(source, shared, "--num-shards", 2, "--merge") == 0
+    assert shared.read_bytes() == whole and {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "shared.jsonl"}
+
+
 def test_other_records_of_the_same_size_are_another_input(tmp_path: Path, capfd) -> None:
     """Catches shares of two states of a file that are joined."""
     source, shared = save(tmp_path / "in.jsonl", some(9)), tmp_path / "shared.jsonl"

@@ -22,7 +22,7 @@ from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.parts import Counts, Names, about_rows, is_full, read_part, write_part
 from hacl_megatron.data.prepare.share import Share
 
-_DONE, _JOINED = "done.json", "joined.json"
+_DONE, _JOINED, MERGED = "done.json", "joined.json", "merged.json"
 
 
 def share_folder(work: str, share: Share) -> str:
@@ -48,6 +48,16 @@ def write_done(folder: str, key: str, parts: Sequence[str], counts: Counts) -> N
 def read_done(folder: str, key: str) -> dict[str, Any] | None:
     """What `write_done` wrote under this key; None where the share is not done, or for other settings."""
     return _read_json(os.path.join(folder, _DONE), key)
+
+
+def write_merged(work: str, key: str) -> None:
+    """Says that the manifest is there, so that the shares may go; the file goes last (`parts.remove_folder`)."""
+    _write_json(os.path.join(work, MERGED), {"key": key})
+
+
+def is_merged(work: str, key: str) -> bool:
+    """Whether `write_merged` was called under this key, and whoever called it was killed before all was removed."""
+    return _read_json(os.path.join(work, MERGED), key) is not None
 
 
 def read_joined(work: str, key: str) -> list[str] | None:

@@ -249,6 +249,12 @@ def _name_key(name: str) -> bytes:
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
-def remove_folder(folder: str) -> None:
-    """Removes a work folder with all its parts."""
+def remove_folder(folder: str, *, last: str | None = None) -> None:
+    """Removes a work folder with all its parts, the file `last` behind all others."""
+    for name in os.listdir(folder) if last is not None else ():
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif name != last:
+            os.unlink(path)
     shutil.rmtree(folder, ignore_errors=True)

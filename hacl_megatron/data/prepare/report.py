@@ -1,5 +1,6 @@
 """What a prepared folder holds, in numbers: report.json, bad_images.jsonl and histograms.png."""
 
+import json
 import os
 from typing import Any
 
@@ -15,6 +16,12 @@ REPORT_FILE = "report.json"
 BAD_IMAGES_FILE = "bad_images.jsonl"
 NUM_NAMED = 3
 """Images of one colour that the report names."""
+
+
+def read_report(output: str) -> dict[str, Any]:
+    """What `write_report` wrote into the folder `output`."""
+    with open(os.path.join(output, REPORT_FILE), encoding="utf-8") as file:
+        return json.load(file)
 
 
 def write_report(

@@ -30,10 +30,19 @@ from hacl_megatron.data.encoding import EncodingSettings
 from hacl_megatron.data.images import ImageDecoder
 from hacl_megatron.data.manifest import sample_of
 from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, FORMAT, SHARDS_FOLDER, ArrowManifest, Measures
-from hacl_megatron.data.prepare.join import join_shares, read_done, read_joined, share_folder, write_done
+from hacl_megatron.data.prepare.join import (
+    MERGED,
+    is_merged,
+    join_shares,
+    read_done,
+    read_joined,
+    share_folder,
+    write_done,
+    write_merged,
+)
 from hacl_megatron.data.prepare.llava_json import Record
 from hacl_megatron.data.prepare.parts import Counts, build_parts, merge_parts, remove_folder
-from hacl_megatron.data.prepare.report import write_report
+from hacl_megatron.data.prepare.report import read_report, write_report
 from hacl_megatron.data.prepare.shards import ShardedImages, write_shards
 from hacl_megatron.data.prepare.share import Share, check_sharing, uneven
 from hacl_megatron.data.prepare.token_lengths import count_tokens, untrained_kinds
@@ -99,6 +108,9 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
         deduplicate = not settings.keep_duplicates
         if settings.merge:
             key = _share_key(settings, tokenizer)
+            if is_merged(work, key) and os.path.isfile(os.path.join(settings.output, MANIFEST_FILE)):
+                remove_folder(work, last=MERGED)  # during which an earlier start was killed
+                return read_report(settings.output)
             parts, counts = join_shares(work, settings.inputs, settings.num_shards, key, deduplicate=deduplicate)
         else:
             parts, counts = _read(settings, tokenizer, images, work, deduplicate=deduplicate)
@@ -130,7 +142,9 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
             with_images=images is not None,
             blank=images.blank() if settings.verify_images else None,
         )
-        remove_folder(work)
+        if settings.merge:
+            write_merged(work, key)
+        remove_folder(work, last=MERGED)
     return report
 
 

@@ -56,7 +56,7 @@ def test_a_killed_start_goes_on_and_ends_like_an_undisturbed_one(source, monkeyp
 
 
 def test_other_settings_do_not_take_over_what_was_measured_before(source, monkeypatch):
-    monkeypatch.setattr("hacl_megatron.data.prepare.run.remove_folder", lambda folder: None)
+    monkeypatch.setattr("hacl_megatron.data.prepare.run.remove_folder", lambda folder, **_: None)
     lengths = []
     for version in ("plain", "v1", "plain"):
         run_prepare(settings(source, tokenizer=str(source / "tokenizer"), version=version))
@@ -82,7 +82,7 @@ def test_two_starts_at_once_are_one_too_many(source):
 
 def test_a_finished_shard_is_not_written_again(source, monkeypatch):
     options = {"image_folder": str(source / "images"), "write_shards": True, "images_per_shard": 1}
-    monkeypatch.setattr("hacl_megatron.data.prepare.run.remove_folder", lambda folder: None)
+    monkeypatch.setattr("hacl_megatron.data.prepare.run.remove_folder", lambda folder, **_: None)
     run_prepare(settings(source, **options))
     shards = sorted((source / "out" / "shards").iterdir())
     whole = [shard.read_bytes() for shard in shards]

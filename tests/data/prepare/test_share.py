@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,30 @@ def test_a_killed_share_and_a_killed_join_go_on(source, monkeypatch) -> None:
     run_prepare(settings(source, merge=True, **shared))
     run_prepare(settings(source, inputs=inputs, output=str(source / "one")))
     assert contents(source / "shared") == contents(source / "one")
+
+
+def test_a_join_that_was_killed_while_it_removed_shares_goes_on(source, monkeypatch) -> None:
+    """Catches a start anew that misses the shares which are gone already, though the manifest is whole."""
+    shared = {"inputs": write_files(source), "output": str(source / "shared"), "num_shards": 3}
+    for index in range(3):
+        run_prepare(settings(source, shard_index=index, **shared))
+    removed, rmtree = [], shutil.rmtree
+
+    def killed(folder, **more) -> None:
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(rmtree(folder, **more))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hacl_megatron.data.prepare.parts.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_prepare(settings(source, merge=True, **shared))
+    whole = {name: data for name, data in contents(source / "shared").items() if not name.startswith(".partial")}
+    report = run_prepare(settings(source, merge=True, **shared))
+    assert report == json.loads((source / "shared/report.json").read_text())
+    assert contents(source / "shared") == whole and not (source / "shared/.partial").exists()
+    with pytest.raises(ValueError, match="3 of 3 shares are not done"):
+        run_prepare(settings(source, merge=True, **shared))
 
 
 def test_shares_of_other_files_or_settings_are_not_joined(source) -> None:
