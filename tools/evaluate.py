@@ -21,16 +21,21 @@ from pathlib import Path
 from checkpoint_arguments import add_data_arguments, add_layout_arguments, filled, load_settings
 
 from hacl_megatron.config.console import exit_with_error, streams_that_may_fail
-from hacl_megatron.config.files.urls import refuse_url
+from hacl_megatron.config.files.urls import is_url, refuse_url
 
 BENCHMARKS = ("pope", "chair", "amber", "mmhal")
 LIKELIHOODS = ("preference", "retrieval", "yesno")
+PLACES = (
+    "output", "annotations", "answers", "captions", "objects", "synonyms", "amber_words", "hf", "load", "watch",
+    "scratch", "best_folder",
+)  # fmt: skip
+"""Flags of `place`."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", type=Path, metavar="F.json", help="results file to write; with --watch a folder (SAVE/evaluation)"
+        "--output", type=place, metavar="F.json", help="results file to write; with --watch a folder (SAVE/evaluation)"
     )
     add_benchmark_arguments(parser)
     add_generation_arguments(parser)
@@ -44,21 +49,23 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--task", choices=BENCHMARKS)
     group.add_argument("--questions", nargs="+", metavar="F", help="pope, amber, mmhal: the published questions; "
                        "chair: {image} lines; with --watch also TASK=F ...")  # fmt: skip
-    group.add_argument("--annotations", type=Path, help="amber: annotations.json")
-    group.add_argument("--answers", type=Path, help="answers in the benchmark's format; with --hf, where to write them")
-    group.add_argument("--captions", type=Path, help="chair: {image_id, caption} lines; with --hf, where to write them")
-    group.add_argument("--objects", type=Path, help="chair: JSON {image id: [objects]}, or COCO's annotations folder")
-    group.add_argument("--synonyms", type=Path, help="chair: a list of one's own (default: COCO's, as published)")
+    group.add_argument("--annotations", type=place, help="amber: annotations.json")
+    group.add_argument("--answers", type=place, help="answers in the benchmark's format; with --hf, where to write "
+                       "them")  # fmt: skip
+    group.add_argument("--captions", type=place, help="chair: {image_id, caption} lines; with --hf, where to write "
+                       "them")  # fmt: skip
+    group.add_argument("--objects", type=place, help="chair: JSON {image id: [objects]}, or COCO's annotations folder")
+    group.add_argument("--synonyms", type=place, help="chair: a list of one's own (default: COCO's, as published)")
     group.add_argument("--amber-nouns", choices=("lexicon", "spacy"), default="lexicon", help="amber's descriptions: "
                        "an approximation without downloads, or AMBER's own way by NLTK and spaCy")  # fmt: skip
-    group.add_argument("--amber-words", type=Path, help="folder of relation.json and safe_words.txt (default: beside "
+    group.add_argument("--amber-words", type=place, help="folder of relation.json and safe_words.txt (default: beside "
                        "--annotations)")  # fmt: skip
     group.add_argument("--amber-spacy-model", default="en_core_web_lg", help="a spaCy model with word vectors")
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation of the answers")
-    group.add_argument("--hf", type=Path, metavar="EXPORT", help="exported Hugging Face model that answers")
+    group.add_argument("--hf", type=place, metavar="EXPORT", help="exported Hugging Face model that answers")
     group.add_argument("--images", nargs="+", metavar="DIR", help="the benchmark's images; with --watch also TASK=DIR "
                        "...")  # fmt: skip
     group.add_argument("--prompt-suffix", help="text behind each question, in place of the published one")
@@ -77,13 +84,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "likelihoods and embeddings", "Nothing is generated. Also takes --questions, --prompt-suffix, --batch-size, "
         "--device and --dtype."
     )  # fmt: skip
-    group.add_argument("--load", type=Path, metavar="CKPT", help="SAVE folder of a run, one of its iter_* folders, or "
+    group.add_argument("--load", type=place, metavar="CKPT", help="SAVE folder of a run, one of its iter_* folders, or "
                        "a Hugging Face LLaVA or BLIP-2")  # fmt: skip
     group.add_argument("--tasks", nargs="+", choices=(*LIKELIHOODS, *BENCHMARKS), help="preference: is a caption "
                        "likelier than its hallucinated twins; retrieval: image to caption and back, by the contrastive "
                        "embeddings; yesno: POPE's --questions, the likelier of Yes and No; the others are for --watch"
                        )  # fmt: skip
-    group.add_argument("--data-path", nargs="+", type=Path, metavar="F.json", help="preference, retrieval: LLaVA JSON "
+    group.add_argument("--data-path", nargs="+", metavar="F.json", help="preference, retrieval: LLaVA JSON "
                        "with `text` and `Hallucination caption`")  # fmt: skip
     group.add_argument("--limit", type=int, metavar="N", help="take the first N samples of --data-path alone")
     group.add_argument(
@@ -98,12 +105,12 @@ def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
         "every checkpoint of a run", "Also takes --tasks with benchmarks, their files, and the flags of generation. "
         "The same command goes on after a kill."
     )  # fmt: skip
-    group.add_argument("--watch", type=Path, metavar="SAVE", help="folder of a run, which may be training meanwhile")
-    group.add_argument("--scratch", type=Path, metavar="DIR", help="for the export that is being asked (default: "
+    group.add_argument("--watch", type=place, metavar="SAVE", help="folder of a run, which may be training meanwhile")
+    group.add_argument("--scratch", type=place, metavar="DIR", help="for the export that is being asked (default: "
                        "scratch in --output)")  # fmt: skip
     group.add_argument("--keep-best", metavar="'TASK METRIC'", help="keep the export with the best of this score, such "
                        "as 'pope f1' or 'chair CHAIRi'")  # fmt: skip
-    group.add_argument("--best-folder", type=Path, metavar="DIR", help="where (default: SAVE/best)")
+    group.add_argument("--best-folder", type=place, metavar="DIR", help="where (default: SAVE/best)")
     group.add_argument("--forever", action="store_true", help="do not end with the run; wait for one to begin")
     group.add_argument("--poll-seconds", type=float, default=30.0, help="between two looks at SAVE")
     group.add_argument("--wait-for-restart", type=float, default=600.0, metavar="SECONDS", help="how long a run that "
@@ -111,8 +118,7 @@ def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    for given in args.images or ():  # as a path it would lose a slash, and be shown with a password in it
-        refuse_url("--images", re.sub(r"^\w+=", "", given), "benchmarks' images are read from a folder")
+    refuse_urls(args)
     if args.watch is not None:
         evaluate_checkpoints_as_they_come(args)
         return
@@ -138,6 +144,23 @@ def evaluate(args: argparse.Namespace) -> None:
     evaluate_benchmark(filled(BenchmarkRequest, args, files=filled(BenchmarkFiles, args)))
 
 
+def refuse_urls(args: argparse.Namespace) -> None:
+    """As paths they would lose a slash, and be shown with a password in them. Images of --load may be at one."""
+    for given in args.images or ():
+        refuse_url("--images", re.sub(r"^\w+=", "", given), "benchmarks' images are read from a folder")
+    for name in ("data_path", "questions", *PLACES):
+        given = getattr(args, name)
+        for one in given if isinstance(given, list) else [given]:
+            if isinstance(one, str):
+                one, what = re.sub(r"^\w+=", "", one), f"--{name.replace('_', '-')}"
+                refuse_url(what, one, "evaluations read and write files: give a path (aws s3 cp copies it)")
+
+
+def place(given: str) -> Path | str:
+    """A flag's path; a URL as it is, to be refused without its password."""
+    return given if is_url(given) else Path(given)
+
+
 def evaluate_likelihoods(args: argparse.Namespace) -> None:
     from hacl_megatron.train import quiet_libraries
 
@@ -159,7 +182,7 @@ def evaluate_likelihoods(args: argparse.Namespace) -> None:
         args,
         settings=load_settings(args),
         tasks=tuple(dict.fromkeys(args.tasks)),
-        data_path=tuple(args.data_path or ()),
+        data_path=tuple(map(Path, args.data_path or ())),
     )
     evaluate_checkpoint(request)
 

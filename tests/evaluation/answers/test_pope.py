@@ -165,3 +165,13 @@ def test_a_url_of_images_is_refused_without_its_password(prefix: str, tmp_path: 
     assert run_tool("evaluate", *given, "--output", tmp_path / "r.json") == 2
     said = "".join(capfd.readouterr())
     assert "--images s3://...@bucket/a: found a URL" in said and "hidden" not in said
+
+
+@pytest.mark.parametrize("flag", ["--data-path", "--questions", "--load", "--output"])
+def test_no_url_of_a_file_is_shown_with_its_password(capfd, tmp_path: Path, flag: str) -> None:
+    """As a path it lost a slash, was looked for in the working folder, and shown as it had been given."""
+    given = {"--load": tmp_path, "--tasks": "preference", "--image-folder": tmp_path, "--output": tmp_path / "out.json"}
+    given[flag] = "s3://user:hidden@bucket/a?X-Amz-Signature=hidden"
+    assert run_tool("evaluate", *(part for pair in given.items() for part in pair)) == 2
+    said = capfd.readouterr().err
+    assert f"{flag} s3://...@bucket/a?...: found a URL; " in said and "hidden" not in said and said.count("\n") == 1
