@@ -14,6 +14,7 @@ Record = TypeVar("Record")
 def add_layout_arguments(group: ArgumentGroup) -> None:
     """Megatron-LM's flags; under torchrun."""
     group.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    group.add_argument("--context-parallel-size", type=int, default=1)
     group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     group.add_argument("--sequence-parallel", action="store_true")
     group.add_argument("--decoder-first-pipeline-num-layers", type=int)

@@ -3,6 +3,7 @@
 Losses and gradients of single steps are in `test_gradient_invariance`, with every other axis beside this one.
 """
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from hacl_megatron.assemble import processes
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import parse_run_config
+from tests.tool_runs import run_tool
 from tests.training.runs import LOSSES, assert_same_state, layout_flags, make_inputs, metrics, train, weights
 
 COMPARED = (*LOSSES, "temperature", "hallucination margin", "grad-norm", "params-norm")
@@ -68,6 +70,14 @@ def draws(folder: str) -> None:
     parallel_state.destroy_model_parallel()
 
 
+def evaluate(folder: str, ranks: int) -> None:
+    """Likelihoods and embeddings of what two ranks trained."""
+    where = ["--load", f"{folder}/twins-cp2", "--output", f"{folder}/evaluated-{ranks}.json", "--device", "cpu"]
+    data = ["--data-path", f"{folder}/data/contrastive.json", "--image-folder", f"{folder}/data/images", "--limit", "6"]
+    how = ["--tasks", "preference", "retrieval", "--batch-size", "3", "--context-parallel-size", str(ranks)]
+    assert run_tool("evaluate", *where, *data, *how) == 0
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of this file, on three groups of processes."""
@@ -82,10 +92,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command(folder, "cp2-dist", "lora", "dropout-cut", *DROPOUT, "--exit-interval", "3"),
         command(folder, "cp2-dist", "lora", "dropout-cut", *DROPOUT, *cut),
         partial(draws, str(folder)),
+        partial(evaluate, str(folder), 2),
     ]
     train(one, 1)
     train(two, 2)
-    train([command(folder, "tp1-dist", "lora", "lora-resumed", "--load", str(folder / "lora-resumed"))], 1)
+    last = command(folder, "tp1-dist", "lora", "lora-resumed", "--load", str(folder / "lora-resumed"))
+    train([last, partial(evaluate, str(folder), 1)], 1)
     return folder
 
 
@@ -109,6 +121,15 @@ def test_two_ranks_train_as_one_does(finished: Path, name: str) -> None:
 def test_a_run_goes_on_with_more_ranks_and_with_fewer(finished: Path) -> None:
     """From one to two and back: the optimiser's shards are cut anew each time, no sample is drawn twice."""
     assert_same_training(finished / "lora", finished / "lora-resumed", first=2)
+
+
+def test_what_two_ranks_trained_is_evaluated_by_one_and_by_two(finished: Path) -> None:
+    """Catches a layout that is taken over from the run, and ranks that score their own rows alone."""
+    one, two = (json.loads((finished / f"evaluated-{ranks}.json").read_text())["tasks"] for ranks in (1, 2))
+    assert set(one) == set(two) == {"preference", "retrieval"}
+    for task, found in one.items():
+        assert found["counts"] == two[task]["counts"]
+        assert found["metrics"] == pytest.approx(two[task]["metrics"], rel=1e-4, abs=1e-5)
 
 
 def test_a_run_with_dropout_resumes_bitwise(finished: Path) -> None:
