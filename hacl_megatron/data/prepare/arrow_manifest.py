@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
@@ -38,6 +40,8 @@ SHARDS_FOLDER = "shards"
 SHARD_NAME = re.compile(r"images-\d{6}\.tar")
 """The only names that a manifest may give a shard: they cannot leave the folder."""
 
+KEPT_BATCHES = 1024
+"""Record batches, of some 4,096 records each, whose Arrow objects a manifest keeps: 30 MB at most."""
 _METADATA_KEY = b"hacl_megatron"
 FINDINGS = "findings"
 """Key of the metadata: `Findings.as_json` of each file; files prepared by earlier versions have none."""
@@ -255,7 +259,7 @@ class ArrowManifest:
         try:
             with file or open(path, "rb", opener=only_regular) as opened:
                 reader = read_sealed(opened)
-            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            lengths = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; expected a manifest of tools/prepare_data.py") from None
         except NotRegular as error:
@@ -276,24 +280,21 @@ class ArrowManifest:
                 f"{path}: a manifest of format {found}, expected {FORMAT}; prepare the data again with "
                 "tools/prepare_data.py"
             )
+        self._reader, self._added, self._lock = reader, added, threading.RLock()
+        self._recent: OrderedDict[int, dict[str, pa.Array]] = OrderedDict()
         self._valid: set[int] = set()  # record batches
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self._columns = [
-            dict(zip(schema.names, batch.columns, strict=True))
-            | {name: pa.nulls(batch.num_rows, SCHEMA.field(name).type) for name in added}
-            for batch in self._batches
-        ]
+        self._starts = np.cumsum([0, *lengths])
         try:
-            for batch in self._batches:
-                batch.validate()
             self.files: tuple[str, ...] = tuple(map(str, self.metadata["files"]))
             """The JSON files that the samples came from."""
             found = self.metadata.get(FINDINGS, [{}] * len(self.files))
             self.findings: tuple[Findings, ...] = tuple(map(Findings, found))
             """What is to be said about each of the files."""
             self._shards = self._find_shards()
-            for name, known in (("file", self.files), ("shard", self._shards)):
-                self._check_indices(name, len(known))
+            for number in range(len(lengths)):
+                columns = self._read(number)
+                self._check_indices("file", columns["file"], len(self.files))
+                self._check_indices("shard", columns["shard"], len(self._shards))
         except (pa.ArrowException, LookupError, TypeError, AttributeError) as error:
             first = (str(error).splitlines() or [""])[0][:100]
             raise self._refused(f"its checksum holds, but no prepare_data.py wrote it ({first})") from None
@@ -359,14 +360,13 @@ class ArrowManifest:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column, without a copy."""
-        if not pa.types.is_primitive(SCHEMA.field(name).type):
-            for number in range(len(self._columns)):
-                self._checked(number)
-        return pa.chunked_array([columns[name] for columns in self._columns], SCHEMA.field(name).type)
+        kind, numbers = SCHEMA.field(name).type, range(self._reader.num_record_batches)
+        columns_of = self._read if pa.types.is_primitive(kind) else self._checked
+        return pa.chunked_array([columns_of(number)[name] for number in numbers], kind)
 
     def of_images(self, name: str) -> tuple[pa.Array, np.ndarray]:
         """What a column says of every image, and the record of each (int64), in the records' order."""
-        found = [images_of(self._checked(number), name) for number in range(len(self._columns))]
+        found = [images_of(self._checked(number), name) for number in range(self._reader.num_record_batches)]
         rows = [rows + start for (_, rows), start in zip(found, self._starts.tolist())]  # noqa: B905  # ends with it
         values = pa.chunked_array([values for values, _ in found], SCHEMA.field(name).type).combine_chunks()
         return values, np.concatenate([np.empty(0, np.int64), *rows])
@@ -383,15 +383,36 @@ class ArrowManifest:
         """
         if number not in self._valid:
             try:
-                self._batches[number].validate(full=True)
+                with self._lock:
+                    batch = self._reader.get_batch(number)
+                batch.validate(full=True)
             except pa.ArrowException as error:
                 raise self._refused(f"record batch {number} is invalid ({str(error)[:100]})") from None
             self._valid.add(number)
-        return self._columns[number]
+        return self._columns(number)
 
-    def _check_indices(self, name: str, count: int) -> None:
-        """LookupError unless the numeric column `name` counts `count` things from 0."""
-        places = self.column(name).drop_null().to_numpy()
+    def _columns(self, number: int) -> dict[str, pa.Array]:
+        """The columns of a record batch, kept where few others have been used since."""
+        with self._lock:
+            if (found := self._recent.get(number)) is None:
+                found = self._recent[number] = self._read(number)
+                if len(self._recent) > KEPT_BATCHES:
+                    self._recent.popitem(last=False)
+            else:
+                self._recent.move_to_end(number)
+        return found
+
+    def _read(self, number: int) -> dict[str, pa.Array]:
+        """The columns of a record batch, mapped, those included that its format lacks; some 29 kB of objects."""
+        with self._lock:
+            batch = self._reader.get_batch(number)
+        batch.validate()
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        return columns | {name: pa.nulls(batch.num_rows, SCHEMA.field(name).type) for name in self._added}
+
+    def _check_indices(self, name: str, column: pa.Array, count: int) -> None:
+        """LookupError unless the numeric column `name` of a record batch counts `count` things from 0."""
+        places = column.drop_null().to_numpy()
         if len(places) and not 0 <= places.min() <= places.max() < count:
             raise IndexError(f"column {name!r} does not count {count}")
 
