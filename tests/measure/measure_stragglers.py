@@ -22,6 +22,7 @@ from unittest import mock
 
 from PIL import Image
 
+from tests import distributed
 from tests.data.tiny_tokenizer import WORDS
 from tests.distributed import run_distributed
 from tests.tiny_tiles import write_tiny_onevision
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--flags", nargs="*", default=[], help="more of the trainer's, as --flags=--freeze-ViT=false")
     args = parser.parse_args()
+    distributed.TIMEOUT_S = 3600  # of a machine that does much else
     head = (
         "replicas",
         "dealt out by",
