@@ -51,6 +51,9 @@ def parse() -> argparse.Namespace:
 def convert(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from hacl_megatron.train import quiet_libraries
+
+    quiet_libraries()
     from hacl_megatron.assemble.start_from import chat_template
     from hacl_megatron.checkpoint.convert.freed_memory import keep_freed_memory
     from hacl_megatron.checkpoint.convert.megatron_to_hf import export_checkpoint

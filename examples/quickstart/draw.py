@@ -8,7 +8,7 @@ GPT-4 do. Everything is derived from --seed and the image's number alone, whatev
 
 Written to --output:
 
-    images/            JPEGs of many sizes and aspect ratios
+    images/            JPEGs of many sizes and aspect ratios; the vision tower alone sees those named parts-...
     pretrain.json      stage 1: image, text (the caption), Hallucination caption, a one-turn conversation
     finetune.json      stage 2: descriptions, questions over several turns, some samples without an image
     contrastive.json   stage 2: image-caption pairs with two hallucinated captions (--contrastive-data-path)
@@ -75,7 +75,7 @@ def draw_facts(rng: random.Random, width: int, height: int) -> Facts:
         sides = PLACES[:2] if horizontal else PLACES[2:4]
         facts["place"] = rng.choice((*sides, "in the middle"))
     elif kind < 0.6:
-        facts["count"] = rng.choice(COUNTS)
+        facts["count"], facts["size"] = rng.choice(COUNTS), "large"  # small ones would be specks
     else:
         facts["relation"] = rng.choice(RELATIONS[:2] if horizontal else RELATIONS[2:])
         while True:
@@ -135,7 +135,7 @@ def place_things(rng: random.Random, facts: Facts, width: int, height: int) -> l
     things = []
     for (x0, y0, x1, y1), (colour, shape, size) in zip(cells, kinds, strict=True):
         room_x, room_y = (x1 - x0) * width, (y1 - y0) * height
-        side = min(room_x, room_y) * (rng.uniform(0.55, 0.65) if size == "small" else rng.uniform(0.86, 0.97))
+        side = min(room_x, room_y) * (rng.uniform(0.62, 0.7) if size == "small" else rng.uniform(0.88, 0.97))
         spread = (0.4, 0.6) if facts.get("place") == "in the middle" else (0.2, 0.8)
         left = x0 * width + (room_x - side) * rng.uniform(*spread)
         top = y0 * height + (room_y - side) * rng.uniform(*spread)
@@ -205,8 +205,11 @@ def paint(rng: random.Random, facts: Facts, things: list[dict[str, Any]], width:
 
 
 def choose_stated(rng: random.Random, scene: Facts) -> Facts:
-    """The facts that a caption of the scene will state: what and where always, size and background sometimes."""
-    view = seen_from_the_other(scene) if rng.random() < 0.5 else scene
+    """The facts that a caption of the scene will state: what and where always, size and background sometimes.
+
+    Of two things the left or upper one comes first.
+    """
+    view = seen_from_the_other(scene) if scene.get("relation") in ("right of", "below") else scene
     chance = {"size": 0.4, "other size": 0.4, "background": 0.3, "place": 0.7}
     if "count" in view:
         chance["size"] = 0.0
@@ -252,15 +255,16 @@ def true_sentences(scene: Facts) -> set[str]:
 
 
 def hallucinate(rng: random.Random, stated: Facts, scene: Facts) -> Facts:
-    """One or two of the stated facts replaced, such that the result is not true of the scene: returns what changed."""
+    """One or two of the stated facts replaced, such that the result is not true of the scene: returns what changed.
+
+    A wrong relation is told by exchanging the two things: with other words it could be told from the text alone.
+    """
     while True:
         keys = rng.sample(sorted(stated), k=min(len(stated), 1 if rng.random() < 0.7 else 2))
-        wrong = {}
-        for key in keys:
-            values = [value for value in CHOICES[key] if value != stated[key]]
-            if key == "relation":  # the other axis is no harder to tell, and no more often wrong in real captions
-                values = [OPPOSITE[stated[key]]]
-            wrong[key] = rng.choice(values)
+        wrong = {key: rng.choice([value for value in CHOICES[key] if value != stated[key]]) for key in keys}
+        if "relation" in keys:
+            exchanged = [(key, f"other {key}") for key in ("colour", "shape")]
+            wrong = {a: stated[b] for pair in exchanged for a, b in (pair, pair[::-1]) if stated[a] != stated[b]}
         if not holds(stated | wrong, scene):
             return wrong
 
@@ -351,7 +355,7 @@ def draw_one(job: tuple[int, str, Path]) -> tuple[dict[str, Any], Facts]:
     """Draws and saves one image; returns its line of scenes.jsonl and its facts."""
     seed, name, folder = job
     rng = random.Random(f"{seed}/{name}")
-    long_side, ratio = rng.randint(48, 120), rng.uniform(0.5, 1.0)
+    long_side, ratio = rng.randint(48, 120), rng.uniform(0.75, 1.0)
     width, height = long_side, max(32, round(long_side * ratio))
     if rng.random() < 0.5:
         width, height = height, width
@@ -368,17 +372,20 @@ def write_json(path: Path, samples: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
-def draw(output: Path, train: int, valid: int, seed: int, processes: int) -> None:
+def draw(output: Path, train: int, valid: int, parts: int, seed: int, processes: int) -> None:
     """Writes everything named at the top of this file under `output`."""
     images = output / "images"
     images.mkdir(parents=True, exist_ok=True)
-    names = [f"train-{k:05d}" for k in range(train)] + [f"valid-{k:05d}" for k in range(valid)]
+    numbers = {"train": train, "valid": valid, "parts": parts}
+    names = [f"{split}-{k:05d}" for split, number in numbers.items() for k in range(number)]
     jobs = [(seed, name, images) for name in names]
     with multiprocessing.Pool(processes) as pool:
         drawn = list(tqdm(pool.imap(draw_one, jobs, chunksize=32), total=len(jobs), desc="drawing", unit="img"))
 
     pretrain, finetune, contrastive, held_out, corpus = [], [], [], [], []
     for name, (_, scene) in zip(names, drawn, strict=True):
+        if name.startswith("parts"):
+            continue
         rng = random.Random(f"{seed}/{name}/text")
         if name.startswith("valid"):
             held_out.append(pair_sample(rng, name, scene, twins=1))
@@ -399,8 +406,8 @@ def draw(output: Path, train: int, valid: int, seed: int, processes: int) -> Non
     (output / "scenes.jsonl").write_text("".join(json.dumps(line) + "\n" for line, _ in drawn))
     (output / "corpus.txt").write_text("\n".join(corpus) + "\n")
     print(
-        f"{train} training and {valid} held-out images in {images}; {len(pretrain)} pairs for pretrain, "
-        f"{len(finetune)} dialogues and {len(contrastive)} pairs for finetune."
+        f"{train} training and {valid} held-out images in {images}, and {parts} for the vision tower alone; "
+        f"{len(pretrain)} pairs for pretrain, {len(finetune)} dialogues and {len(contrastive)} pairs for finetune."
     )
 
 
@@ -409,10 +416,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/quickstart/data"))
     parser.add_argument("--train", type=int, default=6000, help="training images")
     parser.add_argument("--valid", type=int, default=512, help="held-out images")
+    parser.add_argument("--parts", type=int, default=12000, help="images that the vision tower alone learns from")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
     args = parser.parse_args()
-    draw(args.output, args.train, args.valid, args.seed, args.processes)
+    draw(args.output, args.train, args.valid, args.parts, args.seed, args.processes)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from draw import COLOURS, SHAPES
 from report import read_metrics
-from score import describe
+from score import describe, read_export
 
 LOSSES = ("none", "hacl", "phrase")
 _OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:s|es)?\b")
@@ -46,7 +46,7 @@ def main() -> None:
             prefers.append(rows[-1]["preference accuracy sum validation"])
             losses.append(rows[-1]["lm loss validation"])
             gradients.append(statistics.median(row["grad-norm"] for row in rows))
-            answers = describe(run / "export", samples, args.data / "images")
+            answers = describe(read_export(run / "export"), samples, args.data / "images")
             found = [set(_OBJECT.findall(answer)) for answer in answers]
             total = sum(map(len, found))
             hallucinated = sum(

@@ -33,7 +33,7 @@ class QFormerTask(nn.Module):
 @torch.no_grad()
 def tower_features(tower: nn.Module, pixels: Tensor) -> Tensor:
     """[B, 1 + P, hidden_size] of images [B, 3, H, W]; the tower rests, so that this is computed once."""
-    return torch.cat([tower(part).last_hidden_state for part in pixels.split(256)])
+    return torch.cat([tower(part.float()).last_hidden_state for part in pixels.split(256)])
 
 
 def train_qformer(model: Blip2ForConditionalGeneration, data: Path, aspect: Aspect, steps: int, seed: int) -> float:
@@ -50,7 +50,7 @@ def train_qformer(model: Blip2ForConditionalGeneration, data: Path, aspect: Aspe
             loss, accuracy = task(features[index[step]], labels[index[step]])
             return loss, {"loss": loss.item(), "patches right": accuracy.item()}
 
-        fit(task, loss_of, steps, 2e-3, "Q-Former", line=0)
+        fit(task, loss_of, steps, 2e-3, "Q-Former", line=0, matrices_lr=3e-3)
     pixels, labels = load_scenes(data, "valid", size, aspect)
     with torch.no_grad():
         return task(tower_features(tower, pixels), labels)[1].item()

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# The whole path of HACL on drawn pictures, on a laptop:  bash examples/quickstart/run.sh [--model minigpt4] [--fresh]
-# A second run reuses what is there; --fresh begins anew.
+# The whole path of HACL on drawn pictures, on a laptop:  bash examples/quickstart/run.sh [--model minigpt4] [--compare] [--fresh]
+# A second run reuses what is there; --fresh begins anew. --compare trains stage 1 also without losses on twins, and with another.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-model=llava fresh=
+model=llava fresh='' compare=''
 while [ $# -gt 0 ]; do
   case "$1" in
     --model) model=${2:-}; [ $# -eq 1 ] || shift ;;
     --fresh) fresh=yes ;;
-    *) echo "$1: expected --model llava, --model minigpt4 or --fresh" >&2; exit 2 ;;
+    --compare) compare=yes ;;
+    *) echo "$1: expected --model llava, --model minigpt4, --compare or --fresh" >&2; exit 2 ;;
   esac
   shift
 done
@@ -23,29 +24,54 @@ case "$model" in
     tiny="a tiny MiniGPT-4: LLaVA's parts, and a Q-Former that has learnt to tell what the vision tower sees" ;;
   *) echo "--model '$model': expected llava or minigpt4" >&2; exit 2 ;;
 esac
+export PIP_QUIET=1 # with pip's own -q: errors alone
 . tools/install_venv.sh
 
 [ -z "$fresh" ] || rm -rf "$out"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-step() { printf '\n[%s] %s\n' "$1" "$2"; }
+[ -t 2 ] || export TQDM_DISABLE=1 # no progress bars into a file
+
+began=$(date +%s)
+step() { # number/6, what, seconds on 2 cores, folder
+  printf '\n[%s/6] %s\n      about %s s; files: %s\n' "$@"
+  SECONDS=0
+}
+took() { printf '      took %s s\n' "$SECONDS"; }
 train() { "$VENV/bin/torchrun" --standalone --nproc-per-node 2 -m hacl_megatron.train --device cpu "$@"; }
+export_hf() { [ -f "$2/config.json" ] || "$VENV/bin/python" tools/convert_megatron_to_hf.py --load "$1" --hf-path "$2"; }
 
 if [ ! -f $data/valid.json ]; then
-  step 1/6 "Drawing JPEGs of coloured shapes, with captions, hallucinated captions and questions"
+  step 1 "Drawing JPEGs of coloured shapes, with captions, hallucinated captions and questions" 15 $data
   "$VENV/bin/python" examples/quickstart/draw.py --output $data
+  took
 fi
 if [ ! -f $out/model/model.safetensors ]; then
-  step 2/6 "Making $tiny"
+  step 2 "Making $tiny" 150 $out/model
   OMP_NUM_THREADS=2 "$VENV/bin/python" examples/quickstart/make_model.py --model $model --data $data --output $out/model
+  took
 fi
-step 3/6 "Stage 1, pretrain: connector and contrastive heads learn, 2 data-parallel processes"
+step 3 "Stage 1, pretrain: connector and contrastive heads learn, 2 data-parallel processes" 30 $out/pretrain
 train --config ${config}pretrain.yaml --save $out/pretrain --load $out/pretrain
-step 4/6 "Stage 2, finetune: the language model learns too, 2 tensor-parallel processes; stopped half-way on purpose"
+took
+step 4 "Stage 2, finetune: the language model learns too, 2 tensor-parallel processes; stopped half-way on purpose" 25 $out/finetune
 [ -f $out/finetune/latest_checkpointed_iteration.txt ] ||
-  train --config ${config}finetune.yaml --exit-interval 50
-step 5/6 "Stage 2 resumed at another layout: 2 pipeline stages instead of 2 tensor-parallel ranks"
+  train --config ${config}finetune.yaml --exit-interval 20
+took
+step 5 "Stage 2 resumed at another layout: 2 pipeline stages instead of 2 tensor-parallel ranks" 25 $out/finetune
 train --config ${config}finetune.yaml --tensor-model-parallel-size 1 --pipeline-model-parallel-size 2
-step 6/6 "Exporting to Hugging Face, and the report"
-[ -f $out/export/config.json ] ||
-  "$VENV/bin/python" tools/convert_megatron_to_hf.py --load $out/finetune --hf-path $out/export
+took
+if [ -n "$compare" ]; then
+  for loss in none phrase; do
+    printf '\n[--compare] Stage 1 once more, %s\n' "$([ $loss = none ] && echo "without any loss on twins" || echo "with the phrase loss instead of the contrast")"
+    flags=(--contrastive-weight 0)
+    [ $loss = none ] || flags+=(--preference-loss phrase --preference-weight 0.03)
+    train --config ${config}pretrain.yaml --save $out/compare/$loss --load $out/compare/$loss "${flags[@]}"
+    export_hf $out/compare/$loss $out/compare/$loss/export
+  done
+fi
+step 6 "Exporting to Hugging Face, and the report" 45 "$out/export, $out/report.html"
+export_hf $out/pretrain $out/export-stage1
+export_hf $out/finetune $out/export
 "$VENV/bin/python" examples/quickstart/report.py --data $data --output $out
+took
+echo "All six parts: $(($(date +%s) - began)) s"

@@ -56,14 +56,14 @@ def patch_labels(scene: dict, grid: int, aspect: Aspect = "pad") -> Tensor:
     return labels.flatten(1)
 
 
-def load_scenes(data: Path, prefix: str, size: int, aspect: Aspect = "pad") -> tuple[Tensor, Tensor]:
-    """(pixels [B, 3, size, size], patch labels [B, A, grid * grid]) of the images named `prefix`..."""
+def load_scenes(data: Path, prefix: str | tuple[str, ...], size: int, aspect: Aspect = "pad") -> tuple[Tensor, Tensor]:
+    """(float16 pixels [B, 3, size, size], patch labels [B, A, grid * grid]) of the images named `prefix`..."""
     pixels, labels = [], []
     for line in (data / "scenes.jsonl").read_text().splitlines():
         scene = json.loads(line)
         if scene["image"].startswith(prefix):
             with Image.open(data / "images" / scene["image"]) as image:
-                pixels.append(square_pixels(image, size, aspect))
+                pixels.append(square_pixels(image, size, aspect).half())  # half of the memory
             labels.append(patch_labels(scene, size // PATCH_SIZE, aspect))
     return torch.stack(pixels), torch.stack(labels)
 

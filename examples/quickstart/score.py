@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from draw import true_sentences
+from draw import Facts, true_sentences
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizer import VICUNA_PROMPT
@@ -68,6 +68,10 @@ class ExportedLlava:
         prompt = prompt.removeprefix(tokenizer.bos_token).replace("<image>", "<image>" * self.visual_tokens)
         return tokenizer(prompt)["input_ids"]
 
+    def logits(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        """[B, L, vocabulary] of ids [B, L], which are padded behind if at all."""
+        return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits
+
     def answers(self, ids: Tensor, pixels: Tensor) -> list[str]:
         """What it says greedily behind `ids` [B, L], until it ends."""
         images = {"pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
@@ -102,6 +106,10 @@ class ExportedMiniGPT4(ExportedLlava):
         image = [self.image_id] * self.visual_tokens
         after = self.text_ids(f"</Img> {REQUEST} ###Assistant: ", bos=False)
         return [*self.text_ids(self.prefix), *image, *after]
+
+    def logits(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        """[B, L, vocabulary] of ids [B, L], which are padded behind if at all."""
+        return self.model(input_ids=ids, pixel_values=pixels).logits
 
     def answers(self, ids: Tensor, pixels: Tensor) -> list[str]:
         """What it says greedily behind `ids` [B, L], until `MINIGPT4_END`."""
@@ -166,17 +174,43 @@ def retrieval_accuracy(pairs: Represented, captions: list[str], among: int = 64)
     return right / len(captions)
 
 
+def read_images(samples: list[dict[str, Any]], image_folder: Path) -> list[Image.Image]:
+    images = []
+    for sample in samples:
+        with Image.open(image_folder / sample["image"]) as image:
+            images.append(image.convert("RGB"))
+    return images
+
+
 @torch.no_grad()
-def describe(hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path) -> list[str]:
+def describe(exported: ExportedLlava, samples: list[dict[str, Any]], image_folder: Path) -> list[str]:
     """What the exported model answers, greedily, when asked to describe each image; by transformers alone."""
-    exported = read_export(hf_dir)
-    pixels = exported.pixels([Image.open(image_folder / sample["image"]) for sample in samples])
+    pixels = exported.pixels(read_images(samples, image_folder))
     ids = torch.tensor([exported.request_ids()]).expand(len(samples), -1)
     return [answer.strip() for answer in exported.answers(ids, pixels)]
 
 
-def true_of(answers: list[str], samples: list[dict[str, Any]], data: Path) -> list[bool]:
-    """Whether each answer is one of the sentences that are true of its sample's scene."""
+@torch.no_grad()
+def likelier(exported: ExportedLlava, samples: list[dict[str, Any]], image_folder: Path) -> float:
+    """The share of samples whose caption is a likelier answer to `REQUEST` than its (first) twin."""
+    pixels, asked = exported.pixels(read_images(samples, image_folder)), exported.request_ids()
+    scores = []
+    for key in ("text", "Hallucination caption"):
+        texts = [sample[key] if isinstance(sample[key], str) else sample[key][0] for sample in samples]
+        answers = [torch.tensor(exported.text_ids(text, bos=False)) for text in texts]
+        targets = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-100)
+        ids = torch.cat([torch.tensor([asked]).expand(len(samples), -1), targets.clamp(min=0)], dim=1)
+        logits = exported.logits(ids, pixels)[:, len(asked) - 1 : -1]
+        scores.append(-F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(-1))
+    return float((scores[0] > scores[1]).float().mean())
+
+
+def facts_by_image(data: Path) -> dict[str, Facts]:
+    """What each image shows."""
     scenes = map(json.loads, (data / "scenes.jsonl").read_text(encoding="utf-8").splitlines())
-    facts = {scene["image"]: scene["facts"] for scene in scenes}
-    return [answer in true_sentences(facts[sample["image"]]) for answer, sample in zip(answers, samples, strict=True)]
+    return {scene["image"]: scene["facts"] for scene in scenes}
+
+
+def true_of(answers: list[str], scenes: list[Facts]) -> list[bool]:
+    """Whether each answer is one of the sentences that are true of its scene."""
+    return [answer in true_sentences(scene) for answer, scene in zip(answers, scenes, strict=True)]

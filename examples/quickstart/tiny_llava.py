@@ -24,6 +24,8 @@ except ImportError:
     from transformers import CLIPImageProcessor
 
 PROMPT, NAMED_TOKENS = VICUNA_PROMPT, LLAVA_TOKENS
+DIALOGUE = (VICUNA_PROMPT.removesuffix("ASSISTANT:"), "\n", " ASSISTANT:")
+"""What stands before an image, between it and the question, and between question and answer."""
 ASPECT: Aspect = "pad"
 VISION = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4}
 CHAT_TEMPLATE = (

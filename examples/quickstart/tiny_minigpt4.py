@@ -23,6 +23,8 @@ except ImportError:
     from transformers import BlipImageProcessor
 
 PROMPT, NAMED_TOKENS = MINIGPT4_PROMPT, {}
+DIALOGUE = ("###Human: <Img>", "</Img> ", " ###Assistant: ")
+"""What stands before an image, between it and the question, and between question and answer."""
 ASPECT: Aspect = "stretch"
 VISION = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4}
 QFORMER = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4}

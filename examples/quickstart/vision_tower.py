@@ -66,16 +66,17 @@ def train_tower(tower: nn.Module, data: Path, aspect: Aspect, steps: int, seed: 
     size = tower.config.image_size
     task = TowerTask(tower)
     if steps:
-        pixels, labels = load_scenes(data, "train", size, aspect)
-        index = list(batches(len(pixels), 32, steps, seed))
+        pixels, labels = load_scenes(data, ("parts", "train"), size, aspect)
+        index = list(batches(len(pixels), 64, steps, seed))
 
         def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-            x, y = pixels[index[step]], labels[index[step]]
+            x, y = pixels[index[step]].float(), labels[index[step]]
             if step % 2:
                 x, y = mirror(x, y)
             loss, accuracy = task(x, y)
             return loss, {"loss": loss.item(), "patches right": accuracy.item()}
 
-        fit(task, loss_of, steps, 3e-3, "vision tower", line=0)
+        fit(task, loss_of, steps, 3e-3, "vision tower", line=0, matrices_lr=4e-3)
     with torch.no_grad():
-        return task(*load_scenes(data, "valid", size, aspect))[1].item()
+        pixels, labels = load_scenes(data, "valid", size, aspect)
+        return task(pixels.float(), labels)[1].item()

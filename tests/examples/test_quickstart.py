@@ -38,7 +38,7 @@ def _train_in(folder: str, commands: list[list[str]]) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything run.sh does, at 96 images and a few steps."""
     folder = tmp_path_factory.mktemp("quickstart")
-    drawn = script("draw.py", "--train", "96", "--valid", "64", cwd=folder)
+    drawn = script("draw.py", "--train", "96", "--valid", "64", "--parts", "8", cwd=folder)
     assert drawn.returncode == 0, drawn.stderr
     made = script("make_model.py", "--tower-steps", "2", "--language-steps", "2", cwd=folder)
     assert made.returncode == 0, made.stderr
@@ -85,7 +85,7 @@ def test_every_image_is_drawn_and_every_twin_says_something_else(finished: Path)
             twins, facts = sample["Hallucination caption"], sample["hallucinated facts"]
             twins, facts = ([twins], [facts]) if isinstance(twins, str) else (twins, facts)
             for twin, wrong in zip(twins, facts, strict=True):
-                assert twin != sample["text"] and 1 <= len(wrong) <= 2
+                assert twin != sample["text"] and 1 <= len(wrong) <= 4
                 assert all(sample["facts"][kind] != value for kind, value in wrong.items())
     assert len(sizes) > 20  # many sizes and aspect ratios
     assert 0 < without_twin < 40  # a few samples, as in the paper's data, have none
@@ -140,8 +140,11 @@ def exported_scores_as_the_trainer(output: Path, data: Path) -> None:
 
     report = script("report.py", "--data", str(data), "--output", str(output), cwd=folder)
     assert re.search(r"Hallucination accuracy 0\.\d\d on held-out pairs", report.stdout), report.stdout + report.stderr
+    assert "| on held-out pictures | before | after stage 2 |" in report.stdout  # there is no export of stage 1 here
     with Image.open(output / "report.png") as image:
         assert image.width > 1000
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "run.sh --compare" in page and page.count('<img src="data:image/jpeg;base64,') == 8
     # A few steps do not reach the goal, and the report must not pretend so.
     assert report.returncode != 0 and "did not reach its goal" in report.stderr
 
@@ -176,6 +179,26 @@ def test_run_sh_runs_what_is_tested_here() -> None:
     ):
         assert word in text
     assert shlex.split(text.splitlines()[0]) == ["#!/usr/bin/env", "bash"]
+
+
+def test_run_sh_compares_with_valid_flags_where_the_report_looks(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (QUICKSTART / "run.sh").read_text()
+    flags = re.findall(r"flags(?:=|\+=)\((--[^)]*)\)", text)
+    assert len(flags) == 2 and "--preference-loss phrase" in flags[1]
+    monkeypatch.chdir(finished.parents[1])
+    config = parse_run_config(["--config", str(QUICKSTART / "pretrain.yaml"), *shlex.split(" ".join(flags))])
+    check_flags(config, world_size=2)
+
+    sys.path.insert(0, str(QUICKSTART))
+    try:
+        from report import VARIANTS
+    finally:
+        sys.path.remove(str(QUICKSTART))
+    assert "for loss in none phrase" in text and "$out/compare/$loss $out/compare/$loss/export" in text
+    exports = [export for _, export in VARIANTS.values()]
+    assert exports == ["compare/none/export", "export-stage1", "compare/phrase/export"]
 
 
 @pytest.mark.parametrize("arguments", [["--model", "llama"], ["--model"], ["--fresh", "minigpt4"]])
