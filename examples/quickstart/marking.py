@@ -47,11 +47,14 @@ def read_answer(answer: str) -> list[Stated] | None:
     match = _SENTENCE.fullmatch(answer)
     if match is None:
         return None
-    return [
-        Stated(name.replace("_", " "), value.lower(), *match.span(name))
-        for name, value in match.groupdict().items()
-        if value is not None
-    ]
+    found = []
+    for name, value in match.groupdict().items():
+        if value is not None:
+            start, end = match.span(name)
+            while answer[end].isalpha():  # of a plural
+                end += 1
+            found.append(Stated(name.replace("_", " "), value.lower(), start, end))
+    return found
 
 
 def hallucinated(answer: str, scene: Facts) -> list[Stated] | None:
@@ -60,6 +63,8 @@ def hallucinated(answer: str, scene: Facts) -> list[Stated] | None:
     if stated is None:
         return None
     views = (scene, seen_from_the_other(scene))
+    if "count" in scene:  # of equal things, naming two is not false: only that they are not counted, but related
+        views = ({f"other {key}": scene[key] for key in ("colour", "shape", "size")} | scene,)
     return min(([fact for fact in stated if view.get(fact.key) != fact.value] for view in views), key=len)
 
 

@@ -3,7 +3,7 @@
     python examples/quickstart/report.py --output output/quickstart
 
 Reads both stages' metrics.jsonl, and puts one question about held-out pictures to the model before, after stage 1 and
-after stage 2, and to those of `run.sh --compare` where it has made any: always exported Hugging Face folders, read with
+after stage 2, and to what stage 1 makes without its losses on twins where that was trained too: always exported Hugging Face folders, read with
 transformers and score.py alone. The table that it prints is README.md's.
 """
 
@@ -240,7 +240,7 @@ COMPARED = (
     "stage 2. One seed each, so that differences of a few per cent say nothing."
 )
 NOT_COMPARED = (
-    "This run made no comparison: bash examples/quickstart/run.sh --compare adds one, which takes a few minutes more."
+    "Stage 1 was not trained without them: bash examples/quickstart/run.sh does it, and then writes this page again."
 )
 
 
