@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--model", choices=KINDS, default="llava")
     parser.add_argument("--data", type=Path, default=Path("output/quickstart/data"), help="what draw.py wrote")
     parser.add_argument("--output", type=Path, default=Path("output/quickstart/model"))
-    parser.add_argument("--tower-steps", type=int, default=1600)
+    parser.add_argument("--tower-steps", type=int, default=2200)
     parser.add_argument("--qformer-steps", type=int, default=800)
     parser.add_argument("--language-steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1234)
