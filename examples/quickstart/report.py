@@ -3,11 +3,12 @@
     python examples/quickstart/report.py --output output/quickstart
 
 Reads both stages' metrics.jsonl, and puts one question about held-out pictures to the model before, after stage 1 and
-after stage 2, and to what stage 1 makes without its losses on twins where that was trained too: always exported Hugging Face folders, read with
-transformers and score.py alone. The table that it prints is README.md's.
+after stage 2, and to what stage 1 makes without its losses on twins, where that was trained too: always exported
+Hugging Face folders, read with transformers and score.py alone. The table that it prints is README.md's.
 """
 
 import argparse
+import io
 import json
 import textwrap
 from collections.abc import Sequence
@@ -90,8 +91,11 @@ def draw(
                 ha="center", va="top", fontsize=8.5, color=colour,
             )  # fmt: skip
     below.suptitle("cosine of the image with its caption (green) and with the hallucinated twin (red)", fontsize=10)
-    figure.savefig(target, dpi=100)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
     plt.close(figure)
+    with Image.open(buffer) as drawn:  # 256 colours are enough, and a third of the file
+        drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 def ask(when: str, hf_dir: Path, samples: list[dict[str, Any]], image_folder: Path) -> Said:
