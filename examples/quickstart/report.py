@@ -186,7 +186,7 @@ def main() -> None:
         about=ABOUT.format(name=name),
         tiles=[
             (f"{sum(right)} of {len(right)}", "held-out pictures that it describes truly"),
-            (percent(accuracy), "of the captions are preferred to their hallucinated twin; guessing gives 50 %"),
+            (percent(accuracy), "of the captions are preferred to their hallucinated twin; guessing gives half"),
             (percent(last(stages[1][1], "retrieval accuracy i2t validation")), "of the pictures find their caption "
              "among 64"),
         ],
@@ -226,8 +226,8 @@ def main() -> None:
 
 
 ABOUT = (
-    "A tiny {name} was trained on drawings of coloured shapes, whose captions have twins with one or two facts made "
-    "wrong. What a drawing shows is known exactly, so that every false word can be found."
+    "A tiny {name} was trained on drawings of coloured shapes, whose captions have twins into which an error was "
+    "written. What a drawing shows is known exactly, so that every false word can be found."
 )
 LEARNT = (
     "Before: the connector between vision tower and language model is random, and losses are those of the first "
@@ -241,7 +241,7 @@ SHOWN = (
 COMPARED = (
     "Stage 1 once without any loss on twins, once with HACL's contrast and once with the phrase loss, which makes the "
     "twin's differing words less likely as an answer. The rest is equal: the same start, pictures, order and steps; no "
-    "stage 2. One seed each, so that differences of a few per cent say nothing."
+    "stage 2. One seed each, so that differences of a few per cent say nothing. Below are the first pictures again."
 )
 NOT_COMPARED = (
     "Stage 1 was not trained without them: bash examples/quickstart/run.sh does it, and then writes this page again."
