@@ -44,6 +44,7 @@ def build_module(config: RunConfig, groups: ProcessGroupCollection, device: torc
         device=device,
         groups=groups,
         lora=Lora.of(config.lora),
+        shares_images=config.shares_images,
     )
 
 
@@ -60,14 +61,18 @@ def language_config(config: RunConfig, device: torch.device) -> TransformerConfi
 
 
 def parts_of_transformers(config: RunConfig) -> list[str]:
-    """A line for the user on each part that transformers builds, and on how pictures are cut into tiles."""
+    """A line for the user on each part that transformers builds, on how ranks run the tower, and on tiles."""
     flags, vision, qformer = config.model, config.architecture.vision, config.architecture.qformer
-    lines = []
+    lines, ranks = [], config.parallel.tensor_model_parallel_size
+    how = "shares images out over" if config.shares_images else "split over"
+    over_ranks = "" if ranks == 1 else f", {how} {ranks} tensor-parallel ranks"
     if vision.backend == "hf":
         lines.append(
             f"vision tower: transformers' {vision.kind.model_type}, {'frozen' if flags.freeze_ViT else 'trained'}, "
-            "whole on every tensor-parallel rank, without dropout"
+            f"without dropout{over_ranks}"
         )
+    elif over_ranks:
+        lines.append(f"vision tower: megatron-core's{over_ranks}")
     if qformer is not None:
         lines.append(
             f"connector: Q-Former of {qformer.num_query_tokens} query tokens an image, "
@@ -111,6 +116,7 @@ def load_pretrained(module: HaclModel, config: RunConfig) -> str:
             architecture,
             tp_rank=module.groups.tp.rank(),
             tp_size=module.groups.tp.size(),
+            whole=("vision_tower.",) if module.shares_images else (),
             layer_offset=get_transformer_layer_offset(module.config, None, module.groups.pp.rank()),
             padded_vocab_size=padded_vocab_size(architecture.language.vocab_size, config.parallel),
             adapter=config.model.pretrain_mm_mlp_adapter,

@@ -14,6 +14,7 @@ from hacl_megatron.checkpoint.hf.names import NameTable, Rule
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.architecture import padded_vocab_size
 from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.config.image_sharing import tower_ranks
 from hacl_megatron.config.lora import FUSED, SUFFIX, Lora, is_lora, split_of, target_shapes
 from hacl_megatron.config.run import RunConfig
 
@@ -73,7 +74,11 @@ def stage_parameters(config: RunConfig, stage: int) -> list[PlannedParameter]:
     parallel, flags, model = config.parallel, config.model, config.architecture
     stages, tp = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     vocab = padded_vocab_size(model.language.vocab_size, parallel)
-    shapes = [(name, rule.local_shape(tp, vocab)) for name, rule in _rules_of_stage(parallel, model, stage)]
+    of_tower = tower_ranks(model, parallel)
+    shapes = [
+        (name, rule.local_shape(of_tower if name.startswith("vision_tower.") else tp, vocab))
+        for name, rule in _rules_of_stage(parallel, model, stage)
+    ]
     if (lora := Lora.of(config.lora)) is not None:
         shapes = list(_with_adapters(shapes, model, lora, tp))
     frozen = {"vision_tower": flags.freeze_ViT, "language_model": config.language_model_is_frozen}

@@ -120,6 +120,10 @@ class ParallelFlags:
     sequence_parallel: bool = flag(
         False, "Between tensor-parallel layers, split activations by rows over the same ranks: less memory."
     )  # fmt: skip
+    vision_parallel: Literal["split", "share"] | None = flag(
+        None, "How tensor-parallel ranks run the vision tower: split its matrices, or share images out, each with the "
+        "whole tower and connector. Default: what the plan finds faster; towers of transformers are never split."
+    )  # fmt: skip
     decoder_first_pipeline_num_layers: int | None = flag(
         None, "Layers of the language model on the first pipeline stage, which also carries the vision tower. Default: "
         "an even split."

@@ -17,6 +17,7 @@ from typing import Any
 from hacl_megatron.config import flags
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.console import exit_with_error
+from hacl_megatron.config.image_sharing import shares_images
 from hacl_megatron.config.parser import COMMAND_LINE_ONLY, GROUPS, FlagParser
 from hacl_megatron.config.sections import check_section
 from hacl_megatron.config.tiles import tiles_of
@@ -60,6 +61,11 @@ class RunConfig:
     def language_model_is_constant(self) -> bool:
         """Whether nothing in the language model trains, LoRA included: what it makes of a text never changes."""
         return self.model.freeze_LM and self.lora.lora_rank is None
+
+    @property
+    def shares_images(self) -> bool:
+        """Whether tensor-parallel ranks share images out (`--vision-parallel`)."""
+        return shares_images(self.architecture, self.parallel)
 
     @property
     def losses_that_train(self) -> frozenset[str]:

@@ -1,8 +1,8 @@
 """Connectors between the vision tower and the language model: `linear` and `mlpNx_gelu`, as LLaVA-1.5 has them.
 
 Replicated over tensor-parallel ranks: 21M parameters in the 7B model, so splitting them would cost more in
-communication than it saves. Their input and the gradient of their output are the same on every tensor-parallel rank,
-so the replicas stay equal without a reduction.
+communication than it saves. Where ranks share images out their gradients are summed; else input and the gradient of the
+output are the same on every tensor-parallel rank, so the replicas stay equal without a reduction.
 """
 
 import torch

@@ -18,7 +18,7 @@ from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from hacl_megatron.batch import PackedBatch, SegmentLengths
 from hacl_megatron.config.architecture import ModelConfig
@@ -31,6 +31,7 @@ from hacl_megatron.model.llama import LlamaStage
 from hacl_megatron.model.lora import lora_parameters
 from hacl_megatron.model.vision import VisionTower
 from hacl_megatron.platform.attention import packed_segments
+from hacl_megatron.platform.context_parallel.gathered_parts import gathered_parts, own_part
 from hacl_megatron.platform.context_parallel.placed_rows import placed_rows
 from hacl_megatron.platform.device import to_device
 
@@ -87,12 +88,15 @@ class HaclModel(MegatronModule):
         device: torch.device,
         groups: ProcessGroupCollection,
         lora: Lora | None = None,
+        shares_images: bool = False,
     ) -> None:
+        """`shares_images`: tensor-parallel ranks share images out; a tower of megatron-core is to be whole then."""
         super().__init__(language_config)
         self.model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask for
         self.pre_process = groups.pp.rank() == 0
         self.post_process = groups.pp.rank() == groups.pp.size() - 1
         self.groups = groups
+        self.shares_images = shares_images and groups.tp.size() > 1
         self.sequence_parallel = language_config.sequence_parallel
         self.image_size = model.vision.image_size
         self.has_tiles = model.tiles is not None
@@ -173,7 +177,7 @@ class HaclModel(MegatronModule):
     def tower_features(self, pixel_values: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] -> features [I, F, vision hidden] of the tower; a constant if it is frozen.
 
-        Context-parallel ranks share the views out, each gets the features of its own (`own_views`).
+        Where ranks share the views out, each gets the features of its own (`own_views`).
 
         Views of pictures in tiles go through a frozen tower `VIEWS_AT_ONCE`.
 
@@ -183,8 +187,9 @@ class HaclModel(MegatronModule):
         Without images it is one blank image: every micro-batch must touch every trained parameter (megatron-core
         reduces gradients as they arrive), the connector behind this one among them.
         """
-        if self.groups.cp.size() > 1:
-            pixel_values = pixel_values[self.own_views(pixel_values.shape[0])]
+        if self.shares_images or self.groups.cp.size() > 1:
+            own = self.own_views(pixel_values.shape[0])
+            pixel_values = pixel_values[own.start : own.stop]
         if pixel_values.shape[0] == 0:
             pixel_values = pixel_values.new_zeros(1, 3, self.image_size, self.image_size)
         with nullcontext() if self.vision_tower_is_trained else torch.no_grad():
@@ -194,18 +199,34 @@ class HaclModel(MegatronModule):
             features = self.vision_tower(pixel_values)
             return self.connector.query_states(features) if self.query_states_are_constant else features
 
-    def own_views(self, number: int) -> slice:
-        """Which of a pack's views this context-parallel rank's tower and connector see: as many as any other's."""
-        ranks, rank = self.groups.cp.size(), self.groups.cp.rank()
-        return slice(number * rank // ranks, number * (rank + 1) // ranks)
+    def own_views(self, number: int) -> range:
+        """Which of a pack's views this rank's tower and connector see: as many as any other's, or one more or less.
+
+        Context-parallel ranks share them out; of each one's part, if `shares_images`, its tensor-parallel ranks do.
+        """
+        views = range(number)[own_part(number, self.groups.cp)]
+        return views[own_part(len(views), self.groups.tp)] if self.shares_images else views
 
     def _of_all_views(self, features: Tensor, number: int) -> Tensor:
-        """Connector's output of this rank's views -> of all [I, V, H]; their gradients are summed over the ranks."""
+        """Connector's output of this rank's views -> of all [I, V, H]."""
+        if not self.shares_images and self.groups.cp.size() == 1:
+            return features
+        features = features[: len(self.own_views(number))]  # a blank image, where it has none, is left out
+        places = torch.arange(number)[own_part(number, self.groups.cp)]
+        if self.shares_images:
+            features = gathered_parts(features, len(places), self.groups.tp)
         if self.groups.cp.size() == 1:
             return features
-        own = torch.arange(number)[self.own_views(number)]
-        # A blank image, where it has none, is left out.
-        return placed_rows(features[: len(own)], to_device(own, features.device), number, self.groups.cp)
+        # Whose gradients are summed over the ranks, for each has those of its own rows.
+        return placed_rows(features, to_device(places, features.device), number, self.groups.cp)
+
+    def parameters_of_own_images(self) -> list[nn.Parameter]:
+        """What trains and has, on each tensor-parallel rank, the gradient of that rank's own images alone."""
+        if not (self.shares_images and self.pre_process):
+            return []
+        parts = (*self.vision_tower.parameters(), *self.connector.parameters())
+        newline = getattr(self.connector, "image_newline", None)  # laid in where all ranks have all images
+        return [parameter for parameter in parts if parameter.requires_grad and parameter is not newline]
 
     def _embed(self, batch: PackedBatch, tower_features: Tensor | None) -> Tensor:
         """Token embeddings with image features laid over the image rows: [T', 1, H]."""

@@ -1,7 +1,7 @@
 """Parts that transformers builds: vision towers (`config.towers`) and BLIP-2's Q-Former.
 
-They are replicated over tensor-parallel ranks, as the connector is and for its reasons: their input and the gradient of
-their output are the same on every rank, so the replicas of a trained one stay equal without a reduction.
+Each tensor-parallel rank has them whole, as the connector is, and runs them on its share of the images (`hacl`).
+Gradients of trained ones are summed over the ranks, so the replicas stay equal (`training.optimizer.image_gradients`).
 
 Dropout is 0 in all of them, trained or frozen (transformers' Q-Former has 0.1), and no layer is left out at random: the
 masks would depend on the layout.

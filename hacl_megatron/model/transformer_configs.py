@@ -10,6 +10,7 @@ from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.families import language_family
 from hacl_megatron.config.families.rotary import attention_factor
 from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.config.image_sharing import tower_ranks
 from hacl_megatron.model.vision import ACTIVATIONS
 from hacl_megatron.platform.accelerators import layer_library
 
@@ -65,8 +66,8 @@ def language_transformer_config(
 def vision_transformer_config(
     model: ModelConfig, parallel: ParallelFlags, *, device: torch.device, dtype: torch.dtype
 ) -> TransformerConfig | None:
-    """The vision tower's: tensor parallel, whole on its pipeline stage, never sequence parallel. None for a tower of
-    transformers, which has its own."""
+    """The vision tower's: tensor parallel unless ranks share images out, whole on its pipeline stage, never sequence
+    parallel. None for a tower of transformers, which has its own."""
     vision = model.vision
     if vision.backend == "hf":
         return None
@@ -82,7 +83,7 @@ def vision_transformer_config(
         add_bias_linear=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        tensor_model_parallel_size=tower_ranks(model, parallel),
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=device.type == "cpu",

@@ -16,6 +16,7 @@ from hacl_megatron.config.sections import megatron_fields, refusals_of
 from hacl_megatron.model.hacl import HaclModel
 from hacl_megatron.objective.queue import NegativeQueue
 from hacl_megatron.platform.host_groups import Groups
+from hacl_megatron.training.optimizer.image_gradients import finalize_shared_image_grads
 from hacl_megatron.training.optimizer.schedule import build_optimizer, build_scheduler, optimizer_config
 
 
@@ -113,6 +114,7 @@ def build_queue(module: HaclModel, config: RunConfig) -> NegativeQueue | None:
 
 def _connect_schedule(transformer: TransformerConfig, model: DistributedDataParallel) -> None:
     """Tell megatron-core's pipeline schedules how gradients are finished and when they may be reduced."""
-    transformer.finalize_model_grads_func = finalize_model_grads
+    shares_images = model.module.shares_images
+    transformer.finalize_model_grads_func = finalize_shared_image_grads if shares_images else finalize_model_grads
     if model.ddp_config.overlap_grad_reduce:
         transformer.no_sync_func = model.no_sync

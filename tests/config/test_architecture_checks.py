@@ -150,11 +150,15 @@ CASES = {
         {"model": language(ffn_hidden_size=11006), "tp": 2},
     ),
     "tower's heads over ranks": (
-        {"tp": 32}, "that divides 16, or take --vision-backend hf", {"tp": 16},
+        {"tp": 32, "vision_parallel": "split"}, "that divides 16, or --vision-parallel share", {"tp": 32},
+    ),
+    "a tower of transformers over ranks": (
+        {"model": BLIP2, "tp": 2, "vision_parallel": "split"}, "--vision-parallel is split, but towers of transformers",
+        {"model": BLIP2, "tp": 2, "vision_parallel": "share"},
     ),
     "tower's feed-forward over ranks": (
-        {"model": vision(ffn_hidden_size=4098), "tp": 4}, "vision tower's ffn_hidden_size 4098",
-        {"model": vision(ffn_hidden_size=4098), "tp": 2},
+        {"model": vision(ffn_hidden_size=4098), "tp": 4, "vision_parallel": "split"},
+        "vision tower's ffn_hidden_size 4098", {"model": vision(ffn_hidden_size=4098), "tp": 4},
     ),
     "heads and groups": (
         {"model": language(num_query_groups=5)}, "cannot share 5 query groups", {"model": language(num_query_groups=4)},

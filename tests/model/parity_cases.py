@@ -54,6 +54,8 @@ class Layout:
     pp: int = 1
     sp: bool = False
     first: int | None = None
+    shares: bool = False
+    """`--vision-parallel share`, for the tower of megatron-core."""
 
     @property
     def world_size(self) -> int:
@@ -61,7 +63,7 @@ class Layout:
 
     def __str__(self) -> str:
         uneven = f" ({self.first}+{LAYERS - self.first})" if self.first else ""
-        return f"TP{self.tp}{'+SP' if self.sp else ''} PP{self.pp}{uneven}"
+        return f"TP{self.tp}{'+SP' if self.sp else ''} PP{self.pp}{uneven}{' share' * self.shares}"
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ def build(folder: Path, layout: Layout, device: torch.device, *, dtype: torch.dt
 
     from hacl_megatron.checkpoint.hf.config_read import read_model_config
     from hacl_megatron.config.flags import ParallelFlags
+    from hacl_megatron.config.image_sharing import shares_images
     from hacl_megatron.model.hacl import HaclModel
     from hacl_megatron.model.transformer_configs import language_transformer_config, vision_transformer_config
 
@@ -248,13 +251,14 @@ def build(folder: Path, layout: Layout, device: torch.device, *, dtype: torch.dt
     architecture = replace(architecture, vision=replace(architecture.vision, image_size=IMAGE_SIZE))
     parallel = ParallelFlags(
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, sequence_parallel=layout.sp,
-        decoder_first_pipeline_num_layers=layout.first,
+        decoder_first_pipeline_num_layers=layout.first, vision_parallel="share" if layout.shares else None,
     )  # fmt: skip
     module = HaclModel(
         architecture,
         language_config=language_transformer_config(architecture, parallel, device=device, dtype=dtype, overrides={}),
         vision_config=vision_transformer_config(architecture, parallel, device=device, dtype=dtype),
         padded_vocab_size=PADDED_VOCAB, initial_temperature=TEMPERATURE, seed=seed, device=device, groups=groups,
+        shares_images=shares_images(architecture, parallel),
     )  # fmt: skip
     return module, architecture, groups
 
@@ -271,7 +275,7 @@ def load(module, folder: Path, architecture, layout: Layout, groups) -> None:
     report = load_hf_weights(
         module, folder, architecture, tp_rank=groups.tp.rank(), tp_size=layout.tp,
         layer_offset=get_transformer_layer_offset(module.config, None, groups.pp.rank()),
-        padded_vocab_size=PADDED_VOCAB,
+        padded_vocab_size=PADDED_VOCAB, whole=("vision_tower.",) if module.shares_images else (),
     )  # fmt: skip
     assert not report.fresh, report.fresh
 
@@ -323,9 +327,12 @@ def wrap(module, groups):
         finalize_model_grads,
     )
 
+    from hacl_megatron.training.optimizer.image_gradients import finalize_shared_image_grads
+
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=False)
     model = DistributedDataParallel(module.config, config, module, pg_collection=groups)
-    module.config.finalize_model_grads_func = finalize_model_grads
+    finish = finalize_shared_image_grads if module.shares_images else finalize_model_grads
+    module.config.finalize_model_grads_func = finish
     model.train()
     model.zero_grad_buffer()
     return model
@@ -380,8 +387,9 @@ def compare(folder: Path, layout: Layout, device: torch.device) -> dict[str, Any
     Also `replicated`: the gradients of what all tensor-parallel ranks hold, as bytes, and `initial`: its fresh values.
     """
     module, architecture, groups = build(folder / "weights", layout, device)
-    replicas = ("connector.", "heads.", *(("vision_tower.",) if architecture.vision.backend == "hf" else ()))
-    initial = {name: value.detach().clone() for name, value in module.named_parameters() if name.startswith(replicas)}
+    drawn = ("connector.", "heads.", *(("vision_tower.",) if architecture.vision.backend == "hf" else ()))
+    initial = {name: value.detach().clone() for name, value in module.named_parameters() if name.startswith(drawn)}
+    replicas = (*drawn, "vision_tower.") if module.shares_images else drawn
     load(module, folder / "weights", architecture, layout, groups)
     variant = Variant(**json.loads((folder / "variant.json").read_text()))
     module.freeze(language_model=False, vision_tower=not variant.trains_vision, qformer=not variant.trains_qformer)

@@ -32,6 +32,7 @@ VARIANTS = {
 }
 ONE = Layout()
 TP2, TP2_SP, PP2 = Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2, first=1)
+SHARE, SHARE_SP = Layout(tp=2, shares=True), Layout(tp=2, sp=True, shares=True)
 TP2_PP2, TP2_SP_PP2 = Layout(tp=2, pp=2, first=1), Layout(tp=2, pp=2, sp=True)
 CASES = [
     *[(variant, ONE) for variant in VARIANTS],
@@ -39,6 +40,8 @@ CASES = [
     *[("tied", layout) for layout in (TP2_SP, PP2, TP2_SP_PP2)],
     ("last vision layer", TP2_SP),
     ("last vision layer", PP2),
+    *[("last vision layer", layout) for layout in (SHARE, SHARE_SP)],
+    ("plain", SHARE_SP),
     ("llama3 rope", TP2_PP2),
     *[(variant, layout) for variant in ("blip2", "blip2 trained") for layout in (TP2, TP2_SP, PP2)],
     *[(tower, TP2_SP) for tower in ("siglip", "dinov2")],

@@ -61,6 +61,9 @@ def record(
     root = Path(folder)
     trainer, tokenizer = _trainer(root, stage, flags)
     config, checked = trainer.config, trainer.run.layout
+    views: list[int] = []
+    if trainer.trainee.module.pre_process:
+        trainer.trainee.module.vision_tower.register_forward_pre_hook(lambda _, inputs: views.append(len(inputs[0])))
     for case in cases:
         config.objective.hallucination_negatives = case.hallucination_negatives
         config.objective.contrastive_image_context = case.context
@@ -77,6 +80,7 @@ def record(
         micro_batches, counts = trainer.step.receive(next(loader) if loader is not None else None)
         if loader is not None:
             loader.close()
+        views.clear()
         metrics = trainer.step.forward_backward(
             micro_batches, counts, contrastive_weight=config.objective.contrastive_weight
         ).read()
@@ -87,6 +91,8 @@ def record(
                 "num_micro_batches": len(micro_batches),
                 "gradients": _shards(trainer.trainee.module),
                 "norms": _norms(trainer.trainee.optimizer),
+                "views": views[:],
+                "images": [batch.main.num_images for batch in micro_batches],
             },
             root / f"{stage}_{layout}_{case.name()}_{dist.get_rank()}.pt",
         )
@@ -173,7 +179,8 @@ def _shards(module) -> list[tuple[str, tuple, tuple, torch.Tensor]]:
 
 
 def read(folder: Path, stage: str, layout: str, ranks: int, case: Case) -> dict[str, Any]:
-    """Losses, number of micro-batches, whole gradients (frozen weights as they are), and each rank's norms of them."""
+    """Losses, number of micro-batches, images of each, whole gradients (frozen weights as they are), and of each rank
+    its norms of them and how many views its tower saw, call by call."""
     parts = [torch.load(folder / f"{stage}_{layout}_{case.name()}_{rank}.pt") for rank in range(ranks)]
     assert all(part["losses"] == parts[0]["losses"] for part in parts), "ranks disagree"
     whole: dict[str, torch.Tensor] = {}
@@ -194,4 +201,6 @@ def read(folder: Path, stage: str, layout: str, ranks: int, case: Case) -> dict[
         "num_micro_batches": parts[0]["num_micro_batches"],
         "gradients": whole,
         "norms": [part["norms"] for part in parts],
+        "views": [part["views"] for part in parts],
+        "images": parts[0]["images"],
     }

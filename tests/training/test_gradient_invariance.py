@@ -18,7 +18,7 @@ from tests.training.runs import layout_flags, make_inputs
 
 LAYOUTS = (
     "tp1", "dp2", "tp2", "tp2-sp", "pp2-first1", "tp2-pp2-sp", "pp2-dp2", "cp2", "cp4", "cp2-tp2-sp", "cp2-pp2-first1",
-    "cp2-dp2",
+    "cp2-dp2", "tp2-share", "tp2-sp-share", "tp2-pp2-share",
 )  # fmt: skip
 STAGES = ("pretrain", "finetune")
 FULL = bool(os.environ.get("HACL_FULL_INVARIANCE"))
@@ -28,6 +28,10 @@ OBJECTIVES = (
 
 
 def cases(layout: str) -> list[Case]:
+    if "share" in layout and not FULL:
+        # Features of images kept for a second pass and made at once, an image a micro-batch, or none; crops.
+        found = [Case("all", "prompt", micro_batches=SAMPLES if layout == "tp2-share" else 4)]
+        return [*found, Case("own", "image", preference="mdpo", micro_batches=1)]
     if "cp" in layout and not FULL:
         # Whatever ranks make of their own rows: pairs cached and at once, branches, read rows, twins (mdpo's crops and
         # branches), texts ahead (pretrain). Captions of a few rows are shorter than four ranks' eight pieces.

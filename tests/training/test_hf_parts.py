@@ -1,6 +1,6 @@
 """A tiny MiniGPT-4-like model, SigLIP and DINOv2 towers in training: the same losses at every layout, resuming, files.
 
-All run parts of transformers (`model.hf_parts`), replicated over tensor-parallel ranks.
+All run parts of transformers (`model.hf_parts`), which tensor-parallel ranks have whole; these share the images out.
 """
 
 import math
@@ -41,6 +41,17 @@ LAYOUTS = {"tp2-sp": [], "pp2-first1": [], "dp2": ["--use-distributed-optimizer"
 STEPS = ("stage 1", "all trained", "siglip", "dinov2")
 COMPARED = (*LOSSES, "temperature", "hallucination margin", "grad-norm")
 CASES = [Case("own", "image", micro_batches=4), Case("all", "prompt", micro_batches=4)]
+ONE_BY_ONE = Case("all", "prompt", micro_batches=SAMPLES)
+"""Micro-batches of one image, or of none: fewer than there are ranks."""
+UNEVEN = {"pretrain": Case("all", "prompt", tokens=700), "finetune": Case("all", "prompt", tokens=900)}
+"""Micro-batches of three images, or of five."""
+SHARED = {
+    "tp2": ("q-former alone", "all trained", "siglip"), "tp2-sp": RUNS, "tp2-pp2-sp": ("all trained",),
+    "cp2-tp2": ("all trained", "siglip"),
+}  # fmt: skip
+"""Layouts and runs whose tensor-parallel ranks share images out."""
+GRADIENTS = [(run, layout) for run in RUNS for layout in ("tp1", *LAYOUTS, "cp2")]
+GRADIENTS += [(run, layout) for layout, runs in SHARED.items() for run in runs if layout not in LAYOUTS]
 RESUMED = (("stage 1", "tp2-sp", "pp2-first1"), ("dinov2", "pp2-first1", "tp2-sp"))
 
 
@@ -50,15 +61,22 @@ def command(folder: Path, run: str, layout: str, save: str, *extra: str) -> list
     return [*config, *layout_flags(layout)[1], *flags, *LAYOUTS.get(layout, []), *extra]
 
 
+def cases(layout: str, stage: str) -> list[Case]:
+    if layout == "tp2":
+        return [ONE_BY_ONE, UNEVEN[stage]]
+    # One micro-batch in one process is the reference.
+    return [*CASES, *(Case(case.hallucination_negatives, case.context) for case in CASES if layout == "tp1")]
+
+
 def record_all(folder: str, layouts: Iterable[str]) -> None:
     for layout in layouts:
         _, flags = layout_flags(layout, samples=SAMPLES)
         for run, (model, stage, trained) in RUNS.items():
-            # One micro-batch in one process is the reference.
-            cases = [*CASES, *(Case(case.hallucination_negatives, case.context) for case in CASES if layout == "tp1")]
+            if (run, layout) not in GRADIENTS:
+                continue
             record(
                 f"{folder}/{model}", f"{layout} {run}", [*flags, *trained, "--global-batch-size", str(SAMPLES)],
-                stage, cases,
+                stage, cases(layout, stage),
             )  # fmt: skip
 
 
@@ -138,21 +156,23 @@ def test_resumed_at_another_layout(finished: Path, run: str, source: str, target
 @pytest.fixture(scope="module")
 def recorded(folder: Path) -> Path:
     run_distributed(record_all, 1, str(folder), ["tp1"])
-    run_distributed(record_all, 2, str(folder), [*LAYOUTS, "cp2"])
+    for size in (2, 4):
+        layouts = dict.fromkeys(layout for _, layout in GRADIENTS if layout_flags(layout)[0] == size)
+        run_distributed(record_all, size, str(folder), [*layouts])
     return folder
 
 
-@pytest.mark.parametrize("layout", ["tp1", *LAYOUTS, "cp2"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("run", "layout"), GRADIENTS)
 def test_gradients_are_those_of_one_process_and_one_micro_batch(recorded: Path, run: str, layout: str) -> None:
     """With gradient caching: the pass ahead and the main one share what is constant, tower features or query states.
-    At cp2 ranks share the images out: fails where a trained tower's gradients are not summed over all rows."""
+    Ranks share the images out: fails where a trained tower's gradients are not summed over all rows (cp2), or those of
+    tower, Q-Former and connector not over all images, or twice (tp2)."""
     model, stage, _ = RUNS[run]
-    for case in CASES:
+    for case in cases(layout, stage):
         reference = Case(case.hallucination_negatives, case.context)
         expected = read(recorded / model, stage, f"tp1 {run}", 1, reference)
         found = read(recorded / model, stage, f"{layout} {run}", layout_flags(layout)[0], case)
-        assert found["num_micro_batches"] == 4
+        assert found["num_micro_batches"] == case.micro_batches or case.tokens
         torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
         assert found["gradients"].keys() == expected["gradients"].keys()
         for name, gradient in expected["gradients"].items():
@@ -161,6 +181,27 @@ def test_gradients_are_those_of_one_process_and_one_micro_batch(recorded: Path, 
                 size = expected["gradients"][name.replace(".bias", ".weight")].norm()
             difference = float((found["gradients"][name] - gradient).norm() / size.clamp_min(1e-12))
             assert difference <= 1e-4, (case.name(), name, difference)
+
+
+@pytest.mark.parametrize(("run", "layout"), [(run, layout) for layout, runs in SHARED.items() for run in runs])
+def test_each_rank_runs_the_tower_for_its_part_of_the_images(recorded: Path, run: str, layout: str) -> None:
+    """Fails where a rank runs another's images too, or one rank most of them; or where the data have no uneven, no
+    single and no missing images."""
+    model, stage, _ = RUNS[run]
+    ranks = math.prod(int(part[2:]) for part in layout.split("-") if part[:2] in ("tp", "cp"))
+    for case in cases(layout, stage):
+        found = read(recorded / model, stage, f"{layout} {run}", layout_flags(layout)[0], case)
+        per_call = [*zip(*(views for views in found["views"] if views), strict=True)]  # on the first stage
+        # A trained tower has run ahead too, for micro-batches with pairs.
+        for images, views in zip(found["images"], per_call[-len(found["images"]) :], strict=True):
+            blank = views.count(1) - images if images < ranks else 0  # whoever has no image runs a blank one
+            assert len(views) == ranks and sum(views) == images + blank and max(views) <= max(1, -(-images // ranks))
+    if layout == "tp2":
+        alone, uneven = (
+            read(recorded / model, stage, f"tp2 {run}", 2, case)["images"] for case in cases(layout, stage)
+        )
+        assert any(number % 2 and number > 2 for number in uneven), uneven
+        assert 1 in alone and (0 in alone or stage == "pretrain"), alone
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,7 @@ def load_hf_weights(
     padded_vocab_size: int,
     adapter: str | Path | None = None,
     vision_tower: str | Path | None = None,
+    whole: tuple[str, ...] = (),
 ) -> ImportReport:
     """Fill this rank's parameters from a Hugging Face folder, in place and in each parameter's own dtype.
 
@@ -274,6 +275,7 @@ def load_hf_weights(
         padded_vocab_size: rows of the vocabulary over all tensor-parallel ranks.
         adapter: see `open_sources`.
         vision_tower: see `open_sources`.
+        whole: beginnings of the names of parameters that are not divided over the tensor-parallel ranks.
 
     Raises:
         ValueError: see `open_sources`; nothing has been changed then.
@@ -288,17 +290,16 @@ def load_hf_weights(
         assert rule is not None, (
             f"parameter {ours} stands in no name table; nearest: {nearest(ours, sources.table.rules)}"
         )
-        shape = rule.local_shape(tp_size, padded_vocab_size)
+        rank, size = (0, 1) if ours.startswith(whole) else (tp_rank, tp_size)
+        shape = rule.local_shape(size, padded_vocab_size)
         assert tuple(parameter.shape) == shape, f"{ours}: built as {tuple(parameter.shape)}, config makes it {shape}"
-        plan.append((ours, rule, parameter))
+        plan.append((ours, rule, parameter, rank, size))
     loaded, fresh = [], []
-    for ours, rule, parameter in plan:
+    for ours, rule, parameter, rank, size in plan:
         if any(source not in sources.found for source in rule.sources):
             fresh.append(ours)  # `check` has made sure that only optional parts get here
             continue
-        parameter.copy_(
-            rule.read_shard(sources.read, tp_rank=tp_rank, tp_size=tp_size, padded_vocab_size=padded_vocab_size)
-        )
+        parameter.copy_(rule.read_shard(sources.read, tp_rank=rank, tp_size=size, padded_vocab_size=padded_vocab_size))
         loaded.append(ours)
     return ImportReport(
         loaded=loaded, fresh=fresh, ignored=dict(sources.ignored), sources=list(sources.files), notes=sources.notes

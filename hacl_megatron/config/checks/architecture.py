@@ -10,6 +10,7 @@ from hacl_megatron.config.console import notify
 from hacl_megatron.config.families import language_family
 from hacl_megatron.config.families.rotary import wrong_scaling
 from hacl_megatron.config.flags import ParallelFlags
+from hacl_megatron.config.image_sharing import TOWER_SIZES
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 
@@ -27,7 +28,7 @@ def check_architecture(config: RunConfig, layout: Layout) -> None:
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
                 raise ValueError(f"the model's {part}.{name} is {value}, expected more than 0; correct it")
     _check_widths(model)
-    _check_tensor_parallel(model, layout.tp)
+    _check_tensor_parallel(config, layout.tp)
     _check_pipeline(config.parallel, language.num_layers)
     if config.transformer.get("fp8"):
         _check_fp8_widths(model, layout.tp, config.transformer.get("fp8_recipe", "delayed"))
@@ -267,10 +268,16 @@ def _check_qformer(model: ModelConfig) -> None:
     )
 
 
-def _check_tensor_parallel(model: ModelConfig, tp: int) -> None:
-    parts = [("language model", model.language, ""), ("vision tower", model.vision, ", or take --vision-backend hf")]
-    for part, record, instead in parts[: 1 if model.vision.backend == "hf" else 2]:  # transformers' is replicated
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+def _check_tensor_parallel(config: RunConfig, tp: int) -> None:
+    model, splits_tower = config.architecture, tp > 1 and config.parallel.vision_parallel == "split"
+    _require(
+        not (splits_tower and model.vision.backend == "hf"),
+        "--vision-parallel is split, but towers of transformers are whole on every rank",
+        "give share, or leave it out",
+    )
+    parts = [("language model", model.language, ""), ("vision tower", model.vision, ", or --vision-parallel share")]
+    for part, record, instead in parts[: 1 + splits_tower]:
+        for name in TOWER_SIZES:
             size = getattr(record, name, tp)
             _require(
                 size % tp == 0,

@@ -77,8 +77,8 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
 
     Without `files` (a plan, a dry run) data, weights and output folders need not be there.
 
-    Two settings are changed in place, each with a line for the user: sequence parallelism over a single tensor-parallel
-    rank is switched off, and bf16 switches the distributed optimiser on.
+    Three settings are changed in place, each with a line for the user: over a single tensor-parallel rank sequence
+    parallelism is switched off and `--vision-parallel` left out, and bf16 switches the distributed optimiser on.
 
     Raises:
         ValueError: one line for the first mistake found.
@@ -107,6 +107,12 @@ def check_flags(config: RunConfig, world_size: int, *, files: bool = True) -> La
         notify(
             "--sequence-parallel is switched off: --tensor-model-parallel-size is 1, there is nothing to split over."
         )
+    if config.parallel.vision_parallel is not None and layout.tp == 1:
+        notify(
+            f"--vision-parallel {config.parallel.vision_parallel} is left out: --tensor-model-parallel-size is 1, each "
+            "rank runs the whole tower."
+        )
+        config.parallel.vision_parallel = None
     check_sections(config)
     return layout
 

@@ -1,2 +1,2 @@
 """What context-parallel ranks exchange (`batch.RowShare`): keys and values in every layer, and what each makes of its
-own rows."""
+own rows; and tensor-parallel ranks, of the images that they share out."""

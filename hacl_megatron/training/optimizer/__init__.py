@@ -3,4 +3,5 @@
 schedule    length of a run, learning rates and lambda by samples, groups of parameters
 shards      the distributed optimiser's state, saved and loaded at any layout
 grad_norm   the global gradient norm without a wait for the device
+image_gradients   sums over tensor-parallel ranks that share images out
 """
