@@ -80,9 +80,10 @@ def train(config: RunConfig) -> None:
     config, layout = resolved(config)
     if config.training.print_config:
         if is_first_rank():
-            print(to_yaml(config), end="")
+            print(to_yaml(_with_vision_parallel(config, layout, says=False)), end="")
         return
     prepare_machine(config, layout)
+    config = _with_vision_parallel(config, layout)
     from hacl_megatron.training import build
 
     build.train(config, layout)
@@ -118,6 +119,7 @@ def _dry_run(config: RunConfig) -> None:
 
     config = start_from.resolve(config, planned=True)
     check_architecture(config, layout)
+    config = _with_vision_parallel(config, layout)
     resumes = start_from.checkpoint_to_resume(config)
     sources = (config.model.pretrained_checkpoint, config.model.tokenizer) if resumes is None else ()
     given = [Path(source) for source in sources if source is not None]
@@ -125,6 +127,18 @@ def _dry_run(config: RunConfig) -> None:
         for line in start_from.refuse_without_export(config, resumes):
             notify(line)
     notify(dry_run(config, layout, rank=training.dry_run_rank))
+
+
+def _with_vision_parallel(config: RunConfig, layout: Layout, *, says: bool = True) -> RunConfig:
+    """`config` with `--vision-parallel` as a plan chooses it, if the flag is not given, and a line on that."""
+    if layout.tp == 1:
+        return config
+    from hacl_megatron.plan.vision_parallel import with_vision_parallel
+
+    config, line = with_vision_parallel(config, layout)
+    if line is not None and says:
+        notify(line)
+    return config
 
 
 def _refuse_dry_run_flags(config: RunConfig) -> None:

@@ -80,6 +80,7 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
     from hacl_megatron.plan.planner import make_plan
     from hacl_megatron.plan.report import ranking, report
     from hacl_megatron.plan.suggest import suggest_layouts
+    from hacl_megatron.plan.vision_parallel import faster_way, plans_by_way, with_vision_parallel
     from hacl_megatron.plan.workload import Samples, assumed_samples
     from hacl_megatron.platform.hardware import GIB, Cluster
 
@@ -106,7 +107,12 @@ def plan_run(args: argparse.Namespace, flags: list[str]) -> int:
             raise
         print(f"as the file has it: {error}\n")
     else:
-        plan = make_plan(config, layout, cluster, samples)
+        chosen, line = with_vision_parallel(config, layout)
+        if line is not None:
+            faster = faster_way(plans_by_way(config, layout, cluster, samples))
+            instead = f"; by what is assumed here {faster} is faster: give --vision-parallel {faster}"
+            print(line + instead * (faster != chosen.parallel.vision_parallel) + "\n")
+        plan = make_plan(chosen, layout, cluster, samples)
         fits = plan.fits
         print(report(plan))
     if args.suggest:

@@ -30,11 +30,12 @@ from hacl_megatron.assemble.parameters import layers_by_stage
 from hacl_megatron.config.architecture import ModelConfig
 from hacl_megatron.config.checks.architecture import padded_vocab_size
 from hacl_megatron.config.families import language_family
+from hacl_megatron.config.image_sharing import tower_ranks
 from hacl_megatron.config.lora import Lora, split_of
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.model.hacl import VIEWS_AT_ONCE
 from hacl_megatron.plan.context_share import fullest_share, gathered_bytes
-from hacl_megatron.plan.image_parts import kept_by_connector, kept_by_tower
+from hacl_megatron.plan.image_parts import image_ranks, kept_by_connector, kept_by_tower
 from hacl_megatron.plan.workload import MicroBatchShape, PackShape
 
 FP32, INT64 = 4, 8
@@ -171,8 +172,8 @@ def stage_activations(
             # The first layer's input is kept as it is, and under sequence parallelism it is a view of all rows.
             kept += rows * (1 - 1 / shard) * language.hidden_size * e
         vision = model.vision
-        ffn = vision.ffn_hidden_size / (tp if vision.backend == "megatron" else 1)
-        at_once = pack.images
+        ffn = vision.ffn_hidden_size / tower_ranks(model, config.parallel)
+        at_once = _own_images(config, pack)
         if model.tiles is not None and config.model.freeze_ViT:
             at_once = min(at_once, VIEWS_AT_ONCE)
         working = max(working, at_once * vision.sequence_length * e * 4 * ffn)
@@ -303,10 +304,19 @@ def _head_norms(
 def _front(config: RunConfig, pack: PackShape, e: int) -> float:
     """Vision tower, connector and the laying-in of image features, on the first stage."""
     model = config.architecture
-    kept = pack.images * kept_by_connector(config.model, model, e)
+    images = _own_images(config, pack)
+    kept = images * kept_by_connector(config.model, model, e)
     kept += pack.image_rows * (e * model.language.hidden_size + 2 * INT64)
     if not config.language_model_is_frozen:
         kept += pack.rows * INT64
     if not config.model.freeze_ViT:
-        kept += pack.images * kept_by_tower(model, e, config.parallel.tensor_model_parallel_size)
+        kept += images * kept_by_tower(model, e, tower_ranks(model, config.parallel))
+        if e == FP32:  # of the pixels, which are all on every rank, its own are a view
+            kept += (pack.images - images) * 3 * model.vision.image_size**2 * e
     return kept
+
+
+def _own_images(config: RunConfig, pack: PackShape) -> float:
+    """Views that the tensor-parallel rank with most of them runs."""
+    ranks = image_ranks(config)
+    return math.ceil(pack.images / ranks) if ranks > 1 else pack.images

@@ -5,6 +5,7 @@ weight gradients once where they train) but by pipeline stage, and with what is 
 is megatron-core's: tensor-parallel ranks are neighbours, then context-parallel, data-parallel, then pipeline stages.
 """
 
+import math
 from dataclasses import dataclass
 
 from hacl_megatron.assemble.parameters import PlannedParameter, layers_by_stage
@@ -13,6 +14,7 @@ from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.lora import Lora
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.plan.activations import recompute_of
+from hacl_megatron.plan.image_parts import image_ranks, sent_for_images
 from hacl_megatron.plan.state import FP32, StateBytes
 from hacl_megatron.plan.workload import MicroBatchShape, Segments
 from hacl_megatron.platform.hardware import Cluster
@@ -26,7 +28,9 @@ class StageFlops:
     model: float
     repeated: float
     """Forward passes of recomputed layers and of attention among context-parallel ranks, what gradient caching runs
-    ahead of the main pass, and the same images in towers of transformers, which each tensor-parallel rank has whole."""
+    ahead of the main pass, and the connector on each of the tensor-parallel ranks that split the tower."""
+    waited: float = 0.0
+    """What ranks could compute while they wait for the one with most images, where they share these out."""
 
     @property
     def hardware(self) -> float:
@@ -82,7 +86,7 @@ def stage_flops(config: RunConfig, micro_batch: MicroBatchShape, stage: int) -> 
         return sum(_layer_flops(model, segments, passes, lora, reads=index == last) for index in range(first, end))
 
     total = of_layers(main.segments, passes)
-    repeated = 0.0
+    repeated = waited = 0.0
     if recompute.granularity == "full":
         end = min(recompute.num_layers, layers) if recompute.method == "block" else layers
         repeated += of_layers(main.segments, 1, end=end)
@@ -91,19 +95,27 @@ def stage_flops(config: RunConfig, micro_batch: MicroBatchShape, stage: int) -> 
     total += of_layers(micro_batch.runs_once_ahead, 1)
     repeated += of_layers(micro_batch.runs_twice, 1)
     if is_first:
-        before_images = total + repeated
         tower_trained, qformer_trained = not config.model.freeze_ViT, not config.model.freeze_qformer
-        total += vision_flops(model, 1, trained=tower_trained, trains_qformer=qformer_trained) * main.images
+        tower = tower_flops(model)
+        each = vision_flops(model, 1, trained=tower_trained, trains_qformer=qformer_trained)
+        connector = each - tower * (3 if tower_trained else 1)
+        total += each * main.images
+        again = 0.0
         if micro_batch.ahead is not None and micro_batch.ahead.image_rows:
-            again = tower_flops(model) if tower_trained else 0.0
-            if tower_trained or qformer_trained:
-                again += sum(qformer_flops(model))
+            again_tower = tower if tower_trained else 0.0
+            again_connector = sum(qformer_flops(model)) if tower_trained or qformer_trained else 0.0
+            connector += again_connector
+            again = again_tower + again_connector
             repeated += again * main.images
-        if model.vision.backend == "hf":
-            repeated += (total + repeated - before_images) * (parallel.tensor_model_parallel_size - 1)
+        ranks = image_ranks(config)
+        if ranks > 1:
+            everyone = ranks * parallel.context_parallel_size
+            waited = (each + again) * (math.ceil(main.images / everyone) * everyone - main.images)
+        else:
+            repeated += connector * main.images * (parallel.tensor_model_parallel_size - 1)
     if is_last:
         total += 2 * main.target_rows * language.hidden_size * language.vocab_size * passes
-    return StageFlops(model=total, repeated=repeated)
+    return StageFlops(model=total, repeated=repeated, waited=waited)
 
 
 def _layer_flops(
@@ -156,6 +168,9 @@ def sent_bytes(
     recomputes = recompute_of(config).granularity
     passes = 2 + (recomputes == "full")
     tensor = layers * 2 * 2 * (passes * rows + ahead) * (tp - 1) / tp * layout.num_micro_batches
+    if stage == 0:
+        of_images, once = sent_for_images(config, micro_batch, parameters, e)
+        tensor += of_images * layout.num_micro_batches + once
     # Keys and values are gathered in every pass, backward too, where their gradients are scattered besides.
     pairs = 2 * model.language.head_dim * model.language.num_query_groups / tp / hidden
     gathers = 2 + (recomputes == "full" or "core_attn" in recompute_of(config).modules * (recomputes == "selective"))
@@ -218,7 +233,7 @@ def step_time(
 
     of_replica = layout.tp * layout.cp
     a_stage = of_replica * layout.dp
-    compute = [one.hardware * layout.num_micro_batches / of_replica / reached for one in flops]
+    compute = [(one.hardware + one.waited) * layout.num_micro_batches / of_replica / reached for one in flops]
     tensor = [seconds(one.tensor_parallel, layout.tp) for one in sent]
     context = [seconds(one.context_parallel, of_replica) for one in sent]
     pipeline = [seconds(one.pipeline, a_stage * 2) for one in sent]

@@ -1,4 +1,4 @@
-"""What stands in front of the LLM: what autograd keeps of an image there.
+"""What stands in front of the LLM: what autograd keeps of an image there, and what tensor-parallel ranks send.
 
 F is the features an image that the tower hands on, h its width, V the query tokens of a Q-Former, q its width, L its
 layers and C those of them that attend to the image. A Q-Former keeps (a row a query, but for keys and values), where
@@ -14,11 +14,44 @@ anything up to its output trains:
 A frozen one behind a trained tower has no gradient in the first layer's self-attention, whose queries are constants.
 """
 
+from collections.abc import Iterable
+
+from hacl_megatron.assemble.parameters import PlannedParameter
 from hacl_megatron.config.architecture import ModelConfig, QFormerConfig
 from hacl_megatron.config.connectors import connector_depth
 from hacl_megatron.config.flags import ModelFlags
+from hacl_megatron.config.run import RunConfig
+from hacl_megatron.plan.workload import MicroBatchShape
 
 FP32 = 4
+
+
+def image_ranks(config: RunConfig) -> int:
+    """Tensor-parallel ranks that share out the images of a pack."""
+    return config.parallel.tensor_model_parallel_size if config.shares_images else 1
+
+
+def sent_for_images(
+    config: RunConfig, micro_batch: MicroBatchShape, parameters: Iterable[PlannedParameter], bytes_each: int
+) -> tuple[float, float]:
+    """Bytes that a tensor-parallel rank of the first stage sends for images: of a micro-batch, and once a step.
+
+    A tower that is split sums what each layer's attention and MLP give, forward and, trained, backward; shared out, the
+    connector's output is gathered forward, and in the end gradients of tower and connector are summed.
+    """
+    model, parallel = config.architecture, config.parallel
+    ring = 1 - 1 / parallel.tensor_model_parallel_size
+    images, trained = micro_batch.main.images / parallel.context_parallel_size, not config.model.freeze_ViT
+    runs_ahead = micro_batch.ahead is not None and micro_batch.ahead.image_rows > 0
+    if config.shares_images:
+        gathered = images * model.visual_tokens * model.language.hidden_size * bytes_each
+        summed = FP32 * sum(p.numel for p in parameters if p.trained and p.part in ("vision_tower", "connector"))
+        return gathered * (1 + runs_ahead) * ring, 2 * summed * ring
+    if model.vision.backend == "hf":
+        return 0.0, 0.0
+    rows = images * model.vision.sequence_length * model.vision.hidden_size * bytes_each
+    passes = 1 + trained * (1 + runs_ahead)
+    return model.num_vision_layers_built * 2 * passes * 2 * rows * ring, 0.0
 
 
 def features_for_a_second_pass(flags: ModelFlags, model: ModelConfig) -> int:
@@ -61,14 +94,11 @@ def _kept_by_qformer(qformer: QFormerConfig, num_features: int, e: int, *, train
 
 
 def kept_by_tower(model: ModelConfig, bytes_each: int, tp: int) -> float:
-    """Bytes an image that autograd keeps of a trained tower, its output apart.
-
-    A tower of transformers is not divided over the `tp` tensor-parallel ranks.
-    """
+    """Bytes an image that autograd keeps of a trained tower, its output apart; `tp`: ranks that divide its matrices."""
     vision, e = model.vision, bytes_each
     activation = vision.activation
     if vision.hf is not None:
-        tp, activation = 1, vision.hf.get(vision.kind.traits["activation"], "gelu")
+        activation = vision.hf.get(vision.kind.traits["activation"], "gelu")
     width, ffn = vision.hidden_size, vision.ffn_hidden_size / tp
     norm = e * width + 2 * FP32
     of_ffn = 3 if activation == "quick_gelu" or vision.hf is None else 2  # quick GELU keeps its sigmoid too

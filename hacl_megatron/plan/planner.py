@@ -14,7 +14,7 @@ from hacl_megatron.config.run import RunConfig
 from hacl_megatron.objective.row_blocks import BLOCK_BYTES
 from hacl_megatron.plan.activations import stage_activations
 from hacl_megatron.plan.compute import SentBytes, StageFlops, StepTime, sent_bytes, stage_flops, step_time
-from hacl_megatron.plan.image_parts import features_for_a_second_pass
+from hacl_megatron.plan.image_parts import features_for_a_second_pass, image_ranks
 from hacl_megatron.plan.state import FP32, optimizer_checkpoint_bytes_each, state_bytes
 from hacl_megatron.plan.workload import MicroBatchShape, Samples, micro_batch_shape, num_micro_batches
 from hacl_megatron.platform.hardware import Cluster
@@ -198,7 +198,8 @@ def _left_behind(config: RunConfig, layout: Layout, micro_batch: MicroBatchShape
     left = 0.0
     if stage == 0 and micro_batch.ahead.image_rows:
         # The connector's input: of the micro-batches in flight it is among the activations.
-        features = e * micro_batch.main.images * features_for_a_second_pass(config.model, model) / layout.cp
+        features = e * micro_batch.main.images * features_for_a_second_pass(config.model, model)
+        features /= layout.cp * image_ranks(config)
         left += features * (layout.num_micro_batches - in_flight)
     if stage == layout.pp - 1:
         texts = micro_batch.pairs + micro_batch.hallucinated

@@ -61,6 +61,7 @@ def ranking(plans: Sequence[Plan], count: int = 8) -> str:
         f"--pipeline-model-parallel-size {best.layout.pp}",
         *([f"--context-parallel-size {best.layout.cp}"] if best.layout.cp > 1 else []),
         f"--sequence-parallel {str(best.config.parallel.sequence_parallel).lower()}",
+        *([f"--vision-parallel {way}"] if (way := best.config.parallel.vision_parallel) else []),
         f"--micro-batch-size {best.layout.micro_batch_size}",
         f"--global-batch-size {best.layout.global_batch_size}",
     ]
@@ -76,6 +77,8 @@ def ranking(plans: Sequence[Plan], count: int = 8) -> str:
 def _head(plan: Plan) -> str:
     layout, nodes = plan.layout, plan.layout.world_size / plan.cluster.gpus_per_node
     precision = "bf16" if plan.config.model.bf16 else "fp32"
+    how = "images shared out" if plan.config.shares_images else "vision tower split"
+    vision = "" if layout.tp == 1 else f", {how} over tensor-parallel ranks"
     micro_batches = f"{layout.num_micro_batches} x {plan.samples_per_micro_batch:.4g}"
     if (tokens := plan.config.training.micro_batch_tokens) is not None:
         micro_batches += f" (on average, of up to {tokens:,} rows)"
@@ -83,7 +86,7 @@ def _head(plan: Plan) -> str:
         f"{layout.world_size} x {plan.cluster.gpu_name} ({nodes:g} node{'s' * (nodes != 1)}): "
         f"{layout}, "
         f"{layout.global_batch_size} samples a step, micro-batches {micro_batches}, "
-        f"recompute {recompute_of(plan.config).label}, {precision}"
+        f"recompute {recompute_of(plan.config).label}, {precision}{vision}"
     )
 
 

@@ -9,7 +9,8 @@ from hacl_megatron.config.checks.architecture import check_architecture
 from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
-from hacl_megatron.plan.planner import Plan, make_plan
+from hacl_megatron.plan.planner import Plan
+from hacl_megatron.plan.vision_parallel import plans_by_way
 from hacl_megatron.plan.workload import Samples
 from hacl_megatron.platform.hardware import Cluster
 
@@ -34,7 +35,9 @@ def suggest_layouts(config: RunConfig, world_size: int, cluster: Cluster, sample
             check_architecture(candidate, layout)
         except ValueError:
             continue
-        plan = make_plan(candidate, layout, cluster, samples)
+        plan = min(
+            plans_by_way(candidate, layout, cluster, samples).values(), key=lambda way: (not way.fits, way.time.total)
+        )
         if plan.fits:
             plans.append(plan)
     return sorted(plans, key=lambda plan: (-round(plan.samples_per_second, 3), plan.memory))

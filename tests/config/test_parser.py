@@ -115,7 +115,7 @@ def test_flags_are_taken_in_every_spelling():
             for flag in {field.name, field.name.replace("_", "-")}:
                 value = {bool: "true", list: "3"}.get(type(default), "3" if default is None else str(default))
                 value = "true" if bool in getattr(HINTS[field.name], "__args__", ()) else value
-                value = {"vision_backend": "hf"}.get(field.name, value)
+                value = {"vision_backend": "hf", "vision_parallel": "share"}.get(field.name, value)
                 assert f"{getattr(getattr(parse_run_config([f'--{flag}', value]), group), field.name)}" != "None"
                 if default is True:
                     no = f"--no{'-' if '-' in flag else '_'}{flag}"

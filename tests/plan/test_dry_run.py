@@ -80,7 +80,8 @@ def minigpt4(values: dict[str, Any]) -> dict[str, Any]:
 CASES: dict[str, tuple[list[str], list[str]]] = {
     "13B": (
         ["--config", PRETRAIN_13B, "--world-size", "1024", *TP4_PP4, "--micro-batch-size", "4"],
-        ["4 x 4 x 64 = 1024", "  0 ", " 256 ", " 768 ", "31,467,520", "13,109,761", "would train: connector, heads"],
+        ["4 x 4 x 64 = 1024", "  0 ", " 256 ", " 768 ", "31,467,520", "13,109,761", "would train: connector, heads",
+         "--vision-parallel share is chosen: by the plan", "290,909,184"],
     ),
     "one rank": (
         ["--config", PRETRAIN_13B, "--world-size", "64", *TP4_PP4, "--dry-run-rank", "30"],

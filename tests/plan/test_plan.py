@@ -86,7 +86,7 @@ STATE_RUNS: dict[int, list[tuple[str, list[str]]]] = {
     2: [
         ("tp2", []), ("tp2-sp", ["--bf16"]), ("pp2", []), ("pp2", ["--bf16"]), ("pp2-first1", []),
         ("dp2", []), ("dp2-dist", []), ("dp2-dist", ["--bf16"]), ("dp2-dist", ["--bf16", *OVERLAP]), ("dp2", OVERLAP),
-        ("cp2-dist", ["--bf16", *OVERLAP]),
+        ("cp2-dist", ["--bf16", *OVERLAP]), ("tp2-share", ["--bf16"]), ("tp2-share-dist", ["--freeze-ViT", "false"]),
     ],
 }  # fmt: skip
 
@@ -116,7 +116,7 @@ def states(folder: Path) -> dict[str, list[dict]]:
 
 
 def test_planned_parameters_are_the_models(states):
-    assert len(states) == 48
+    assert len(states) == 52
     newlines = [p for rank in states["tiled finetune pp2"] for p in rank["parameters"] if "newline" in p[0]]
     assert newlines == [("connector.image_newline", (48,), True, 4)]
     for run, ranks in states.items():
@@ -183,7 +183,12 @@ ACTIVATION_RUNS = {
         for layout in ("tp2", "tp2-sp", "pp2", "pp2-first1")
         for recompute in ("none", "full")
     ]
-    + [("qwen3 finetune", layout, [], "none", "pairs", 1) for layout in ("tp2-sp", "pp2-first1")],
+    + [("qwen3 finetune", layout, [], "none", "pairs", 1) for layout in ("tp2-sp", "pp2-first1")]
+    + [
+        ("finetune", "tp2-share", ALL_TRAIN[:2], "none", "pairs", 1),
+        ("siglip pretrain", "tp2-sp", ALL_TRAIN, "full", "pairs", 1),
+        ("minigpt4 pretrain", "tp2", ALL_TRAIN, "full", "pairs", 3),
+    ],
 }
 
 
@@ -197,7 +202,7 @@ def test_activations_are_near_what_autograd_keeps(folder: Path):
         ]  # fmt: skip
         for rank in run_distributed(activations_on_this_rank, world_size, cases):
             seen += list(zip(runs, rank, strict=True))
-    assert len(seen) == 74 + 2 * 26
+    assert len(seen) == 74 + 2 * 29
     for run, found in seen:
         assert found["planned"] == pytest.approx(found["kept"], rel=0.05), run
         assert found["planned loss"] == pytest.approx(found["loss"], rel=0.05), run
@@ -314,8 +319,25 @@ def test_flops_of_a_q_former_in_the_stages(folder: Path, extra: list[str], numbe
     images = vision_flops(
         model, 2, trained=not flags.freeze_ViT, trains_qformer=not flags.freeze_qformer
     ) + forward * 2 * (number > 1)  # fmt: skip
-    more = stage_flops(config, shape_of(micro_batch), 0).repeated - stages[0].repeated
-    assert more == pytest.approx(2 * images, rel=1e-9), "on each of three ranks"
+    shared = stage_flops(config, shape_of(micro_batch), 0)
+    assert shared.repeated == stages[0].repeated, "no rank repeats another's"
+    assert shared.waited == pytest.approx(images / 2, rel=1e-9), "one of three ranks has no image"
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_tower_that_is_split_has_its_connector_on_each_rank(folder: Path, number: int):
+    """Fails where a plan counts the connector once, and so finds a split tower faster than it is."""
+    config = tiny(folder, "tp2-split", "--freeze-ViT", "false")
+    shape = shape_of(make_micro_batch("images", config, number))
+    split = stage_flops(config, shape, 0)
+    config.parallel.vision_parallel = "share"
+    shared = stage_flops(config, shape, 0)
+    model = config.architecture
+    connector = vision_flops(model, 5, trained=True) - 5 * 3 * tower_flops(model)
+    assert split.model == shared.model and split.waited == 0
+    assert split.repeated - shared.repeated == pytest.approx(connector, rel=1e-9)
+    image = vision_flops(model, 1, trained=True) + tower_flops(model) * (number > 1)
+    assert shared.waited == pytest.approx(image, rel=1e-9), "3 images on the one, 2 on the other"
 
 
 @pytest.mark.parametrize("trains_qformer", [True, False])

@@ -11,9 +11,11 @@ import yaml
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
+from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.run import from_yaml, with_architecture
 from hacl_megatron.plan.planner import Plan
 from hacl_megatron.plan.suggest import suggest_layouts
+from hacl_megatron.plan.vision_parallel import COUNTED_ON, plans_by_way, with_vision_parallel
 from hacl_megatron.plan.workload import (
     MicroBatchShape,
     PackShape,
@@ -260,6 +262,34 @@ def test_memory_grows_with_what_it_should():
     assert GPUS["a100-40g"].memory < base.memory < GPUS["a100-80g"].memory
 
 
+@pytest.mark.parametrize(("size", "faster"), [(1, "split"), (8, "share")])
+def test_the_faster_way_of_a_vision_tower_is_chosen_and_said(size: int, faster: str):
+    """One image keeps one of two ranks waiting; of several each has its own, and no sums of layers to wait for."""
+    config = example("finetune_7b")
+    config.parallel.tensor_model_parallel_size, config.training.micro_batch_size = 2, size
+    layout = check_flags(config, 8, files=False)
+    chosen, line = with_vision_parallel(config, layout)
+    assert chosen.parallel.vision_parallel == faster and config.parallel.vision_parallel is None
+    assert line.startswith(f"--vision-parallel {faster} is chosen: by the plan") and "\n" not in line
+    ways = plans_by_way(config, layout, COUNTED_ON, assumed_samples(config))
+    assert min(ways.values(), key=lambda plan: plan.time.total) is ways[faster]
+    split, share = ((plan.stages[0], plan.time) for plan in (ways["split"], ways["share"]))
+    assert f"{ways['split'].time.total:.4g} s" in line and f"{ways['share'].time.total:.4g} s" in line
+    assert share[0].sent.tensor_parallel < split[0].sent.tensor_parallel
+    assert share[0].memory.weights > split[0].memory.weights + 2 * 140e6, "the other half of a frozen ViT-L in bf16"
+    assert with_vision_parallel(chosen, layout) == (chosen, None)
+
+
+def test_sums_of_a_trained_towers_gradients_are_planned_once_a_step():
+    config = example("finetune_7b")
+    config.parallel.tensor_model_parallel_size, config.parallel.vision_parallel = 2, "share"
+    frozen = plan_of(config, 8)
+    config.model.freeze_ViT = False
+    trained = plan_of(config, 8)
+    more = trained.stages[0].sent.tensor_parallel - frozen.stages[0].sent.tensor_parallel
+    assert more == pytest.approx(4 * 290_909_184), "fp32, an all-reduce of two ranks"
+
+
 # ------------------------------------------------------------------------------------------------------------- the tool
 
 
@@ -320,6 +350,7 @@ def test_tool_takes_flags_over_the_file_and_says_when_a_run_does_not_fit(capsys)
     assert code == 1 and "DOES NOT FIT: stage 0" in text and "most of it gradients" in text
     code, text = run_tool(capsys, *file, "--tensor-model-parallel-size", "4", "--sequence-parallel", "--nodes", "2")
     assert code == 0 and "4 x 1 x 4" in text
+    assert text.startswith("--vision-parallel share is chosen") and ", images shared out over tensor-parallel" in text
     code, text = run_tool(capsys, *file, "--tensor-model-parallel-size", "5")
     assert code == 2 and text.count("\n") == 1 and "16" not in text and "multiple of 5" in text
     code, text = run_tool(capsys, *file, "--data-path", "mine.json", "--bf16", "false")
