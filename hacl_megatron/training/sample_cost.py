@@ -60,8 +60,7 @@ def view_flops(config: RunConfig, *, forward_only: bool = False, again: bool = F
     total = vision_flops(model, 1, trained=tower, trains_qformer=qformer)
     if again:
         total += tower * tower_flops(model) + (tower or qformer) * sum(qformer_flops(model))
-    # A tower of transformers is whole on each tensor-parallel rank, and sees all views on each.
-    return total * (config.parallel.tensor_model_parallel_size if model.vision.backend == "hf" else 1)
+    return total
 
 
 def row_flops(config: RunConfig) -> float:
