@@ -138,11 +138,12 @@ class NodeCache:
                 if not state.version.startswith('"') and object_state(url) != state:  # no tag that pieces are asked by
                     raise ObjectChanged(f"{url}: changed while it was read; start again when it is finished")
                 os.fsync(file.fileno())
-                if sums is not None:
-                    os.makedirs(os.path.dirname(sums), mode=0o700, exist_ok=True)
-                    with open(sums, "w", opener=_make_anew) as summed:
-                        summed.write(_sum_of(f"{path}.part"))
                 with contextlib.suppress(FileNotFoundError):  # without locks another may have moved it
+                    if sums is not None:
+                        os.makedirs(os.path.dirname(sums), mode=0o700, exist_ok=True)
+                        text = _sum_of(f"{path}.part")
+                        with open(sums, "w", opener=_make_anew) as summed:
+                            summed.write(text)
                     os.replace(f"{path}.part", path)
                 for place in (folder, os.path.join(self.folder, "sums")):
                     for other in os.listdir(place) if os.path.isdir(place) else ():
@@ -348,7 +349,7 @@ def _fault_of_copy(path: str, size: int, sums: str | None) -> str | None:
     if found != size:
         return f"has {found:,} of {size:,} bytes"
     try:
-        if sums is not None and Path(sums).read_text() != _sum_of(path):
+        if sums is not None and Path(sums).read_bytes() != _sum_of(path).encode():
             return "is damaged: its checksum is not the one that it was copied with"
     except OSError:
         return "has no checksum beside it"

@@ -14,17 +14,20 @@ from hacl_megatron.plan.workload import Samples, assumed_samples
 from hacl_megatron.platform.hardware import Cluster
 
 COUNTED_ON = Cluster(gpu_name="h100-80g", gpus_per_node=8)
+CLEARLY = 0.0025
+"""By so much of a step's time an estimate must differ to count."""
 
 
 def with_vision_parallel(config: RunConfig, layout: Layout) -> tuple[RunConfig, str | None]:
     """A checked configuration with `--vision-parallel` filled in; a line for the user, where there was a choice."""
     if layout.tp == 1 or config.parallel.vision_parallel is not None:
         return config, None
+    ways = possible_ways(config.architecture, layout.tp)
+    if len(ways) == 1:
+        return replace(config, parallel=replace(config.parallel, vision_parallel=ways[0])), None
     plans = plans_by_way(config, layout, COUNTED_ON, assumed_samples(config))
     chosen = faster_way(plans)
     config = replace(config, parallel=replace(config.parallel, vision_parallel=chosen))
-    if len(plans) == 1:
-        return config, None
     others = ", ".join(f"with {way} {plan.time.total:.4g} s" for way, plan in plans.items() if way != chosen)
     return config, (
         f"--vision-parallel {chosen} is chosen: by the plan (plan_run.py's, of {COUNTED_ON.gpu_name}, "
@@ -45,4 +48,9 @@ def plans_by_way(config: RunConfig, layout: Layout, cluster: Cluster, samples: S
 
 
 def faster_way(plans: dict[str, Plan]) -> str:
-    return min(plans, key=lambda way: plans[way].time.total)
+    """Of those that fit, if any does. The first, which takes less memory, unless another is faster by `CLEARLY`."""
+    first, *others = sorted(plans, key=lambda way: not plans[way].fits)
+    for way in others:
+        if plans[way].fits == plans[first].fits and plans[way].time.total < (1 - CLEARLY) * plans[first].time.total:
+            first = way
+    return first

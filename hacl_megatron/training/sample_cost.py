@@ -57,10 +57,14 @@ def view_flops(config: RunConfig, *, forward_only: bool = False, again: bool = F
     tower, qformer = (
         not frozen and not forward_only for frozen in (config.model.freeze_ViT, config.model.freeze_qformer)
     )
-    total = vision_flops(model, 1, trained=tower, trains_qformer=qformer)
+    of_tower = tower_flops(model) * (3 if tower else 1)
+    of_connector = vision_flops(model, 1, trained=tower, trains_qformer=qformer) - of_tower
     if again:
-        total += tower * tower_flops(model) + (tower or qformer) * sum(qformer_flops(model))
-    return total
+        of_tower += tower * tower_flops(model)
+        of_connector += (tower or qformer) * sum(qformer_flops(model))
+    if not config.shares_images:  # each of the ranks that split the tower has the connector, and runs it on all views
+        of_connector *= config.parallel.tensor_model_parallel_size
+    return of_tower + of_connector
 
 
 def row_flops(config: RunConfig) -> float:

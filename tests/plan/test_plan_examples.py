@@ -5,6 +5,7 @@ import runpy
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.run import from_yaml, with_architecture
 from hacl_megatron.plan.planner import Plan
 from hacl_megatron.plan.suggest import suggest_layouts
-from hacl_megatron.plan.vision_parallel import COUNTED_ON, plans_by_way, with_vision_parallel
+from hacl_megatron.plan.vision_parallel import COUNTED_ON, faster_way, plans_by_way, with_vision_parallel
 from hacl_megatron.plan.workload import (
     MicroBatchShape,
     PackShape,
@@ -278,6 +279,20 @@ def test_the_faster_way_of_a_vision_tower_is_chosen_and_said(size: int, faster: 
     assert share[0].sent.tensor_parallel < split[0].sent.tensor_parallel
     assert share[0].memory.weights > split[0].memory.weights + 2 * 140e6, "the other half of a frozen ViT-L in bf16"
     assert with_vision_parallel(chosen, layout) == (chosen, None)
+
+
+@pytest.mark.parametrize(
+    ("split", "share", "chosen"),
+    [((2.0, True), (1.0, False), "split"), ((2.0, False), (3.0, True), "share"), ((1.0, True), (0.999, True), "split"),
+     ((1.0, True), (0.99, True), "share"), ((1.0, False), (0.9, False), "share")],
+)  # fmt: skip
+def test_a_way_must_fit_and_be_clearly_faster(split: tuple, share: tuple, chosen: str):
+    """Catches a run that took more memory than there is, or gigabytes of it for less time than the plan can tell."""
+    plans = {
+        way: SimpleNamespace(time=SimpleNamespace(total=total), fits=fits)
+        for way, (total, fits) in {"split": split, "share": share}.items()
+    }
+    assert faster_way(plans) == chosen
 
 
 def test_sums_of_a_trained_towers_gradients_are_planned_once_a_step():

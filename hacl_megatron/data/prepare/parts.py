@@ -8,6 +8,7 @@ interpreter's lock. A chunk's part is named by the hash of its records and of wh
 start reads the JSON again (seconds) and skips every part that is there and still right.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -256,5 +257,6 @@ def remove_folder(folder: str, *, last: str | None = None) -> None:
         if os.path.isdir(path):
             shutil.rmtree(path, ignore_errors=True)
         elif name != last:
-            os.unlink(path)
+            with contextlib.suppress(OSError):  # what stays does no harm
+                os.unlink(path)
     shutil.rmtree(folder, ignore_errors=True)

@@ -24,7 +24,10 @@ def finalize_shared_image_grads(model: list[DistributedDataParallel], *arguments
 def _spans(parameters: Iterable[nn.Parameter], wanted: set[nn.Parameter]) -> Iterator[Tensor]:
     """The gradients of `wanted`, those that are neighbours in a buffer (but for its padding) as one tensor."""
     trained = [(parameter, parameter.main_grad) for parameter in parameters if parameter.requires_grad]
-    trained.sort(key=lambda both: (both[1].untyped_storage().data_ptr(), both[1].storage_offset()))
+    buffers: dict[int, int] = {}  # numbered as they are met, since addresses differ from rank to rank
+    for _, gradient in trained:
+        buffers.setdefault(gradient.untyped_storage().data_ptr(), len(buffers))
+    trained.sort(key=lambda both: (buffers[both[1].untyped_storage().data_ptr()], both[1].storage_offset()))
     first = last = None
     for parameter, gradient in trained:
         assert gradient.is_contiguous()

@@ -221,6 +221,10 @@ def test_a_damaged_copy_of_json_is_copied_anew(server, tmp_path, capfd) -> None:
         said = "".join(capfd.readouterr())
         assert fault in said and "copied anew" in said
         assert NodeCache(str(tmp_path)).whole("s3://bucket/few.json") == str(copy) and not "".join(capfd.readouterr())
+    (sums,) = tmp_path.rglob("sums/*")
+    sums.write_bytes(b"\xff" * 16)
+    assert NodeCache(str(tmp_path)).whole("s3://bucket/few.json") == str(copy)
+    assert "copied anew" in "".join(capfd.readouterr()) and sums.read_bytes().isascii()
     server.put("few.json", whole.replace(b"cat", b"dog"))
     NodeCache(str(tmp_path)).whole("s3://bucket/few.json")
     assert len([*tmp_path.rglob("whole/*")]) == len([*tmp_path.rglob("sums/*")]) == 1
