@@ -16,10 +16,10 @@ done
 data=output/quickstart/data
 case "$model" in
   llava)
-    out=output/quickstart config=examples/quickstart/
+    out=output/quickstart config=examples/quickstart/ half=20
     tiny="a tiny LLaVA: a tokenizer, a vision tower that has seen shapes, a LLaMA that has read about them" ;;
   minigpt4)
-    out=output/quickstart/minigpt4 config=examples/quickstart/minigpt4_
+    out=output/quickstart/minigpt4 config=examples/quickstart/minigpt4_ half=50
     tiny="a tiny MiniGPT-4: LLaVA's parts, and a Q-Former that has learnt to tell what the vision tower sees" ;;
   *) echo "--model '$model': expected llava or minigpt4" >&2; exit 2 ;;
 esac
@@ -54,7 +54,7 @@ train --config ${config}pretrain.yaml --save $out/pretrain --load $out/pretrain
 took
 step 4 "Stage 2, finetune: the language model learns too, 2 tensor-parallel processes; stopped half-way on purpose" 25 $out/finetune
 [ -f $out/finetune/latest_checkpointed_iteration.txt ] ||
-  train --config ${config}finetune.yaml --exit-interval 20
+  train --config ${config}finetune.yaml --exit-interval $half
 took
 step 5 "Stage 2 resumed at another layout: 2 pipeline stages instead of 2 tensor-parallel ranks" 25 $out/finetune
 train --config ${config}finetune.yaml --tensor-model-parallel-size 1 --pipeline-model-parallel-size 2

@@ -18,7 +18,7 @@ from hacl_megatron.plan.image_parts import image_ranks, sent_for_images
 from hacl_megatron.plan.state import FP32, StateBytes
 from hacl_megatron.plan.workload import MicroBatchShape, Segments
 from hacl_megatron.platform.hardware import Cluster
-from hacl_megatron.training.flops import lora_flops, qformer_flops, tower_flops, vision_flops
+from hacl_megatron.training.flops import lora_flops, view_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,21 +96,15 @@ def stage_flops(config: RunConfig, micro_batch: MicroBatchShape, stage: int) -> 
     repeated += of_layers(micro_batch.runs_twice, 1)
     if is_first:
         tower_trained, qformer_trained = not config.model.freeze_ViT, not config.model.freeze_qformer
-        tower = tower_flops(model)
-        each = vision_flops(model, 1, trained=tower_trained, trains_qformer=qformer_trained)
-        connector = each - tower * (3 if tower_trained else 1)
-        total += each * main.images
-        again = 0.0
-        if micro_batch.ahead is not None and micro_batch.ahead.image_rows:
-            again_tower = tower if tower_trained else 0.0
-            again_connector = sum(qformer_flops(model)) if tower_trained or qformer_trained else 0.0
-            connector += again_connector
-            again = again_tower + again_connector
-            repeated += again * main.images
+        runs_ahead = micro_batch.ahead is not None and micro_batch.ahead.image_rows > 0
+        trains = {"trained": tower_trained, "trains_qformer": qformer_trained}
+        once, (tower, connector) = sum(view_flops(model, **trains)), view_flops(model, **trains, again=runs_ahead)
+        total += once * main.images
+        repeated += (tower + connector - once) * main.images
         ranks = image_ranks(config)
         if ranks > 1:
             everyone = ranks * parallel.context_parallel_size
-            waited = (each + again) * (math.ceil(main.images / everyone) * everyone - main.images)
+            waited = (tower + connector) * (math.ceil(main.images / everyone) * everyone - main.images)
         else:
             repeated += connector * main.images * (parallel.tensor_model_parallel_size - 1)
     if is_last:

@@ -10,7 +10,7 @@ from hacl_megatron.config.checks.flags import check_flags
 from hacl_megatron.config.layout import Layout
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.plan.planner import Plan
-from hacl_megatron.plan.vision_parallel import plans_by_way
+from hacl_megatron.plan.vision_parallel import faster_way, plans_by_way
 from hacl_megatron.plan.workload import Samples
 from hacl_megatron.platform.hardware import Cluster
 
@@ -35,9 +35,8 @@ def suggest_layouts(config: RunConfig, world_size: int, cluster: Cluster, sample
             check_architecture(candidate, layout)
         except ValueError:
             continue
-        plan = min(
-            plans_by_way(candidate, layout, cluster, samples).values(), key=lambda way: (not way.fits, way.time.total)
-        )
+        ways = plans_by_way(candidate, layout, cluster, samples)
+        plan = ways[faster_way(ways)]
         if plan.fits:
             plans.append(plan)
     return sorted(plans, key=lambda plan: (-round(plan.samples_per_second, 3), plan.memory))

@@ -103,6 +103,20 @@ def vision_flops(model: ModelConfig, num_images: int, *, trained: bool, trains_q
     return float(num_images * (tower + connector))
 
 
+def view_flops(model: ModelConfig, *, trained: bool, trains_qformer: bool, again: bool = False) -> tuple[float, float]:
+    """FLOPs of one view in the vision tower and in the connector.
+
+    Args:
+        again: whether it runs ahead and, what trains of it or stands behind that, in the main pass once more.
+    """
+    tower = tower_flops(model) * (3 if trained else 1)
+    connector = vision_flops(model, 1, trained=trained, trains_qformer=trains_qformer) - tower
+    if again:
+        tower += trained * tower_flops(model)
+        connector += (trained or trains_qformer) * sum(qformer_flops(model))
+    return tower, connector
+
+
 def tower_flops(model: ModelConfig) -> float:
     """Forward pass of the vision tower over one image."""
     vision = model.vision

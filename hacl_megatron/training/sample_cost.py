@@ -15,7 +15,8 @@ from hacl_megatron.config.lora import Lora
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.data.encoding import EncodedSample
 from hacl_megatron.data.packing import SampleShape, sample_shape
-from hacl_megatron.training.flops import language_flops, lora_flops, qformer_flops, tower_flops, vision_flops
+from hacl_megatron.training import flops
+from hacl_megatron.training.flops import language_flops, lora_flops
 
 
 def sample_cost(
@@ -57,11 +58,7 @@ def view_flops(config: RunConfig, *, forward_only: bool = False, again: bool = F
     tower, qformer = (
         not frozen and not forward_only for frozen in (config.model.freeze_ViT, config.model.freeze_qformer)
     )
-    of_tower = tower_flops(model) * (3 if tower else 1)
-    of_connector = vision_flops(model, 1, trained=tower, trains_qformer=qformer) - of_tower
-    if again:
-        of_tower += tower * tower_flops(model)
-        of_connector += (tower or qformer) * sum(qformer_flops(model))
+    of_tower, of_connector = flops.view_flops(model, trained=tower, trains_qformer=qformer, again=again)
     if not config.shares_images:  # each of the ranks that split the tower has the connector, and runs it on all views
         of_connector *= config.parallel.tensor_model_parallel_size
     return of_tower + of_connector
