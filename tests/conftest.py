@@ -9,7 +9,6 @@ QUICK = (
     "tests/objective/",
     "tests/platform/",
     "tests/data/prepare/test_llava_json.py",
-    "tests/config/test_append_only.py",
     "tests/data/order/test_assignment.py",
     "tests/data/test_encoding.py",
     "tests/data/test_loader.py",
