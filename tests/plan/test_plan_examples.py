@@ -1,6 +1,7 @@
 """Plans of the shipped examples against published and measured figures; `tools/plan_run.py`."""
 
 import json
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -314,6 +315,23 @@ def run_tool(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
         runpy.run_path(str(REPOSITORY / "tools" / "plan_run.py"), run_name="__main__")
     captured = capsys.readouterr()
     return left.value.code, captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("example", "row", "names"),
+    [
+        ("llava_1_5", "plan", ["pretrain_7b", "pretrain_13b", "finetune_7b", "finetune_13b"]),
+        ("backbones", "hours", ["pretrain_qwen2_5_7b", "qwen2_5_7b", "pretrain_llama3_1_8b", "llama3_1_8b"]),
+    ],
+)
+def test_readmes_say_the_hours_that_the_tool_says(capsys, example, row, names):
+    folder = REPOSITORY / "examples" / example
+    (line,) = re.findall(rf"^\| {row} \|(.*)\|$", (folder / "README.md").read_text(), flags=re.M)
+    said = []
+    for name in names:
+        _, text = run_tool(capsys, "--config", str(folder / f"{name}.yaml"), "--gpu", "a100-80g")
+        said += re.findall(r"^run: .*, (\S+) h$", text, flags=re.M)
+    assert [cell.strip().removesuffix(" h") for cell in line.split("|")] == said
 
 
 def test_tool_prints_every_part_of_a_plan(capsys):
