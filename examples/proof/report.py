@@ -156,7 +156,10 @@ def verdicts(regimes: Mapping[str, Scores]) -> list[str]:
 
 
 def table(scores: Scores, metrics: Sequence[str] = tuple(METRICS)) -> list[str]:
-    """A row an arm: means and standard deviations over seeds; below each primary, the cut of `none`'s."""
+    """A row an arm: means and standard deviations over seeds; beside each primary, its median and the cut of `none`'s.
+
+    The median, for a few bad seeds may carry a mean.
+    """
     metrics = [one for one in metrics if any(one in run for seeds in scores.values() for run in seeds.values())]
     heads = [
         f"{one}, cut of none's" if extra else one for one in metrics for extra in ([0, 1] if one in PRIMARY else [0])
@@ -167,6 +170,8 @@ def table(scores: Scores, metrics: Sequence[str] = tuple(METRICS)) -> list[str]:
         for metric in metrics:
             values = [run[metric] for run in seeds.values() if metric in run]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            if metric in PRIMARY and len(values) > 2:
+                spread += f" ({statistics.median(values):.3f})"
             cells.append(f"{statistics.fmean(values):.3f}{spread}" if values else "")
             if metric in PRIMARY:
                 change = None if arm == "none" else cut(scores, arm, "none", metric)
@@ -232,7 +237,8 @@ def report(runs: Sequence[Judged]) -> str:
         scenes = sorted({len(run.present) for run in runs if run.regime == regime and run.stage == "finetune"})
         text += ["", f"## `{regime}`, {' or '.join(map(str, scenes))} scenes", ""]
         for number, stage in enumerate(STAGES, 1):
-            text += [f"After stage {number}, mean ± standard deviation over seeds:", "", *table(after[stage]), ""]
+            said = f"After stage {number}, mean ± standard deviation (median) over seeds:"
+            text += [said, "", *table(after[stage]), ""]
         text += spreads(runs, regime)
     return "\n".join(text).rstrip() + "\n"
 
