@@ -59,6 +59,21 @@ def _rank_main(rank: int, world_size: int, port: int, function: Callable, args: 
     torch.distributed.destroy_process_group()
 
 
+def leave_groups() -> None:
+    """On all ranks at once: take apart what one case has made, all groups but that of all ranks.
+
+    Three threads stand behind each gloo group, one of which wakes up a hundred times a second, for as long as its
+    process lives: hundreds of cases in one process would leave the machine little time for anything else.
+    """
+    from megatron.core import parallel_state
+
+    torch.distributed.barrier()
+    world = torch.distributed.group.WORLD
+    for group in [group for group in torch.distributed.distributed_c10d._world.pg_map if group is not world]:
+        torch.distributed.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
 def run_distributed(function: Callable, world_size: int, *args: Any) -> list[Any]:
     """`function(*args)` on `world_size` gloo ranks with `torch.distributed` initialised.
 

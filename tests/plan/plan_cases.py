@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from hacl_megatron.assemble.forward import losses_of_tokens
@@ -30,6 +29,7 @@ from hacl_megatron.plan.workload import MicroBatchShape, PackShape, Segments
 from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training.packs import pack_plan
 from hacl_megatron.training.trainee import Trainee, build_trainee
+from tests.distributed import leave_groups
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def state_on_this_rank(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]
                 "state": state_of(trainee),
             }
         )
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     return found
 
 
@@ -279,5 +279,5 @@ def activations_on_this_rank(cases: Sequence[tuple[Sequence[str], str, str, int]
         )  # fmt: skip
         planned = stage_activations(config, shape, groups.pp.rank(), kernels=cpu_kernels(config))
         found.append({"kept": model_bytes, "planned": planned.kept, "loss": loss_bytes, "planned loss": planned.logits})
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     return found

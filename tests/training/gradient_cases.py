@@ -9,7 +9,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.optimizer import MegatronOptimizer
@@ -26,6 +25,7 @@ from hacl_megatron.training.build import build_trainer, open_loader
 from hacl_megatron.training.loop import Trainer
 from hacl_megatron.training.optimizer.grad_norm import squared_grad_norm
 from hacl_megatron.training.packs import pack_plan
+from tests.distributed import leave_groups
 from tests.memory import peak_bytes
 
 SAMPLES = 16
@@ -96,7 +96,7 @@ def record(
             },
             root / f"{stage}_{layout}_{case.name()}_{dist.get_rank()}.pt",
         )
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def _drawn(config: RunConfig) -> Callable[[int], np.ndarray]:
@@ -150,7 +150,7 @@ def peaks(folder: str, stage: str, counts: list[int], samples: int) -> dict[int,
 
         run()
         found[count] = peak_bytes(run)
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     return found
 
 

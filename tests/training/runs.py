@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import Blip2Config, LlavaConfig
 
 from hacl_megatron.train import run
-from tests.distributed import run_distributed
+from tests.distributed import leave_groups, run_distributed
 from tests.model.hf_architecture import architecture
 from tests.tiny import image_token_id, sentencepiece_model, tiny_tokenizer, write_tiny_llava
 from tests.tiny_data import write_tiny_data
@@ -114,6 +114,7 @@ def layout_flags(layout: str, *, samples: int = 8) -> tuple[int, list[str]]:
 def _run_all(commands: Sequence[Sequence[str] | Callable[[], None]]) -> None:
     for command in commands:
         command() if callable(command) else run(command)
+        leave_groups()
 
 
 def train(commands: Sequence[Sequence[str] | Callable[[], None]], processes: int) -> None:
