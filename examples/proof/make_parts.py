@@ -5,16 +5,20 @@
 Writes Hugging Face folders, OUTPUT/tower, OUTPUT/language and OUTPUT/telling (a second language model, made from the
 first), which are frozen in stage 1 of every arm. The tower has CLIP's architecture and learns what every patch shows
 (colour, shape, size, background) from hidden state -2, which is what LLaVA reads; not by CLIP's own loss.
+
+parts/ holds those of the stored runs, in half precision (--store); run.sh takes them.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ import torch
 from draw_world import dialogue_sample, read_scene, read_scenes
 from language import Library, told_errors, train_language_model, train_to_tell
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -67,6 +72,8 @@ QUIZZES = 200
 """Of six questions each, by which the language model is judged."""
 TOLD_ERRORS, FURTHER_STEPS, FURTHER_ROUNDS, FURTHER_LR = 0.02, 400, 5, 1.5e-3
 """The language model learns on, a round of steps at a time, until no more of its answers are wrong."""
+FURTHER_MATRICES_LR = 4e-3
+"""Muon's: AdamW alone may stay where a third of the answers are wrong for more than a round."""
 SYSTEM = VICUNA_PROMPT.removesuffix("USER: ASSISTANT:")
 
 
@@ -177,15 +184,16 @@ def held_out(data: Path, tokenizer: LlamaTokenizerFast) -> Library:
 def further_worker(data: Path, language: Path, steps: int, seed: int, number: int) -> dict[str, float]:
     """A process of its own: the language model in `language` learns on; returns what it reached."""
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    torch.set_num_threads(min(2, os.cpu_count() or 1))  # no tower beside it any more
     model, tokenizer = LlamaForCausalLM.from_pretrained(language), AutoTokenizer.from_pretrained(language)
     library = new_library(data, tokenizer, seed + 100 * number)
-    reached = train_language_model(model.model, model.lm_head, library, steps, fit, FURTHER_LR)
-    partial = language.with_name(f"{language.name}.part")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    with_muon = partial(fit, matrices_lr=FURTHER_MATRICES_LR)
+    reached = train_language_model(model.model, model.lm_head, library, steps, with_muon, FURTHER_LR)
+    unfinished = language.with_name(f"{language.name}.part")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
     shutil.rmtree(language)
-    partial.rename(language)
+    unfinished.rename(language)
     reached["told errors"] = told_errors(model.model, model.lm_head, held_out(data, tokenizer), QUIZZES)
     return reached | {"further rounds": number}
 
@@ -263,6 +271,16 @@ def make_parts(
         print(f"The language model still gets {errors:.1%} of the questions about what it is told wrong.")
 
 
+def store(parts: Path, target: Path) -> None:
+    """The first language model and the tower, in `target`, with float16 weights: half as large for a repository."""
+    for name in ("language", "tower"):
+        shutil.copytree(parts / name, target / name, dirs_exist_ok=True)
+        weights = target / name / "model.safetensors"
+        save_file({key: value.half() for key, value in load_file(weights).items()}, weights, {"format": "pt"})
+    reached = json.loads((parts / "parts.json").read_text())
+    (target / "parts.json").write_text(json.dumps({name: reached[name] for name in ("language", "tower")}, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("output/proof/data"))
@@ -272,6 +290,7 @@ def main() -> None:
     parser.add_argument("--further-rounds", type=int, default=FURTHER_ROUNDS, help="of the language model, at most")
     parser.add_argument("--telling-steps", type=int, default=800, help="0: no second language model")
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--store", type=Path, help="put a copy with float16 weights there")
     args = parser.parse_args()
     make_parts(
         args.data,
@@ -282,6 +301,8 @@ def main() -> None:
         seed=args.seed,
         further_rounds=args.further_rounds,
     )
+    if args.store:
+        store(args.output, args.store)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Which objective of this trainer hallucinates less? A controlled world, nine arms, 24 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--fresh]
+# Which objective of this trainer hallucinates less? A controlled world, nine arms, 24 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--new-parts] [--fresh]
 # In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated, and a stop costs one run.
 # --small: three arms, two seeds, less of everything; too little to conclude from.
 # --seeds N: the first N seeds (24, and half as many of the regimes `long` and `web`), in their order, so that a stop
 # leaves whole blocks of arms.
+# --new-parts: trains a vision tower and a language model (40 minutes) instead of taking those in examples/proof/parts.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . tools/install_venv.sh
 "$VENV/bin/python" -c "import scipy, matplotlib" 2>/dev/null || "$VENV/bin/python" -m pip -q install -c tests/constraints.txt -e '.[plots]'
 
-out=output/proof fresh= small= seeds=24
+out=output/proof fresh= small= new_parts= seeds=24
 draw=() parts=(--telling-steps 0) runs=(--limit 1000 --limit-stage1 300)
 report=(--answers examples/proof/answers.jsonl.xz)
 while [ $# -gt 0 ]; do
   case $1 in
     --fresh) fresh=1 ;;
+    --new-parts) new_parts=1 ;;
     --seeds) seeds=${2:-}; shift ;;
     --small)
       small=1 seeds=2
@@ -36,7 +38,8 @@ if [ ! -f $out/data/scenes.jsonl ]; then
   step 1/4 "Drawing the world"
   "$VENV/bin/python" examples/proof/draw_world.py --output $out/data ${draw[@]+"${draw[@]}"}
 fi
-step 2/4 "Training the vision tower and the language model, before any arm"
+step 2/4 "The vision tower and the language model, which stand before any arm"
+[ -n "$small$new_parts" ] || [ -d $out/parts ] || cp -r examples/proof/parts $out/parts
 "$VENV/bin/python" examples/proof/make_parts.py --data $out/data --output $out/parts "${parts[@]}"
 step 3/4 "Stage 1 and stage 2 of every arm at every seed, two runs at once, each scored on held-out scenes"
 "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes habit --seeds $(seq 1 "$seeds") "${runs[@]}"
