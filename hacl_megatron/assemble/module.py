@@ -36,7 +36,9 @@ def build_module(config: RunConfig, groups: ProcessGroupCollection, device: torc
     return HaclModel(
         architecture,
         language_config=language_config(config, device),
-        vision_config=vision_transformer_config(architecture, config.parallel, device=device, dtype=dtype),
+        vision_config=vision_transformer_config(
+            architecture, config.parallel, device=device, dtype=dtype, recompute=config.recomputes_tower
+        ),
         padded_vocab_size=padded_vocab_size(architecture.language.vocab_size, config.parallel),
         initial_temperature=config.objective.initial_temperature,
         same_heads=config.objective.heads_init == "same",
@@ -45,6 +47,7 @@ def build_module(config: RunConfig, groups: ProcessGroupCollection, device: torc
         groups=groups,
         lora=Lora.of(config.lora),
         shares_images=config.shares_images,
+        recompute_tower=config.recomputes_tower,
     )
 
 

@@ -289,6 +289,7 @@ class OptimizerFlags:
     lr: float = flag(1e-3, "Peak learning rate.")
     min_lr: float = flag(0.0, "Learning rate that the schedule decays to.")
     connector_lr: float | None = flag(None, "Peak learning rate of the connector, a Q-Former included. Default: --lr.")
+    vision_lr: float | None = flag(None, "Peak learning rate of a trained vision tower. Default: --lr.")
     heads_lr: float | None = flag(None, "Peak learning rate of the contrastive heads and temperature. Default: --lr.")
     lr_decay_style: Literal["cosine", "linear", "constant"] = flag("cosine", "Shape of the decay after warm-up.")
     lr_warmup_fraction: float = flag(0.03, "Share of the run with a linearly rising learning rate.")

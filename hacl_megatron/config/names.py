@@ -18,6 +18,7 @@ NAMES_ELSEWHERE = {
     "per_device_train_batch_size": "micro_batch_size",
     "learning_rate": "lr",
     "mm_projector_lr": "connector_lr",
+    "mm_vision_tower_lr": "vision_lr",
     "lr_scheduler_type": "lr_decay_style",
     "warmup_ratio": "lr_warmup_fraction",
     "max_grad_norm": "clip_grad",

@@ -68,6 +68,11 @@ class RunConfig:
         return shares_images(self.architecture, self.parallel)
 
     @property
+    def recomputes_tower(self) -> bool:
+        """Whether backward runs each layer of the vision tower once more: trained, with the language model's layers."""
+        return not self.model.freeze_ViT and self.transformer.get("recompute_granularity") == "full"
+
+    @property
     def losses_that_train(self) -> frozenset[str]:
         """Of `generation`, `contrastive` and `preference` those with a weight; dialogues, pairs and twins train."""
         preference = 0 if self.preference.preference_loss == "none" else self.preference.preference_weight

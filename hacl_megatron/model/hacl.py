@@ -89,8 +89,14 @@ class HaclModel(MegatronModule):
         groups: ProcessGroupCollection,
         lora: Lora | None = None,
         shares_images: bool = False,
+        recompute_tower: bool = False,
     ) -> None:
-        """`shares_images`: tensor-parallel ranks share images out; a tower of megatron-core is to be whole then."""
+        """
+        Args:
+            shares_images: tensor-parallel ranks share images out; a tower of megatron-core is to be whole then.
+            recompute_tower: backward runs each layer of transformers' tower once more; megatron-core's goes by its
+                configuration.
+        """
         super().__init__(language_config)
         self.model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask for
         self.pre_process = groups.pp.rank() == 0
@@ -105,7 +111,9 @@ class HaclModel(MegatronModule):
         dtype = language_config.params_dtype
         if self.pre_process:
             if model.vision.backend == "hf":
-                self.vision_tower = HFVisionTower(model, seed=seed + 2, dtype=dtype, device=device)
+                self.vision_tower = HFVisionTower(
+                    model, seed=seed + 2, dtype=dtype, device=device, recompute=recompute_tower
+                )
             else:
                 self.vision_tower = VisionTower(model, vision_config, device, groups)
             fresh = {"generator": cpu_generator(seed), "dtype": dtype}

@@ -24,12 +24,21 @@ _DROPOUT = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_pr
 class HFVisionTower(nn.Module):
     """A vision model of transformers, cut behind the layer that the connector reads."""
 
-    def __init__(self, model: ModelConfig, *, seed: int, dtype: torch.dtype, device: torch.device = HOST) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device = HOST,
+        recompute: bool = False,
+    ) -> None:
+        """`recompute`: backward runs each layer once more and keeps its input alone."""
         super().__init__()
         vision = model.vision
         facts = {key: value for key, value in vision.hf.items() if key not in BACKBONE_KEYS}
         facts[vision.kind.sizes["num_layers"]] = model.num_vision_layers_built
-        self.model = _built(vision.kind.model_class, facts, seed=seed, dtype=dtype, device=device)
+        self.model = _built(vision.kind.model_class, facts, seed=seed, dtype=dtype, device=device, recompute=recompute)
         self._drops_class_token = vision.kind.has_class_token and not vision.kind.keeps_class_token
         for name in vision.kind.unused:
             _leave_out(self.model, name)
@@ -98,7 +107,15 @@ def _leave_out(module: nn.Module, name: str) -> None:
         setattr(parent, last, nn.Identity())
 
 
-def _built(class_name: str, facts: dict[str, Any], *, seed: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _built(
+    class_name: str,
+    facts: dict[str, Any],
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: bool = False,
+) -> nn.Module:
     """A bare transformers model with transformers' own initial values, drawn from `seed` whatever was drawn before.
 
     They are drawn where the model will be: a ViT-g would take a host half a minute.
@@ -114,4 +131,6 @@ def _built(class_name: str, facts: dict[str, Any], *, seed: int, dtype: torch.dt
         if accelerators:
             torch.cuda.manual_seed(seed)
         built = model_class(config)
+    if recompute:
+        built.gradient_checkpointing_enable({"use_reentrant": False})
     return getattr(built, "vision_model", built).to(dtype)  # transformers 4 wraps some towers once more

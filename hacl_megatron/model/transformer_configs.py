@@ -64,13 +64,14 @@ def language_transformer_config(
 
 
 def vision_transformer_config(
-    model: ModelConfig, parallel: ParallelFlags, *, device: torch.device, dtype: torch.dtype
+    model: ModelConfig, parallel: ParallelFlags, *, device: torch.device, dtype: torch.dtype, recompute: bool = False
 ) -> TransformerConfig | None:
     """The vision tower's: tensor parallel unless ranks share images out, whole on its pipeline stage, never sequence
-    parallel. None for a tower of transformers, which has its own."""
+    parallel. None for a tower of transformers, which has its own. `recompute`: each layer, once more backward."""
     vision = model.vision
     if vision.backend == "hf":
         return None
+    recomputed = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=model.num_vision_layers_built,
         hidden_size=vision.hidden_size,
@@ -92,4 +93,5 @@ def vision_transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **(recomputed if recompute else {}),
     )

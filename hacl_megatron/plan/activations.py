@@ -167,7 +167,8 @@ def stage_activations(
         working += rows * (e * language.head_dim + FP32) * language.num_attention_heads / tp  # its output once more
     logits = logits_peak = 0.0
     if is_first:
-        kept += _front(config, pack, e)
+        front, of_tower = _front(config, pack, e)
+        kept += front
         if recompute.granularity == "full" or kernels.fused_norm or e == FP32:
             # The first layer's input is kept as it is, and under sequence parallelism it is a view of all rows.
             kept += rows * (1 - 1 / shard) * language.hidden_size * e
@@ -176,7 +177,7 @@ def stage_activations(
         at_once = _own_images(config, pack)
         if model.tiles is not None and config.model.freeze_ViT:
             at_once = min(at_once, VIEWS_AT_ONCE)
-        working = max(working, at_once * vision.sequence_length * e * 4 * ffn)
+        working = max(working, of_tower + at_once * vision.sequence_length * e * 4 * ffn)
     if is_last:
         kept += pack.read_rows * _norm(language.hidden_size, e, trained, kernels)
         kept += INT64 * (pack.target_rows + micro_batch.eos_rows)
@@ -301,19 +302,21 @@ def _head_norms(
     return kept + rows * (2 * key + query * (not reads)) * (kernels.copies_values and not checkpointed)
 
 
-def _front(config: RunConfig, pack: PackShape, e: int) -> float:
-    """Vision tower, connector and the laying-in of image features, on the first stage."""
-    model = config.architecture
+def _front(config: RunConfig, pack: PackShape, e: int) -> tuple[float, float]:
+    """Vision tower, connector and the laying-in of image features, on the first stage; and a tower layer run again."""
+    model, again = config.architecture, 0.0
     images = _own_images(config, pack)
     kept = images * kept_by_connector(config.model, model, e)
     kept += pack.image_rows * (e * model.language.hidden_size + 2 * INT64)
     if not config.language_model_is_frozen:
         kept += pack.rows * INT64
     if not config.model.freeze_ViT:
-        kept += images * kept_by_tower(model, e, tower_ranks(model, config.parallel))
+        ranks = tower_ranks(model, config.parallel)
+        of_tower, again = kept_by_tower(model, e, ranks, recompute=config.recomputes_tower)
+        kept += images * of_tower
         if e == FP32:  # of the pixels, which are all on every rank, its own are a view
             kept += (pack.images - images) * 3 * model.vision.image_size**2 * e
-    return kept
+    return kept, images * again
 
 
 def _own_images(config: RunConfig, pack: PackShape) -> float:

@@ -27,8 +27,9 @@ class StageFlops:
 
     model: float
     repeated: float
-    """Forward passes of recomputed layers and of attention among context-parallel ranks, what gradient caching runs
-    ahead of the main pass, and the connector on each of the tensor-parallel ranks that split the tower."""
+    """Forward passes of recomputed layers, the tower's too, and of attention among context-parallel ranks, what
+    gradient caching runs ahead of the main pass, and the connector on each of the tensor-parallel ranks that split the
+    tower."""
     waited: float = 0.0
     """What ranks could compute while they wait for the one with most images, where they share these out."""
 
@@ -98,7 +99,8 @@ def stage_flops(config: RunConfig, micro_batch: MicroBatchShape, stage: int) -> 
         tower_trained, qformer_trained = not config.model.freeze_ViT, not config.model.freeze_qformer
         runs_ahead = micro_batch.ahead is not None and micro_batch.ahead.image_rows > 0
         trains = {"trained": tower_trained, "trains_qformer": qformer_trained}
-        once, (tower, connector) = sum(view_flops(model, **trains)), view_flops(model, **trains, again=runs_ahead)
+        once = sum(view_flops(model, **trains))
+        tower, connector = view_flops(model, **trains, again=runs_ahead, recompute=config.recomputes_tower)
         total += once * main.images
         repeated += (tower + connector - once) * main.images
         ranks = image_ranks(config)

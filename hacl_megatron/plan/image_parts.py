@@ -50,7 +50,7 @@ def sent_for_images(
     if model.vision.backend == "hf":
         return 0.0, 0.0
     rows = images * model.vision.sequence_length * model.vision.hidden_size * bytes_each
-    passes = 1 + trained * (1 + runs_ahead)
+    passes = 1 + trained * (1 + runs_ahead) + config.recomputes_tower
     return model.num_vision_layers_built * 2 * passes * 2 * rows * ring, 0.0
 
 
@@ -93,8 +93,13 @@ def _kept_by_qformer(qformer: QFormerConfig, num_features: int, e: int, *, train
     return qformer.num_query_tokens * row + 2 * e * crossing * num_features * width
 
 
-def kept_by_tower(model: ModelConfig, bytes_each: int, tp: int) -> float:
-    """Bytes an image that autograd keeps of a trained tower, its output apart; `tp`: ranks that divide its matrices."""
+def kept_by_tower(model: ModelConfig, bytes_each: int, tp: int, *, recompute: bool) -> tuple[float, float]:
+    """Bytes an image that autograd keeps of a trained tower, its output apart, and those of a layer that runs again.
+
+    Args:
+        tp: ranks that divide its matrices.
+        recompute: of each layer nothing but its input is kept.
+    """
     vision, e = model.vision, bytes_each
     activation = vision.activation
     if vision.hf is not None:
@@ -106,5 +111,6 @@ def kept_by_tower(model: ModelConfig, bytes_each: int, tp: int) -> float:
         of_ffn = 4  # gate, its SiLU, what that is multiplied with, the product
     layer = 2 * norm + (2 + vision.kind.layer_scales) * e * width + of_ffn * e * ffn
     layer += (4 * e * width + FP32 * vision.num_attention_heads) / tp
-    rows = vision.sequence_length * (vision.kind.num_outer_norms * norm + model.num_vision_layers_built * layer)
-    return rows + 3 * vision.image_size**2 * e
+    of_layers = model.num_vision_layers_built * (e * width if recompute else layer)
+    rows = vision.sequence_length * (vision.kind.num_outer_norms * norm + of_layers)
+    return rows + 3 * vision.image_size**2 * e, vision.sequence_length * layer * recompute

@@ -103,14 +103,18 @@ def vision_flops(model: ModelConfig, num_images: int, *, trained: bool, trains_q
     return float(num_images * (tower + connector))
 
 
-def view_flops(model: ModelConfig, *, trained: bool, trains_qformer: bool, again: bool = False) -> tuple[float, float]:
+def view_flops(
+    model: ModelConfig, *, trained: bool, trains_qformer: bool, again: bool = False, recompute: bool = False
+) -> tuple[float, float]:
     """FLOPs of one view in the vision tower and in the connector.
 
     Args:
         again: whether it runs ahead and, what trains of it or stands behind that, in the main pass once more.
+        recompute: whether backward runs the tower's layers once more.
     """
     tower = tower_flops(model) * (3 if trained else 1)
     connector = vision_flops(model, 1, trained=trained, trains_qformer=trains_qformer) - tower
+    tower += recompute * (tower_flops(model) - _patch_flops(model))
     if again:
         tower += trained * tower_flops(model)
         connector += (trained or trains_qformer) * sum(qformer_flops(model))
@@ -123,8 +127,13 @@ def tower_flops(model: ModelConfig) -> float:
     rows = vision.sequence_length
     layer = 2 * rows * (4 * vision.hidden_size**2 + (2 + vision.is_gated) * vision.hidden_size * vision.ffn_hidden_size)
     attention = 4 * rows * rows * vision.hidden_size
-    patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
-    return float(model.num_vision_layers_built * (layer + attention) + patches)
+    return float(model.num_vision_layers_built * (layer + attention)) + _patch_flops(model)
+
+
+def _patch_flops(model: ModelConfig) -> float:
+    """Of the patches' convolution."""
+    vision = model.vision
+    return 2.0 * vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
 
 
 def qformer_flops(model: ModelConfig) -> tuple[float, float, float]:

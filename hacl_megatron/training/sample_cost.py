@@ -58,7 +58,9 @@ def view_flops(config: RunConfig, *, forward_only: bool = False, again: bool = F
     tower, qformer = (
         not frozen and not forward_only for frozen in (config.model.freeze_ViT, config.model.freeze_qformer)
     )
-    of_tower, of_connector = flops.view_flops(model, trained=tower, trains_qformer=qformer, again=again)
+    of_tower, of_connector = flops.view_flops(
+        model, trained=tower, trains_qformer=qformer, again=again, recompute=tower and config.recomputes_tower
+    )
     if not config.shares_images:  # each of the ranks that split the tower has the connector, and runs it on all views
         of_connector *= config.parallel.tensor_model_parallel_size
     return of_tower + of_connector
@@ -67,6 +69,7 @@ def view_flops(config: RunConfig, *, forward_only: bool = False, again: bool = F
 def row_flops(config: RunConfig) -> float:
     """FLOPs of one more row in the language model's layers, attention's scores and the last layer's savings apart."""
     language, passes = config.architecture.language, 2 if config.language_model_is_frozen else 3
+    passes += config.transformer.get("recompute_granularity") == "full"
     width = language.head_dim * (2 * language.num_query_groups + 2 * language.num_attention_heads)
     return 2.0 * passes * language.num_layers * language.hidden_size * (width + 3 * language.ffn_hidden_size)
 

@@ -232,6 +232,17 @@ COMBINATIONS = {
         {"lr": 1e-3, "connector_lr": 0.0, "heads_lr": 0.0, "freeze_LM": True}, "nothing would train",
         {"lr": 1e-3, "connector_lr": 0.0, "heads_lr": 0.0, "freeze_LM": True, "freeze_ViT": False},
     ),
+    "a frozen tower's rate": (
+        {"vision_lr": 2e-6}, "the vision tower is frozen", {"vision_lr": 2e-6, "freeze_ViT": False},
+    ),
+    "the tower's rate below the floor": (
+        {"min_lr": 1e-4, "vision_lr": 2e-6, "freeze_ViT": False}, "above --vision-lr", {"min_lr": 1e-4},
+    ),
+    "a trained tower's rate of 0": (
+        {"lr": 1e-3, "connector_lr": 0.0, "heads_lr": 0.0, "vision_lr": 0.0, "freeze_LM": True, "freeze_ViT": False},
+        "nothing would train",
+        {"lr": 0.0, "connector_lr": 0.0, "heads_lr": 0.0, "vision_lr": 1e-3, "freeze_LM": True, "freeze_ViT": False},
+    ),
     "projector": ({"mm_projector_type": "mlp2x"}, "'mlp2x'", {"mm_projector_type": "mlp3x_gelu"}),
     "validation without data": ({"eval_interval": 5}, "give --valid-data-path", {"eval_interval": 0}),
     "a trace without an end": (

@@ -161,7 +161,7 @@ ACTIVATION_RUNS = {
             ("finetune", NO_PAIRS, ["none"], ["pairs"], [1]),
             ("finetune", [*NO_PAIRS, *PHRASE], ["none"], ["pairs"], [1]),
             ("even finetune", [*PROMPT, *PHRASE], ["none", "attention"], ["pairs"], [3]),
-            ("finetune", ["--freeze-ViT", "false"], ["none"], ["images"], [1, 3]),
+            ("finetune", ["--freeze-ViT", "false"], ["none", "full"], ["images"], [1, 3]),
             ("pretrain", ["--mm-projector-type", "mlp4x_gelu"], ["full"], ["images"], [1]),
             ("minigpt4 pretrain", [], ["none"], ["pairs"], [1, 3]),
             ("minigpt4 pretrain", ALL_TRAIN, ["full"], ["images"], [1, 3]),
@@ -202,7 +202,7 @@ def test_activations_are_near_what_autograd_keeps(folder: Path):
         ]  # fmt: skip
         for rank in run_distributed(activations_on_this_rank, world_size, cases):
             seen += list(zip(runs, rank, strict=True))
-    assert len(seen) == 74 + 2 * 29
+    assert len(seen) == 76 + 2 * 29
     for run, found in seen:
         assert found["planned"] == pytest.approx(found["kept"], rel=0.05), run
         assert found["planned loss"] == pytest.approx(found["loss"], rel=0.05), run

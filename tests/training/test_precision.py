@@ -200,14 +200,16 @@ def _bounded(commands: Sequence[tuple[Sequence[str], float]]) -> list[tuple[floa
 
 
 def test_weight_decay_spares_biases_vectors_and_the_temperature(inputs: Path) -> None:
-    flags = ["--weight-decay", "0.25", "--freeze-ViT", "false", "--connector-lr", "3e-3"]
+    flags = ["--weight-decay", "0.25", "--freeze-ViT", "false", "--connector-lr", "3e-3", "--vision-lr", "2e-6"]
     (groups,) = run_distributed(_groups, 1, command(inputs, "finetune", "tp1", None, *flags))
     decayed = set()
     for members, settings in groups:
         for name, dims in members:
             spared = dims == 1 or name.endswith(".bias") or name == "heads.temperature"
             assert settings["weight_decay"] == (0.0 if spared else 0.25), name
-            assert settings["max_lr"] == (3e-3 if name.startswith("connector.") else 1e-3), name
+            assert settings["max_lr"] == {"connector": 3e-3, "vision_tower": 2e-6}.get(name.partition(".")[0], 1e-3), (
+                name
+            )
             if not spared:
                 decayed.add(name.partition(".")[0])
     assert decayed == {"connector", "heads", "language_model", "vision_tower"}

@@ -47,7 +47,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     ),
     **dict.fromkeys(
         (
-            "contrastive_weight", "preference_weight", "generation_weight", "lr", "min_lr", "connector_lr",
+            "contrastive_weight", "preference_weight", "generation_weight", "lr", "min_lr", "connector_lr", "vision_lr",
             "heads_lr", "weight_decay", "clip_grad", "eval_interval", "save_interval", "shuffle_block",
             "dry_run_rank", "hang_timeout", "profile_ranks", "data_cache_gb",
         ),
@@ -174,6 +174,11 @@ def _check_length(config: RunConfig) -> None:
 
 
 def _check_rates(config: RunConfig) -> None:
+    _require(
+        config.optimizer.vision_lr is None or not config.model.freeze_ViT,
+        "--vision-lr is given, but the vision tower is frozen",
+        "add --freeze-ViT false, or leave it out",
+    )
     rates, min_lr = _rates(config), config.optimizer.min_lr
     for name, rate in rates.items():
         _require(
@@ -182,21 +187,22 @@ def _check_rates(config: RunConfig) -> None:
             "the schedule decays from the one to the other: lower --min-lr",
         )
     trains = {
-        "lr": not config.language_model_is_constant or not config.model.freeze_ViT,
+        "lr": not config.language_model_is_constant,
         "connector_lr": True,
+        "vision_lr": not config.model.freeze_ViT,
         "heads_lr": config.objective.contrastive_weight > 0,
     }
     _require(
         any(rates[name] > 0 for name, part_trains in trains.items() if part_trains),
         "nothing would train: the learning rate of every part that is not frozen is 0",
-        "raise --lr, --connector-lr or --heads-lr",
+        "raise --lr, --connector-lr, --vision-lr or --heads-lr",
     )
 
 
 def _rates(config: RunConfig) -> dict[str, float]:
     """Peak learning rates by flag, defaults filled in."""
     optimizer = config.optimizer
-    given = {"lr": optimizer.lr, "connector_lr": optimizer.connector_lr, "heads_lr": optimizer.heads_lr}
+    given = {name: getattr(optimizer, name) for name in ("lr", "connector_lr", "vision_lr", "heads_lr")}
     return {name: optimizer.lr if rate is None else rate for name, rate in given.items()}
 
 

@@ -68,6 +68,8 @@ def _group_overrides(flags: OptimizerFlags) -> dict[ParamKey, dict[str, Any]]:
     }
     if flags.connector_lr is not None:
         overrides[named("connector", lambda p, name: "connector." in name)] = {"max_lr": flags.connector_lr}
+    if flags.vision_lr is not None:
+        overrides[named("vision tower", lambda p, name: "vision_tower." in name)] = {"max_lr": flags.vision_lr}
     if flags.heads_lr is not None:
         overrides[named("heads", lambda p, name: "heads." in name)] = {"max_lr": flags.heads_lr}
     return overrides
