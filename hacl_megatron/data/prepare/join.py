@@ -6,10 +6,16 @@
 Shares keep duplicates, for each knows its own records alone. Whether a name is taken is a question for those rows only
 whose name is met twice, or may have been given to another (`7#2`): they are found by a hash of eight bytes a record,
 and go through the very rule of a single process, in order. Joining begins anew where it is killed; it reads no JSON.
+
+Each share has a number of its own for the preparation that it belongs to (`begun.json`), and a join lists those it was
+made of. So a share that is prepared anew, behind a join that was killed before all was removed, is never taken for what
+is joined already, nor the other way round.
 """
 
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,14 +26,42 @@ import xxhash
 
 from hacl_megatron.data.prepare.findings import Findings
 from hacl_megatron.data.prepare.parts import Counts, Names, about_rows, is_full, read_part, write_part
+from hacl_megatron.data.prepare.shards import indices_of_share
 from hacl_megatron.data.prepare.share import Share
 
-_DONE, _JOINED, MERGED = "done.json", "joined.json", "merged.json"
+_BEGUN, _DONE, _JOINED, MERGED = "begun.json", "done.json", "joined.json", "merged.json"
 
 
 def share_folder(work: str, share: Share) -> str:
     """Where a share's parts are."""
     return os.path.join(work, f"share-{share}")
+
+
+def begin_share(work: str, share: Share) -> None:
+    """Makes the share's folder ready: for going on, or anew where a join of all that it holds is whole already."""
+    folder = share_folder(work, share)
+    begun = os.path.join(folder, _BEGUN)
+    if _is_used_up(work, folder):
+        for index in indices_of_share(work, share):
+            os.unlink(index)
+        # The number goes last: whoever is killed here does it all again.
+        for name in sorted(os.listdir(folder), key=lambda name: name == _BEGUN):
+            path = os.path.join(folder, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+    if not os.path.exists(begun):
+        _write_json(begun, {"number": uuid.uuid4().hex})
+
+
+def _number(folder: str) -> str | None:
+    """Of the preparation that a share's folder belongs to."""
+    found = _read_json(os.path.join(folder, _BEGUN))
+    return None if found is None else found["number"]
+
+
+def _is_used_up(work: str, folder: str) -> bool:
+    """Whether what is in a share's folder, if anything, went into a manifest that is whole."""
+    merged = _read_json(os.path.join(work, MERGED))
+    return merged is not None and _number(folder) in (None, *merged.get("shares", ()))
 
 
 def write_done(folder: str, key: str, parts: Sequence[str], counts: Counts) -> None:
@@ -50,20 +84,25 @@ def read_done(folder: str, key: str) -> dict[str, Any] | None:
     return _read_json(os.path.join(folder, _DONE), key)
 
 
-def write_merged(work: str, key: str) -> None:
+def write_merged(work: str, key: str, count: int) -> None:
     """Says that the manifest is there, so that the shares may go; the file goes last (`parts.remove_folder`)."""
-    _write_json(os.path.join(work, MERGED), {"key": key})
+    _write_json(os.path.join(work, MERGED), {"key": key, "shares": [*map(_number, _folders(work, count))]})
 
 
-def is_merged(work: str, key: str) -> bool:
-    """Whether `write_merged` was called under this key, and whoever called it was killed before all was removed."""
-    return _read_json(os.path.join(work, MERGED), key) is not None
+def is_merged(work: str, key: str, count: int) -> bool:
+    """Whether `write_merged` was called under this key, whoever called it was killed before all was removed, and no
+    share was begun anew since."""
+    is_there = _read_json(os.path.join(work, MERGED), key) is not None
+    return is_there and all(_is_used_up(work, folder) for folder in _folders(work, count))
 
 
-def read_joined(work: str, key: str) -> list[str] | None:
-    """The parts that `join_shares` wrote under this key; None where it did not."""
+def read_joined(work: str, key: str, share: Share) -> list[str] | None:
+    """The parts that `join_shares` wrote under this key of this share, as it is, and the others; None where it did
+    not."""
     found = _read_json(os.path.join(work, _JOINED), key)
-    return None if found is None else [_joined_part(work, number) for number in range(found["parts"])]
+    if found is None or _number(share_folder(work, share)) not in found.get("shares", ()):
+        return None
+    return [_joined_part(work, number) for number in range(found["parts"])]
 
 
 def join_shares(
@@ -73,8 +112,8 @@ def join_shares(
 
     Raises ValueError naming the shares that are not done.
     """
-    folders = [share_folder(work, Share(number=number, count=count)) for number in range(count)]
-    states = [read_done(folder, key) for folder in folders]
+    folders = _folders(work, count)
+    states = [None if _is_used_up(work, folder) else read_done(folder, key) for folder in folders]
     missing = [number for number, state in enumerate(states) if state is None]
     if missing:
         more = ", ..." if len(missing) > 10 else ""
@@ -96,7 +135,7 @@ def join_shares(
     for batch in _chunks(parts, names, counts):
         written.append(_joined_part(work, len(written)))
         write_part(written[-1], batch)
-    _write_json(os.path.join(work, _JOINED), {"key": key, "parts": len(written)})
+    _write_json(os.path.join(work, _JOINED), {"key": key, "parts": len(written), "shares": [*map(_number, folders)]})
     return written, counts
 
 
@@ -191,6 +230,10 @@ def _renamed(batch: pa.RecordBatch, names: dict[int, str]) -> pa.RecordBatch:
     )
 
 
+def _folders(work: str, count: int) -> list[str]:
+    return [share_folder(work, Share(number=number, count=count)) for number in range(count)]
+
+
 def _joined_part(work: str, number: int) -> str:
     return os.path.join(work, f"joined-{number:06d}.arrow")
 
@@ -203,10 +246,11 @@ def _write_json(path: str, content: dict[str, Any]) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def _read_json(path: str, key: str) -> dict[str, Any] | None:
+def _read_json(path: str, key: str | None = None) -> dict[str, Any] | None:
+    """What is in the file, where it was written under this key, or under any."""
     try:
         with open(path, encoding="ascii") as file:
             found = json.load(file)
     except (FileNotFoundError, ValueError):
         return None
-    return found if found["key"] == key else None
+    return found if key is None or found["key"] == key else None

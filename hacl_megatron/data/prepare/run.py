@@ -32,6 +32,7 @@ from hacl_megatron.data.manifest import sample_of
 from hacl_megatron.data.prepare.arrow_manifest import FINDINGS, FORMAT, SHARDS_FOLDER, ArrowManifest, Measures
 from hacl_megatron.data.prepare.join import (
     MERGED,
+    begin_share,
     is_merged,
     join_shares,
     read_done,
@@ -107,8 +108,8 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
             return _prepare_share(settings, share, tokenizer, images)
         deduplicate = not settings.keep_duplicates
         if settings.merge:
-            key = _share_key(settings, tokenizer)
-            if is_merged(work, key) and os.path.isfile(os.path.join(settings.output, MANIFEST_FILE)):
+            key, manifest = _share_key(settings, tokenizer), os.path.join(settings.output, MANIFEST_FILE)
+            if is_merged(work, key, settings.num_shards) and os.path.isfile(manifest):
                 remove_folder(work, last=MERGED)  # during which an earlier start was killed
                 return read_report(settings.output)
             parts, counts = join_shares(work, settings.inputs, settings.num_shards, key, deduplicate=deduplicate)
@@ -143,7 +144,7 @@ def run_prepare(settings: PrepareSettings) -> dict[str, Any]:
             blank=images.blank() if settings.verify_images else None,
         )
         if settings.merge:
-            write_merged(work, key)
+            write_merged(work, key, settings.num_shards)
         remove_folder(work, last=MERGED)
     return report
 
@@ -192,9 +193,10 @@ def _prepare_share(
     folder, key = share_folder(work, share), _share_key(settings, tokenizer)
     if (line := uneven(settings.inputs, share.count)) is not None:
         notify(f"note: {line}")
+    begin_share(work, share)
     if read_done(folder, key) is None:
         write_done(folder, key, *_read(settings, tokenizer, images, folder, deduplicate=False))
-    joined = read_joined(work, key) if settings.write_shards else None
+    joined = read_joined(work, key, share) if settings.write_shards else None
     if joined is not None:
         _write_shards(settings, joined, images)
     left = f"--merge, when all {share.count} shares are done"

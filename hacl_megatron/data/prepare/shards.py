@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,9 @@ MeasureImage = Callable[[str, bytes], tuple[int, int]]
 
 _SUFFIXES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
 """By the first bytes, since LLaVA's data names GIFs .jpg; what is none of these is called jpg like all the rest."""
+
+_INDEX = re.compile(r"shard-(\d{6,})-[0-9a-f]+\.arrow")
+"""Name of a shard's index: its number and what it was made of."""
 
 _PLACES = pa.schema(
     [
@@ -135,6 +139,12 @@ def write_shards(
     table = pa.Table.from_batches(indices, _PLACES).combine_chunks()
     places = table.to_batches()[0] if len(names) else pa.record_batch([[]] * len(_PLACES), schema=_PLACES)
     return ShardedImages(shards=[shard_name(number) for number in range(count)], names=names, places=places)
+
+
+def indices_of_share(work: str, share: Share) -> list[str]:
+    """The indices in `work` of the shards that this share writes."""
+    found = [(name, match) for name in os.listdir(work) if (match := _INDEX.fullmatch(name))]
+    return [os.path.join(work, name) for name, match in found if int(match[1]) % share.count == share.number]
 
 
 def shard_name(number: int) -> str:

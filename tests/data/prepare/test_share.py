@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hacl_megatron.data.prepare import parts as prepare
 from hacl_megatron.data.prepare.llava_json import read_records
@@ -176,6 +177,46 @@ def test_a_join_that_was_killed_while_it_removed_shares_goes_on(source, monkeypa
     assert contents(source / "shared") == whole and not (source / "shared/.partial").exists()
     with pytest.raises(ValueError, match="3 of 3 shares are not done"):
         run_prepare(settings(source, merge=True, **shared))
+
+
+@pytest.mark.parametrize("form", ["verify_images", "write_shards"])
+def test_shares_prepared_anew_behind_a_killed_join_are_joined(source, monkeypatch, form) -> None:
+    """Images changed, the JSON did not: catches a join that takes the shares for those it has joined already, a share
+    that takes over what was measured of the images before, and shares of before and after that are mixed."""
+    images = {"image_folder": str(source / "images"), form: True, "images_per_shard": 1}
+    shared = {"inputs": write_files(source), "output": str(source / "shared"), "num_shards": 3, **images}
+
+    def prepare_share(index: int) -> None:
+        run_prepare(settings(source, shard_index=index, **shared))
+
+    passes = 2 if form == "write_shards" else 1
+    Image.effect_noise((20, 10), 90).save(source / "images/1.jpg")
+    removed, rmtree = [], shutil.rmtree
+
+    def killed(folder, **more) -> None:
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(rmtree(folder, **more))
+
+    for number in range(passes):
+        for index in range(3):
+            prepare_share(index)
+        if number + 1 < passes:
+            run_prepare(settings(source, merge=True, **shared))
+    with monkeypatch.context() as patch:
+        patch.setattr("hacl_megatron.data.prepare.parts.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_prepare(settings(source, merge=True, **shared))
+    Image.effect_noise((31, 17), 90).save(source / "images/1.jpg")
+    for number in range(passes):
+        for index in range(3):
+            prepare_share(index)
+            if number == 0 and index == 1:
+                with pytest.raises(ValueError, match=r"1 of 3 shares are not done .*: --shard-index 2; run them"):
+                    run_prepare(settings(source, merge=True, **shared))
+        run_prepare(settings(source, merge=True, **shared))
+    run_prepare(settings(source, **{**images, "inputs": shared["inputs"], "output": str(source / "one")}))
+    assert contents(source / "shared") == contents(source / "one")
 
 
 def test_shares_of_other_files_or_settings_are_not_joined(source) -> None:
