@@ -198,11 +198,12 @@ def merge_shares(target: Path, count: int, settings: dict[str, Any], *, force: b
         with AnswerLog(answers_of(target)):  # of an earlier start, whose last line may be cut
             pass
     for place in (answers_of, _rejected):
-        found = [path for share in shares if (path := place(share)).is_file()]
-        if found:
-            earlier = [place(target)] if place is answers_of else []
-            with writing(place(target)) as file:
-                _join(earlier + found, file.buffer, lines=True)
+        found, joined = [path for share in shares if (path := place(share)).is_file()], place(target)
+        earlier = [joined] if place is answers_of else []
+        if not found or (earlier and _ends_with(joined, found)):  # as a start left it that was killed behind this
+            continue
+        with writing(joined) as file:
+            _join(earlier + found, file.buffer, lines=True)
     with writing(target) as file:
         _join(shares, file.buffer, lines=is_lines)
     write_done(target, settings)
@@ -224,6 +225,18 @@ def _holds(target: Path, shares: list[Path], *, lines: bool) -> bool:
         compared = _Compared(file)
         _join(shares, compared, lines=lines)
         return compared.is_same and not file.read(1)
+
+
+def _ends_with(log: Path, others: list[Path]) -> bool:
+    """Whether these files' lines, one behind the other, are the log's last."""
+    start = log.stat().st_size - sum(path.stat().st_size for path in others)
+    if start < 0:
+        return False
+    with log.open("rb") as file:
+        file.seek(start)
+        compared = _Compared(file)
+        _join(others, compared, lines=True)
+        return compared.is_same
 
 
 class _Compared:

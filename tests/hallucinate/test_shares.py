@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hacl_megatron.hallucinate.files import answers_of
 from tests.hallucinate.test_files import llava, run, save, some
 from tests.hallucinate.test_llm import KEY, ChatServer
 from tests.tool_runs import run_tool
@@ -119,6 +120,40 @@ def test_a_join_that_was_killed_before_it_said_so_goes_on(tmp_path: Path, monkey
     shared.write_bytes(whole)
     assert run(source, shared, "--num-shards", 2, "--merge") == 0
     assert shared.read_bytes() == whole and {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "shared.jsonl"}
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3, 4])
+def test_a_join_that_was_killed_half_way_keeps_each_answer_once(tmp_path: Path, monkeypatch, killed_at: int) -> None:
+    """In front of each file that it puts in place: catches answers that are written behind themselves again, and those
+    of an earlier run, which are kept in front, that get lost."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    captions = [f"A red dog number {number} on a table." for number in range(9)]
+    save(tmp_path / "in.jsonl", [{"id": str(i), "conversations": [], "text": text} for i, text in enumerate(captions)])
+    shared = tmp_path / "shared.jsonl"
+    replace, left = os.replace, [killed_at]
+
+    def killed(source, target) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with ChatServer(lambda text, _=1: "No." if "number 4" in text else text.replace("red dog", "yellow cat")) as server:
+        common = ["--method", "llm", "--base-url", server.url, "--input", tmp_path / "in.jsonl", "--output", shared]
+        assert run_tool("generate_hallucinations", *common, "--model", "m") == 0
+        earlier = [*answers_of(shared).read_text().splitlines()]
+        shared.unlink()
+        flags = [*common, "--model", "another", "--num-shards", 3]
+        for index in range(3):
+            assert run_tool("generate_hallucinations", *flags, "--shard-index", index) == 0
+        logs = (answers_of(path) for path in sorted(tmp_path.glob("shared.share-*-of-00003.jsonl")))
+        expected = [*earlier, *(line for log in logs for line in log.read_text().splitlines())]
+        with monkeypatch.context() as patch:
+            patch.setattr("hacl_megatron.hallucinate.files.os.replace", killed)
+            assert run_tool("generate_hallucinations", *flags, "--merge") != 0
+        assert run_tool("generate_hallucinations", *flags, "--merge") == 0
+        assert len(expected) > len(earlier) + 9 and answers_of(shared).read_text().splitlines() == expected
+        assert not [*tmp_path.glob("*share-*")]
 
 
 def test_other_records_of_the_same_size_are_another_input(tmp_path: Path, capfd) -> None:
