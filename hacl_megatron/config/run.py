@@ -51,6 +51,8 @@ class RunConfig:
     """YAML `ddp:`, likewise."""
     optimizer_overrides: dict[str, Any] = field(default_factory=dict)
     """YAML `optimizer:`, likewise."""
+    vision_parallel_is_chosen: bool = False
+    """Whether `parallel.vision_parallel` is what the plan chose for this layout, rather than what was asked for."""
 
     @property
     def language_model_is_frozen(self) -> bool:
@@ -124,12 +126,19 @@ def from_yaml(text: str, source: str = "run_config.yaml") -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration, a comment per group of flags; `from_yaml` gives back an equal one."""
+    """The whole configuration, a comment per group of flags; `from_yaml` gives back an equal one.
+
+    A `--vision-parallel` that was chosen is a comment: whoever takes the file for another layout has it chosen anew.
+    """
     parts = []
     for name, group in GROUPS.items():
         values = asdict(getattr(config, name))
         values = {key: value for key, value in values.items() if key not in COMMAND_LINE_ONLY}
-        parts.append(f"# {group.__doc__}\n{dump_yaml(values)}")
+        text = dump_yaml(values)
+        if name == "parallel" and config.vision_parallel_is_chosen:
+            way = values["vision_parallel"]
+            text = text.replace(f"vision_parallel: {way}\n", f"vision_parallel: null  # {way} is chosen here\n")
+        parts.append(f"# {group.__doc__}\n{text}")
     architecture = None if config.architecture is None else asdict(config.architecture)
     parts.append("# Sizes of the model's parts.\n" + dump_yaml({"model": architecture}))
     overrides = {"transformer": config.transformer, "ddp": config.ddp, "optimizer": config.optimizer_overrides}
@@ -166,5 +175,5 @@ def _read_architecture(values: Any, where: str) -> ModelConfig:
 
 
 assert {item.name for item in fields(RunConfig)} == {
-    *GROUPS, "architecture", "transformer", "ddp", "optimizer_overrides"
+    *GROUPS, "architecture", "transformer", "ddp", "optimizer_overrides", "vision_parallel_is_chosen"
 }  # fmt: skip

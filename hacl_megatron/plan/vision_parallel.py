@@ -24,16 +24,20 @@ def with_vision_parallel(config: RunConfig, layout: Layout) -> tuple[RunConfig, 
         return config, None
     ways = possible_ways(config.architecture, layout.tp)
     if len(ways) == 1:
-        return replace(config, parallel=replace(config.parallel, vision_parallel=ways[0])), None
+        return _chosen(config, ways[0]), None
     plans = plans_by_way(config, layout, COUNTED_ON, assumed_samples(config))
     chosen = faster_way(plans)
-    config = replace(config, parallel=replace(config.parallel, vision_parallel=chosen))
     others = ", ".join(f"with {way} {plan.time.total:.4g} s" for way, plan in plans.items() if way != chosen)
-    return config, (
+    return _chosen(config, chosen), (
         f"--vision-parallel {chosen} is chosen: by the plan (plan_run.py's, of {COUNTED_ON.gpu_name}, "
         f"{plans[chosen].micro_batch.main.images:.3g} views of images a micro-batch) a step takes "
         f"{plans[chosen].time.total:.4g} s, {others}"
     )
+
+
+def _chosen(config: RunConfig, way: str) -> RunConfig:
+    parallel = replace(config.parallel, vision_parallel=way)
+    return replace(config, parallel=parallel, vision_parallel_is_chosen=True)
 
 
 def plans_by_way(config: RunConfig, layout: Layout, cluster: Cluster, samples: Samples) -> dict[str | None, Plan]:

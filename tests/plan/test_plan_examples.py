@@ -12,9 +12,11 @@ import pytest
 import yaml
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from hacl_megatron import train
 from hacl_megatron.checkpoint.hf.config_read import read_model_config
+from hacl_megatron.config.checks.architecture import check_architecture
 from hacl_megatron.config.checks.flags import check_flags
-from hacl_megatron.config.run import from_yaml, with_architecture
+from hacl_megatron.config.run import from_yaml, to_yaml, with_architecture
 from hacl_megatron.plan.planner import Plan
 from hacl_megatron.plan.suggest import suggest_layouts
 from hacl_megatron.plan.vision_parallel import COUNTED_ON, faster_way, plans_by_way, with_vision_parallel
@@ -280,6 +282,27 @@ def test_the_faster_way_of_a_vision_tower_is_chosen_and_said(size: int, faster: 
     assert share[0].sent.tensor_parallel < split[0].sent.tensor_parallel
     assert share[0].memory.weights > split[0].memory.weights + 2 * 140e6, "the other half of a frozen ViT-L in bf16"
     assert with_vision_parallel(chosen, layout) == (chosen, None)
+
+
+def test_a_chosen_way_is_written_as_chosen_and_chosen_anew_at_another_layout(tmp_path, monkeypatch, capsys):
+    """What --print-config prints, as run_config.yaml has it, taken as --config: catches a choice that looks like the
+    user's, one that a larger layout refuses (16 heads over 32 ranks), and one that was given and is lost."""
+    config = example("finetune_7b")
+    config.parallel.tensor_model_parallel_size, config.training.micro_batch_size = 2, 1
+    (tmp_path / "given.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(train, "resolved", lambda config: (config, check_flags(config, 8, files=False)))
+    train.run(["--config", str(tmp_path / "given.yaml"), "--print-config"])
+    printed = capsys.readouterr().out
+    assert "\nvision_parallel: null  # split is chosen here\n" in printed
+    again = from_yaml(printed)
+    assert again == config
+    again.parallel.tensor_model_parallel_size = 32
+    layout = check_flags(again, 32, files=False)
+    check_architecture(again, layout)
+    assert with_vision_parallel(again, layout)[0].parallel.vision_parallel == "share"
+    config.parallel.vision_parallel = "share"
+    given, _ = with_vision_parallel(config, check_flags(config, 8, files=False))
+    assert from_yaml(to_yaml(given)) == given == config and given.parallel.vision_parallel == "share"
 
 
 @pytest.mark.parametrize(
