@@ -338,6 +338,9 @@ def test_a_tower_that_is_split_has_its_connector_on_each_rank(folder: Path, numb
     assert split.repeated - shared.repeated == pytest.approx(connector, rel=1e-9)
     image = vision_flops(model, 1, trained=True) + tower_flops(model) * (number > 1)
     assert shared.waited == pytest.approx(image, rel=1e-9), "3 images on the one, 2 on the other"
+    # An average: three of four micro-batches have 4 images and nobody waits, the fourth has 5.
+    average = replace(shape, main=replace(shape.main, images=4.25))
+    assert stage_flops(config, average, 0).waited == pytest.approx(0.25 * image, rel=1e-9)
 
 
 @pytest.mark.parametrize("trains_qformer", [True, False])
