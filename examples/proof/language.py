@@ -236,23 +236,35 @@ def told_errors(language_model: LlamaModel, lm_head: nn.Linear, library: Library
 
 
 def train_language_model(
-    language_model: LlamaModel, lm_head: nn.Linear, library: Library, steps: int, fit: Fit, lr: float = 3e-3
+    language_model: LlamaModel,
+    lm_head: nn.Linear,
+    library: Library,
+    steps: int,
+    fit: Fit,
+    lr: float = 3e-3,
+    *,
+    mostly_quizzes: bool = False,
 ) -> dict[str, float]:
-    """In place; returns the last values of what `LanguageTask` says of each kind of document."""
+    """In place; returns the last values of what `LanguageTask` says of each kind of document.
+
+    Args:
+        mostly_quizzes: for a model that can say what it is told, and not yet whether colour and shape belong together.
+    """
     task = LanguageTask(language_model, lm_head, library.notes)
     history: list[dict[str, float]] = []
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        read, facts = task([library.read() for _ in range(READ)])
-        captioned, _ = task([library.captioned() for _ in range(CAPTIONED)])
-        _, glanced = task([library.glance(prompt=step % 2 == 0) for _ in range(GLANCED)])
+        share, quizzes, weight = (3, 3 * QUIZZED, 6) if mostly_quizzes else (1, QUIZZED, 2)
+        read, facts = task([library.read() for _ in range(READ // share)])
+        captioned, _ = task([library.captioned() for _ in range(CAPTIONED // share)])
+        _, glanced = task([library.glance(prompt=step % 2 == 0) for _ in range(GLANCED // share)])
         with_system = step % WITH_SYSTEM == 0
-        described, _ = task([library.dialogue(with_system, quiz=False) for _ in range(DESCRIBED)])
-        quizzed, _ = task([library.dialogue(with_system, quiz=True) for _ in range(QUIZZED)])
+        described, _ = task([library.dialogue(with_system, quiz=False) for _ in range(DESCRIBED // share)])
+        quizzed, _ = task([library.dialogue(with_system, quiz=True) for _ in range(quizzes)])
         values = {"read": read, "facts": facts, "captioned": captioned, "glanced": glanced}
         values |= {"described": described, "quizzed": quizzed}
         history.append({name: value.item() for name, value in values.items()})
-        return read + captioned + described + 2 * quizzed + 0.1 * facts + 0.1 * glanced, history[-1]
+        return read + captioned + described + weight * quizzed + 0.1 * facts + 0.1 * glanced, history[-1]
 
     fit(task, loss_of, steps, lr, "language model", line=1)
     return last_values(history)

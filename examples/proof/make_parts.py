@@ -188,7 +188,9 @@ def further_worker(data: Path, language: Path, steps: int, seed: int, number: in
     model, tokenizer = LlamaForCausalLM.from_pretrained(language), AutoTokenizer.from_pretrained(language)
     library = new_library(data, tokenizer, seed + 100 * number)
     with_muon = partial(fit, matrices_lr=FURTHER_MATRICES_LR)
-    reached = train_language_model(model.model, model.lm_head, library, steps, with_muon, FURTHER_LR)
+    reached = train_language_model(
+        model.model, model.lm_head, library, steps, with_muon, FURTHER_LR, mostly_quizzes=True
+    )
     unfinished = language.with_name(f"{language.name}.part")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

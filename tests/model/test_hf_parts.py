@@ -1,5 +1,6 @@
 """Vision towers and Q-Former as this package builds them against the whole models of transformers, fp32 on the CPU."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -60,14 +61,20 @@ def copy_by_name(source: nn.Module, target: nn.Module) -> None:
     target.load_state_dict({name: state[name] for name in target.state_dict()})
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("name", "select_layer"), CASES)
-def test_features_and_gradients_are_those_of_transformers(name, select_layer):
+def test_features_and_gradients_are_those_of_transformers(name, select_layer, recompute):
+    """With `recompute` each layer's norms run twice."""
     model_class, config, _ = TOWERS[name]
     theirs = model_class(config).eval()
     randomise(theirs, 3)
     model = model_of(name, select_layer)
-    ours = HFVisionTower(model, seed=1, dtype=torch.float32).train()
+    ours = HFVisionTower(model, seed=1, dtype=torch.float32, recompute=recompute).train()
     copy_by_name(theirs, ours.model)
+    calls = Counter()
+    for place, module in ours.named_modules():
+        if ".layer" in place and isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda *_, place=place: calls.update([place]))
     images = pixels(model.vision.image_size)
     output = theirs(pixel_values=images, output_hidden_states=True)
     expected = {  # LLaVA's `full` strategy; BLIP-2's image_embeds; LLaVA's `default`
@@ -82,6 +89,7 @@ def test_features_and_gradients_are_those_of_transformers(name, select_layer):
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
+    assert set(calls.values()) == {1 + recompute}
     gradients = {key.removeprefix("vision_model."): p.grad for key, p in theirs.named_parameters()}
     assert len(list(ours.parameters())) > 10
     for key, parameter in ours.model.named_parameters():

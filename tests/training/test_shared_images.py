@@ -23,10 +23,13 @@ OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 RUNS = {
     "start": ("tp1", 8, ["--train-iters", "1", "--lr", "1e-30", "--heads-lr", "1e-30"]),
     "whole": ("tp1", 8, []),
+    "whole, recomputed": ("tp1", 8, []),
     "dist": ("tp2-dp2-dist-share", 4, OVERLAP),
+    "dist, recomputed": ("tp2-dp2-dist-share", 4, OVERLAP),
     "bf16 split": ("tp2-split", 4, ["--bf16"]),
     "bf16 share": ("tp2-share", 4, ["--bf16", *OVERLAP]),
 }
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BUCKET = 12_000
 """Parameters: the tiny tower fills some buckets, of which one is reduced while the pass backward goes on."""
 
@@ -38,10 +41,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = folder / "small.yaml"
     settings = yaml.safe_load((folder / "finetune.yaml").read_text()) | {"ddp": {"bucket_size": BUCKET}}
     config.write_text(yaml.safe_dump(settings))
+    again = folder / "recomputed.yaml"
+    again.write_text(yaml.safe_dump(settings | {"transformer": RECOMPUTE}))
     by_size: dict[int, list[list[str]]] = {}
     for name, (layout, samples, flags) in RUNS.items():
         size, sizes = layout_flags(layout, samples=samples)
-        command = ["--config", str(config), "--save", str(folder / name), *TRAINED, *sizes, *flags]
+        file = again if name.endswith("recomputed") else config
+        command = ["--config", str(file), "--save", str(folder / name), *TRAINED, *sizes, *flags]
         by_size.setdefault(size, []).append(command)
     for size, commands in by_size.items():
         train(commands, size)
@@ -69,6 +75,13 @@ def test_a_sharded_optimiser_takes_the_steps_of_one_process(finished: Path) -> N
     way = moved(finished, "whole")
     assert sum(name.startswith("vision_tower.") and bool(tensor.any()) for name, tensor in way.items()) > 10
     assert furthest(moved(finished, "dist"), way) < (1e-4, "")
+
+
+@pytest.mark.parametrize("run", ["whole", "dist"])
+def test_recomputed_layers_of_the_tower_change_nothing(finished: Path, run: str) -> None:
+    """Catches layers that run again in another mode or on other images, and gradients that are reduced before that."""
+    found, expected = (moved(finished, name) for name in (f"{run}, recomputed", run))
+    assert furthest(found, expected) < (1e-5, "")
 
 
 def test_bf16_takes_the_steps_that_it_takes_with_a_tower_that_is_split(finished: Path) -> None:
