@@ -7,6 +7,10 @@ Scenes are told in *notes*: sixteen places, as an image has, each the mean of th
 there. Such a model can describe and answer behind anything that resembles its words; what it lacks is eyes. A stand-in
 for a large model that takes soft tokens in its stride.
 
+A question such as "Is there a red cross?" is hard for a small model: it learns soon whether anything is red and whether
+there is a cross, and whether both are one thing perhaps thousands of steps later, or not at all. `train_to_match`
+teaches that in two steps, by probes of the first layers that are thrown away.
+
 `train_to_tell` makes of it a second model, whose state at </s> tells captions from their twins nearly as well as its
 likelihoods do.
 """
@@ -25,6 +29,7 @@ from world import (
     RELATIONS,
     SHAPES,
     SIZES,
+    Mention,
     Scene,
     Statement,
     alt_text,
@@ -32,6 +37,8 @@ from world import (
     description,
     hallucinate,
     mention_of,
+    phrase,
+    recombined_kinds,
     sentence,
     yes_no_question,
 )
@@ -40,6 +47,8 @@ READ, CAPTIONED, GLANCED, DESCRIBED, QUIZZED = 24, 20, 24, 10, 16
 """Rows of each kind of document in a step."""
 QUESTIONS = 6
 """Of a quiz."""
+LESSONS, LESSON_QUESTIONS, DESCRIBED_BESIDE = 20, 8, 6
+"""Rows of a step of `train_to_match`, their questions, and rows with descriptions beside them."""
 WITH_SYSTEM = 4
 """Every so many steps the dialogues have the system prompt, which is long."""
 TOLD_APART = 48
@@ -157,6 +166,33 @@ class Library:
             learned += [False] * len(asked) + [True] * len(answered)
         return Document([1, *self.ids((self.system if with_system else "") + "USER: ")], at, after, learned, None)
 
+    def lesson(self) -> "Lesson":
+        """Questions whose colour and shape are both there, half of the time on one thing."""
+        while not (absent := recombined_kinds(scene := self.scenes[at := self.rng.randrange(len(self.scenes))])):
+            pass
+        after, learned, asked = [], [], []
+        for number in range(LESSON_QUESTIONS):
+            is_there = self.rng.random() < 0.5
+            kind = self.rng.choice(scene.groups).kind if is_there else self.rng.choice(absent)
+            text = f"Is there {phrase(Mention(*kind, None, 1))} in the image? ASSISTANT:"
+            question = self.ids(("USER: " if number else "\n") + text)
+            answer = [*self.ids("Yes." if is_there else "No."), 2]
+            word = len(question) - 1 - question[::-1].index(self.ids(f"a {kind[1]}")[-1])
+            colours = [float(any(group.kind == (colour, kind[1]) for group in scene.groups)) for colour in COLOURS]
+            asked.append((len(after) + word, colours, float(is_there)))
+            after += question + answer
+            learned += [False] * len(question) + [True] + [False] * (len(answer) - 1)
+        return Lesson(Document([1, *self.ids("USER: ")], at, after, learned, None), asked)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A quiz, and what can be known of each question where its shape is read."""
+
+    document: Document
+    asked: list[tuple[int, list[float], float]]
+    """Place of the shape's word in `after`, which colours things of that shape have, and whether the kind is there."""
+
 
 def embed_notes(embed: nn.Module, notes: Tensor) -> Tensor:
     """Token ids [..., P, A], 0 where there is nothing to say -> at each place the mean of its words, [..., P, H]."""
@@ -236,37 +272,67 @@ def told_errors(language_model: LlamaModel, lm_head: nn.Linear, library: Library
 
 
 def train_language_model(
-    language_model: LlamaModel,
-    lm_head: nn.Linear,
-    library: Library,
-    steps: int,
-    fit: Fit,
-    lr: float = 3e-3,
-    *,
-    mostly_quizzes: bool = False,
+    language_model: LlamaModel, lm_head: nn.Linear, library: Library, steps: int, fit: Fit, lr: float = 3e-3
 ) -> dict[str, float]:
-    """In place; returns the last values of what `LanguageTask` says of each kind of document.
-
-    Args:
-        mostly_quizzes: for a model that can say what it is told, and not yet whether colour and shape belong together.
-    """
+    """In place; returns the last values of what `LanguageTask` says of each kind of document."""
     task = LanguageTask(language_model, lm_head, library.notes)
     history: list[dict[str, float]] = []
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        share, quizzes, weight = (3, 3 * QUIZZED, 6) if mostly_quizzes else (1, QUIZZED, 2)
-        read, facts = task([library.read() for _ in range(READ // share)])
-        captioned, _ = task([library.captioned() for _ in range(CAPTIONED // share)])
-        _, glanced = task([library.glance(prompt=step % 2 == 0) for _ in range(GLANCED // share)])
+        read, facts = task([library.read() for _ in range(READ)])
+        captioned, _ = task([library.captioned() for _ in range(CAPTIONED)])
+        _, glanced = task([library.glance(prompt=step % 2 == 0) for _ in range(GLANCED)])
         with_system = step % WITH_SYSTEM == 0
-        described, _ = task([library.dialogue(with_system, quiz=False) for _ in range(DESCRIBED // share)])
-        quizzed, _ = task([library.dialogue(with_system, quiz=True) for _ in range(quizzes)])
+        described, _ = task([library.dialogue(with_system, quiz=False) for _ in range(DESCRIBED)])
+        quizzed, _ = task([library.dialogue(with_system, quiz=True) for _ in range(QUIZZED)])
         values = {"read": read, "facts": facts, "captioned": captioned, "glanced": glanced}
         values |= {"described": described, "quizzed": quizzed}
         history.append({name: value.item() for name, value in values.items()})
-        return read + captioned + described + weight * quizzed + 0.1 * facts + 0.1 * glanced, history[-1]
+        return read + captioned + described + 2 * quizzed + 0.1 * facts + 0.1 * glanced, history[-1]
 
     fit(task, loss_of, steps, lr, "language model", line=1)
+    return last_values(history)
+
+
+def train_to_match(model: LlamaForCausalLM, library: Library, steps: int, fit: Fit) -> dict[str, float]:
+    """In place: the model learns to tell whether a colour and a shape that it is asked about are of one thing.
+
+    Where the shape is read, a probe of the first layer tells the colours that things of this shape have, and one of the
+    second whether the colour read before is among them; the layers behind carry it to the answer. Returns the last
+    values of the losses.
+    """
+    task = LanguageTask(model.model, model.lm_head, library.notes)
+    task.colours, task.match = nn.Linear(model.config.hidden_size, len(COLOURS)), nn.Linear(model.config.hidden_size, 1)
+    history: list[dict[str, float]] = []
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        lessons = [library.lesson() for _ in range(LESSONS)]
+        rows = [task.embed(lesson.document) for lesson in lessons]
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        states = model.model(inputs_embeds=padded, output_hidden_states=True)
+        before, answers, places, colours, there = [], [], [], [], []
+        for number, (row, lesson) in enumerate(zip(rows, lessons, strict=True)):
+            document, first = lesson.document, len(row) - len(lesson.document.after)
+            wanted = [at for at, learned in enumerate(document.learned) if learned]
+            before += [states.last_hidden_state[number, first + at - 1] for at in wanted]
+            answers += [document.after[at] for at in wanted]
+            for at, colours_there, is_there in lesson.asked:
+                places.append((number, first + at))
+                colours.append(colours_there)
+                there.append(is_there)
+        at = tuple(torch.tensor(places).T)
+        seen = task.colours(states.hidden_states[1][at])
+        matched = task.match(states.hidden_states[2][at])[:, 0]
+        values = {
+            "answers": F.cross_entropy(model.lm_head(torch.stack(before)), torch.tensor(answers)),
+            "colours": F.binary_cross_entropy_with_logits(seen, torch.tensor(colours)) * len(COLOURS),
+            "match": F.binary_cross_entropy_with_logits(matched, torch.tensor(there)),
+            "described": task([library.dialogue(False, quiz=False) for _ in range(DESCRIBED_BESIDE)])[0],
+        }
+        history.append({name: value.item() for name, value in values.items()})
+        return torch.stack(list(values.values())).sum(), history[-1]
+
+    fit(task, loss_of, steps, 1e-3, "language model", line=1, matrices_lr=3e-3)
     return last_values(history)
 
 
