@@ -5,14 +5,16 @@
 A LLaVA-OneVision with a tower larger than its language model, which pools features, so that a picture of many tiles is
 much work and few rows; on drawn pictures of many sizes, dialogues without one, and records of several. The trainer
 itself runs on gloo processes; the two sides take turns. FLOPs of replicas are what the trainer counts of its packs,
-free of noise; `rank-time-spread` (slowest rank over the median one, of two the faster) is read from metrics.jsonl, and
-processes that share a core with others blur it. Medians over all steps but the first of each run.
+free of noise; CPU seconds are each process's own, which others on its core change little; `rank-time-spread` (slowest
+rank over the median one, of two the faster) is read from metrics.jsonl, and processes that share a core with others
+blur it. Medians over all steps but the first of each run.
 """
 
 import argparse
 import json
 import random
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,14 +29,24 @@ from tests.data.tiny_tokenizer import WORDS
 from tests.distributed import run_distributed
 from tests.tiny_tiles import write_tiny_onevision
 
-TOWER = {"hidden": 320, "ffn": 1280, "layers": 8, "heads": 5}
+TOWER = {"hidden": 320, "ffn": 1280, "layers": 24, "heads": 5}
+LANGUAGE = {"hidden": 192, "ffn": 512, "layers": 2, "heads": 6, "groups": 6}
+"""Wide enough that a FLOP takes about as long in it as in the tower; at a width of 48 it takes several times as long,
+and then rows, not FLOPs, say which replica is last."""
 LENGTH = 2048
 GLOBAL_BATCH, MICRO_BATCH = 16, 2
 
 
-def write_inputs(folder: Path, *, records: int, seed: int = 0, tower: dict[str, int] | None = None) -> Path:
+def write_inputs(
+    folder: Path,
+    *,
+    records: int,
+    seed: int = 0,
+    tower: dict[str, int] | None = None,
+    language: dict[str, int] | None = None,
+) -> Path:
     """Model, pictures and `mixed.json` in `folder`: one record in 5 has no picture, one in 4 has two to four."""
-    write_tiny_onevision(folder / "model", tower=TOWER if tower is None else tower)
+    write_tiny_onevision(folder / "model", tower=TOWER if tower is None else tower, **(language or {}))
     path = folder / "model" / "config.json"
     config = json.loads(path.read_text())
     config["text_config"]["max_position_embeddings"] = LENGTH
@@ -78,12 +90,15 @@ def record_packs(flags: list[str], by_rows: bool) -> list[dict[str, float]]:
         own = own_numbers(self, micro_batches, waited)
         packs = [batch.main for batch in micro_batches]
         rows = max(pack.num_rows for pack in packs)
-        found.append({"flops": own.flops, "views": sum(pack.num_images for pack in packs), "rows": rows})
+        views = sum(pack.num_images for pack in packs)
+        found.append({"flops": own.flops, "views": views, "rows": rows, "cpu": time.process_time()})
         return own
 
     cost = (lambda *args, **named: None) if by_rows else build.sample_cost
     with mock.patch.object(Trainer, "_own_numbers", numbers), mock.patch.object(build, "sample_cost", cost):
         run(flags)
+    for step, before in zip(reversed(found), [*found[-2::-1], None], strict=True):
+        step["cpu"] -= 0 if before is None else before["cpu"]  # the first is left out of all medians
     return found
 
 
@@ -105,13 +120,14 @@ def main() -> None:
         "dealt out by",
         "views max / mean",
         "FLOPs max / mean",
+        "CPU s max / mean",
         "rank-time-spread",
         "s a step",
         "most rows",
     )
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     with tempfile.TemporaryDirectory(prefix="measure_stragglers-") as name:
-        folder = write_inputs(Path(name), records=args.steps * GLOBAL_BATCH)
+        folder = write_inputs(Path(name), records=args.steps * GLOBAL_BATCH, language=LANGUAGE)
         for replicas in args.replicas:
             found: dict[bool, list[tuple]] = {True: [], False: []}
             for repetition in range(args.repetitions):
@@ -122,13 +138,14 @@ def main() -> None:
                     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
                     logged = [[line[tag] for line in lines] for tag in ("rank-time-spread", "iteration-time")]
                     rows = [max(step) for step in zip(*([one["rows"] for one in rank] for rank in ranks), strict=True)]
-                    steps = zip(spreads(ranks, "views"), spreads(ranks, "flops"), *logged, rows, strict=True)
+                    by_rank = (spreads(ranks, kind) for kind in ("views", "flops", "cpu"))
+                    steps = zip(*by_rank, *logged, rows, strict=True)
                     found[by_rows] += [*steps][1:]
             for by_rows, steps in found.items():
-                views, flops, spread, seconds, rows = map(median, zip(*steps, strict=True))
+                *ratios, seconds, rows = map(median, zip(*steps, strict=True))
                 how = "rows" if by_rows else "rows and views"
-                line = f"| {replicas} | {how} | {views:.2f} | {flops:.3f} | {spread:.2f} | {seconds:.2f} | {rows:.0f} |"
-                print(line, flush=True)
+                said = " | ".join(f"{ratio:.3f}" for ratio in ratios)
+                print(f"| {replicas} | {how} | {said} | {seconds:.2f} | {rows:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
