@@ -33,8 +33,9 @@ def test_examples_fit_and_count_the_rows_of_a_picture(name: str, views: int, row
 
 
 def test_more_and_larger_pictures_take_more(capfd: pytest.CaptureFixture[str]) -> None:
-    """Fails where the tool drops either flag. In four passes, one of recomputing, a view is 2.65 TFLOP, a row 52.3 GFLOP: a SigLIP of 26
-    layers of 15.2 M weights and scores over 729 rows, a connector of 17 M; 6.53 G weights of a Qwen2."""
+    """Fails where the tool drops either flag. In four passes, one of recomputing, a view is 2.65 TFLOP, a row 52.3
+    GFLOP: a SigLIP of 26 layers of 15.2 M weights and scores over 729 rows, a connector of 17 M; 6.53 G weights of a
+    Qwen2."""
 
     def rows(*flags: str) -> str:
         command = ("--config", FOLDER / "onevision_qwen2_7b.yaml", "--gpu", "a100-80g", *flags)
