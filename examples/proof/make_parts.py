@@ -6,7 +6,7 @@ Writes Hugging Face folders, OUTPUT/tower, OUTPUT/language and OUTPUT/telling (a
 first), which are frozen in stage 1 of every arm. The tower has CLIP's architecture and learns what every patch shows
 (colour, shape, size, background) from hidden state -2, which is what LLaVA reads; not by CLIP's own loss.
 
-parts/ holds those of the stored runs, in half precision (--store); run.sh takes them.
+parts/ holds those of seeds 5 to 24, in half precision (--store); run.sh takes them.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 # --small: three arms, two seeds, less of everything; too little to conclude from.
 # --seeds N: the first N seeds (24, and half as many of the regimes `long` and `web`), in their order, so that a stop
 # leaves whole blocks of arms.
-# --new-parts: trains a vision tower and a language model (40 minutes) instead of taking those in examples/proof/parts.
+# --new-parts: trains a vision tower and a language model (40 minutes or more) instead of taking those in examples/proof/parts.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . tools/install_venv.sh
@@ -30,6 +30,9 @@ while [ $# -gt 0 ]; do
 done
 [[ $seeds =~ ^[1-9][0-9]*$ ]] || { echo "--seeds '$seeds': expected a number of seeds" >&2; exit 2; }
 [ -z "$fresh" ] || rm -rf "$out"
+if [ -n "$new_parts" ] && cmp -s $out/parts/parts.json examples/proof/parts/parts.json; then
+  echo "--new-parts: $out has the stored parts, and perhaps runs with them; add --fresh, which removes all of $out" >&2; exit 2
+fi
 [ -z "$small" ] || report=(--answers $out/answers.jsonl.xz --output $out)
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
@@ -39,7 +42,10 @@ if [ ! -f $out/data/scenes.jsonl ]; then
   "$VENV/bin/python" examples/proof/draw_world.py --output $out/data ${draw[@]+"${draw[@]}"}
 fi
 step 2/4 "The vision tower and the language model, which stand before any arm"
-[ -n "$small$new_parts" ] || [ -d $out/parts ] || cp -r examples/proof/parts $out/parts
+if [ -z "$small$new_parts" ] && [ ! -d $out/parts ]; then
+  rm -rf $out/parts.copied
+  cp -r examples/proof/parts $out/parts.copied && mv $out/parts.copied $out/parts
+fi
 "$VENV/bin/python" examples/proof/make_parts.py --data $out/data --output $out/parts "${parts[@]}"
 step 3/4 "Stage 1 and stage 2 of every arm at every seed, two runs at once, each scored on held-out scenes"
 "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes habit --seeds $(seq 1 "$seeds") "${runs[@]}"

@@ -137,7 +137,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "optimizer": {
         "use --lr": ("lr",),
         "use --min-lr": ("min_lr",),
-        "use --connector-lr and --heads-lr": ("decoupled_lr", "decoupled_min_lr"),
+        "use --connector-lr, --vision-lr and --heads-lr": ("decoupled_lr", "decoupled_min_lr"),
         "use --weight-decay": ("weight_decay", "decoupled_weight_decay"),
         "use --clip-grad": ("clip_grad",),
         "use --adam-beta1": ("adam_beta1",),

@@ -126,9 +126,8 @@ def from_yaml(text: str, source: str = "run_config.yaml") -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration, a comment per group of flags; `from_yaml` gives back an equal one.
-
-    A `--vision-parallel` that was chosen is a comment: whoever takes the file for another layout has it chosen anew.
+    """The whole configuration, a comment per group of flags; `from_yaml` gives back an equal one, but for a
+    `--vision-parallel` that was chosen: that is a comment, and whoever takes the file has it chosen anew.
     """
     parts = []
     for name, group in GROUPS.items():

@@ -131,6 +131,8 @@ def _built(
         if accelerators:
             torch.cuda.manual_seed(seed)
         built = model_class(config)
-    if recompute:
+    if recompute and hasattr(built, "activation_checkpointing_enable"):  # the newer name of the other
+        built.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    elif recompute:
         built.gradient_checkpointing_enable({"use_reentrant": False})
     return getattr(built, "vision_model", built).to(dtype)  # transformers 4 wraps some towers once more

@@ -37,10 +37,14 @@ def share_folder(work: str, share: Share) -> str:
     return os.path.join(work, f"share-{share}")
 
 
-def begin_share(work: str, share: Share) -> None:
-    """Makes the share's folder ready: for going on, or anew where a join of all that it holds is whole already."""
+def begin_share(work: str, share: Share) -> bool:
+    """Makes the share's folder ready: for going on, or anew where a join of all that it holds is whole already.
+
+    Returns whether there was such a share, which is removed.
+    """
     folder = share_folder(work, share)
     begun = os.path.join(folder, _BEGUN)
+    is_removed = os.path.exists(begun) and _is_used_up(work, folder)
     if _is_used_up(work, folder):
         for index in indices_of_share(work, share):
             os.unlink(index)
@@ -50,6 +54,7 @@ def begin_share(work: str, share: Share) -> None:
             shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
     if not os.path.exists(begun):
         _write_json(begun, {"number": uuid.uuid4().hex})
+    return is_removed
 
 
 def _number(folder: str) -> str | None:

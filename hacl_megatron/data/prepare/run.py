@@ -193,7 +193,8 @@ def _prepare_share(
     folder, key = share_folder(work, share), _share_key(settings, tokenizer)
     if (line := uneven(settings.inputs, share.count)) is not None:
         notify(f"note: {line}")
-    begin_share(work, share)
+    if begin_share(work, share):
+        notify(f"note: share {share} was joined into {settings.output} already, and is prepared anew")
     if read_done(folder, key) is None:
         write_done(folder, key, *_read(settings, tokenizer, images, folder, deduplicate=False))
     joined = read_joined(work, key, share) if settings.write_shards else None
