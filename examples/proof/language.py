@@ -29,7 +29,6 @@ from world import (
     RELATIONS,
     SHAPES,
     SIZES,
-    Mention,
     Scene,
     Statement,
     alt_text,
@@ -37,7 +36,7 @@ from world import (
     description,
     hallucinate,
     mention_of,
-    phrase,
+    question_about,
     recombined_kinds,
     sentence,
     yes_no_question,
@@ -174,8 +173,7 @@ class Library:
         for number in range(LESSON_QUESTIONS):
             is_there = self.rng.random() < 0.5
             kind = self.rng.choice(scene.groups).kind if is_there else self.rng.choice(absent)
-            text = f"Is there {phrase(Mention(*kind, None, 1))} in the image? ASSISTANT:"
-            question = self.ids(("USER: " if number else "\n") + text)
+            question = self.ids(("USER: " if number else "\n") + question_about(*kind) + " ASSISTANT:")
             answer = [*self.ids("Yes." if is_there else "No."), 2]
             word = len(question) - 1 - question[::-1].index(self.ids(f"a {kind[1]}")[-1])
             colours = [float(any(group.kind == (colour, kind[1]) for group in scene.groups)) for colour in COLOURS]

@@ -6,7 +6,7 @@ Writes Hugging Face folders, OUTPUT/tower, OUTPUT/language and OUTPUT/telling (a
 first), which are frozen in stage 1 of every arm. The tower has CLIP's architecture and learns what every patch shows
 (colour, shape, size, background) from hidden state -2, which is what LLaVA reads; not by CLIP's own loss.
 
-parts/ holds those of seeds 5 to 24, in half precision (--store); run.sh takes them.
+parts/ holds a pair in half precision (--store), which run.sh takes.
 """
 
 import argparse
@@ -72,7 +72,7 @@ QUIZZES = 200
 """Of six questions each, by which the language model is judged."""
 TOLD_ERRORS, FURTHER_STEPS, FURTHER_ROUNDS, FURTHER_LR = 0.02, 400, 5, 1.5e-3
 """The language model learns on, a round of steps at a time, until no more of its answers are wrong. A round begins with
-half as many steps of `train_to_match`: without it a third of them stayed wrong for 1,200 steps."""
+half as many steps of `train_to_match`: without it a third of them stayed wrong for 800 steps."""
 FURTHER_MATRICES_LR = 4e-3
 """Muon's."""
 SYSTEM = VICUNA_PROMPT.removesuffix("USER: ASSISTANT:")

@@ -255,7 +255,9 @@ def main() -> None:
         found = list(finished_runs(args.collect, known))
         runs += found
         write(runs, args.answers)
-        print(f"{len(found)} stages of runs added to {args.answers}, which has {len(runs)} now")
+        left = len([*(args.collect / "runs").glob("*/*/*.json")]) - len(found)
+        stay = f"; {left} were stored already and stay as they are" if left else ""
+        print(f"{len(found)} stages of runs added to {args.answers}, which has {len(runs)} now{stay}")
     if not runs:
         raise SystemExit(f"{args.answers} holds no run: run examples/proof/run_arms.py, then this with --collect")
     args.output.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@
 # --small: three arms, two seeds, less of everything; too little to conclude from.
 # --seeds N: the first N seeds (24, and half as many of the regimes `long` and `web`), in their order, so that a stop
 # leaves whole blocks of arms.
-# --new-parts: trains a vision tower and a language model (40 minutes or more) instead of taking those in examples/proof/parts.
+# --new-parts: trains a vision tower and a language model (40 minutes or more) instead of taking those in examples/proof/parts;
+# everything in a folder of its own, output/proof-new-parts.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . tools/install_venv.sh
@@ -29,11 +30,9 @@ while [ $# -gt 0 ]; do
   shift
 done
 [[ $seeds =~ ^[1-9][0-9]*$ ]] || { echo "--seeds '$seeds': expected a number of seeds" >&2; exit 2; }
+[ -z "$new_parts" ] || [ -n "$small" ] || out=output/proof-new-parts  # --small has parts of its own anyway
 [ -z "$fresh" ] || rm -rf "$out"
-if [ -n "$new_parts" ] && cmp -s $out/parts/parts.json examples/proof/parts/parts.json; then
-  echo "--new-parts: $out has the stored parts, and perhaps runs with them; add --fresh, which removes all of $out" >&2; exit 2
-fi
-[ -z "$small" ] || report=(--answers $out/answers.jsonl.xz --output $out)
+[ -z "$small$new_parts" ] || report=(--answers $out/answers.jsonl.xz --output $out)
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 

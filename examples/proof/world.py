@@ -251,6 +251,11 @@ def yes_no_question(rng: random.Random, scene: Scene, adversarial: bool, answer:
         colour, shape = rng.choice(both if both and rng.random() < 0.5 else absent_kinds(scene, True))
     else:
         colour, shape = rng.choice(absent_kinds(scene, False))
+    return question_about(colour, shape)
+
+
+def question_about(colour: str, shape: str) -> str:
+    """'Is there a red circle in the image?'"""
     return f"Is there {phrase(Mention(colour, shape, None, 1))} in the image?"
 
 

@@ -70,9 +70,14 @@ class RunConfig:
         return shares_images(self.architecture, self.parallel)
 
     @property
+    def recomputes_layers(self) -> bool:
+        """Whether backward runs whole layers of the language model once more, all or (`block`) some of them."""
+        return self.transformer.get("recompute_granularity") == "full"
+
+    @property
     def recomputes_tower(self) -> bool:
         """Whether backward runs each layer of the vision tower once more: trained, with the language model's layers."""
-        return not self.model.freeze_ViT and self.transformer.get("recompute_granularity") == "full"
+        return not self.model.freeze_ViT and self.recomputes_layers
 
     @property
     def losses_that_train(self) -> frozenset[str]:

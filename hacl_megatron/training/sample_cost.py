@@ -69,7 +69,7 @@ def view_flops(config: RunConfig, *, forward_only: bool = False, again: bool = F
 def row_flops(config: RunConfig) -> float:
     """FLOPs of one more row in the language model's layers, attention's scores and the last layer's savings apart."""
     language, passes = config.architecture.language, 2 if config.language_model_is_frozen else 3
-    passes += config.transformer.get("recompute_granularity") == "full"
+    passes += config.recomputes_layers
     width = language.head_dim * (2 * language.num_query_groups + 2 * language.num_attention_heads)
     return 2.0 * passes * language.num_layers * language.hidden_size * (width + 3 * language.ffn_hidden_size)
 
@@ -77,7 +77,7 @@ def row_flops(config: RunConfig) -> float:
 def _of_layers(config: RunConfig, shape: SampleShape, passes: int) -> float:
     model, lengths = config.architecture, shape.lengths
     total = language_flops(model, lengths, 0, passes=passes)
-    if passes > 1 and config.transformer.get("recompute_granularity") == "full":
+    if passes > 1 and config.recomputes_layers:
         total += language_flops(model, lengths, 0, passes=1)
     if (lora := Lora.of(config.lora)) is not None:
         rows, read, count = sum(lengths.segments), sum(lengths.read), model.language.num_layers

@@ -44,8 +44,8 @@ def begin_share(work: str, share: Share) -> bool:
     """
     folder = share_folder(work, share)
     begun = os.path.join(folder, _BEGUN)
-    is_removed = os.path.exists(begun) and _is_used_up(work, folder)
-    if _is_used_up(work, folder):
+    is_removed = (is_used_up := _is_used_up(work, folder)) and os.path.exists(begun)
+    if is_used_up:
         for index in indices_of_share(work, share):
             os.unlink(index)
         # The number goes last: whoever is killed here does it all again.
