@@ -3,155 +3,61 @@
     python examples/proof/report.py                          results.md and forest.png from answers.jsonl.xz
     python examples/proof/report.py --collect output/proof   put finished runs among the stored answers first
 
-Differences are paired: one seed has the same fresh connector, the same order of the data and the same stage 2 in every
-arm. Intervals are Student's over seeds, of the paired difference in shares of the base's mean. Equivalence is shown by
-two one-sided tests (TOST). The protocol's tests share 5 % by Holm's method.
+Differences are paired over seeds (`comparisons.py`).
 """
 
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from comparisons import GOAL, METRICS, PRIMARY, USEFUL, Scores, beside, cut, scores_of, verdicts
 from run_arms import ARMS, REGIMES
-from scipy import stats
 from stored import STAGES, STORED, Judged, finished_runs, read, write
 
 HERE = Path(__file__).parent
-METRICS = {
-    "wrong facts": "things said but not there and things there but not said, of all that are there",
-    "yes/no errors": "wrong answers to adversarial yes/no questions",
-    "CHAIR_i": "things said but not there, of all said",
-    "cover": "things there that are said",
-    "preference accuracy sum": "captions likelier than their twins",
-    "retrieval hallucination accuracy": "captions nearer to their images than their twins, at </s>",
-    "lm loss": "of held-out captions, by the trainer",
-}
-PRIMARY = ("wrong facts", "yes/no errors")
-USEFUL = 0.10
-"""The smallest cut of an error that would be useful."""
-EQUIVALENT = 0.15
-GOAL = 0.30
-LEVEL = 0.05
-Scores = Mapping[str, Mapping[int, Mapping[str, float]]]
-"""By arm, seed and metric."""
+CONTROLS = ("none, longer", "sham")
+"""Arms that are no objective, drawn in grey."""
 
 
-@dataclass(frozen=True)
-class Test:
-    """One question of the protocol: does `arm` differ from `base`, or is it equivalent to it, in a metric?"""
-
-    question: str
-    regime: str
-    arm: str
-    base: str
-    metric: str = "wrong facts"
-    equivalence: bool = False
-
-
-TESTS: tuple[Test, ...] = (
-    Test("Does phrase make fewer errors than training without it?", "habit", "phrase", "none"),
-    Test("Does HACL make fewer errors than a sham contrast?", "habit", "HACL own", "sham"),
-    Test("Do twins add nothing to the contrast?", "habit", "HACL own", "contrastive", equivalence=True),
-    Test("After three passes: is HACL no more than training without it?", "long", "HACL own", "none", equivalence=True),
-)
-"""At most four, after stage 2."""
+def missing(runs: Sequence[Judged]) -> list[str]:
+    """Which blocks (a seed, all arms) of a regime's arms are not whole, a line a regime; nothing where all are."""
+    lines = []
+    for name, regime in REGIMES.items():
+        have = {(run.seed, run.arm, run.stage) for run in runs if run.regime == name}
+        seeds = sorted({seed for seed, _, _ in have})
+        gaps = [
+            f"{seed} ({', '.join(without)})"
+            for seed in seeds
+            if (without := [a for a in regime.arms if not {(seed, a, stage) for stage in STAGES} <= have])
+        ]
+        if gaps:
+            lines.append(
+                f"`{name}` lacks runs of these arms at seed " + "; ".join(gaps) + ": cuts leave those seeds out."
+            )
+    return lines
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and its 95 % confidence interval; without one where there is a single seed."""
-
-    mean: float
-    low: float
-    high: float
-    number: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Interval":
-        mean, number = statistics.fmean(values), len(values)
-        if number < 2:
-            return cls(mean, float("-inf"), float("inf"), number)
-        half = float(stats.t.ppf(0.975, number - 1)) * statistics.stdev(values) / number**0.5
-        return cls(mean, mean - half, mean + half, number)
-
-    def percent(self) -> str:
-        inside = "" if self.number < 2 else f" [{self.low:+.0%}, {self.high:+.0%}]"
-        return f"{self.mean:+.0%}{inside}".replace("%", " %").replace("-", "−")
-
-
-def scores_of(runs: Sequence[Judged], regime: str, stage: str) -> Scores:
-    """By arm (in the order of ARMS), seed and metric."""
-    chosen = [run for run in runs if (run.regime, run.stage) == (regime, stage)]
-    return {
-        arm: {run.seed: run.metrics() for run in chosen if run.arm == arm}
-        for arm in ARMS
-        if any(run.arm == arm for run in chosen)
-    }
-
-
-def paired(scores: Scores, arm: str, base: str, metric: str) -> tuple[list[float], list[float]]:
-    """The metric of both arms at the seeds that both have, in order of the seeds."""
-    seeds = sorted(scores.get(arm, {}).keys() & scores.get(base, {}).keys())
-    seeds = [seed for seed in seeds if metric in scores[arm][seed] and metric in scores[base][seed]]
-    return [scores[arm][seed][metric] for seed in seeds], [scores[base][seed][metric] for seed in seeds]
-
-
-def cut(scores: Scores, arm: str, base: str, metric: str) -> Interval | None:
-    """How much less the arm has than the base, in shares of the base's mean; None where no seed has both."""
-    ours, theirs = paired(scores, arm, base, metric)
-    if not ours or not (scale := statistics.fmean(theirs)):
-        return None
-    return Interval.of([(b - a) / scale for a, b in zip(ours, theirs, strict=True)])
-
-
-def p_value(test: Test, scores: Scores) -> float | None:
-    """Of superiority: the two-sided paired t-test against 0. Of equivalence: TOST, both one-sided tests' larger p."""
-    ours, theirs = paired(scores, test.arm, test.base, test.metric)
-    if len(ours) < 2:
-        return None
-    scale = statistics.fmean(theirs)
-    shares = [(b - a) / scale for a, b in zip(ours, theirs, strict=True)]
-    if not test.equivalence:
-        return float(stats.ttest_1samp(shares, 0.0).pvalue)
-    above = stats.ttest_1samp(shares, -EQUIVALENT, alternative="greater").pvalue
-    below = stats.ttest_1samp(shares, EQUIVALENT, alternative="less").pvalue
-    return float(max(above, below))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values (Holm 1979)."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, at in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[at]))
-        adjusted[at] = largest
-    return adjusted
-
-
-def verdicts(regimes: Mapping[str, Scores]) -> list[str]:
-    """A line a test: the cut with its interval, Holm's p, and what it says. Args: scores after stage 2 by regime."""
-    asked = [(test, p) for test in TESTS if (p := p_value(test, regimes.get(test.regime, {}))) is not None]
-    lines = ["| question | cut [95 %] | seeds | p (Holm) | answer |", "| --- | --- | --- | --- | --- |"]
-    for (test, _), p in zip(asked, holm([p for _, p in asked]), strict=True):
-        found = cut(regimes[test.regime], test.arm, test.base, test.metric)
-        if test.equivalence:
-            answer = f"equivalent within ±{EQUIVALENT:.0%}" if p < LEVEL else "not shown"
-        elif p >= LEVEL:
-            answer = "not told from 0"
-        elif found.mean < 0:
-            answer = "**more errors**"
-        else:
-            size = f"at least {GOAL:.0%}" if found.mean >= GOAL else f"less than {GOAL:.0%}"
-            answer = f"yes; {size}" + ("" if found.low >= USEFUL else f", and perhaps less than a useful {USEFUL:.0%}")
-        lines.append(
-            f"| {test.question} | {found.percent()} | {found.number} | {p:.2g} | {answer.replace('%', ' %')} |"
-        )
+def summary(regimes: Mapping[str, Scores]) -> list[str]:
+    """README's table: `none`'s errors, and what every arm cuts of them. Args: scores after stage 2 by regime."""
+    heads = [f"`{regime}`: {metric}" for regime in regimes for metric in PRIMARY]
+    lines = ["| arm | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for arm in ARMS:
+        cells = []
+        for scores in regimes.values():
+            for metric in PRIMARY:
+                values = [run[metric] for run in scores.get(arm, {}).values()]
+                if arm == "none" and values:
+                    cells.append(_mean(values))
+                else:
+                    change = None if arm == "none" else cut(scores, arm, "none", metric)
+                    cells.append("" if change is None else change.percent())
+        if any(cells):
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -169,15 +75,18 @@ def table(scores: Scores, metrics: Sequence[str] = tuple(METRICS)) -> list[str]:
         cells = []
         for metric in metrics:
             values = [run[metric] for run in seeds.values() if metric in run]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            if metric in PRIMARY and len(values) > 2:
-                spread += f" ({statistics.median(values):.3f})"
-            cells.append(f"{statistics.fmean(values):.3f}{spread}" if values else "")
+            median = f" ({statistics.median(values):.3f})" if metric in PRIMARY and len(values) > 2 else ""
+            cells.append(f"{_mean(values)}{median}" if values else "")
             if metric in PRIMARY:
                 change = None if arm == "none" else cut(scores, arm, "none", metric)
                 cells.append("" if change is None else change.percent())
         lines.append(f"| {arm} ({len(seeds)}) | " + " | ".join(cells) + " |")
     return lines
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def spreads(runs: Sequence[Judged], regime: str) -> list[str]:
@@ -200,45 +109,78 @@ def spreads(runs: Sequence[Judged], regime: str) -> list[str]:
 def draw(runs: Sequence[Judged], target: Path) -> None:
     """A forest plot: every arm's cut of `none`'s errors with its interval, after both stages; a row a regime."""
     regimes = [regime for regime in REGIMES if any(run.regime == regime for run in runs)]
+    heights = [1 + 0.42 * len(scores_of(runs, regime, "finetune")) for regime in regimes]
     figure, axes = plt.subplots(
-        len(regimes), len(PRIMARY), figsize=(11, 0.9 + 3.4 * len(regimes)), layout="constrained", squeeze=False
+        len(regimes),
+        len(PRIMARY),
+        figsize=(11, 0.6 + sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
     )
     for row, regime in zip(axes, regimes, strict=True):
         for axis, metric in zip(row, PRIMARY, strict=True):
-            arms = [arm for arm in scores_of(runs, regime, "finetune") if arm != "none"]
-            for offset, stage, face in ((0.16, "pretrain", "white"), (-0.16, "finetune", "C0")):
-                scores = scores_of(runs, regime, stage)
-                for at, arm in enumerate(reversed(arms)):
-                    if (found := cut(scores, arm, "none", metric)) is None:
-                        continue
-                    half = 0 if found.number < 2 else 100 * (found.high - found.mean)
-                    axis.errorbar(
-                        100 * found.mean, at + offset, xerr=half, fmt="o", color="C0", markerfacecolor=face, capsize=3
-                    )
-            axis.set_yticks(range(len(arms)), list(reversed(arms)))
+            after = {stage: scores_of(runs, regime, stage) for stage in STAGES}
+            arms = [arm for arm in reversed(after["finetune"]) if arm != "none"]
+            for at, arm in enumerate(arms):
+                for offset, stage in ((0.16, "pretrain"), (-0.16, "finetune")):
+                    if (found := cut(after[stage], arm, "none", metric)) is not None:
+                        _draw_interval(
+                            axis, found, at + offset, "0.5" if arm in CONTROLS else "C0", stage == "finetune"
+                        )
+            axis.set_yticks(range(len(arms)), [f"{arm} ({len(after['finetune'][arm])})" for arm in arms])
             axis.axvline(0, color="black", linewidth=0.8)
-            axis.axvline(100 * GOAL, color="C2", linewidth=0.8, linestyle="--")
-            axis.set_xlabel("% of none's that are cut (right is better; dashed: the goal)")
-            axis.set_title(f"`{regime}`: {metric}; hollow: after stage 1, full: after stage 2", fontsize=10)
+            for share, style in ((USEFUL, ":"), (GOAL, "--")):
+                axis.axvline(100 * share, color="C2", linewidth=0.8, linestyle=style)
+            axis.set_title(f"`{regime}`: {metric}", fontsize=10)
             axis.grid(alpha=0.3, axis="x")
+    for axis in axes[-1]:
+        axis.set_xlabel("% of none's that are cut (right is better)")
+    figure.suptitle(
+        "Hollow: after stage 1, full: after stage 2; bars: 95 % intervals; (seeds); grey: controls.\n"
+        f"Green lines: the smallest useful cut, {USEFUL:.0%}, and the goal, {GOAL:.0%}",
+        fontsize=10,
+    )
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
 
+def _draw_interval(axis: plt.Axes, found, at: float, colour: str, filled: bool) -> None:
+    if found.number > 1:
+        axis.plot([100 * found.low, 100 * found.high], [at, at], color=colour, marker="|")
+    axis.plot(100 * found.mean, at, "o" if found.number > 1 else "x", color=colour, mfc=colour if filled else "white")
+
+
 def report(runs: Sequence[Judged]) -> str:
-    """results.md."""
+    """results.md. Raises ValueError for runs that were scored on several splits."""
+    if len(splits := {run.split for run in runs}) > 1:
+        raise ValueError(f"runs were scored on the splits {', '.join(sorted(splits))}: expected a single one")
     text = ["Made by `python examples/proof/report.py` from `answers.jsonl.xz`.", ""]
     text += [f"- **{name}**: {meaning}" for name, meaning in METRICS.items()]
     found = [regime for regime in REGIMES if any(run.regime == regime for run in runs)]
-    tests = verdicts({regime: scores_of(runs, regime, "finetune") for regime in found})
-    text += ["", "The protocol's tests, after stage 2:", "", *tests]
+    last = {regime: scores_of(runs, regime, "finetune") for regime in found}
+    if gaps := missing(runs):
+        text += ["", *gaps]
+    text += ["", "The protocol's tests, after stage 2:", "", *verdicts(last)]
+    text += [
+        "",
+        "Beside them, not tested: cuts of the base's errors after stage 2, with 95 % intervals:",
+        "",
+        *beside(last),
+    ]
+    seeds = ", ".join(f"`{regime}` {max(map(len, scores.values()))}" for regime, scores in last.items() if scores)
+    text += [
+        "",
+        f"After stage 2: the errors of `none`, mean ± standard deviation over seeds ({seeds}), and what an arm",
+    ]
+    text += ["cuts of them, with its 95 % interval:", "", *summary(last)]
     for regime in found:
-        after = {stage: scores_of(runs, regime, stage) for stage in STAGES}
-        scenes = sorted({len(run.present) for run in runs if run.regime == regime and run.stage == "finetune"})
-        text += ["", f"## `{regime}`, {' or '.join(map(str, scenes))} scenes", ""]
+        text += ["", f"## `{regime}`", ""]
         for number, stage in enumerate(STAGES, 1):
-            said = f"After stage {number}, mean ± standard deviation (median) over seeds:"
-            text += [said, "", *table(after[stage]), ""]
+            mine = [run for run in runs if (run.regime, run.stage) == (regime, stage)]
+            scenes = " or ".join(map(str, sorted({len(run.present) for run in mine})))
+            said = f"After stage {number}, on {scenes} scenes, mean ± standard deviation (median) over seeds:"
+            text += [said, "", *table(scores_of(runs, regime, stage)), ""] if mine else []
         text += spreads(runs, regime)
     return "\n".join(text).rstrip() + "\n"
 

@@ -40,19 +40,23 @@ class Judged:
     present: str
     """A digit a scene."""
     wrong: str
-    """0 or 1 a question, two for each scene: one whose answer is yes, one whose answer is no."""
+    """0 or 1 a question, two for each scene: first the one whose answer is yes, then the one whose answer is no."""
     validation: Mapping[str, float]
 
     def metrics(self) -> dict[str, float]:
-        """The scores, by the names of `report.METRICS`."""
+        """The scores, by the names of `comparisons.METRICS`."""
         hallucinated, mentioned, missed, present = (
             digits(text).sum() for text in (self.hallucinated, self.mentioned, self.missed, self.present)
         )
+        wrong_no, wrong_yes = digits(self.wrong).reshape(-1, 2).mean(0)
         return {
             "wrong facts": float((hallucinated + missed) / present),
             "yes/no errors": float(digits(self.wrong).mean()),
-            "CHAIR_i": float(hallucinated / max(mentioned, 1)),
+            "said falsely": float(hallucinated / present),
             "cover": float(1 - missed / present),
+            "wrong yes": float(wrong_yes),
+            "wrong no": float(wrong_no),
+            "CHAIR_i": float(hallucinated / max(mentioned, 1)),
         } | dict(self.validation)
 
     def spread_of_scenes(self, metric: str) -> float:
@@ -71,19 +75,27 @@ def digits(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.float64) - ord("0")
 
 
+def one_digit(number: int) -> str:
+    """Raises ValueError for a number that takes more."""
+    if not 0 <= number <= 9:
+        raise ValueError(f"{number} things of a scene's description are counted: expected 0 to 9, a digit in the file")
+    return str(number)
+
+
 def judge(answers: Mapping[str, Any], data: Path, split: str) -> dict[str, str]:
     """The digits of `Judged` from what score_run.py wrote."""
     scenes = read_scenes(data, split)
     described = [read_description(text, read_scene(scenes[name])) for name, text in answers["descriptions"].items()]
     lines = answers["yes/no"]
     assert [line["image"] for line in lines] == [name for name in answers["descriptions"] for _ in range(2)]
+    assert [line["label"] for line in lines] == ["yes", "no"] * len(described)
     wrong = [
         score_pope([line], [{"question": line["text"], "answer": line["answer"]}]).metrics["accuracy"] != 1
         for line in lines
     ]
 
     def said(numbers: Iterable[int]) -> str:
-        return "".join(str(min(number, 9)) for number in numbers)
+        return "".join(map(one_digit, numbers))
 
     return {
         "hallucinated": said(one.hallucinated for one in described),

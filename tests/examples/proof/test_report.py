@@ -1,6 +1,6 @@
 """The report of examples/proof, the answers it is made from, and the children that run the arms."""
 
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -18,12 +18,8 @@ from tests.warm import run_warm
 
 
 @pytest.fixture(scope="module")
-def report(scripts_on_path: None) -> ModuleType:
-    """examples/proof/report.py, whose name a script of the quickstart has too."""
-    spec = importlib.util.spec_from_file_location("proof_report", PROOF / "report.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def comparisons(scripts_on_path: None) -> ModuleType:
+    return importlib.import_module("comparisons")
 
 
 BASE, ARM = [0.30, 0.28, 0.33, 0.25, 0.31], [0.20, 0.21, 0.19, 0.18, 0.22]
@@ -33,54 +29,79 @@ def by_seed(values: list[float]) -> dict[int, dict[str, float]]:
     return {seed: {"wrong facts": value} for seed, value in enumerate(values)}
 
 
-def test_intervals_and_p_values_are_those_of_a_paired_t_test(report: ModuleType) -> None:
-    TESTS, Interval, cut, p_value = report.TESTS, report.Interval, report.cut, report.p_value
+@pytest.mark.parametrize("arm", [ARM, [0.28, 0.30, 0.33, 0.22, 0.35], [0.5, 0.28, 0.6, 0.2, 0.9]])
+def test_a_cuts_bounds_are_where_a_paired_t_test_begins_to_reject(comparisons: ModuleType, arm: list[float]) -> None:
+    """Catches a wrong root, sign or degree of freedom of Fieller's interval."""
+    found = comparisons.cut({"none": by_seed(BASE), "phrase": by_seed(arm)}, "phrase", "none", "wrong facts")
 
-    scale = sum(BASE) / len(BASE)
-    expected = stats.ttest_rel(BASE, ARM)
-    scores = {"none": by_seed(BASE), "phrase": by_seed(ARM)}
-    found = cut(scores, "phrase", "none", "wrong facts")
-    inside = expected.confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((inside.low / scale, inside.high / scale))
-    assert p_value(TESTS[0], scores) == pytest.approx(expected.pvalue)
-    assert Interval.of([0.5]).low == float("-inf")  # one seed tells nothing
+    assert found.mean == pytest.approx(1 - sum(arm) / sum(BASE))
+    assert found.low < found.mean < found.high
+    for bound in (found.low, found.high):
+        assert stats.ttest_rel(arm, [(1 - bound) * value for value in BASE]).pvalue == pytest.approx(0.05)
+    reversed_seeds = comparisons.cut(
+        {"none": by_seed(BASE), "phrase": dict(reversed(by_seed(arm).items()))}, "phrase", "none", "wrong facts"
+    )
+    assert reversed_seeds == found  # paired by seed, whatever the order
+
+
+def test_what_too_few_or_too_wild_seeds_cannot_bound_has_no_bounds(comparisons: ModuleType) -> None:
+    cut, inf = comparisons.cut, float("inf")
     lonely = {"none": by_seed(BASE), "phrase": {7: {"wrong facts": 0.1}}}
     assert cut(lonely, "phrase", "none", "wrong facts") is None  # no seed that both have
+    single = cut({"none": by_seed(BASE), "phrase": by_seed([0.15])}, "phrase", "none", "wrong facts")
+    assert (single.mean, single.low, single.high, single.number) == (0.5, -inf, inf, 1)
+    assert comparisons.fieller([0.1, 0.1, 0.1], [0.01, 0.9, 0.02]) == (-inf, inf)  # a base that may be 0
+
+
+def test_a_difference_is_a_paired_t_test(comparisons: ModuleType) -> None:
+    expected = stats.ttest_rel(BASE, ARM).pvalue
+    scores = {"none": by_seed(BASE), "phrase": by_seed(ARM)}
+    assert comparisons.p_value(comparisons.TESTS[0], scores) == pytest.approx(expected)
+    assert comparisons.p_value(comparisons.TESTS[0], {"none": by_seed(BASE)}) is None
 
 
 @pytest.mark.parametrize("shift", [-0.06, -0.02, 0.0, 0.01, 0.05])
-def test_equivalence_is_shown_where_the_interval_lies_within_its_bounds(report: ModuleType, shift: float) -> None:
+def test_equivalence_is_shown_where_the_interval_lies_within_its_bounds(comparisons: ModuleType, shift: float) -> None:
     """The textbook's other form, the interval of 90 %, of two tests at 5 %: catches a swapped side or bound."""
-    EQUIVALENT, LEVEL, Test, p_value = report.EQUIVALENT, report.LEVEL, report.Test, report.p_value
-
     arm = [value + shift + wobble for value, wobble in zip(BASE, (0.01, -0.01, 0.02, -0.02, 0.0), strict=True)]
-    test = Test("", "habit", "HACL own", "contrastive", equivalence=True)
-    shown = p_value(test, {"contrastive": by_seed(BASE), "HACL own": by_seed(arm)}) < LEVEL
-    inside, bound = stats.ttest_rel(BASE, arm).confidence_interval(0.90), EQUIVALENT * sum(BASE) / len(BASE)
-    assert shown == (-bound < inside.low and inside.high < bound)
-    assert shown == (abs(shift) <= 0.02)
+    test = comparisons.Comparison("", "habit", "HACL own", "contrastive", equivalence=True)
+    p = comparisons.p_value(test, {"contrastive": by_seed(BASE), "HACL own": by_seed(arm)})
+    low, high = comparisons.fieller(arm, BASE, 0.10)
+    assert (p < comparisons.LEVEL) == (max(-low, high) < comparisons.EQUIVALENT)
+    assert (p < comparisons.LEVEL) == (abs(shift) <= 0.02)
 
 
-def test_several_tests_share_one_level_as_holm_has_it(report: ModuleType) -> None:
-    holm = report.holm
+def test_several_tests_share_one_level_as_holm_has_it(comparisons: ModuleType) -> None:
+    holm = comparisons.holm
 
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R's p.adjust
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_verdicts_say_what_is_shown_and_what_is_not(report: ModuleType) -> None:
-    verdicts = report.verdicts
+def test_verdicts_say_what_is_shown_and_what_is_not(comparisons: ModuleType) -> None:
+    def lines(arm: list[float]) -> list[str]:
+        scores = {"none": by_seed(BASE), "phrase": by_seed(arm), "HACL own": by_seed(arm), "sham": by_seed(BASE)}
+        return comparisons.verdicts({"habit": scores})[2:]
 
     def answer(arm: list[float], number: int = 0) -> str:
-        lines = verdicts({"habit": {"none": by_seed(BASE), "phrase": by_seed(arm), "sham": by_seed(BASE)}})
-        return lines[2 + number].split(" | ")[-1]
+        return lines(arm)[number].split(" | ")[-1]
 
-    assert answer(ARM) == "yes; at least 30 % |"
-    assert answer([value - 0.05 for value in ARM[::-1]]).startswith("yes; at least 30 %")
+    assert answer(ARM) == "yes; the estimate reaches the goal of 30 % |"
+    assert answer(ARM, 1) == "yes |"  # the goal is of none's errors, not of the sham's
     fewer = [value * 0.9 - wobble for value, wobble in zip(BASE, (0.01, -0.01, 0.0, 0.005, 0.0), strict=True)]
-    assert answer(fewer) == "yes; less than 30 %, and perhaps less than a useful 10 % |"
-    assert answer([value * 1.2 for value in BASE]) == "**more errors** |"
+    assert answer(fewer) == ("yes; the estimate is below the goal of 30 %, and perhaps less than a useful 10 % |")
+    assert answer([value * 1.2 + 0.001 * at for at, value in enumerate(BASE)]) == "**more errors** |"
     assert answer([0.1, 0.4, 0.3, 0.2, 0.35]) == "not told from 0 |"
+    # Two of the four tests have not been run: they count in Holm's correction none the less.
+    p = stats.ttest_rel(BASE, ARM).pvalue
+    assert lines(ARM)[0].split(" | ")[3] == f"{4 * p:.2g}"
+    assert lines(ARM)[2].endswith("| 0 | | not run |") and lines(ARM)[3].endswith("| 0 | | not run |")
+
+
+def test_what_is_shown_beside_the_tests_counts_the_seeds(comparisons: ModuleType) -> None:
+    scores = {"none": by_seed(BASE), "HACL own": by_seed([*ARM[:4], 0.4])}
+    (line,) = comparisons.beside({"habit": scores})[2:]
+    assert line.startswith("| HACL, against training without it | +20 % [") and "4 of 5 |" in line
 
 
 FORKING = """
@@ -148,11 +169,13 @@ def test_the_report_is_made_from_stored_answers_alone(data: Path, tmp_path: Path
     output, stored = tmp_path / "proof", tmp_path / "answers.jsonl.xz"
     output.mkdir()
     (output / "data").symlink_to(data)
-    scored = {}
+    scored, wrong_of = {}, {}
     for arm, wrong in (("none", 6), ("phrase", 3)):
         for seed in (1, 2):
             for stage in ("pretrain", "finetune"):
                 answers = answered(data, 12, wrong + seed)
+                answers["yes/no"][1]["answer"] = "No."  # which is right: one wrong yes less than there are wrong noes
+                wrong_of[arm, seed] = wrong + seed
                 scores = score_answers(answers, data) | {"preference accuracy sum": 0.9}
                 scored[arm, seed] = scores
                 path = folder_of(output, "habit", arm, seed) / f"{stage}.json"
@@ -167,6 +190,9 @@ def test_the_report_is_made_from_stored_answers_alone(data: Path, tmp_path: Path
         expected = scored[run.arm, run.seed]
         for metric in ("yes/no errors", "CHAIR_i", "cover", "preference accuracy sum"):
             assert run.metrics()[metric] == pytest.approx(expected[metric]), (run.arm, metric)
+        found, number = run.metrics(), wrong_of[run.arm, run.seed]
+        assert found["wrong facts"] == pytest.approx(found["said falsely"] + 1 - found["cover"])
+        assert (found["wrong yes"], found["wrong no"]) == pytest.approx(((number - 1) / 12, number / 12))
         hallucinated = sum(map(int, run.hallucinated))
         missed = (1 - expected["cover"]) * sum(map(int, run.present))
         assert run.metrics()["wrong facts"] == pytest.approx((hallucinated + missed) / sum(map(int, run.present)))
@@ -174,6 +200,8 @@ def test_the_report_is_made_from_stored_answers_alone(data: Path, tmp_path: Path
         by_scene = np.array(list(map(int, run.wrong))).reshape(12, 2).mean(1)
         assert run.spread_of_scenes("yes/no errors") == pytest.approx(by_scene[resampled].mean(1).std(), rel=0.15)
     first = (tmp_path / "report" / "results.md").read_text()
+    assert "`habit` lacks runs of these arms at seed 1 (none, longer, sham, " in first
+    assert "After stage 2, on 12 scenes" in first
     assert "| phrase (2) |" in first and (tmp_path / "report" / "forest.png").stat().st_size > 20_000
     shutil.rmtree(output)
     done = run_warm(command)
