@@ -299,6 +299,7 @@ class ReferenceTrainer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip_grad: float = 1.0,
+        clip_heads_apart: bool = False,
         warmup_fraction: float = 0.03,
         contrastive_warmup_fraction: float = 0.0,
     ) -> None:
@@ -306,6 +307,13 @@ class ReferenceTrainer:
         self.contrastive_warmup = int(contrastive_warmup_fraction * train_iters)
         self.clip_grad = clip_grad
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        heads = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name.startswith(("vision_projector.", "text_projector.", "temperature"))
+        ]
+        others = [parameter for parameter in self.parameters if not any(parameter is head for head in heads)]
+        self.clipped = [others, heads] if clip_heads_apart else [self.parameters]
         groups = [
             {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": weight_decay},
             {"params": [p for p in self.parameters if p.dim() == 1], "weight_decay": 0.0},
@@ -352,7 +360,7 @@ class ReferenceTrainer:
             loss.backward()
             for index, value in enumerate((generation, image_to_text, text_to_image)):
                 sums[index] += value.item()
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        grad_norm = sum(nn.utils.clip_grad_norm_(part, self.clip_grad) ** 2 for part in self.clipped) ** 0.5
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()

@@ -298,6 +298,9 @@ class OptimizerFlags:
     adam_beta2: float = flag(0.999, "Decay of Adam's second moment.")
     adam_eps: float = flag(1e-8, "Adam's epsilon.")
     clip_grad: float = flag(1.0, "Clip the global gradient norm to this; 0 clips nothing.")
+    clip_heads_apart: bool = flag(
+        False, "Clip the contrastive heads by a norm of their own: theirs scales nothing else down, nor is scaled."
+    )
     max_skipped_steps: int = flag(10, "Stop after this many steps in a row with a non-finite loss or gradient.")
 
 

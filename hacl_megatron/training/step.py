@@ -25,7 +25,7 @@ from hacl_megatron.platform.host_groups import host_sums
 from hacl_megatron.platform.random_state import random_states, set_random_states
 from hacl_megatron.training.contrast import Contrast, pair_integers
 from hacl_megatron.training.losses import NUM_SUMS, GlobalCounts, LossWeights, StepLosses, StepMetrics, StepSums
-from hacl_megatron.training.optimizer.grad_norm import squared_grad_norm
+from hacl_megatron.training.optimizer.grad_norm import clipped_parts, squared_grad_norms
 from hacl_megatron.training.packs import has_dropout, pool_spans_micro_batches
 from hacl_megatron.training.reporting.step_time import OwnTime
 from hacl_megatron.training.trainee import Trainee
@@ -39,6 +39,8 @@ class UpdateResult:
     """False when loss or gradient norm was not finite; parameters and optimiser are then untouched."""
     grad_norm: float
     """Global L2 norm before clipping."""
+    heads_grad_norm: float | None
+    """The contrastive heads' share of it, where it is clipped apart."""
     num_zeros: float | None
     """Zero entries of the gradients, if they were asked for."""
 
@@ -52,6 +54,7 @@ class Step:
     def __init__(self, run: Run, trainee: Trainee) -> None:
         self.run, self.config, self.groups, self.device = run, run.config, run.groups, run.device
         self.trainee, self.model, self.optimizer = trainee, trainee.model, trainee.optimizer
+        self.clips_heads_apart = run.config.optimizer.clip_heads_apart
         self.contrast = Contrast(run.config.objective, trainee.queue, run.groups.dp)
         self.is_last_stage = run.groups.pp.rank() == run.groups.pp.size() - 1
         self.own_time = OwnTime(run.device)
@@ -251,21 +254,23 @@ class Step:
         """
         optimizer = self.optimizer
         optimizer.prepare_grads()
-        squared_norm = squared_grad_norm(optimizer, self.device)
-        *sums, squared_norm = torch.cat([losses.sums, squared_norm.double()]).tolist()
-        metrics, grad_norm = losses.metrics(sums), squared_norm**0.5
+        squared = squared_grad_norms(optimizer, self.device, heads_apart=self.clips_heads_apart)
+        numbers = torch.cat([losses.sums, squared.double()]).tolist()
+        sums, squared_norms = numbers[: -len(squared)], numbers[-len(squared) :]
+        metrics, grad_norm = losses.metrics(sums), sum(squared_norms) ** 0.5
+        norms = {"grad_norm": grad_norm, "heads_grad_norm": squared_norms[1] ** 0.5 if squared_norms[1:] else None}
         self.seconds_ahead = self._time_ahead.take()
         if not (math.isfinite(metrics.total) and math.isfinite(grad_norm)):
-            return metrics, UpdateResult(applied=False, grad_norm=grad_norm, num_zeros=None)
+            return metrics, UpdateResult(applied=False, **norms, num_zeros=None)
         clip_grad = optimizer.config.clip_grad
-        parameters = optimizer.get_parameters()
-        if clip_grad > 0 and parameters:
-            decoupled = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-            clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm, decoupled)
+        decoupled = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+        for parameters, square in zip(clipped_parts(optimizer, self.clips_heads_apart), squared_norms, strict=True):
+            if clip_grad > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, clip_grad, square**0.5, decoupled)
         num_zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None
         optimizer.step_with_ready_grads()
         self.contrast.remember()
-        return metrics, UpdateResult(applied=True, grad_norm=grad_norm, num_zeros=num_zeros)
+        return metrics, UpdateResult(applied=True, **norms, num_zeros=num_zeros)
 
 
 def _as_it_is(output: ModelOutput, non_loss_data: bool) -> ModelOutput:

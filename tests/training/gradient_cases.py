@@ -23,7 +23,7 @@ from hacl_megatron.platform.processes import start_platform
 from hacl_megatron.training import build
 from hacl_megatron.training.build import build_trainer, open_loader
 from hacl_megatron.training.loop import Trainer
-from hacl_megatron.training.optimizer.grad_norm import squared_grad_norm
+from hacl_megatron.training.optimizer.grad_norm import squared_grad_norms
 from hacl_megatron.training.packs import pack_plan
 from tests.distributed import leave_groups
 from tests.memory import peak_bytes
@@ -157,7 +157,7 @@ def peaks(folder: str, stage: str, counts: list[int], samples: int) -> dict[int,
 def _norms(optimizer: MegatronOptimizer) -> tuple[float, float]:
     """The gradients' norm as a step computes it, and by megatron-core itself."""
     optimizer.prepare_grads()
-    return float(squared_grad_norm(optimizer, torch.device("cpu"))) ** 0.5, float(optimizer.get_grad_norm())
+    return float(squared_grad_norms(optimizer, torch.device("cpu"))) ** 0.5, float(optimizer.get_grad_norm())
 
 
 def _shards(module) -> list[tuple[str, tuple, tuple, torch.Tensor]]:

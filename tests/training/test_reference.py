@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, dict]] = {
         # Adam does not feel a gradient's scale, and so its clipping, unless epsilon counts.
         {"mask-duplicates": False, "lr-warmup-fraction": 0.4, "clip-grad": 0.3, "adam-eps": 1e-2, "adam-beta2": 0.9},
     ),
+    "finetune-heads-apart": ("finetune", {"clip-heads-apart": True, "clip-grad": 0.3, "adam-eps": 1e-2}),
 }
 
 
@@ -134,6 +135,7 @@ def run_reference(folder: Path, config: dict, micro_batches: list[list[Sample]])
         betas=(0.9, config.get("adam-beta2", 0.999)),
         eps=config.get("adam-eps", 1e-8),
         clip_grad=config.get("clip-grad", 1.0),
+        clip_heads_apart=config.get("clip-heads-apart", False),
         warmup_fraction=config.get("lr-warmup-fraction", 0.03),
         contrastive_warmup_fraction=config.get("contrastive-warmup-fraction", 0.0),
     )

@@ -186,6 +186,11 @@ def _check_rates(config: RunConfig) -> None:
             f"--min-lr {min_lr} is above {_dashed(name)} {rate}",
             "the schedule decays from the one to the other: lower --min-lr",
         )
+    _require(
+        not config.optimizer.clip_heads_apart or config.optimizer.clip_grad > 0,
+        "--clip-heads-apart is given with --clip-grad 0",
+        "nothing would be clipped: leave it out, or give --clip-grad a norm",
+    )
     trains = {
         "lr": not config.language_model_is_constant,
         "connector_lr": True,

@@ -17,6 +17,7 @@ from hacl_megatron.config.layout import iterations_of_epochs
 from hacl_megatron.config.run import RunConfig
 from hacl_megatron.config.sections import megatron_fields, refusals_of
 from hacl_megatron.objective.contrastive import clamp_temperature_
+from hacl_megatron.training.optimizer.grad_norm import HEADS_APART
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:
@@ -70,6 +71,8 @@ def _group_overrides(flags: OptimizerFlags) -> dict[ParamKey, dict[str, Any]]:
         overrides[named("connector", lambda p, name: "connector." in name)] = {"max_lr": flags.connector_lr}
     if flags.vision_lr is not None:
         overrides[named("vision tower", lambda p, name: "vision_tower." in name)] = {"max_lr": flags.vision_lr}
+    if flags.clip_heads_apart:
+        overrides[named("heads apart", lambda p, name: "heads." in name)] = {HEADS_APART: True}
     if flags.heads_lr is not None:
         overrides[named("heads", lambda p, name: "heads." in name)] = {"max_lr": flags.heads_lr}
     return overrides
