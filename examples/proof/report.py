@@ -151,11 +151,11 @@ def _draw_interval(axis: plt.Axes, found, at: float, colour: str, filled: bool) 
     axis.plot(100 * found.mean, at, "o" if found.number > 1 else "x", color=colour, mfc=colour if filled else "white")
 
 
-def report(runs: Sequence[Judged]) -> str:
+def report(runs: Sequence[Judged], answers: str = STORED.name) -> str:
     """results.md. Raises ValueError for runs that were scored on several splits."""
     if len(splits := {run.split for run in runs}) > 1:
         raise ValueError(f"runs were scored on the splits {', '.join(sorted(splits))}: expected a single one")
-    text = ["Made by `python examples/proof/report.py` from `answers.jsonl.xz`.", ""]
+    text = [f"Made by `python examples/proof/report.py` from `{answers}`.", ""]
     text += [f"- **{name}**: {meaning}" for name, meaning in METRICS.items()]
     found = [regime for regime in REGIMES if any(run.regime == regime for run in runs)]
     last = {regime: scores_of(runs, regime, "finetune") for regime in found}
@@ -203,7 +203,7 @@ def main() -> None:
     if not runs:
         raise SystemExit(f"{args.answers} holds no run: run examples/proof/run_arms.py, then this with --collect")
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.md").write_text(report(runs))
+    (args.output / "results.md").write_text(report(runs, args.answers.name))
     draw(runs, args.output / "forest.png")
     print((args.output / "results.md").read_text())
     print(f"{args.output / 'results.md'}, {args.output / 'forest.png'}")

@@ -61,7 +61,9 @@ REGIMES: dict[str, Regime] = {
             "none", "none, longer", "sham", "contrastive", "HACL own", "HACL dosed", "phrase", "dpo", "HACL + phrase",
         ),
     ),
-    "long": Regime("web", "habit_", "language", ("--train-iters", "180", "--eval-interval", "180")),
+    "long": Regime(
+        "web", "habit_", "language", ("--train-iters", "180", "--eval-interval", "180"), ("none", "HACL own", "dpo"),
+    ),
     "web": Regime("web", "", "language", ("--lr", "6e-3")),
     "clean": Regime("clean", "", "language"),
     "telling": Regime("web", "", "telling"),
