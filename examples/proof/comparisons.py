@@ -64,9 +64,9 @@ BESIDE: tuple[Comparison, ...] = (
     Comparison("HACL, against training without it", "habit", "HACL own", "none"),
     Comparison("the sham, against training without it", "habit", "sham", "none"),
     Comparison("dpo, against training without it", "habit", "dpo", "none"),
-    Comparison("HACL, against its time spent on more steps", "habit", "HACL own", "none, longer"),
-    Comparison("dpo, against as many more steps", "habit", "dpo", "none, longer"),
-    Comparison("twins as heavy as the batch's captions, against none", "habit", "HACL dosed", "contrastive"),
+    Comparison("HACL, against none with half as many steps again", "habit", "HACL own", "none, longer"),
+    Comparison("dpo, against none with half as many steps again", "habit", "dpo", "none, longer"),
+    Comparison("HACL with heavy twins, against the contrast without twins", "habit", "HACL dosed", "contrastive"),
     Comparison("phrase beside HACL, against HACL", "habit", "HACL + phrase", "HACL own"),
 )
 """What a reader asks besides: shown with intervals, not tested."""
@@ -160,10 +160,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def verdicts(regimes: Mapping[str, Scores]) -> list[str]:
     """A line a test: the cut with its interval, Holm's p, and what it says. Args: scores after stage 2 by regime.
 
-    A test whose runs are missing counts among Holm's as one with p = 1.
+    A test whose runs are missing, or whose arms are the same at every seed, counts among Holm's as one with p = 1.
     """
     p_values = [p_value(test, regimes.get(test.regime, {})) for test in TESTS]
-    adjusted = holm([1.0 if p is None else p for p in p_values])
+    adjusted = holm([1.0 if p is None or math.isnan(p) else p for p in p_values])  # NaN: not a seed differs
     lines = ["| question | cut [95 %] | seeds | p (Holm) | answer |", "| --- | --- | --- | --- | --- |"]
     for test, known, p in zip(TESTS, p_values, adjusted, strict=True):
         if known is None:

@@ -7,6 +7,7 @@ Differences are paired over seeds (`comparisons.py`).
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from comparisons import GOAL, METRICS, PRIMARY, USEFUL, Scores, beside, cut, scores_of, verdicts
+from comparisons import GOAL, METRICS, PRIMARY, USEFUL, Interval, Scores, beside, cut, scores_of, verdicts
 from run_arms import ARMS, REGIMES
 from stored import STAGES, STORED, Judged, finished_runs, read, write
 
@@ -31,7 +32,7 @@ def missing(runs: Sequence[Judged]) -> list[str]:
         have = {(run.seed, run.arm, run.stage) for run in runs if run.regime == name}
         seeds = sorted({seed for seed, _, _ in have})
         gaps = [
-            f"{seed} ({', '.join(without)})"
+            f"{seed} ({', '.join(f'`{arm}`' for arm in without)})"
             for seed in seeds
             if (without := [a for a in regime.arms if not {(seed, a, stage) for stage in STAGES} <= have])
         ]
@@ -145,10 +146,12 @@ def draw(runs: Sequence[Judged], target: Path) -> None:
     plt.close(figure)
 
 
-def _draw_interval(axis: plt.Axes, found, at: float, colour: str, filled: bool) -> None:
-    if found.number > 1:
+def _draw_interval(axis: plt.Axes, found: Interval, at: float, colour: str, filled: bool) -> None:
+    """A cross without a bar where the interval has no bounds."""
+    bounded = math.isfinite(found.high - found.low)
+    if bounded:
         axis.plot([100 * found.low, 100 * found.high], [at, at], color=colour, marker="|")
-    axis.plot(100 * found.mean, at, "o" if found.number > 1 else "x", color=colour, mfc=colour if filled else "white")
+    axis.plot(100 * found.mean, at, "o" if bounded else "x", color=colour, mfc=colour if filled else "white")
 
 
 def report(runs: Sequence[Judged], answers: str = STORED.name) -> str:

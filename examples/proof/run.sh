@@ -2,8 +2,8 @@
 # Which objective of this trainer hallucinates less? A controlled world, nine arms, 24 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--new-parts] [--fresh]
 # In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated, and a stop costs one run.
 # --small: three arms, two seeds, less of everything; too little to conclude from.
-# --seeds N: the first N seeds (24, and half as many of the regimes `long` and `web`), in their order, so that a stop
-# leaves whole blocks of arms.
+# --seeds N: the first N seeds (24) of the regime `habit`, in their order, so that a stop leaves whole blocks of arms.
+# The regimes `long` and `web` wait for rates of their own, see README.md.
 # --new-parts: trains a vision tower and a language model (40 minutes or more) instead of taking those in examples/proof/parts;
 # everything in a folder of its own, output/proof-new-parts.
 set -euo pipefail
@@ -48,7 +48,5 @@ fi
 "$VENV/bin/python" examples/proof/make_parts.py --data $out/data --output $out/parts "${parts[@]}"
 step 3/4 "Stage 1 and stage 2 of every arm at every seed, two runs at once, each scored on held-out scenes"
 "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes habit --seeds $(seq 1 "$seeds") "${runs[@]}"
-[ -n "$small" ] ||
-  "$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes long web --seeds $(seq 1 $(((seeds + 1) / 2))) "${runs[@]}"
 step 4/4 "The tables, the tests and the figure"
 "$VENV/bin/python" examples/proof/report.py --collect $out "${report[@]}"

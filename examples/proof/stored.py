@@ -76,9 +76,9 @@ def digits(text: str) -> np.ndarray:
 
 
 def one_digit(number: int) -> str:
-    """Raises ValueError for a number that takes more."""
+    """A description of 48 tokens has room for nine things. Raises ValueError for a number that takes more digits."""
     if not 0 <= number <= 9:
-        raise ValueError(f"{number} things of a scene's description are counted: expected 0 to 9, a digit in the file")
+        raise ValueError(f"{number} things are counted in a scene's description, and the file has a digit for them")
     return str(number)
 
 

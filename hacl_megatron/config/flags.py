@@ -299,7 +299,7 @@ class OptimizerFlags:
     adam_eps: float = flag(1e-8, "Adam's epsilon.")
     clip_grad: float = flag(1.0, "Clip the global gradient norm to this; 0 clips nothing.")
     clip_heads_apart: bool = flag(
-        False, "Clip the contrastive heads by a norm of their own: theirs scales nothing else down, nor is scaled."
+        False, "Clip the contrastive heads and all others each by a norm of their own, both to --clip-grad."
     )
     max_skipped_steps: int = flag(10, "Stop after this many steps in a row with a non-finite loss or gradient.")
 

@@ -394,8 +394,8 @@ class Trainer:
             "micro-batches": len(micro_batches),
             "skipped-steps": self.progress.skipped_steps + (not result.applied),
         }
-        if result.heads_grad_norm is not None:
-            scalars["grad-norm heads"] = result.heads_grad_norm
+        if result.grad_norms_apart is not None:
+            scalars["grad-norm others"], scalars["grad-norm heads"] = result.grad_norms_apart
         if result.num_zeros is not None:
             scalars["num-zeros"] = result.num_zeros
         if self.config.logging.log_params_norm:

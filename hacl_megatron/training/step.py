@@ -39,8 +39,8 @@ class UpdateResult:
     """False when loss or gradient norm was not finite; parameters and optimiser are then untouched."""
     grad_norm: float
     """Global L2 norm before clipping."""
-    heads_grad_norm: float | None
-    """The contrastive heads' share of it, where it is clipped apart."""
+    grad_norms_apart: tuple[float, float] | None
+    """The others' and the contrastive heads' norms, where each is clipped by its own."""
     num_zeros: float | None
     """Zero entries of the gradients, if they were asked for."""
 
@@ -258,19 +258,20 @@ class Step:
         numbers = torch.cat([losses.sums, squared.double()]).tolist()
         sums, squared_norms = numbers[: -len(squared)], numbers[-len(squared) :]
         metrics, grad_norm = losses.metrics(sums), sum(squared_norms) ** 0.5
-        norms = {"grad_norm": grad_norm, "heads_grad_norm": squared_norms[1] ** 0.5 if squared_norms[1:] else None}
+        norms = [squared_norm**0.5 for squared_norm in squared_norms]
+        apart = (norms[0], norms[1]) if self.clips_heads_apart else None
         self.seconds_ahead = self._time_ahead.take()
         if not (math.isfinite(metrics.total) and math.isfinite(grad_norm)):
-            return metrics, UpdateResult(applied=False, **norms, num_zeros=None)
+            return metrics, UpdateResult(applied=False, grad_norm=grad_norm, grad_norms_apart=apart, num_zeros=None)
         clip_grad = optimizer.config.clip_grad
         decoupled = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-        for parameters, square in zip(clipped_parts(optimizer, self.clips_heads_apart), squared_norms, strict=True):
+        for parameters, norm in zip(clipped_parts(optimizer, self.clips_heads_apart), norms, strict=True):
             if clip_grad > 0 and parameters:
-                clip_grad_by_total_norm_fp32(parameters, clip_grad, square**0.5, decoupled)
+                clip_grad_by_total_norm_fp32(parameters, clip_grad, norm, decoupled)
         num_zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None
         optimizer.step_with_ready_grads()
         self.contrast.remember()
-        return metrics, UpdateResult(applied=True, **norms, num_zeros=num_zeros)
+        return metrics, UpdateResult(applied=True, grad_norm=grad_norm, grad_norms_apart=apart, num_zeros=num_zeros)
 
 
 def _as_it_is(output: ModelOutput, non_loss_data: bool) -> ModelOutput:

@@ -220,6 +220,9 @@ COMBINATIONS = {
         {"min_lr": 1e-4, "connector_lr": 1e-5}, "above --connector-lr", {"min_lr": 1e-5, "connector_lr": 1e-5},
     ),
     "heads' rate below the floor": ({"min_lr": 1e-4, "heads_lr": 0.0}, "above --heads-lr", {"heads_lr": 0.0}),
+    "nothing to clip apart": (
+        {"clip_heads_apart": True, "clip_grad": 0.0}, "--clip-heads-apart is given", {"clip_heads_apart": True},
+    ),
     "nothing trains": ({"lr": 0.0}, "nothing would train", {"lr": 0.0, "connector_lr": 1e-4}),
     "the heads alone, unused": (
         {"lr": 0.0, "heads_lr": 1e-4, "contrastive_weight": 0.0}, "nothing would train", {"lr": 0.0, "heads_lr": 1e-4},

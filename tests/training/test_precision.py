@@ -1,5 +1,6 @@
 """Precision, clipping, weight decay, rates and the temperature's bounds: what an optimiser step does to parameters."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ MIN_RATE = 1e-3
 # An epsilon far above the gradients makes Adam's step proportional to them, so that their clipping shows.
 CLIPPED = ["--clip-grad", "0.5", "--adam-eps", "1", "--lr", "0.5", "--lr-decay-style", "constant"]
 CLIPPED += ["--lr-warmup-fraction", "0"]
+APART = ["--clip-heads-apart", "--clip-grad", "0.2"]
 
 
 def command(folder: Path, stage: str, layout: str, save: str | None, *extra: str) -> list[str]:
@@ -70,8 +72,11 @@ def finished(inputs: Path) -> Path:
         command(folder, "finetune", "tp1", "clipped-tp1", *CLIPPED),
         command(folder, "finetune", "tp1", "unclipped", *CLIPPED, "--clip-grad", "0", "--train-iters", "2"),
     ]
+    one += [command(folder, "finetune", "tp1", "apart-tp1", *CLIPPED, *APART)]
     two = [
-        command(folder, "finetune", layout, f"clipped-{layout}", *CLIPPED) for layout in ("tp2-sp", "pp2", "dp2-dist")
+        command(folder, "finetune", layout, f"{name}-{layout}", *CLIPPED, *flags)
+        for layout in ("tp2-sp", "pp2", "dp2-dist")
+        for name, flags in (("clipped", []), ("apart", APART))
     ]
     train(one, 1)
     train(two, 2)
@@ -119,14 +124,17 @@ def test_bf16_run_takes_the_weights_of_an_fp32_checkpoint(finished: Path) -> Non
         assert torch.equal(tensor.to(taken[name].dtype), taken[name]), name
 
 
+@pytest.mark.parametrize("clipped", ["clipped", "apart"])
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2-dist"])
-def test_gradients_are_clipped_by_the_norm_over_all_axes(finished: Path, layout: str) -> None:
-    one, many = metrics(finished / "clipped-tp1"), metrics(finished / f"clipped-{layout}")
+def test_gradients_are_clipped_by_the_norm_over_all_axes(finished: Path, layout: str, clipped: str) -> None:
+    one, many = metrics(finished / f"{clipped}-tp1"), metrics(finished / f"{clipped}-{layout}")
     assert all(row["grad-norm"] > 1 for row in one), "nothing to clip"
+    apart = [("grad-norm others", "grad-norm heads")] if clipped == "apart" else []
+    assert all(0.2 < one[0][norm] for norms in apart for norm in norms), "one part is not clipped"
     for row, other in zip(one, many, strict=True):
-        for tag in (*LOSSES, "grad-norm"):
+        for tag in (*LOSSES, "grad-norm", *itertools.chain(*apart)):
             assert math.isclose(row[tag], other[tag], rel_tol=1e-4), (tag, row, other)
-    expected, found = weights(finished / "clipped-tp1"), weights(finished / f"clipped-{layout}")
+    expected, found = weights(finished / f"{clipped}-tp1"), weights(finished / f"{clipped}-{layout}")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
     # Without clipping the same steps lead elsewhere.

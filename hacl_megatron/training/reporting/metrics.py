@@ -49,7 +49,7 @@ _PAGE = {
     },
     "Optimiser": {
         "learning rate": ["learning-rate"],
-        "gradient norm": ["grad-norm", "grad-norm heads"],
+        "gradient norm": ["grad-norm", "grad-norm others", "grad-norm heads"],
         "parameter norm": ["params-norm"],
         "skipped steps, unusable samples, samples that train nothing": [
             "skipped-steps",

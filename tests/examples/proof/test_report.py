@@ -200,7 +200,7 @@ def test_the_report_is_made_from_stored_answers_alone(data: Path, tmp_path: Path
         by_scene = np.array(list(map(int, run.wrong))).reshape(12, 2).mean(1)
         assert run.spread_of_scenes("yes/no errors") == pytest.approx(by_scene[resampled].mean(1).std(), rel=0.15)
     first = (tmp_path / "report" / "results.md").read_text()
-    assert "`habit` lacks runs of these arms at seed 1 (none, longer, sham, " in first
+    assert "`habit` lacks runs of these arms at seed 1 (`none, longer`, `sham`, " in first
     assert "After stage 2, on 12 scenes" in first
     assert "| phrase (2) |" in first and (tmp_path / "report" / "forest.png").stat().st_size > 20_000
     shutil.rmtree(output)
