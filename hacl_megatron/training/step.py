@@ -39,7 +39,7 @@ class UpdateResult:
     """False when loss or gradient norm was not finite; parameters and optimiser are then untouched."""
     grad_norm: float
     """Global L2 norm before clipping."""
-    grad_norms_apart: tuple[float, float] | None
+    grad_norms_apart: tuple[float, float] | None = None
     """The others' and the contrastive heads' norms, where each is clipped by its own."""
     num_zeros: float | None
     """Zero entries of the gradients, if they were asked for."""
