@@ -40,7 +40,7 @@ Scores = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How does `arm` compare with `base` in a metric, after stage 2?"""
+    """How does `arm` compare with `base` in a metric, after the last stage?"""
 
     question: str
     regime: str
@@ -55,9 +55,7 @@ TESTS: tuple[Comparison, ...] = (
     Comparison("Does phrase make fewer errors than training without it?", "habit", "phrase", "none"),
     Comparison("Does HACL make fewer errors than a sham contrast?", "habit", "HACL own", "sham"),
     Comparison("Do twins add nothing to the contrast?", "habit", "HACL own", "contrastive", equivalence=True),
-    Comparison(
-        "After three passes: is HACL no more than training without it?", "long", "HACL own", "none", equivalence=True
-    ),
+    Comparison("After stage 2: does phrase make fewer errors than the true answers alone?", "after", "phrase", "none"),
 )
 """The protocol's, at most four."""
 BESIDE: tuple[Comparison, ...] = (
@@ -68,6 +66,16 @@ BESIDE: tuple[Comparison, ...] = (
     Comparison("dpo, against none with half as many steps again", "habit", "dpo", "none, longer"),
     Comparison("HACL with heavy twins, against the contrast without twins", "habit", "HACL dosed", "contrastive"),
     Comparison("phrase beside HACL, against HACL", "habit", "HACL + phrase", "HACL own"),
+    Comparison("after stage 2: dpo, against the true answers alone", "after", "dpo", "none"),
+    Comparison(
+        "after stage 2: phrase, against the true answers for half as many steps again",
+        "after",
+        "phrase",
+        "none, longer",
+    ),
+    Comparison(
+        "after stage 2: dpo, against the true answers for half as many steps again", "after", "dpo", "none, longer"
+    ),
 )
 """What a reader asks besides: shown with intervals, not tested."""
 
@@ -158,9 +166,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdicts(regimes: Mapping[str, Scores]) -> list[str]:
-    """A line a test: the cut with its interval, Holm's p, and what it says. Args: scores after stage 2 by regime.
+    """A line a test: the cut with its interval, Holm's p, and what it says.
 
     A test whose runs are missing, or whose arms are the same at every seed, counts among Holm's as one with p = 1.
+
+    Args:
+        regimes: scores after the last stage.
     """
     p_values = [p_value(test, regimes.get(test.regime, {})) for test in TESTS]
     adjusted = holm([1.0 if p is None or math.isnan(p) else p for p in p_values])  # NaN: not a seed differs
@@ -179,7 +190,7 @@ def _answer(test: Comparison, found: Interval, p: float) -> str:
     if test.equivalence:
         return f"equivalent within ±{EQUIVALENT:.0%}" if p < LEVEL else "not shown"
     if p >= LEVEL:
-        return "not told from 0"
+        return "not told from 0" + (f", and less than a useful {USEFUL:.0%}" if found.high < USEFUL else "")
     if found.mean < 0:
         return "**more errors**"
     small = "" if found.low >= USEFUL else f", and perhaps less than a useful {USEFUL:.0%}"
@@ -190,7 +201,7 @@ def _answer(test: Comparison, found: Interval, p: float) -> str:
 
 
 def beside(regimes: Mapping[str, Scores]) -> list[str]:
-    """BESIDE as a table, a row a comparison and a column a primary metric; Args: scores after stage 2 by regime.
+    """BESIDE as a table, a row a comparison and a column a primary metric, from scores after the last stage.
 
     With each, the seeds at which the arm has fewer errors, for a mean may be a few seeds'.
     """

@@ -11,6 +11,8 @@ name.
                 either with other pictures' alt texts and twins for the contrast        pretrain-*sham.json
     habit_...   both stages where a thing has its shape's typical colour in 7 of 10 cases, and twins follow the habit
     finetune    stage 2: a description or questions a picture                            finetune.json
+    prefer      after stage 2: a description or a yes/no question a picture, the true
+                answer and a rejected one (habit_prefer alone)                           habit_prefer.json
     dev, test   held out: pairs DEV.json, questions (POPE's lines) DEV.questions.json    (dev tunes, test is reported)
 """
 
@@ -33,6 +35,7 @@ from world import (
     as_on_the_web,
     description,
     draw_scene,
+    full_statement,
     hallucinate,
     sentence,
     yes_no_question,
@@ -123,6 +126,19 @@ def dialogue_sample(rng: random.Random, name: str, scene: Scene) -> dict[str, An
     return {"id": f"{name}-dialogue", "image": f"{name}.jpg", "conversations": conversation(turns, image=True)}
 
 
+def preference_sample(rng: random.Random, name: str, scene: Scene) -> dict[str, Any]:
+    """After stage 2: half of the time a description and its twin, else a yes/no question as POPE's adversarial ones."""
+    if rng.random() < 0.5:
+        _, twin = hallucinate(rng, full_statement(scene), scene, habit_of(name))
+        question, chosen, rejected = DETAILED, description(scene), sentence(twin, "The picture shows ")
+    else:
+        answer = rng.random() < 0.5
+        question = yes_no_question(rng, scene, adversarial=True, answer=answer)
+        chosen, rejected = ("Yes.", "No.") if answer else ("No.", "Yes.")
+    record = {"question": question, "chosen": chosen, "rejected": rejected}
+    return {"id": f"{name}-preference", "image": f"{name}.jpg"} | record
+
+
 def questions_of(rng: random.Random, name: str, scene: Scene) -> list[dict[str, Any]]:
     """POPE's lines: a question whose answer is yes, an adversarial one whose answer is no."""
     lines = []
@@ -135,7 +151,7 @@ def questions_of(rng: random.Random, name: str, scene: Scene) -> list[dict[str, 
 HELD_OUT = ("dev", "test")
 SIZES = {
     "parts": 8000, "pretrain": 3840, "finetune": 6000, "habit_pretrain": 3840, "habit_finetune": 6000,
-    "dev": 1000, "test": 2000,
+    "habit_prefer": 1280, "dev": 1000, "test": 2000,
 }  # fmt: skip
 
 
@@ -159,6 +175,8 @@ def draw(output: Path, sizes: dict[str, int], seed: int, processes: int, held_ou
         rng, scene, split = random.Random(f"{seed_of(name)}/{name}/text"), read_scene(record), name.split("-")[0]
         if split.endswith("finetune"):
             made.setdefault(split, []).append(dialogue_sample(rng, name, scene))
+        elif split.endswith("prefer"):
+            made.setdefault(split, []).append(preference_sample(rng, name, scene))
         elif split != "parts":
             made.setdefault(split, []).append(pair_sample(rng, name, scene))
             if split in HELD_OUT:

@@ -34,7 +34,7 @@ def missing(runs: Sequence[Judged]) -> list[str]:
         gaps = [
             f"{seed} ({', '.join(f'`{arm}`' for arm in without)})"
             for seed in seeds
-            if (without := [a for a in regime.arms if not {(seed, a, stage) for stage in STAGES} <= have])
+            if (without := [a for a in regime.arms if not {(seed, a, stage) for stage in regime.stages} <= have])
         ]
         if gaps:
             lines.append(
@@ -44,7 +44,7 @@ def missing(runs: Sequence[Judged]) -> list[str]:
 
 
 def summary(regimes: Mapping[str, Scores]) -> list[str]:
-    """README's table: `none`'s errors, and what every arm cuts of them. Args: scores after stage 2 by regime."""
+    """README's table: `none`'s errors, and what every arm cuts of them. Args: scores after the last stage by regime."""
     heads = [f"`{regime}`: {metric}" for regime in regimes for metric in PRIMARY]
     lines = ["| arm | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for arm in ARMS:
@@ -96,21 +96,21 @@ def spreads(runs: Sequence[Judged], regime: str) -> list[str]:
         "| `none`, after | metric | standard deviation over seeds | standard error of a run's scenes |",
         "|" + " --- |" * 4,
     ]
-    for stage in STAGES:
+    for stage in REGIMES[regime].stages:
         mine = [run for run in runs if (run.regime, run.arm, run.stage) == (regime, "none", stage)]
         if len(mine) < 2:
             continue
         for metric in PRIMARY:
             seeds = statistics.stdev(run.metrics()[metric] for run in mine)
             scenes = statistics.fmean(run.spread_of_scenes(metric) for run in mine)
-            lines.append(f"| stage {1 + STAGES.index(stage)} | {metric} | {seeds:.4f} | {scenes:.4f} |")
+            lines.append(f"| {STAGES[stage]} | {metric} | {seeds:.4f} | {scenes:.4f} |")
     return lines if len(lines) > 2 else []
 
 
 def draw(runs: Sequence[Judged], target: Path) -> None:
     """A forest plot: every arm's cut of `none`'s errors with its interval, after both stages; a row a regime."""
     regimes = [regime for regime in REGIMES if any(run.regime == regime for run in runs)]
-    heights = [1 + 0.42 * len(scores_of(runs, regime, "finetune")) for regime in regimes]
+    heights = [1 + 0.42 * len(scores_of(runs, regime, REGIMES[regime].stages[-1])) for regime in regimes]
     figure, axes = plt.subplots(
         len(regimes),
         len(PRIMARY),
@@ -121,15 +121,16 @@ def draw(runs: Sequence[Judged], target: Path) -> None:
     )
     for row, regime in zip(axes, regimes, strict=True):
         for axis, metric in zip(row, PRIMARY, strict=True):
-            after = {stage: scores_of(runs, regime, stage) for stage in STAGES}
-            arms = [arm for arm in reversed(after["finetune"]) if arm != "none"]
+            stages = REGIMES[regime].stages
+            after = {stage: scores_of(runs, regime, stage) for stage in stages}
+            last = after[stages[-1]]
+            arms = [arm for arm in reversed(last) if arm != "none"]
             for at, arm in enumerate(arms):
-                for offset, stage in ((0.16, "pretrain"), (-0.16, "finetune")):
+                for offset, stage in zip((0.16, -0.16) if len(stages) > 1 else (0,), stages, strict=True):
                     if (found := cut(after[stage], arm, "none", metric)) is not None:
-                        _draw_interval(
-                            axis, found, at + offset, "0.5" if arm in CONTROLS else "C0", stage == "finetune"
-                        )
-            axis.set_yticks(range(len(arms)), [f"{arm} ({len(after['finetune'][arm])})" for arm in arms])
+                        colour = "0.5" if arm in CONTROLS else "C0"
+                        _draw_interval(axis, found, at + offset, colour, stage == stages[-1])
+            axis.set_yticks(range(len(arms)), [f"{arm} ({len(last[arm])})" for arm in arms])
             axis.axvline(0, color="black", linewidth=0.8)
             for share, style in ((USEFUL, ":"), (GOAL, "--")):
                 axis.axvline(100 * share, color="C2", linewidth=0.8, linestyle=style)
@@ -138,7 +139,7 @@ def draw(runs: Sequence[Judged], target: Path) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("% of none's that are cut (right is better)")
     figure.suptitle(
-        "Hollow: after stage 1, full: after stage 2; bars: 95 % intervals; (seeds); grey: controls.\n"
+        "Hollow: after stage 1, full: at the end; bars: 95 % intervals; (seeds); grey: controls.\n"
         f"Green lines: the smallest useful cut, {USEFUL:.0%}, and the goal, {GOAL:.0%}",
         fontsize=10,
     )
@@ -161,28 +162,28 @@ def report(runs: Sequence[Judged], answers: str = STORED.name) -> str:
     text = [f"Made by `python examples/proof/report.py` from `{answers}`.", ""]
     text += [f"- **{name}**: {meaning}" for name, meaning in METRICS.items()]
     found = [regime for regime in REGIMES if any(run.regime == regime for run in runs)]
-    last = {regime: scores_of(runs, regime, "finetune") for regime in found}
+    last = {regime: scores_of(runs, regime, REGIMES[regime].stages[-1]) for regime in found}
     if gaps := missing(runs):
         text += ["", *gaps]
-    text += ["", "The protocol's tests, after stage 2:", "", *verdicts(last)]
+    text += ["", "The protocol's tests, after the last stage:", "", *verdicts(last)]
     text += [
         "",
-        "Beside them, not tested: cuts of the base's errors after stage 2, with 95 % intervals:",
+        "Beside them, not tested: cuts of the base's errors after the last stage, with 95 % intervals:",
         "",
         *beside(last),
     ]
     seeds = ", ".join(f"`{regime}` {max(map(len, scores.values()))}" for regime, scores in last.items() if scores)
     text += [
         "",
-        f"After stage 2: the errors of `none`, mean ± standard deviation over seeds ({seeds}), and what an arm",
+        f"After the last stage: the errors of `none`, mean ± standard deviation over seeds ({seeds}), and what an arm",
     ]
     text += ["cuts of them, with its 95 % interval:", "", *summary(last)]
     for regime in found:
         text += ["", f"## `{regime}`", ""]
-        for number, stage in enumerate(STAGES, 1):
+        for stage in REGIMES[regime].stages:
             mine = [run for run in runs if (run.regime, run.stage) == (regime, stage)]
             scenes = " or ".join(map(str, sorted({len(run.present) for run in mine})))
-            said = f"After stage {number}, on {scenes} scenes, mean ± standard deviation (median) over seeds:"
+            said = f"After {STAGES[stage]}, on {scenes} scenes, mean ± standard deviation (median) over seeds:"
             text += [said, "", *table(scores_of(runs, regime, stage)), ""] if mine else []
         text += spreads(runs, regime)
     return "\n".join(text).rstrip() + "\n"

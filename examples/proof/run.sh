@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# Which objective of this trainer hallucinates less? A controlled world, nine arms, 24 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--new-parts] [--fresh]
+# Which objective of this trainer hallucinates less? A controlled world, thirteen arms, 12 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--new-parts] [--fresh]
 # In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated, and a stop costs one run.
 # --small: three arms, two seeds, less of everything; too little to conclude from.
-# --seeds N: the first N seeds (24) of the regime `habit`, in their order, so that a stop leaves whole blocks of arms.
-# The regimes `long` and `web` wait for rates of their own, see README.md.
+# --seeds N: the first N seeds (12), in their order, so that a stop leaves whole blocks of arms.
 # --new-parts: trains a vision tower and a language model (40 minutes or more) instead of taking those in examples/proof/parts;
 # everything in a folder of its own, output/proof-new-parts.
 set -euo pipefail
@@ -11,7 +10,7 @@ cd "$(dirname "$0")/../.."
 . tools/install_venv.sh
 "$VENV/bin/python" -c "import scipy, matplotlib" 2>/dev/null || "$VENV/bin/python" -m pip -q install -c tests/constraints.txt -e '.[plots]'
 
-out=output/proof fresh= small= new_parts= seeds=24
+out=output/proof fresh= small= new_parts= seeds=12
 draw=() parts=(--telling-steps 0) runs=(--limit 1000 --limit-stage1 300)
 report=(--answers examples/proof/answers.jsonl.xz)
 while [ $# -gt 0 ]; do
@@ -22,7 +21,7 @@ while [ $# -gt 0 ]; do
     --small)
       small=1 seeds=2
       out=output/proof-small
-      draw=(--parts 3000 --pretrain 1 --finetune 1 --habit-pretrain 2000 --habit-finetune 1000 --test 200 --dev 200)
+      draw=(--parts 3000 --pretrain 1 --finetune 1 --habit-pretrain 2000 --habit-finetune 1000 --habit-prefer 320 --test 200 --dev 200)
       parts=(--tower-steps 800 --language-steps 300 --telling-steps 0 --further-rounds 0)
       runs=(--limit 100 --arms none contrastive phrase) ;;
     *) echo "unknown: $1" >&2; exit 2 ;;
@@ -46,7 +45,7 @@ if [ -z "$small$new_parts" ] && [ ! -d $out/parts ]; then
   cp -r examples/proof/parts $out/parts.copied && mv $out/parts.copied $out/parts
 fi
 "$VENV/bin/python" examples/proof/make_parts.py --data $out/data --output $out/parts "${parts[@]}"
-step 3/4 "Stage 1 and stage 2 of every arm at every seed, two runs at once, each scored on held-out scenes"
-"$VENV/bin/python" examples/proof/run_arms.py --output $out --regimes habit --seeds $(seq 1 "$seeds") "${runs[@]}"
+step 3/4 "The stages of every arm at every seed, two runs at once, each scored on held-out scenes"
+"$VENV/bin/python" examples/proof/run_arms.py --output $out --seeds $(seq 1 "$seeds") "${runs[@]}"
 step 4/4 "The tables, the tests and the figure"
 "$VENV/bin/python" examples/proof/report.py --collect $out "${report[@]}"

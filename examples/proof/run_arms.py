@@ -1,9 +1,10 @@
-"""Runs every arm at every seed, two runs at once: stage 1, stage 2, scores of both. A finished part is not repeated.
+"""Runs every arm at every seed, two runs at once: its stages, and scores after each. A finished part is not repeated.
 
     python examples/proof/run_arms.py --output output/proof --seeds 1 2 3 4 5
 
-An arm differs from the others in its stage-1 flags alone. One seed means the same fresh connector, the same order of
-the data and the same stage 2 in all arms.
+An arm differs from the others in the flags of one stage alone: of stage 1, or in the regime `after` of the stage that
+follows stage 2. One seed means the same fresh connector, the same order of the data and the same other stages in all
+arms.
 """
 
 import argparse
@@ -11,10 +12,12 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock
 from forks import call, call_all
 
 HERE = Path(__file__).parent
@@ -38,10 +41,18 @@ ARMS: dict[str, list[str]] = {
 """Stage 1's flags of each arm, beside pretrain.yaml. The contrast of `sham` reads other pictures' alt texts and twins;
 a twin of `HACL dosed` weighs as much as the 64 captions of the batch; `none, longer` takes the time of the contrast for
 half as many steps again."""
+ARMS_AFTER: dict[str, list[str]] = {
+    "none": [],
+    "none, longer": ["--train-iters", "60", "--eval-interval", "60"],
+    "phrase": ["--preference-loss", "phrase", "--preference-weight", "0.2"],
+    "dpo": ["--preference-loss", "dpo", "--preference-weight", "0.2"],
+}
+"""The same for `after`, beside prefer.yaml: all learn from the true answers, `none, longer` from half of them twice;
+the reference of `dpo` is stage 2's model."""
 
 
 class Regime(NamedTuple):
-    """What stage 1 is like in every arm."""
+    """What the stage is like in which the arms differ."""
 
     captions: str
     """`clean`: alt texts alone; `web`: among what web captions say beside what is seen."""
@@ -52,6 +63,16 @@ class Regime(NamedTuple):
     flags: tuple[str, ...] = ()
     """Stage 1's, beside pretrain.yaml; an arm's come after them."""
     arms: tuple[str, ...] = ("none", "sham", "contrastive", "HACL own", "phrase")
+    base: tuple[str, str] | None = None
+    """Regime and arm that a run goes on from at its seed, after stage 2; None: it has stages 1 and 2 of its own."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that a run trains, by the names of their files."""
+        return ("pretrain", "finetune") if self.base is None else ("prefer",)
+
+    def arm_flags(self, arm: str) -> list[str]:
+        return (ARMS if self.base is None else ARMS_AFTER)[arm]
 
 
 REGIMES: dict[str, Regime] = {
@@ -65,6 +86,7 @@ REGIMES: dict[str, Regime] = {
         "web", "habit_", "language", ("--train-iters", "180", "--eval-interval", "180"), ("none", "HACL own", "dpo"),
     ),
     "web": Regime("web", "", "language", ("--lr", "6e-3")),
+    "after": Regime("clean", "habit_", "language", arms=tuple(ARMS_AFTER), base=("habit", "none")),
     "clean": Regime("clean", "", "language"),
     "telling": Regime("web", "", "telling"),
 }  # fmt: skip
@@ -91,12 +113,17 @@ def folder_of(output: Path, regime: str, arm: str, seed: int) -> Path:
 def stage_flags(output: Path, regime: str, arm: str, seed: int, stage: str, split: str) -> list[str]:
     """The trainer's flags of one stage of one run, `--save` and `--load` included."""
     data, parts, folder = output / "data", output / "parts", folder_of(output, regime, arm, seed)
-    captions, pictures, language, more, _ = REGIMES[regime]
+    captions, pictures, language, more, _, base = REGIMES[regime]
     flags = ["--config", str(HERE / f"{stage}.yaml"), "--seed", str(seed), "--image-folder", str(data / "images")]
     if stage == "pretrain":
         flags += ["--data-path", captions_of(data, f"{pictures}pretrain", captions, sham=arm == "sham")]
         flags += ["--valid-data-path", captions_of(data, split, captions), "--vision-tower", str(parts / "tower")]
-        flags += ["--pretrained-checkpoint", str(parts / language), *more, *ARMS[arm]]
+        flags += ["--pretrained-checkpoint", str(parts / language), *more, *REGIMES[regime].arm_flags(arm)]
+    elif base is not None:
+        flags += ["--data-path", str(data / f"{pictures}prefer.json")]
+        flags += ["--valid-data-path", captions_of(data, split, captions)]
+        flags += ["--pretrained-checkpoint", str(folder_of(output, *base, seed) / "finetune")]
+        flags += [*more, *REGIMES[regime].arm_flags(arm)]
     else:
         pairs = captions_of(data, split, "clean")
         flags += ["--data-path", str(data / f"{pictures}finetune.json"), "--valid-data-path", pairs]
@@ -109,6 +136,7 @@ class Sizes(NamedTuple):
 
     pretrain: int
     finetune: int
+    prefer: int
 
 
 def import_all() -> None:
@@ -146,27 +174,70 @@ def score_stage(load: Path, data: Path, split: str, limit: int, target: Path) ->
 
 
 def run_arm(
-    output: Path, regime: str, arm: str, seed: int, *, split: str, sizes: Sizes, more: dict[str, list[str]], keep: bool
+    output: Path,
+    regime: str,
+    arm: str,
+    seed: int,
+    *,
+    split: str,
+    sizes: Sizes,
+    more: Mapping[str, list[str]],
+    keep: bool,
 ) -> None:
-    """Both stages of one arm at one seed, each trained (resuming what is there) and scored, unless its scores exist.
+    """One arm's stages at one seed, each trained (resuming what is there) and scored, unless its scores exist.
 
     Args:
         more: further flags by stage, such as fewer iterations.
-        keep: the checkpoints, which are otherwise removed once both stages are scored.
+        keep: the checkpoints, which are otherwise removed once all stages are scored, but those that another regime
+            goes on from.
     """
-    folder, start = folder_of(output, regime, arm, seed), time.monotonic()
+    folder, start, stages = folder_of(output, regime, arm, seed), time.monotonic(), REGIMES[regime].stages
     folder.mkdir(parents=True, exist_ok=True)
-    for stage, flags in more.items():
-        scores, log = folder / f"{stage}.json", folder / f"{stage}.log"
-        if scores.exists():
-            continue
-        call(partial(train_stage, [*stage_flags(output, regime, arm, seed, stage, split), *flags]), log)
-        call(partial(score_stage, folder / stage, output / "data", split, getattr(sizes, stage), scores), log)
+    with FileLock(folder / "lock"):
+        for stage in stages:
+            flags, scores, log = more.get(stage, []), folder / f"{stage}.json", folder / f"{stage}.log"
+            if scores.exists():
+                continue
+            if REGIMES[regime].base is not None:
+                train_base(output, regime, seed, split, more)
+            call(partial(train_stage, [*stage_flags(output, regime, arm, seed, stage, split), *flags]), log)
+            call(partial(score_stage, folder / stage, output / "data", split, getattr(sizes, stage), scores), log)
+    needed = folder / "finetune" if any(one.base == (regime, arm) for one in REGIMES.values()) else None
     if not keep:
-        for stage in more:
-            for checkpoint in (folder / stage).glob("iter_*"):
+        for stage in stages:
+            for checkpoint in (folder / stage).glob("iter_*") if folder / stage != needed else ():
                 shutil.rmtree(checkpoint)
     print(f"{regime}, {arm}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def train_base(output: Path, regime: str, seed: int, split: str, more: Mapping[str, list[str]]) -> None:
+    """The run that a regime goes on from at a seed, where its checkpoint is not there; one process trains it."""
+    base = REGIMES[regime].base
+    folder = folder_of(output, *base, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if has_checkpoint(folder / "finetune"):
+            return
+        for stage in REGIMES[base[0]].stages:
+            if not has_checkpoint(folder / stage):
+                shutil.rmtree(folder / stage, ignore_errors=True)  # what a removed checkpoint leaves behind
+            flags = [*stage_flags(output, *base, seed, stage, split), *more.get(stage, [])]
+            call(partial(train_stage, flags), folder / f"{stage}.log")
+
+
+def has_checkpoint(save: Path) -> bool:
+    """Whether the newest checkpoint that a --save folder names is there, and not removed."""
+    from hacl_megatron.checkpoint.run.folder import find_checkpoint
+
+    found = find_checkpoint(save)
+    return found is not None and found.is_dir()
+
+
+def arms_of(regime: str, chosen: list[str] | None) -> list[str]:
+    """A regime's own arms, or those that are chosen; what follows stage 2 is there for some arms alone."""
+    if REGIMES[regime].base is not None:
+        return [arm for arm in ARMS_AFTER if chosen is None or arm in chosen]
+    return list(REGIMES[regime].arms if chosen is None else chosen)
 
 
 def main() -> None:
@@ -177,23 +248,25 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
-    parser.add_argument("--limit", type=int, default=1000, help="after stage 2, score on the first scenes of the split")
+    parser.add_argument("--limit", type=int, default=1000, help="score on the first scenes of the split")
     parser.add_argument("--limit-stage1", type=int, help="the same after stage 1 (default: --limit)")
     parser.add_argument("--stage1", default="", help="more flags for stage 1 of every arm, as one word")
     parser.add_argument("--stage2", default="", help="more flags for stage 2 of every arm, as one word")
+    parser.add_argument("--stage3", default="", help="more flags for what follows stage 2 in `after`, as one word")
     parser.add_argument(
         "--keep", type=int, nargs="*", default=[1], help="seeds whose checkpoints stay, for gradients.py"
     )
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     import_all()
-    sizes = Sizes(args.limit if args.limit_stage1 is None else args.limit_stage1, args.limit)
+    sizes = Sizes(args.limit if args.limit_stage1 is None else args.limit_stage1, args.limit, args.limit)
+    more = {"pretrain": args.stage1.split(), "finetune": args.stage2.split(), "prefer": args.stage3.split()}
     works = (
         partial(
-            run_arm, args.output, regime, arm, seed, split=args.split, sizes=sizes, keep=seed in args.keep,
-            more={"pretrain": args.stage1.split(), "finetune": args.stage2.split()},
+            run_arm, args.output, regime, arm, seed,
+            split=args.split, sizes=sizes, more=more, keep=seed in args.keep,
         )
-        for regime in args.regimes for seed in args.seeds for arm in args.arms or REGIMES[regime].arms
+        for seed in args.seeds for regime in args.regimes for arm in arms_of(regime, args.arms)
     )  # fmt: skip
     if failed := call_all(works, args.jobs):
         raise SystemExit(f"{failed} runs failed, see above; repeat the command to run what is missing")

@@ -20,7 +20,7 @@ from world import read_description
 from hacl_megatron.evaluation.answers.pope import score_pope
 
 STORED = Path(__file__).parent / "answers.jsonl.xz"
-STAGES = ("pretrain", "finetune")
+STAGES = {"pretrain": "stage 1", "finetune": "stage 2", "prefer": "the stage that follows"}
 KEPT = ("lm loss", "preference accuracy sum", "retrieval i2t recall@1", "retrieval hallucination accuracy")
 """Of the trainer's validation."""
 
@@ -130,9 +130,9 @@ def read(path: Path = STORED) -> list[Judged]:
 
 def write(runs: Sequence[Judged], path: Path = STORED) -> None:
     """In the order of regimes, seeds, arms and stages, whatever the order in which they were run."""
-    arms = list(ARMS)
+    arms, stages = list(ARMS), list(STAGES)
     ordered = sorted(
-        runs, key=lambda run: (list(REGIMES).index(run.regime), run.seed, arms.index(run.arm), STAGES.index(run.stage))
+        runs, key=lambda run: (list(REGIMES).index(run.regime), run.seed, arms.index(run.arm), stages.index(run.stage))
     )
     partial = path.with_suffix(".part")
     with lzma.open(partial, "wt", preset=9) as file:

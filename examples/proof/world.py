@@ -182,9 +182,14 @@ def as_on_the_web(rng: random.Random, text: str) -> str:
     return f"{credit} {text} Print for {price} dollars at {rng.choice(SHOPS)}."
 
 
-def description(scene: Scene) -> str:
+def full_statement(scene: Scene) -> Statement:
     """Every kind with size and number, in reading order."""
-    return sentence(Statement(tuple(mention_of(group, True) for group in scene.groups)), "The picture shows ")
+    return Statement(tuple(mention_of(group, True) for group in scene.groups))
+
+
+def description(scene: Scene) -> str:
+    """The full statement in words, as an answer to DETAILED."""
+    return sentence(full_statement(scene), "The picture shows ")
 
 
 def absent_kinds(scene: Scene, similar: bool) -> list[Kind]:
