@@ -227,10 +227,12 @@ def train_base(output: Path, regime: str, seed: int, split: str, more: Mapping[s
 
 def has_checkpoint(save: Path) -> bool:
     """Whether the newest checkpoint that a --save folder names is there, and not removed."""
-    from hacl_megatron.checkpoint.run.folder import find_checkpoint
+    from hacl_megatron.checkpoint.run.folder import locate_checkpoint
 
-    found = find_checkpoint(save)
-    return found is not None and found.is_dir()
+    try:
+        return locate_checkpoint(save).is_dir()
+    except ValueError:  # none was saved, or it is named and gone
+        return False
 
 
 def arms_of(regime: str, chosen: list[str] | None) -> list[str]:

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.distributed import run_distributed
-from tests.examples.proof import SIZES
+from tests.examples.proof import PROOF, SIZES
 from tests.training.runs import metrics
+
+ROOT = PROOF.parents[1]
 
 
 def scenes_of(data: Path) -> dict[str, dict]:
@@ -67,6 +72,31 @@ def test_captions_are_true_and_twins_false_by_their_own_words(data: Path) -> Non
             else:  # what is named is there; size, number or relation is not as said
                 assert said == set(mentioned_kinds(sample["text"]))
     assert kinds == {"colour", "shape", "size", "number", "relation", "addition"}
+
+
+def test_chosen_answers_are_true_and_rejected_ones_false_by_their_own_words(data: Path) -> None:
+    scenes, asked = scenes_of(data), set()
+    from draw_world import preference_sample, read_scene
+    from world import DETAILED, chair, read_description
+
+    records = [sample | {"drawn": True} for sample in json.loads((data / "habit_prefer.json").read_text())]
+    assert len(records) == SIZES["habit_prefer"]
+    rng = random.Random(1)
+    records += [preference_sample(rng, name.removesuffix(".jpg"), read_scene(scenes[name])) for name in scenes]
+    for record in records:
+        name = record["image"]
+        assert name.startswith("habit_prefer") or "drawn" not in record
+        chosen, rejected = record["chosen"], record["rejected"]
+        if record["question"] == DETAILED:
+            scene = read_scene(scenes[name])
+            assert chair([read_description(chosen, scene)])["wholly right"] == 1
+            assert chair([read_description(rejected, scene)])["wholly right"] == 0
+        else:
+            (kind,) = mentioned_kinds(record["question"])
+            present = kind in {(group["colour"], group["shape"]) for group in scenes[name]["groups"]}
+            assert (chosen, rejected) == (("Yes.", "No.") if present else ("No.", "Yes."))
+        asked.add((record["question"] == DETAILED, chosen if len(chosen) < 5 else ""))
+    assert asked == {(True, ""), (False, "Yes."), (False, "No.")}
 
 
 def test_web_captions_say_the_same_among_words_that_twins_share(data: Path) -> None:
@@ -276,6 +306,28 @@ def test_what_a_teacher_knows_is_read_at_the_right_places(finished: Path) -> Non
     assert min(measure(learned, (apart, turned, -apart))) > 0.9
 
 
+def test_what_follows_stage_2_goes_on_from_one_run_of_none(finished: Path) -> None:
+    """Catches arms that begin apart, a base that both arms train, and one whose checkpoint goes before they need it."""
+    from run_arms import folder_of, has_checkpoint
+
+    short = "--train-iters 2 --eval-interval 2 --eval-iters 1 --micro-batch-size 12 --global-batch-size 12"
+    command = [PROOF / "run_arms.py", "--output", finished, "--regimes", "after", "--arms", "none", "phrase"]
+    command += ["--seeds", "1", "--limit", "4", "--jobs", "2", "--keep"]
+    command += [f"--stage1={short}", f"--stage2={short}", f"--stage3={short}"]
+    subprocess.run([sys.executable, *map(str, command)], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    base = folder_of(finished, "habit", "none", 1)
+    assert has_checkpoint(base / "finetune") and not (base / "finetune.json").exists()
+    assert [len(metrics(base / stage)) for stage in ("pretrain", "finetune")] == [2, 2]
+    runs = {arm: folder_of(finished, "after", arm, 1) for arm in ("none", "phrase")}
+    assert not any(has_checkpoint(run / "prefer") for run in runs.values())
+    logs = {arm: metrics(run / "prefer") for arm, run in runs.items()}
+    assert logs["none"][0]["lm loss"] == pytest.approx(logs["phrase"][0]["lm loss"], abs=1e-5)
+    assert "preference loss" in logs["phrase"][0] and "preference loss" not in logs["none"][0]
+    scores = json.loads((runs["phrase"] / "prefer.json").read_text())
+    assert len(scores["answers"]["descriptions"]) == 4 and 0 <= scores["scores"]["yes/no errors"] <= 1
+
+
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     from run_arms import Sizes, folder_of, run_arm
 
@@ -284,5 +336,5 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     more = {"pretrain": [], "finetune": []}
     for stage in more:
         (folder / f"{stage}.json").write_text("{}")
-    run_arm(tmp_path, "web", "none", 1, split="test", sizes=Sizes(4, 4), more=more, keep=False)
-    assert sorted(path.name for path in folder.iterdir()) == ["finetune.json", "pretrain.json"]
+    run_arm(tmp_path, "web", "none", 1, split="test", sizes=Sizes(4, 4, 4), more=more, keep=False)
+    assert sorted(path.name for path in folder.iterdir()) == ["finetune.json", "lock", "pretrain.json"]
