@@ -82,17 +82,17 @@ REGIMES: dict[str, Regime] = {
             "none", "none, longer", "sham", "contrastive", "HACL own", "HACL dosed", "phrase", "dpo", "HACL + phrase",
         ),
     ),
+    "after": Regime("clean", "habit_", "language", arms=tuple(ARMS_AFTER), base=("habit", "none")),
     "long": Regime(
         "web", "habit_", "language", ("--train-iters", "180", "--eval-interval", "180"), ("none", "HACL own", "dpo"),
     ),
     "web": Regime("web", "", "language", ("--lr", "6e-3")),
-    "after": Regime("clean", "habit_", "language", arms=tuple(ARMS_AFTER), base=("habit", "none")),
     "clean": Regime("clean", "", "language"),
     "telling": Regime("web", "", "telling"),
 }  # fmt: skip
-"""The first three are README.md's protocol; the others and the arms that none names are of the first experiment
+"""The first two are README.md's protocol; `clean`, `telling` and the arms that none names are of the first experiment
 (earlier/README.md)."""
-REGIMES_OF_THE_PROOF = ("habit",)
+REGIMES_OF_THE_PROOF = ("habit", "after")
 """What is run unless --regimes says more: the rates of `long` and `web` are not chosen yet, see README.md."""
 
 
