@@ -1,12 +1,13 @@
 """What the runs answered, judged scene by scene, in one file that a repository can hold.
 
-answers.jsonl.xz    a line a run and stage: regime, arm, seed, split; for each scene, as one digit each, how many things
-                    the description names that are not there, names in all, misses, and how many are there; for
-                    each question 1 where its answer was wrong; and the validation's numbers
+answers.jsonl.xz    a line a run and stage: regime, arm, seed, split; for each scene, a character each, how many things
+                    are named that are not there, named in all, missed, and there; for each question 1 where its
+                    answer was wrong; and the validation's numbers
 """
 
 import json
 import lzma
+import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Judged:
     mentioned: str
     missed: str
     present: str
-    """A digit a scene."""
+    """A character a scene, one of `DIGITS`."""
     wrong: str
     """0 or 1 a question, two for each scene: first the one whose answer is yes, then the one whose answer is no."""
     validation: Mapping[str, float]
@@ -70,16 +71,15 @@ class Judged:
         return float(rest.std(ddof=1) / len(rest) ** 0.5 / max(below.mean(), 1e-9))
 
 
+DIGITS = string.digits + string.ascii_lowercase
+"""0 to 35: a description of 48 tokens has room for twenty things at most."""
+_VALUE = np.full(128, np.nan)
+_VALUE[list(DIGITS.encode())] = range(len(DIGITS))
+
+
 def digits(text: str) -> np.ndarray:
-    """float64 [N] of N digits."""
-    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.float64) - ord("0")
-
-
-def one_digit(number: int) -> str:
-    """A description of 48 tokens has room for nine things. Raises ValueError for a number that takes more digits."""
-    if not 0 <= number <= 9:
-        raise ValueError(f"{number} things are counted in a scene's description, and the file has a digit for them")
-    return str(number)
+    """float64 [N] of N characters, of `DIGITS`."""
+    return _VALUE[np.frombuffer(text.encode(), dtype=np.uint8)]
 
 
 def judge(answers: Mapping[str, Any], data: Path, split: str) -> dict[str, str]:
@@ -95,7 +95,7 @@ def judge(answers: Mapping[str, Any], data: Path, split: str) -> dict[str, str]:
     ]
 
     def said(numbers: Iterable[int]) -> str:
-        return "".join(map(one_digit, numbers))
+        return "".join(DIGITS[number] for number in numbers)
 
     return {
         "hallucinated": said(one.hallucinated for one in described),

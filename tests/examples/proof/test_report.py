@@ -174,6 +174,8 @@ def test_the_report_is_made_from_stored_answers_alone(data: Path, tmp_path: Path
         for seed in (1, 2):
             for stage in ("pretrain", "finetune"):
                 answers = answered(data, 12, wrong + seed)
+                first = next(iter(answers["descriptions"]))
+                answers["descriptions"][first] += " A red circle." * 11  # more things than one figure tells
                 answers["yes/no"][1]["answer"] = "No."  # which is right: one wrong yes less than there are wrong noes
                 wrong_of[arm, seed] = wrong + seed
                 scores = score_answers(answers, data) | {"preference accuracy sum": 0.9}
@@ -193,7 +195,7 @@ def test_the_report_is_made_from_stored_answers_alone(data: Path, tmp_path: Path
         found, number = run.metrics(), wrong_of[run.arm, run.seed]
         assert found["wrong facts"] == pytest.approx(found["said falsely"] + 1 - found["cover"])
         assert (found["wrong yes"], found["wrong no"]) == pytest.approx(((number - 1) / 12, number / 12))
-        hallucinated = sum(map(int, run.hallucinated))
+        hallucinated = sum(int(one, 36) for one in run.hallucinated)
         missed = (1 - expected["cover"]) * sum(map(int, run.present))
         assert run.metrics()["wrong facts"] == pytest.approx((hallucinated + missed) / sum(map(int, run.present)))
         resampled = np.random.default_rng(0).integers(12, size=(4000, 12))
