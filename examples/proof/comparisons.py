@@ -1,5 +1,5 @@
 """Which differences between arms are told from chance: paired over seeds, for one seed has the same fresh connector,
-the same order of the data and the same stage 2 in every arm.
+the same order of the data and the same other stages in every arm.
 
 A *cut* is the share of the base's mean error that an arm lacks. Its interval is Fieller's (1954): all c for which
 a paired t-test does not reject that the arm's error is 1 - c of the base's. Equivalence is shown by two one-sided such
@@ -28,6 +28,8 @@ METRICS = {
     "lm loss": "of held-out captions, by the trainer",
 }
 PRIMARY = ("wrong facts", "yes/no errors")
+SHOWN = (*PRIMARY, "said falsely")
+"""In the tables over all arms: what is left unsaid is most of the wrong facts, and no twin leaves anything out."""
 USEFUL = 0.10
 """The smallest cut of an error that would be useful."""
 EQUIVALENT = 0.15
@@ -55,7 +57,9 @@ TESTS: tuple[Comparison, ...] = (
     Comparison("Does phrase make fewer errors than training without it?", "habit", "phrase", "none"),
     Comparison("Does HACL make fewer errors than a sham contrast?", "habit", "HACL own", "sham"),
     Comparison("Do twins add nothing to the contrast?", "habit", "HACL own", "contrastive", equivalence=True),
-    Comparison("After stage 2: does phrase make fewer errors than the true answers alone?", "after", "phrase", "none"),
+    Comparison(
+        "After stage 2: does phrase add nothing to the true answers?", "after", "phrase", "none", equivalence=True
+    ),
 )
 """The protocol's, at most four."""
 BESIDE: tuple[Comparison, ...] = (
@@ -90,7 +94,7 @@ class Interval:
     number: int
 
     def percent(self) -> str:
-        inside = "" if self.number < 2 else f" [{self.low:+.0%}, {self.high:+.0%}]"
+        inside = f" [{self.low:+.0%}, {self.high:+.0%}]" if math.isfinite(self.high - self.low) else " [no bounds]"
         return f"{self.mean:+.0%}{inside}".replace("%", " %").replace("-", "−")
 
 
@@ -193,7 +197,7 @@ def _answer(test: Comparison, found: Interval, p: float) -> str:
         return "not told from 0" + (f", and less than a useful {USEFUL:.0%}" if found.high < USEFUL else "")
     if found.mean < 0:
         return "**more errors**"
-    small = "" if found.low >= USEFUL else f", and perhaps less than a useful {USEFUL:.0%}"
+    small = f", and {'perhaps ' * (found.high >= USEFUL)}less than a useful {USEFUL:.0%}" * (found.low < USEFUL)
     if test.base != "none":
         return f"yes{small}"
     goal = "reaches" if found.mean >= GOAL else "is below"
@@ -201,14 +205,17 @@ def _answer(test: Comparison, found: Interval, p: float) -> str:
 
 
 def beside(regimes: Mapping[str, Scores]) -> list[str]:
-    """BESIDE as a table, a row a comparison and a column a primary metric, from scores after the last stage.
+    """BESIDE as a table, a row a comparison and a column each of SHOWN, from scores after the last stage.
 
     With each, the seeds at which the arm has fewer errors, for a mean may be a few seeds'.
     """
-    lines = ["| arm, base | " + " | ".join(f"{one}, seeds better" for one in PRIMARY) + " |", "| --- |" + " --- |" * 2]
+    lines = [
+        "| arm, base | " + " | ".join(f"{one}, seeds better" for one in SHOWN) + " |",
+        "| --- |" + " --- |" * len(SHOWN),
+    ]
     for asked in BESIDE:
         cells = []
-        for metric in PRIMARY:
+        for metric in SHOWN:
             scores = regimes.get(asked.regime, {})
             ours, theirs = paired(scores, asked.arm, asked.base, metric)
             found = cut(scores, asked.arm, asked.base, metric)

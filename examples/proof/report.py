@@ -16,8 +16,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from comparisons import GOAL, METRICS, PRIMARY, USEFUL, Interval, Scores, beside, cut, scores_of, verdicts
-from run_arms import ARMS, REGIMES
+from comparisons import GOAL, METRICS, PRIMARY, SHOWN, USEFUL, Interval, Scores, beside, cut, scores_of, verdicts
+from run_arms import REGIMES, REGIMES_OF_THE_PROOF
 from stored import STAGES, STORED, Judged, finished_runs, read, write
 
 HERE = Path(__file__).parent
@@ -26,16 +26,22 @@ CONTROLS = ("none, longer", "sham")
 
 
 def missing(runs: Sequence[Judged]) -> list[str]:
-    """Which blocks (a seed, all arms) of a regime's arms are not whole, a line a regime; nothing where all are."""
+    """Which blocks (a seed, all arms) are not whole, a line a regime; nothing where all are.
+
+    A seed that one regime of the protocol has is asked of the other too.
+    """
     lines = []
+    have = {(run.regime, run.seed, run.arm, run.stage) for run in runs}
+    of_proof = {run.seed for run in runs if run.regime in REGIMES_OF_THE_PROOF}
     for name, regime in REGIMES.items():
-        have = {(run.seed, run.arm, run.stage) for run in runs if run.regime == name}
-        seeds = sorted({seed for seed, _, _ in have})
-        gaps = [
-            f"{seed} ({', '.join(f'`{arm}`' for arm in without)})"
-            for seed in seeds
-            if (without := [a for a in regime.arms if not {(seed, a, stage) for stage in regime.stages} <= have])
-        ]
+        seeds = of_proof if name in REGIMES_OF_THE_PROOF else {run.seed for run in runs if run.regime == name}
+        gaps = []
+        for seed in sorted(seeds):
+            without = [a for a in regime.arms if not {(name, seed, a, stage) for stage in regime.stages} <= have]
+            if without:
+                gaps.append(
+                    f"{seed} ({', '.join(f'`{arm}`' for arm in without) if without != [*regime.arms] else 'all'})"
+                )
         if gaps:
             lines.append(
                 f"`{name}` lacks runs of these arms at seed " + "; ".join(gaps) + ": cuts leave those seeds out."
@@ -43,22 +49,16 @@ def missing(runs: Sequence[Judged]) -> list[str]:
     return lines
 
 
-def summary(regimes: Mapping[str, Scores]) -> list[str]:
-    """README's table: `none`'s errors, and what every arm cuts of them. Args: scores after the last stage by regime."""
-    heads = [f"`{regime}`: {metric}" for regime in regimes for metric in PRIMARY]
-    lines = ["| arm | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
-    for arm in ARMS:
+def summary(scores: Scores, regime: str) -> list[str]:
+    """README's table of a regime, after its last stage: `none`'s errors, and what every arm cuts of them."""
+    lines = [f"| `{regime}` (seeds) | " + " | ".join(SHOWN) + " |", "| --- |" + " --- |" * len(SHOWN)]
+    for arm, seeds in scores.items():
         cells = []
-        for scores in regimes.values():
-            for metric in PRIMARY:
-                values = [run[metric] for run in scores.get(arm, {}).values()]
-                if arm == "none" and values:
-                    cells.append(_mean(values))
-                else:
-                    change = None if arm == "none" else cut(scores, arm, "none", metric)
-                    cells.append("" if change is None else change.percent())
-        if any(cells):
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        for metric in SHOWN:
+            change = None if arm == "none" else cut(scores, arm, "none", metric)
+            values = _mean([run[metric] for run in seeds.values()]) if arm == "none" else ""
+            cells.append(values if change is None else change.percent())
+        lines.append(f"| {arm} ({len(seeds)}) | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -108,7 +108,7 @@ def spreads(runs: Sequence[Judged], regime: str) -> list[str]:
 
 
 def draw(runs: Sequence[Judged], target: Path) -> None:
-    """A forest plot: every arm's cut of `none`'s errors with its interval, after both stages; a row a regime."""
+    """A forest plot: every arm's cut of `none`'s errors with its interval, after each of its stages; a row a regime."""
     regimes = [regime for regime in REGIMES if any(run.regime == regime for run in runs)]
     heights = [1 + 0.42 * len(scores_of(runs, regime, REGIMES[regime].stages[-1])) for regime in regimes]
     figure, axes = plt.subplots(
@@ -172,12 +172,13 @@ def report(runs: Sequence[Judged], answers: str = STORED.name) -> str:
         "",
         *beside(last),
     ]
-    seeds = ", ".join(f"`{regime}` {max(map(len, scores.values()))}" for regime, scores in last.items() if scores)
     text += [
         "",
-        f"After the last stage: the errors of `none`, mean ± standard deviation over seeds ({seeds}), and what an arm",
+        "After the last stage: the errors of `none`, mean ± standard deviation over seeds, and what an arm cuts",
     ]
-    text += ["cuts of them, with its 95 % interval:", "", *summary(last)]
+    text += ["of them, with its 95 % interval:"]
+    for regime, scores in last.items():
+        text += ["", *summary(scores, regime)]
     for regime in found:
         text += ["", f"## `{regime}`", ""]
         for stage in REGIMES[regime].stages:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which objective of this trainer hallucinates less? A controlled world, thirteen arms, 12 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--new-parts] [--fresh]
+# Which objective of this trainer hallucinates less? A controlled world, fourteen arms, 12 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--new-parts] [--fresh]
 # In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated, and a stop costs one run.
 # --small: three arms, two seeds, less of everything; too little to conclude from.
 # --seeds N: the first N seeds (12), in their order, so that a stop leaves whole blocks of arms.
@@ -35,7 +35,7 @@ done
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 
-if [ ! -f $out/data/scenes.jsonl ]; then
+if [ ! -f $out/data/scenes.jsonl ] || [ ! -f $out/data/habit_prefer.json ]; then
   step 1/4 "Drawing the world"
   "$VENV/bin/python" examples/proof/draw_world.py --output $out/data ${draw[@]+"${draw[@]}"}
 fi

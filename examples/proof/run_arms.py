@@ -34,6 +34,7 @@ ARMS: dict[str, list[str]] = {
     "HACL dosed": ["--hallucination-negatives", "own", "--hallucination-weight", "64"],
     "phrase": ["--contrastive-weight", "0", "--preference-loss", "phrase", "--preference-weight", "0.1"],
     "dpo": ["--contrastive-weight", "0", "--preference-loss", "dpo", "--preference-weight", "1"],
+    "dpo light": ["--contrastive-weight", "0", "--preference-loss", "dpo", "--preference-weight", "0.1"],
     "HACL + phrase": [
         "--hallucination-negatives", "own", "--preference-loss", "phrase", "--preference-weight", "0.1",
     ],
@@ -79,7 +80,8 @@ REGIMES: dict[str, Regime] = {
     "habit": Regime(
         "web", "habit_", "language",
         arms=(
-            "none", "none, longer", "sham", "contrastive", "HACL own", "HACL dosed", "phrase", "dpo", "HACL + phrase",
+            "none", "none, longer", "sham", "contrastive", "HACL own", "HACL dosed", "phrase", "dpo", "dpo light",
+            "HACL + phrase",
         ),
     ),
     "after": Regime("clean", "habit_", "language", arms=tuple(ARMS_AFTER), base=("habit", "none")),
@@ -90,8 +92,8 @@ REGIMES: dict[str, Regime] = {
     "clean": Regime("clean", "", "language"),
     "telling": Regime("web", "", "telling"),
 }  # fmt: skip
-"""The first two are README.md's protocol; `clean`, `telling` and the arms that none names are of the first experiment
-(earlier/README.md)."""
+"""The first two are README.md's protocol; `long` and `web` were of it before (diagnostics.md); `clean`, `telling` and
+the arms that none names are of the first experiment (earlier/README.md)."""
 REGIMES_OF_THE_PROOF = ("habit", "after")
 """What is run unless --regimes says more: the rates of `long` and `web` are not chosen yet, see README.md."""
 
@@ -192,6 +194,7 @@ def run_arm(
             goes on from.
     """
     folder, start, stages = folder_of(output, regime, arm, seed), time.monotonic(), REGIMES[regime].stages
+    needed = folder / "finetune" if any(one.base == (regime, arm) for one in REGIMES.values()) else None
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         for stage in stages:
@@ -201,28 +204,44 @@ def run_arm(
             if REGIMES[regime].base is not None:
                 train_base(output, regime, seed, split, more)
             call(partial(train_stage, [*stage_flags(output, regime, arm, seed, stage, split), *flags]), log)
+            if not is_finished(folder / stage):
+                raise RuntimeError(f"{folder / stage}: training was stopped; the same command goes on, see {log}")
             call(partial(score_stage, folder / stage, output / "data", split, getattr(sizes, stage), scores), log)
-    needed = folder / "finetune" if any(one.base == (regime, arm) for one in REGIMES.values()) else None
-    if not keep:
-        for stage in stages:
+        for stage in () if keep else stages:
             for checkpoint in (folder / stage).glob("iter_*") if folder / stage != needed else ():
                 shutil.rmtree(checkpoint)
     print(f"{regime}, {arm}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def train_base(output: Path, regime: str, seed: int, split: str, more: Mapping[str, list[str]]) -> None:
-    """The run that a regime goes on from at a seed, where its checkpoint is not there; one process trains it."""
+    """The run that a regime goes on from at a seed, where its checkpoint is not there; one process trains it.
+
+    Raises RuntimeError where that run was scored before and its losses are not met again, or it was stopped.
+    """
     base = REGIMES[regime].base
     folder = folder_of(output, *base, seed)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        if has_checkpoint(folder / "finetune"):
+        if is_finished(folder / "finetune"):
             return
         for stage in REGIMES[base[0]].stages:
             if not has_checkpoint(folder / stage):
                 shutil.rmtree(folder / stage, ignore_errors=True)  # what a removed checkpoint leaves behind
             flags = [*stage_flags(output, *base, seed, stage, split), *more.get(stage, [])]
             call(partial(train_stage, flags), folder / f"{stage}.log")
+            if not is_finished(folder / stage):
+                raise RuntimeError(f"{folder / stage}: training was stopped; the same command goes on")
+            check_as_scored(folder, stage)
+
+
+def check_as_scored(folder: Path, stage: str) -> None:
+    """Raises RuntimeError where a stage that was scored is trained anew and comes to another validation loss."""
+    if not (scores := folder / f"{stage}.json").exists():
+        return
+    before = json.loads(scores.read_text())["scores"]["lm loss"]
+    now = json.loads((folder / stage / "metrics.jsonl").read_text().splitlines()[-1])["lm loss validation"]
+    if abs(now - before) > 1e-4:
+        raise RuntimeError(f"{folder / stage}: trained anew its validation loss is {now}, {scores} has {before}")
 
 
 def has_checkpoint(save: Path) -> bool:
@@ -233,6 +252,16 @@ def has_checkpoint(save: Path) -> bool:
         return locate_checkpoint(save).is_dir()
     except ValueError:  # none was saved, or it is named and gone
         return False
+
+
+def is_finished(save: Path) -> bool:
+    """Whether the newest checkpoint is there and is of the run's last iteration."""
+    from hacl_megatron.checkpoint.run.folder import locate_checkpoint, read_run_config
+
+    if not has_checkpoint(save):
+        return False
+    checkpoint = locate_checkpoint(save)
+    return int(checkpoint.name.removeprefix("iter_")) == read_run_config(checkpoint).training.train_iters
 
 
 def arms_of(regime: str, chosen: list[str] | None) -> list[str]:
@@ -256,7 +285,7 @@ def main() -> None:
     parser.add_argument("--stage2", default="", help="more flags for stage 2 of every arm, as one word")
     parser.add_argument("--stage3", default="", help="more flags for what follows stage 2 in `after`, as one word")
     parser.add_argument(
-        "--keep", type=int, nargs="*", default=[1], help="seeds whose checkpoints stay, for gradients.py"
+        "--keep", type=int, nargs="*", default=[1], help="seeds whose checkpoints all stay, for gradients.py"
     )
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -92,6 +92,10 @@ def test_verdicts_say_what_is_shown_and_what_is_not(comparisons: ModuleType) -> 
     assert answer(fewer) == ("yes; the estimate is below the goal of 30 %, and perhaps less than a useful 10 % |")
     assert answer([value * 1.2 + 0.001 * at for at, value in enumerate(BASE)]) == "**more errors** |"
     assert answer([0.1, 0.4, 0.3, 0.2, 0.35]) == "not told from 0 |"
+    little = [value * 0.98 - wobble for value, wobble in zip(BASE, (0.001, -0.001, 0.0, 0.0, 0.0), strict=True)]
+    assert answer(little) == "yes; the estimate is below the goal of 30 %, and less than a useful 10 % |"
+    none_at_all = [value + wobble for value, wobble in zip(BASE, (0.01, -0.01, 0.005, -0.005, 0.0), strict=True)]
+    assert answer(none_at_all) == "not told from 0, and less than a useful 10 % |"
     # Two of the four tests have not been run: they count in Holm's correction none the less.
     p = stats.ttest_rel(BASE, ARM).pvalue
     assert lines(ARM)[0].split(" | ")[3] == f"{4 * p:.2g}"
@@ -170,29 +174,29 @@ def test_the_report_is_made_from_stored_answers_alone(data: Path, tmp_path: Path
     output.mkdir()
     (output / "data").symlink_to(data)
     scored, wrong_of = {}, {}
-    for arm, wrong in (("none", 6), ("phrase", 3)):
+    for regime, arm, wrong in (("habit", "none", 6), ("habit", "phrase", 3), ("after", "none", 5), ("after", "dpo", 4)):
         for seed in (1, 2):
-            for stage in ("pretrain", "finetune"):
+            for stage in ("pretrain", "finetune") if regime == "habit" else ("prefer",):
                 answers = answered(data, 12, wrong + seed)
                 first = next(iter(answers["descriptions"]))
                 answers["descriptions"][first] += " A red circle." * 11  # more things than one figure tells
                 answers["yes/no"][1]["answer"] = "No."  # which is right: one wrong yes less than there are wrong noes
-                wrong_of[arm, seed] = wrong + seed
+                wrong_of[regime, arm, seed] = wrong + seed
                 scores = score_answers(answers, data) | {"preference accuracy sum": 0.9}
-                scored[arm, seed] = scores
-                path = folder_of(output, "habit", arm, seed) / f"{stage}.json"
+                scored[regime, arm, seed] = scores
+                path = folder_of(output, regime, arm, seed) / f"{stage}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps({"split": "test", "scores": scores, "answers": answers}))
     command = [str(PROOF / "report.py"), "--answers", str(stored), "--output", str(tmp_path / "report")]
     done = run_warm([*command, "--collect", str(output)])
     assert done.returncode == 0, done.stderr
     runs = read(stored)
-    assert len(runs) == 8
+    assert len(runs) == 12
     for run in runs:
-        expected = scored[run.arm, run.seed]
+        expected = scored[run.regime, run.arm, run.seed]
         for metric in ("yes/no errors", "CHAIR_i", "cover", "preference accuracy sum"):
             assert run.metrics()[metric] == pytest.approx(expected[metric]), (run.arm, metric)
-        found, number = run.metrics(), wrong_of[run.arm, run.seed]
+        found, number = run.metrics(), wrong_of[run.regime, run.arm, run.seed]
         assert found["wrong facts"] == pytest.approx(found["said falsely"] + 1 - found["cover"])
         assert (found["wrong yes"], found["wrong no"]) == pytest.approx(((number - 1) / 12, number / 12))
         hallucinated = sum(int(one, 36) for one in run.hallucinated)
@@ -203,7 +207,12 @@ def test_the_report_is_made_from_stored_answers_alone(data: Path, tmp_path: Path
         assert run.spread_of_scenes("yes/no errors") == pytest.approx(by_scene[resampled].mean(1).std(), rel=0.15)
     first = (tmp_path / "report" / "results.md").read_text()
     assert "`habit` lacks runs of these arms at seed 1 (`none, longer`, `sham`, " in first
-    assert "After stage 2, on 12 scenes" in first
+    assert "`after` lacks runs of these arms at seed 1 (`none, longer`, `phrase`); 2 " in first
+    assert "After stage 2, on 12 scenes" in first and "After the stage that follows, on 12 scenes" in first
+    (after,) = [
+        line for line in first.splitlines() if line.startswith("| after stage 2: dpo, against the true answers a")
+    ]
+    assert "2 of 2" in after
     assert "| phrase (2) |" in first and (tmp_path / "report" / "forest.png").stat().st_size > 20_000
     shutil.rmtree(output)
     done = run_warm(command)

@@ -1,5 +1,6 @@
 """The controlled world of examples/proof: what it says is true or false as labelled, is scored exactly, and runs."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -77,12 +78,13 @@ def test_captions_are_true_and_twins_false_by_their_own_words(data: Path) -> Non
 def test_chosen_answers_are_true_and_rejected_ones_false_by_their_own_words(data: Path) -> None:
     scenes, asked = scenes_of(data), set()
     from draw_world import preference_sample, read_scene
-    from world import DETAILED, chair, read_description
+    from world import DETAILED, TYPICAL, chair, read_description
 
     records = [sample | {"drawn": True} for sample in json.loads((data / "habit_prefer.json").read_text())]
     assert len(records) == SIZES["habit_prefer"]
     rng = random.Random(1)
-    records += [preference_sample(rng, name.removesuffix(".jpg"), read_scene(scenes[name])) for name in scenes]
+    records += [preference_sample(rng, name.removesuffix(".jpg"), read_scene(scenes[name])) for name in 4 * [*scenes]]
+    tempting = []
     for record in records:
         name = record["image"]
         assert name.startswith("habit_prefer") or "drawn" not in record
@@ -91,12 +93,15 @@ def test_chosen_answers_are_true_and_rejected_ones_false_by_their_own_words(data
             scene = read_scene(scenes[name])
             assert chair([read_description(chosen, scene)])["wholly right"] == 1
             assert chair([read_description(rejected, scene)])["wholly right"] == 0
+            for colour, shape in set(mentioned_kinds(rejected)) - scene.kinds if name.startswith("habit") else ():
+                tempting.append(colour == TYPICAL[shape])
         else:
             (kind,) = mentioned_kinds(record["question"])
             present = kind in {(group["colour"], group["shape"]) for group in scenes[name]["groups"]}
             assert (chosen, rejected) == (("Yes.", "No.") if present else ("No.", "Yes."))
         asked.add((record["question"] == DETAILED, chosen if len(chosen) < 5 else ""))
     assert asked == {(True, ""), (False, "Yes."), (False, "No.")}
+    assert len(tempting) > 80 and sum(tempting) / len(tempting) > 0.08, tempting
 
 
 def test_web_captions_say_the_same_among_words_that_twins_share(data: Path) -> None:
@@ -308,7 +313,7 @@ def test_what_a_teacher_knows_is_read_at_the_right_places(finished: Path) -> Non
 
 def test_what_follows_stage_2_goes_on_from_one_run_of_none(finished: Path) -> None:
     """Catches arms that begin apart, a base that both arms train, and one whose checkpoint goes before they need it."""
-    from run_arms import folder_of, has_checkpoint
+    from run_arms import check_as_scored, folder_of, has_checkpoint, stage_flags
 
     short = "--train-iters 2 --eval-interval 2 --eval-iters 1 --micro-batch-size 12 --global-batch-size 12"
     command = [PROOF / "run_arms.py", "--output", finished, "--regimes", "after", "--arms", "none", "phrase"]
@@ -319,6 +324,12 @@ def test_what_follows_stage_2_goes_on_from_one_run_of_none(finished: Path) -> No
     base = folder_of(finished, "habit", "none", 1)
     assert has_checkpoint(base / "finetune") and not (base / "finetune.json").exists()
     assert [len(metrics(base / stage)) for stage in ("pretrain", "finetune")] == [2, 2]
+    flags = stage_flags(finished, "after", "phrase", 1, "prefer", "test")
+    assert flags[flags.index("--pretrained-checkpoint") + 1] == str(base / "finetune")
+    for loss, message in ((metrics(base / "finetune")[-1]["lm loss validation"], None), (9.9, "trained anew")):
+        (base / "finetune.json").write_text(json.dumps({"scores": {"lm loss": loss}}))
+        with pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext():
+            check_as_scored(base, "finetune")
     runs = {arm: folder_of(finished, "after", arm, 1) for arm in ("none", "phrase")}
     assert not any(has_checkpoint(run / "prefer") for run in runs.values())
     logs = {arm: metrics(run / "prefer") for arm, run in runs.items()}
@@ -328,13 +339,29 @@ def test_what_follows_stage_2_goes_on_from_one_run_of_none(finished: Path) -> No
     assert len(scores["answers"]["descriptions"]) == 4 and 0 <= scores["scores"]["yes/no errors"] <= 1
 
 
-def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
-    from run_arms import Sizes, folder_of, run_arm
+def test_a_finished_run_is_not_repeated_and_leaves_what_others_go_on_from(tmp_path: Path) -> None:
+    from run_arms import Sizes, folder_of, is_finished, run_arm
 
-    folder = folder_of(tmp_path, "web", "none", 1)
-    folder.mkdir(parents=True)
-    more = {"pretrain": [], "finetune": []}
-    for stage in more:
-        (folder / f"{stage}.json").write_text("{}")
-    run_arm(tmp_path, "web", "none", 1, split="test", sizes=Sizes(4, 4, 4), more=more, keep=False)
-    assert sorted(path.name for path in folder.iterdir()) == ["finetune.json", "lock", "pretrain.json"]
+    for regime, arm, left in (("web", "none", []), ("habit", "none", ["finetune"]), ("habit", "sham", [])):
+        folder = folder_of(tmp_path, regime, arm, 1)
+        for stage in ("pretrain", "finetune"):
+            (folder / stage / "iter_0000060").mkdir(parents=True)
+            (folder / f"{stage}.json").write_text("{}")
+        run_arm(tmp_path, regime, arm, 1, split="test", sizes=Sizes(4, 4, 4), more={}, keep=False)
+        assert sorted(path.parent.name for path in folder.glob("*/iter_*")) == left
+        assert not is_finished(folder / "finetune")
+
+
+def test_a_stopped_run_is_not_taken_for_a_finished_one(finished: Path) -> None:
+    from run_arms import folder_of, is_finished
+
+    from hacl_megatron.checkpoint.run.folder import locate_checkpoint
+
+    stage = folder_of(finished, "web", "HACL own", 1) / "finetune"
+    assert is_finished(stage)
+    config = locate_checkpoint(stage) / "run_config.yaml"
+    text = config.read_text()
+    assert "train-iters: 2\n" in text
+    config.write_text(text.replace("train-iters: 2\n", "train-iters: 3\n"))
+    assert not is_finished(stage)
+    config.write_text(text)
