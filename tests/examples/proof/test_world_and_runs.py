@@ -361,7 +361,7 @@ def test_a_stopped_run_is_not_taken_for_a_finished_one(finished: Path) -> None:
     assert is_finished(stage)
     config = locate_checkpoint(stage) / "run_config.yaml"
     text = config.read_text()
-    assert "train-iters: 2\n" in text
-    config.write_text(text.replace("train-iters: 2\n", "train-iters: 3\n"))
+    assert "train_iters: 2\n" in text
+    config.write_text(text.replace("train_iters: 2\n", "train_iters: 3\n"))
     assert not is_finished(stage)
     config.write_text(text)
