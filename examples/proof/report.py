@@ -9,7 +9,7 @@ Differences are paired over seeds (`comparisons.py`).
 import argparse
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -118,6 +118,7 @@ def draw(runs: Sequence[Judged], target: Path) -> None:
         height_ratios=heights,
         layout="constrained",
         squeeze=False,
+        sharex="col",
     )
     for row, regime in zip(axes, regimes, strict=True):
         for axis, metric in zip(row, PRIMARY, strict=True):
