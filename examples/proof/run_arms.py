@@ -95,7 +95,7 @@ REGIMES: dict[str, Regime] = {
 """The first two are README.md's protocol; `long` and `web` were of it before (diagnostics.md); `clean`, `telling` and
 the arms that none names are of the first experiment (earlier/README.md)."""
 REGIMES_OF_THE_PROOF = ("habit", "after")
-"""What is run unless --regimes says more: the rates of `long` and `web` are not chosen yet, see README.md."""
+"""What is run unless --regimes says otherwise."""
 
 
 def languages_in(parts: Path) -> list[str]:
@@ -203,9 +203,7 @@ def run_arm(
                 continue
             if REGIMES[regime].base is not None:
                 train_base(output, regime, seed, split, more)
-            call(partial(train_stage, [*stage_flags(output, regime, arm, seed, stage, split), *flags]), log)
-            if not is_finished(folder / stage):
-                raise RuntimeError(f"{folder / stage}: training was stopped; the same command goes on, see {log}")
+            train_to_end(folder / stage, [*stage_flags(output, regime, arm, seed, stage, split), *flags], log)
             call(partial(score_stage, folder / stage, output / "data", split, getattr(sizes, stage), scores), log)
         for stage in () if keep else stages:
             for checkpoint in (folder / stage).glob("iter_*") if folder / stage != needed else ():
@@ -225,13 +223,18 @@ def train_base(output: Path, regime: str, seed: int, split: str, more: Mapping[s
         if is_finished(folder / "finetune"):
             return
         for stage in REGIMES[base[0]].stages:
-            if not has_checkpoint(folder / stage):
-                shutil.rmtree(folder / stage, ignore_errors=True)  # what a removed checkpoint leaves behind
             flags = [*stage_flags(output, *base, seed, stage, split), *more.get(stage, [])]
-            call(partial(train_stage, flags), folder / f"{stage}.log")
-            if not is_finished(folder / stage):
-                raise RuntimeError(f"{folder / stage}: training was stopped; the same command goes on")
+            train_to_end(folder / stage, flags, folder / f"{stage}.log")
             check_as_scored(folder, stage)
+
+
+def train_to_end(save: Path, flags: list[str], log: Path) -> None:
+    """A stage in a child, from the checkpoint that is there; RuntimeError where it fails, or was told to stop."""
+    if not has_checkpoint(save):
+        shutil.rmtree(save, ignore_errors=True)  # what a removed checkpoint leaves behind
+    call(partial(train_stage, flags), log)
+    if not is_finished(save):
+        raise RuntimeError(f"{save}: training was stopped; the same command goes on, see {log}")
 
 
 def check_as_scored(folder: Path, stage: str) -> None:
@@ -289,6 +292,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    without = [regime for regime in args.regimes if not arms_of(regime, args.arms)]
+    if without == args.regimes:
+        parser.error(f"--arms: `{without[0]}` has none of {', '.join(args.arms)}, but {'; '.join(ARMS_AFTER)}")
+    for regime in without:
+        print(f"`{regime}` is left out: it has none of the arms {'; '.join(args.arms)}")
     import_all()
     sizes = Sizes(args.limit if args.limit_stage1 is None else args.limit_stage1, args.limit, args.limit)
     more = {"pretrain": args.stage1.split(), "finetune": args.stage2.split(), "prefer": args.stage3.split()}
