@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which objective of this trainer hallucinates less? A controlled world, fourteen arms, 12 seeds:  bash examples/proof/run.sh [--small] [--seeds N] [--new-parts] [--fresh]
 # In the background: nohup bash examples/proof/run.sh > proof.log 2>&1 &     What is finished is not repeated, and a stop costs one run.
-# --small: three arms, two seeds, less of everything; too little to conclude from.
+# --small: three arms, two seeds, fewer pictures; too little to conclude from.
 # --seeds N: the first N seeds (12), in their order, so that a stop leaves whole blocks of arms.
 # --new-parts: trains a vision tower and a language model (40 minutes or more) instead of taking those in examples/proof/parts;
 # everything in a folder of its own, output/proof-new-parts.
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 . tools/install_venv.sh
 "$VENV/bin/python" -c "import scipy, matplotlib" 2>/dev/null || "$VENV/bin/python" -m pip -q install -c tests/constraints.txt -e '.[plots]'
 
-out=output/proof fresh= small= new_parts= seeds=12
+fresh= small= new_parts= seeds=12
 draw=() parts=(--telling-steps 0) runs=(--limit 1000 --limit-stage1 300)
 report=(--answers examples/proof/answers.jsonl.xz)
 while [ $# -gt 0 ]; do
@@ -20,16 +20,15 @@ while [ $# -gt 0 ]; do
     --seeds) seeds=${2:-}; shift ;;
     --small)
       small=1 seeds=2
-      out=output/proof-small
       draw=(--parts 3000 --pretrain 1 --finetune 1 --habit-pretrain 2000 --habit-finetune 1000 --habit-prefer 320 --test 200 --dev 200)
-      parts=(--tower-steps 800 --language-steps 300 --telling-steps 0 --further-rounds 0)
+      parts+=(--tower-steps 800 --language-steps 300 --further-rounds 0)
       runs=(--limit 100 --arms none contrastive phrase) ;;
     *) echo "unknown: $1" >&2; exit 2 ;;
   esac
   shift
 done
 [[ $seeds =~ ^[1-9][0-9]*$ ]] || { echo "--seeds '$seeds': expected a number of seeds" >&2; exit 2; }
-[ -z "$new_parts" ] || [ -n "$small" ] || out=output/proof-new-parts  # --small has parts of its own anyway
+out=output/proof${small:+-small}${new_parts:+-new-parts}
 [ -z "$fresh" ] || rm -rf "$out"
 [ -z "$small$new_parts" ] || report=(--answers $out/answers.jsonl.xz --output $out)
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -40,7 +39,7 @@ if [ ! -f $out/data/scenes.jsonl ] || [ ! -f $out/data/habit_prefer.json ]; then
   "$VENV/bin/python" examples/proof/draw_world.py --output $out/data ${draw[@]+"${draw[@]}"}
 fi
 step 2/4 "The vision tower and the language model, which stand before any arm"
-if [ -z "$small$new_parts" ] && [ ! -d $out/parts ]; then
+if [ -z "$new_parts" ] && [ ! -d $out/parts ]; then
   rm -rf $out/parts.copied
   cp -r examples/proof/parts $out/parts.copied && mv $out/parts.copied $out/parts
 fi

@@ -99,7 +99,7 @@ REGIMES_OF_THE_PROOF = ("habit", "after")
 
 
 def languages_in(parts: Path) -> list[str]:
-    """The regimes' language models that are there; --small makes the first alone."""
+    """The regimes' language models that are there; run.sh has the first alone."""
     return [name for name in dict.fromkeys(regime.language for regime in REGIMES.values()) if (parts / name).is_dir()]
 
 
