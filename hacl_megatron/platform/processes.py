@@ -17,6 +17,18 @@ from hacl_megatron.platform.cpu import stand_ins
 
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _BLACKWELL = (10, 0)
+_SET_LATER = {
+    # by megatron-core when it makes a language model, which refuses other values
+    "NVTE_FLASH_ATTN": "1",
+    "NVTE_FUSED_ATTN": "1",
+    "NVTE_UNFUSED_ATTN": "1",
+    "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "0",  # by extra_states.py when it resumes; 0 says what its absence does
+}
+"""Environment variables that are set while a run's threads read pictures, and what they may hold from the start.
+
+To take in a new name glibc (before 2.41) moves the environment: whoever looks something up at that moment, as libjpeg
+does for every picture, reads freed memory, and the process dies. A name that is there is given another value in place.
+"""
 
 
 def select_device(requested: str = "auto", tensor_parallel: int = 1, context_parallel: int = 1) -> torch.device:
@@ -101,15 +113,23 @@ def start_platform(
     if dist.is_initialized():
         if facts is not None:
             agree(default_store(), dist.get_rank(), dist.get_world_size(), "configuration", facts)
+        _name_variables()
         return device
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = _meet(timeout)
     if facts is not None:
         agree(store, rank, world_size, "configuration", facts)
+    _name_variables()
     backend = "nccl" if device.type == "cuda" else "gloo"
     options = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
     return device
+
+
+def _name_variables() -> None:
+    """Before there are threads that read pictures; after ranks compared the variables that they were started with."""
+    for name, value in _SET_LATER.items():
+        os.environ.setdefault(name, value)
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
